@@ -1,0 +1,51 @@
+// How one product is cut into tasks and blocks. Sizes only; no loop over data is here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel.h"
+
+namespace sq_cpu {
+
+struct Range {
+  int64_t begin;
+  int64_t end;
+  int64_t size() const { return end - begin; }
+};
+
+// Part `index` of `parts` near-equal parts of [0, count), cut at multiples of `step`.
+Range part(int64_t count, int64_t step, int64_t parts, int64_t index);
+
+// Every row of kernels.inc, worst first.
+struct MicrokernelTable {
+  const Microkernel* rows;
+  size_t count;
+  const Microkernel* begin() const { return rows; }
+  const Microkernel* end() const { return rows + count; }
+};
+MicrokernelTable microkernels();
+
+// The best microkernel among those the ISA in use may run, for codes up to max_code and m rows.
+const Microkernel& choose_microkernel(Isa isa, int max_code, int64_t m);
+
+const RowKernels& row_kernels(Isa isa);
+
+// Threads worth starting: each should stream at least 128 KB of weights or do as much arithmetic
+// as that costs; a fork and join takes as long as about half of that.
+int useful_threads(int64_t m, int64_t n, int64_t k, int available);
+
+// A grid of row_parts x strip_parts tasks, one per thread.
+struct TaskGrid {
+  int64_t row_parts;
+  int64_t strip_parts;
+};
+TaskGrid task_grid(const Microkernel& kernel, int64_t m, int64_t strips, int threads);
+
+// Rows of activations that a task keeps in L2 while panels of weights pass by: half of L2.
+int64_t rows_per_block(const Microkernel& kernel, int64_t ldu);
+
+// Rows of a whole call that are quantized before they are multiplied: bounds the workspace.
+int64_t rows_per_pass(int64_t m, int64_t ldu);
+
+}  // namespace sq_cpu

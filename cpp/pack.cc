@@ -1,0 +1,104 @@
+#include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "check.h"
+#include "gemm.h"
+#include "sq_cpu/linear.h"
+
+namespace sq_cpu {
+namespace {
+
+// Asks for huge pages before the first touch: one TLB entry then covers 2 MB of weights. A refusal
+// costs speed only.
+void ask_for_huge_pages(std::byte* data, int64_t bytes) {
+  constexpr int64_t kWorthwhile = 4 << 20;
+  if (bytes < kWorthwhile) return;
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+// Offset of W[16s + c][k] within strip s.
+int64_t element_offset(int64_t c, int64_t k) {
+  return k / kTileDepth * kTileBytes + k % kTileDepth / 4 * 64 + 4 * c + k % 4;
+}
+
+void check_shape(int64_t n, int64_t k) {
+  SQ_CHECK(n >= 0 && k >= 0, "weight shape [", n, ", ", k, "] is negative");
+  SQ_CHECK(k <= kMaxDepth, "in_features ", k, " exceeds ", kMaxDepth,
+           ", beyond which an int32 accumulator can overflow; split the layer");
+}
+
+// True if a weight of the strip is -128.
+bool pack_strip(const int8_t* weight, const float* scale, const float* bias, int64_t columns,
+                int64_t k, std::byte* strip) {
+  bool out_of_range = false;
+  int32_t colsum[kStripColumns] = {};
+  float scales[kStripColumns] = {}, biases[kStripColumns] = {};
+  std::memset(strip, 0, strip_bytes(k));
+  for (int64_t c = 0; c < columns; ++c) {
+    const int8_t* row = weight + c * k;
+    for (int64_t i = 0; i < k; ++i) {
+      strip[element_offset(c, i)] = static_cast<std::byte>(row[i]);
+      colsum[c] += row[i];
+      out_of_range |= row[i] == -128;
+    }
+    scales[c] = scale[c];
+    biases[c] = bias == nullptr ? 0.0f : bias[c];
+  }
+  std::byte* trailer = strip + k_block_count(k) * kTileBytes;
+  std::memcpy(trailer, colsum, sizeof colsum);
+  std::memcpy(trailer + sizeof colsum, scales, sizeof scales);
+  std::memcpy(trailer + sizeof colsum + sizeof scales, biases, sizeof biases);
+  return out_of_range;
+}
+
+}  // namespace
+
+int64_t packed_bytes(int64_t n, int64_t k) {
+  check_shape(n, k);
+  return strip_count(n) * strip_bytes(k);
+}
+
+void pack_weight(const int8_t* weight, const float* scale, const float* bias, int64_t n, int64_t k,
+                 std::byte* packed) {
+  ask_for_huge_pages(packed, packed_bytes(n, k));
+  const int64_t strips = strip_count(n);
+  std::atomic<bool> out_of_range{false};
+  // Static contiguous shares, as the product's: the thread that will read a strip touches it first.
+#pragma omp parallel for schedule(static)
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t n0 = s * kStripColumns;
+    if (pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
+                   std::min(kStripColumns, n - n0), k, packed + s * strip_bytes(k))) {
+      out_of_range = true;
+    }
+  }
+  SQ_CHECK(!out_of_range, "a weight is -128; int8 weights must lie in [-127, 127]");
+}
+
+void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, float* bias) {
+  check_shape(packed.n, packed.k);
+  const int64_t tiles = k_block_count(packed.k) * kTileBytes;
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < packed.n; ++n) {
+    const std::byte* strip = packed.data + n / kStripColumns * strip_bytes(packed.k);
+    const int64_t c = n % kStripColumns;
+    if (weight != nullptr) {
+      for (int64_t k = 0; k < packed.k; ++k) {
+        weight[n * packed.k + k] = static_cast<int8_t>(strip[element_offset(c, k)]);
+      }
+    }
+    const std::byte* trailer = strip + tiles;
+    if (scale != nullptr) std::memcpy(scale + n, trailer + 4 * (kStripColumns + c), 4);
+    if (bias != nullptr) std::memcpy(bias + n, trailer + 4 * (2 * kStripColumns + c), 4);
+  }
+}
+
+}  // namespace sq_cpu

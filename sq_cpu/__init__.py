@@ -1,0 +1,34 @@
+"""SmoothQuant for Xeon: int8 weights and int8 activations on AVX-512 VNNI and AMX.
+
+calibrate -> smooth -> quantize -> save -> load -> run; the README shows the whole way.
+"""
+
+from importlib.metadata import version as _version
+
+import torch as _torch  # noqa: F401  first: the extension uses the OpenMP runtime that torch loads
+
+from sq_cpu.calibrate import Calibration, calibrate
+from sq_cpu.checkpoint import load, save
+from sq_cpu.errors import SqCpuError
+from sq_cpu.evaluate import perplexity
+from sq_cpu.linear import QuantLinear
+from sq_cpu.quantize import quantize
+from sq_cpu.runtime import isa
+from sq_cpu.scheme import Scheme
+from sq_cpu.smooth import SmoothPlan
+
+__version__ = _version("sq_cpu")
+
+__all__ = [
+    "Calibration",
+    "QuantLinear",
+    "Scheme",
+    "SmoothPlan",
+    "SqCpuError",
+    "calibrate",
+    "isa",
+    "load",
+    "perplexity",
+    "quantize",
+    "save",
+]

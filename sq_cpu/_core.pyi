@@ -1,0 +1,67 @@
+"""The C++ library (cpp/include/sq_cpu). Addresses are those of contiguous CPU tensors."""
+
+from typing import Any, ClassVar
+
+MAX_DEPTH: int
+
+class DType:
+    float32: ClassVar[DType]
+    bfloat16: ClassVar[DType]
+    float16: ClassVar[DType]
+    int32: ClassVar[DType]
+
+class Granularity:
+    per_token: ClassVar[Granularity]
+    per_tensor: ClassVar[Granularity]
+    static: ClassVar[Granularity]
+
+class ActivationQuantizer:
+    def __init__(
+        self,
+        granularity: Granularity,
+        symmetric: bool,
+        reduce_range: bool,
+        scale: float = 0.0,
+        zero_point: int = 0,
+    ) -> None: ...
+
+def isa() -> dict[str, Any]: ...
+def use_isa(name: str, emulated: bool = False) -> None: ...
+def packed_bytes(n: int, k: int) -> int: ...
+def pack_weight(weight: int, scale: int, bias: int, n: int, k: int, out: int) -> None: ...
+def unpack_weight(packed: int, n: int, k: int, weight: int, scale: int, bias: int) -> None: ...
+def linear(
+    x: int,
+    x_type: DType,
+    m: int,
+    packed: int,
+    n: int,
+    k: int,
+    quantizer: ActivationQuantizer,
+    y: int,
+    y_type: DType,
+) -> None: ...
+def quantize_activations(
+    x: int,
+    x_type: DType,
+    m: int,
+    k: int,
+    quantizer: ActivationQuantizer,
+    u: int,
+    ldu: int,
+    row_scale: int,
+    row_zero_point: int,
+) -> None: ...
+def gemm(
+    u: int,
+    m: int,
+    ldu: int,
+    row_scale: int,
+    row_zero_point: int,
+    packed: int,
+    n: int,
+    k: int,
+    max_code: int,
+    y: int,
+    y_type: DType,
+) -> None: ...

@@ -1,0 +1,408 @@
+"""The int8 linear layer: `QuantLinear` runs the kernels, `linear_reference` defines what they compute.
+
+Weights are int8 with one fp32 scale per output channel (or per tensor), activations become u8 codes
+with one scale and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 2):
+
+    y = (codes - zero_point) @ weight.T * row_scale * weight_scale + bias
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sq_cpu import _core
+from sq_cpu.errors import SqCpuError
+from sq_cpu.scheme import Scheme
+
+__all__ = ["QuantLinear", "linear_reference", "quantize_weight", "static_code"]
+
+_DTYPES = {
+    torch.float32: _core.DType.float32,
+    torch.bfloat16: _core.DType.bfloat16,
+    torch.float16: _core.DType.float16,
+}
+_FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
+
+
+def quantize_weight(weight: Tensor, granularity: str = "per_channel") -> tuple[Tensor, Tensor]:
+    """Quantize to int8, symmetric, rounding half to even.
+
+    Parameters
+    ----------
+    weight : floating point [out_features, in_features]
+    granularity : "per_channel" (one scale per row) or "per_tensor"
+
+    Returns
+    -------
+    codes int8 [out_features, in_features] in [-127, 127], and scales fp32 [out_features]
+
+    Raises
+    ------
+    SqCpuError
+        When the weight holds NaN or Inf.
+    """
+    weight = weight.detach().float()
+    # Row by row: an absolute copy of a large weight would double its memory.
+    low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
+    absmax = torch.maximum(-low, high)
+    if granularity == "per_tensor" and len(absmax):
+        absmax = absmax.max().expand_as(absmax)
+    if not torch.isfinite(absmax).all():
+        raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
+    scale = (absmax.double().clamp_min(_FLOOR) / 127).float()
+    codes = torch.round(weight / scale[:, None]).clamp_(-127, 127).to(torch.int8)
+    return codes, scale
+
+
+def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
+    """Return the scale and the zero point for activations within [low, high], extended to hold 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if scheme.symmetric:
+        scale, zero_point = max(_FLOOR, -low, high) / scheme.qmax, scheme.zero_point
+    else:
+        span = max(_FLOOR, high - low)
+        scale, zero_point = span / scheme.levels, round(-low * scheme.levels / span)
+    return float(torch.tensor(scale, dtype=torch.float32)), zero_point
+
+
+def _row_codes(
+    x: Tensor, scheme: Scheme, static: tuple[float, int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the rows of fp32 `x` [m, k]: codes, row scales [m] and zero points [m]."""
+    finite = torch.isfinite(x).all(dim=1)
+    clean = torch.where(finite[:, None], x, 0.0).double()
+    low = clean.amin(dim=1).clamp_max(0) if x.shape[1] else clean.sum(dim=1)
+    high = clean.amax(dim=1).clamp_min(0) if x.shape[1] else clean.sum(dim=1)
+    if scheme.activations == "per_tensor" and len(x):
+        low, high = low.min().expand_as(low), high.max().expand_as(high)
+    if static is not None:
+        scale = torch.full_like(low, static[0])
+        inverse = 1 / scale
+        zero_point = torch.full_like(low, static[1])
+    elif scheme.symmetric:
+        absmax = torch.maximum(-low, high).clamp_min(_FLOOR)
+        scale, inverse = absmax / scheme.qmax, scheme.qmax / absmax
+        zero_point = torch.full_like(low, scheme.zero_point)
+    else:
+        span = (high - low).clamp_min(_FLOOR)
+        scale, inverse = span / scheme.levels, scheme.levels / span
+        zero_point = torch.round(-low * scheme.levels / span)
+    centre = zero_point[:, None]
+    smallest = -centre if not scheme.symmetric else torch.full_like(centre, -scheme.qmax)
+    largest = scheme.levels - centre if not scheme.symmetric else -smallest
+    q = torch.round(clean.float() * inverse.float()[:, None]).double().clamp(smallest, largest)
+    row_scale = torch.where(finite, scale, float("nan")).float()
+    return (q + centre).to(torch.uint8), row_scale, zero_point.to(torch.int32)
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scheme: Scheme,
+    static: tuple[float, int] | None = None,
+) -> Tensor:
+    """Compute in plain torch exactly what the kernels compute.
+
+    Parameters
+    ----------
+    x : fp32, bf16 or fp16 [..., in_features]
+    weight : int8 [out_features, in_features]
+    weight_scale, bias : fp32 [out_features]
+    static : (scale, zero point) of a static scheme's activations, from `static_code`
+
+    Returns
+    -------
+    [..., out_features], of x's dtype
+    """
+    codes, row_scale, zero_point = _row_codes(x.reshape(-1, x.shape[-1]).float(), scheme, static)
+    # Integers up to 2^31 and their products are exact in fp64.
+    total = (codes.double() - zero_point.double()[:, None]) @ weight.double().T
+    scale = (row_scale[:, None] * weight_scale).double()
+    y = total.float().double() * scale + (0.0 if bias is None else bias.double())
+    return y.float().to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _run(
+    x: Tensor, packed: Tensor, out_features: int, quantizer: _core.ActivationQuantizer
+) -> Tensor:
+    in_features = x.shape[-1]
+    x = x.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    kind = _DTYPES[x.dtype]
+    _core.linear(
+        x.data_ptr(),
+        kind,
+        x.numel() // in_features if in_features else y.numel() // max(out_features, 1),
+        packed.data_ptr(),
+        out_features,
+        in_features,
+        quantizer,
+        y.data_ptr(),
+        kind,
+    )
+    return y
+
+
+@torch.library.custom_op("sq_cpu::linear", mutates_args=(), device_types="cpu")
+def _linear_op(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    activations: str,
+    symmetric: bool,
+    reduce_range: bool,
+    scale: float,
+    zero_point: int,
+) -> Tensor:
+    """What torch.compile and torch.export see of the kernel; eager calls go straight to `_run`."""
+    granularity = getattr(_core.Granularity, activations)
+    quantizer = _core.ActivationQuantizer(granularity, symmetric, reduce_range, scale, zero_point)
+    return _run(x, packed, out_features, quantizer)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, packed: Tensor, out_features: int, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with int8 weights and int8 activations, for inference.
+
+    The packed weight is the only resident copy: int8 tiles, column sums, scales and bias in one uint8
+    buffer, which `deepcopy`, pickling, `share_memory` and `.to(dtype)` carry along unchanged.
+    `state_dict` unpacks it exactly, into `weight` (int8 [out_features, in_features]),
+    `weight_scale` (fp32 [out_features]), `bias`, and for static schemes `input_scale` and
+    `input_zero_point`; `load_state_dict` packs them again.
+
+    Attributes
+    ----------
+    packed : uint8 buffer, laid out as cpp/include/sq_cpu/linear.h draws it
+    input_scale, input_zero_point : of a static scheme; None and 0 otherwise
+    """
+
+    packed: Tensor
+
+    def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool) -> None:
+        """Allocate a layer of zeros. `scheme.reduce_range` must be resolved."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.has_bias = bias
+        self.scheme = scheme
+        size = _core.packed_bytes(out_features, in_features)
+        # Zeros from the allocator: no page is touched before its strip is packed.
+        self.register_buffer("packed", torch.zeros(size, dtype=torch.uint8), persistent=False)
+        self._set_input_code(None if scheme.activations != "static" else (1.0, scheme.zero_point))
+
+    @classmethod
+    def empty(
+        cls, in_features: int, out_features: int, scheme: Scheme, *, bias: bool
+    ) -> QuantLinear:
+        """Return a layer of zeros, for `load_state_dict` to fill."""
+        return cls(in_features, out_features, scheme, bias=bias)
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear, scheme: Scheme, input_range: tuple[float, float] | None = None
+    ) -> QuantLinear:
+        """Quantize `linear`.
+
+        Parameters
+        ----------
+        input_range : (min, max) of the layer's input, for a static scheme
+
+        Raises
+        ------
+        SqCpuError
+            When the weight is not finite, in_features exceeds 66310 (where an int32 sum could
+            overflow), or a static scheme has no input range.
+        """
+        static = None
+        if scheme.activations == "static":
+            if input_range is None:
+                raise SqCpuError("a static scheme needs the input's range: calibrate the model")
+            static = static_code(scheme, *input_range)
+        weight, scale = quantize_weight(linear.weight, scheme.weights)
+        layer = cls(linear.in_features, linear.out_features, scheme, bias=linear.bias is not None)
+        layer._pack(weight, scale, None if linear.bias is None else linear.bias.detach())
+        layer._set_input_code(static)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y [..., out_features] for x [..., in_features], both fp32, bf16 or fp16.
+
+        Raises
+        ------
+        SqCpuError
+            For another dtype, width or device, and for an input that asks for gradients.
+        """
+        self._check(x)
+        if torch.compiler.is_compiling():
+            scheme = self.scheme
+            return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
+                x,
+                self.packed,
+                self.out_features,
+                scheme.activations,
+                scheme.symmetric,
+                scheme.reduce_range,
+                self.input_scale or 0.0,
+                self.input_zero_point,
+            )
+        return _run(x, self.packed, self.out_features, self._quantizer)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """Return what `forward` returns, computed in plain torch by `linear_reference`."""
+        static = None if self.input_scale is None else (self.input_scale, self.input_zero_point)
+        return linear_reference(
+            x, self.weight_int8(), self.weight_scale(), self.bias(), self.scheme, static
+        )
+
+    def weight_int8(self) -> Tensor:
+        """Return the weight, int8 [out_features, in_features], unpacked into new memory."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8)
+        self._unpack(weight=weight)
+        return weight
+
+    def weight_scale(self) -> Tensor:
+        """Return the weight's scales, fp32 [out_features]."""
+        scale = torch.empty(self.out_features)
+        self._unpack(scale=scale)
+        return scale
+
+    def bias(self) -> Tensor | None:
+        """Return the bias, fp32 [out_features], or None."""
+        if not self.has_bias:
+            return None
+        bias = torch.empty(self.out_features)
+        self._unpack(bias=bias)
+        return bias
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes: the packed weight with its scales and bias."""
+        return self.packed.nbytes
+
+    def extra_repr(self) -> str:
+        """Return the shape and the scheme, for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.has_bias}, scheme={self.scheme.name}"
+        )
+
+    def _check(self, x: Tensor) -> None:
+        if x.dtype not in _DTYPES:
+            raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
+        if x.shape[-1] != self.in_features:
+            raise SqCpuError(
+                f"int8 linear: input has {x.shape[-1]} features, the layer {self.in_features}"
+            )
+        if not (x.is_cpu and self.packed.is_cpu):
+            raise SqCpuError(
+                f"int8 linear: input is on {x.device}, weights on {self.packed.device}; "
+                "sq_cpu runs on the CPU only"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise SqCpuError("int8 linear has no gradient: call the model under torch.no_grad()")
+
+    def _set_input_code(self, static: tuple[float, int] | None) -> None:
+        # Plain numbers: .to(bfloat16) must not round them.
+        self.input_scale = None if static is None else static[0]
+        self.input_zero_point = 0 if static is None else static[1]
+        self._quantizer = _core.ActivationQuantizer(
+            getattr(_core.Granularity, self.scheme.activations),
+            self.scheme.symmetric,
+            self.scheme.qmax == 63,
+            self.input_scale or 0.0,
+            self.input_zero_point,
+        )
+
+    def _pack(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        weight, scale = weight.contiguous(), scale.float().contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        _core.pack_weight(
+            weight.data_ptr(),
+            scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            self.out_features,
+            self.in_features,
+            self.packed.data_ptr(),
+        )
+
+    def _unpack(self, **out: Tensor) -> None:
+        addresses = {name: 0 for name in ("weight", "scale", "bias")}
+        addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
+        _core.unpack_weight(
+            self.packed.data_ptr(), self.out_features, self.in_features, **addresses
+        )
+
+    def _entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and dtype of each entry of the state dict."""
+        entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((self.out_features, self.in_features), torch.int8),
+            "weight_scale": ((self.out_features,), torch.float32),
+        }
+        if self.has_bias:
+            entries["bias"] = ((self.out_features,), torch.float32)
+        if self.scheme.activations == "static":
+            entries |= {
+                "input_scale": ((), torch.float32),
+                "input_zero_point": ((), torch.int32),
+            }
+        return entries
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        destination[prefix + "weight"] = self.weight_int8()
+        destination[prefix + "weight_scale"] = self.weight_scale()
+        if self.has_bias:
+            destination[prefix + "bias"] = self.bias()
+        if self.input_scale is not None:
+            destination[prefix + "input_scale"] = torch.tensor(self.input_scale)
+            destination[prefix + "input_zero_point"] = torch.tensor(
+                self.input_zero_point, dtype=torch.int32
+            )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        entries = self._entries()
+        found: dict[str, Tensor] = {}
+        for name, (shape, dtype) in entries.items():
+            tensor = state_dict.get(prefix + name)
+            if tensor is None:
+                missing_keys.append(prefix + name)
+            elif tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                error_msgs.append(
+                    f"{prefix}{name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"the layer needs {dtype} {shape}"
+                )
+            else:
+                found[name] = tensor
+        if strict:
+            unexpected_keys += [
+                key
+                for key in state_dict
+                if key.startswith(prefix) and key.removeprefix(prefix) not in entries
+            ]
+        if len(found) < len(entries):
+            return
+        self._pack(found["weight"], found["weight_scale"], found.get("bias"))
+        if "input_scale" in found:
+            self._set_input_code(
+                (float(found["input_scale"]), int(found["input_zero_point"]))
+            )

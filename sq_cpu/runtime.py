@@ -1,0 +1,43 @@
+"""What runs here: the instruction set in use, the reasons, and the processor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from sq_cpu import _core
+
+__all__ = ["has_vnni", "isa"]
+
+
+def isa() -> dict[str, Any]:
+    """Return which instruction sets are built, detected and granted here, and which one is in use.
+
+    Returns
+    -------
+    `in_use` (name), `vnni` (bool), `isas` (name -> built, detected, granted, usable, reason), `threads`, `cpu`
+    (model name), `forced` (the value of SQ_CPU_ISA, or None)
+
+    Raises
+    ------
+    SqCpuError
+        When SQ_CPU_ISA names an unknown or unusable instruction set.
+    """
+    return _core.isa() | {"cpu": _cpu_name(), "forced": os.environ.get("SQ_CPU_ISA") or None}
+
+
+def has_vnni() -> bool:
+    """Return whether the kernels in use multiply u8 by s8 without int16 saturation (VNNI, AMX)."""
+    return bool(_core.isa()["vnni"])
+
+
+def _cpu_name() -> str:
+    fields: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if ":" not in line:
+            break  # the first processor speaks for all
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
+    name = fields.get("model name", "unknown")
+    return f"{name} (family {fields.get('cpu family')} model {fields.get('model')})"
