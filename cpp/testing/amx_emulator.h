@@ -16,8 +16,10 @@
 //   configuration) raises SIGSEGV, each after one line on stderr. Bad memory operands fault inside
 //   the handler as ordinary SIGSEGV/SIGBUS. Fault priority is not modelled.
 // Every other SIGILL goes to the previous action, so a genuine illegal instruction still kills.
-// State: tiles and configuration belong to the thread, begin released, are inherited by fork.
-//   The handler preserves errno, and runs on the interrupted stack (under 4 KiB below its frame).
+// State: tiles and configuration belong to the thread and begin released. A forked child still sees
+//   the tile data, which a real kernel drops; configure anew there.
+//   The handler preserves errno and runs on the interrupted stack (under 4 KiB below the kernel's
+//   frame). A run of adjacent AMX instructions is performed in one signal.
 // Requirements: the thread has not blocked SIGILL (a blocked synchronous signal kills), nothing
 //   replaces the SIGILL action afterwards (if it did, install again), and the library that holds
 //   the handler is never unloaded.
