@@ -1,0 +1,126 @@
+"""What is quantized and how: `Scheme`, and the paper's presets O1, O2 and O3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+from sq_cpu.errors import SqCpuError
+
+__all__ = ["Scheme"]
+
+Activations = Literal["per_token", "per_tensor", "static"]
+Weights = Literal["per_channel", "per_tensor"]
+
+# SmoothQuant (arXiv 2211.10438), table 2. Its O1..O3 differ in the activations alone.
+_PRESETS: dict[str, Activations] = {"O1": "per_token", "O2": "per_tensor", "O3": "static"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """How linears are quantized: int8 weights, 8-bit (or 7-bit) activations, int32 sums.
+
+    Raises `SqCpuError` for a value that is not one of those listed.
+    """
+
+    activations: Activations = "per_token"
+    """Granularity of the activation scale: one per row or one per call (both found while running),
+    or one per layer, fixed by calibration."""
+    weights: Weights = "per_channel"
+    """Granularity of the weight scale: one per output channel, or one per weight matrix."""
+    symmetric: bool = True
+    """Activations: a range centred on 0 with a fixed zero point, or min..max with its own."""
+    reduce_range: bool | Literal["auto"] = False
+    """7-bit activations, so that AVX2's saturating int16 pair sums stay exact. `"auto"`: only where
+    the processor has no VNNI; `resolve` decides."""
+    ignore: tuple[str, ...] = ("lm_head",)
+    """Linears left alone: those whose full name is an entry, or ends with a dot and an entry."""
+
+    def __post_init__(self) -> None:
+        _check("activations", self.activations, get_args(Activations))
+        _check("weights", self.weights, get_args(Weights))
+        _check("symmetric", self.symmetric, (True, False))
+        _check("reduce_range", self.reduce_range, (False, True, "auto"))
+        names = self.ignore if isinstance(self.ignore, tuple | list) else (None,)
+        if not all(isinstance(name, str) for name in names):
+            raise SqCpuError(
+                f"scheme: ignore is a tuple of layer names, as in ('lm_head',); not {self.ignore!r}"
+            )
+        object.__setattr__(self, "ignore", tuple(names))
+
+    @classmethod
+    def of(cls, scheme: str | Scheme, **overrides: Any) -> Scheme:
+        """Return the preset of that name, or the scheme itself, with `overrides` applied."""
+        if isinstance(scheme, str):
+            if scheme not in _PRESETS:
+                raise SqCpuError(
+                    f"unknown scheme {scheme!r}; known are {', '.join(_PRESETS)}, or pass a Scheme"
+                )
+            scheme = cls(activations=_PRESETS[scheme])
+        elif not isinstance(scheme, Scheme):
+            raise SqCpuError(
+                f"scheme must be one of {', '.join(_PRESETS)} or a Scheme, not {scheme!r}"
+            )
+        _check_fields(overrides)
+        return replace(scheme, **overrides)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scheme:
+        """Rebuild what `to_dict` gave; absent fields take their defaults."""
+        _check_fields(values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return asdict(self) | {"ignore": list(self.ignore)}
+
+    def resolve(self, has_vnni: bool) -> Scheme:
+        """Return the scheme with `reduce_range="auto"` decided for a processor."""
+        if self.reduce_range != "auto":
+            return self
+        return replace(self, reduce_range=not has_vnni)
+
+    @property
+    def name(self) -> str:
+        """The preset that this scheme equals, whatever it ignores; otherwise `"custom"`."""
+        for name, activations in _PRESETS.items():
+            if self == Scheme(activations=activations, ignore=self.ignore):
+                return name
+        return "custom"
+
+    @property
+    def qmax(self) -> int:
+        """Largest symmetric activation code: 127, or 63 with `reduce_range`."""
+        return 63 if self._reduced else 127
+
+    @property
+    def levels(self) -> int:
+        """Steps of the asymmetric activation grid: 255, or 127 with `reduce_range`."""
+        return 127 if self._reduced else 255
+
+    @property
+    def zero_point(self) -> int:
+        """What is added to a symmetric activation code to store it as u8: 128 or 64."""
+        return self.qmax + 1
+
+    @property
+    def _reduced(self) -> bool:
+        if self.reduce_range == "auto":
+            raise SqCpuError(
+                'scheme: reduce_range is "auto"; resolve(has_vnni) it to get its integer grid'
+            )
+        return self.reduce_range
+
+
+def _check(field: str, value: object, allowed: tuple[object, ...]) -> None:
+    # By type too: 1 == True, and a Scheme that says 1 would not equal its own JSON.
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise SqCpuError(f"scheme: {field}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def _check_fields(values: Mapping[str, Any]) -> None:
+    known = [field.name for field in fields(Scheme)]
+    for name in values:
+        if name not in known:
+            raise SqCpuError(f"scheme: no field {name!r}; the fields are {', '.join(known)}")

@@ -1,0 +1,79 @@
+"""Schemes: presets, validation, JSON, the integer grids."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.scheme import Scheme
+
+
+@pytest.mark.parametrize(
+    ("name", "activations"), [("O1", "per_token"), ("O2", "per_tensor"), ("O3", "static")]
+)
+def test_presets_differ_in_activations_alone(name: str, activations: str) -> None:
+    scheme = Scheme.of(name)
+    assert scheme.activations == activations
+    assert (scheme.weights, scheme.symmetric, scheme.reduce_range) == ("per_channel", True, False)
+    assert scheme.ignore == ("lm_head",)
+    assert scheme.name == name
+
+
+def test_of_takes_a_scheme_and_overrides() -> None:
+    scheme = Scheme(activations="static", symmetric=False)
+    assert Scheme.of(scheme) is scheme or Scheme.of(scheme) == scheme
+    assert Scheme.of("O3", symmetric=False) == scheme
+    assert scheme.name == "custom"
+    assert Scheme.of("O2", ignore=()).name == "O2"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activations": "per_row"}, "activations='per_row' is not one of 'per_token'"),
+        ({"weights": "per_group"}, "weights='per_group' is not one of"),
+        ({"symmetric": 1}, "symmetric=1 is not one of True, False"),
+        ({"reduce_range": "yes"}, "reduce_range='yes' is not one of"),
+        ({"ignore": "lm_head"}, "ignore is a tuple of layer names"),
+        ({"ignore": (1,)}, "ignore is a tuple of layer names"),
+        ({"ignore": None}, "ignore is a tuple of layer names"),
+    ],
+)
+def test_bad_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SqCpuError, match=message):
+        Scheme(**fields)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(SqCpuError, match="unknown scheme 'O4'; known are O1, O2, O3"):
+        Scheme.of("O4")
+    with pytest.raises(SqCpuError, match="must be one of O1, O2, O3 or a Scheme, not 3"):
+        Scheme.of(3)  # type: ignore[arg-type]
+    with pytest.raises(SqCpuError, match="no field 'bits'; the fields are activations"):
+        Scheme.of("O1", bits=4)
+    with pytest.raises(SqCpuError, match="no field 'codebook'"):
+        Scheme.from_dict({"codebook": "int4"})
+
+
+def test_json_round_trip() -> None:
+    scheme = Scheme(activations="static", symmetric=False, reduce_range="auto", ignore=("a", "b.c"))
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+def test_auto_range_is_resolved_by_the_processor() -> None:
+    auto = Scheme(reduce_range="auto")
+    assert auto.resolve(has_vnni=True).reduce_range is False
+    assert auto.resolve(has_vnni=False).reduce_range is True
+    forced = Scheme(reduce_range=True)
+    assert forced.resolve(has_vnni=True) is forced
+    with pytest.raises(SqCpuError, match='reduce_range is "auto"; resolve'):
+        _ = auto.qmax
+
+
+def test_integer_grids() -> None:
+    full, reduced = Scheme(), Scheme(reduce_range=True)
+    assert (full.qmax, full.levels, full.zero_point) == (127, 255, 128)
+    assert (reduced.qmax, reduced.levels, reduced.zero_point) == (63, 127, 64)
