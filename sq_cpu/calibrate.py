@@ -1,0 +1,241 @@
+"""One pass over sample text: the range of every input channel of every linear.
+
+The ranges serve every later choice: a smoothing plan divides channel j by s_j > 0, so the range
+after smoothing is the range here / s, exactly, and no second pass is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.families import quantizable_linears
+from sq_cpu.files import replacing
+from sq_cpu.progress import track
+
+__all__ = ["Calibration", "calibrate", "evaluating"]
+
+_FORMAT = "sq_cpu.calibration"
+_VERSION = 1
+
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Per-channel input ranges of the linears, by full name; fp32 [in_features] each."""
+
+    channel_min: dict[str, Tensor]
+    channel_max: dict[str, Tensor]
+    tokens: int
+    """Rows that the busiest linear saw."""
+    batches: int
+    unreached: tuple[str, ...] = field(default=())
+    """Linears that no batch reached; they have no ranges."""
+
+    def absmax(self, name: str) -> Tensor:
+        """Return max|X_j| of a linear's input, fp32 [in_features]."""
+        low, high = self.channels(name)
+        return torch.maximum(low.abs(), high.abs())
+
+    def channels(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest value of each input channel of a linear."""
+        if name in self.unreached:
+            raise SqCpuError(
+                f"no calibration batch reached {name}: calibrate on text that does, or ignore it"
+            )
+        if name not in self.channel_min:
+            raise SqCpuError(f"the calibration does not cover {name}: calibrate this very model")
+        return self.channel_min[name], self.channel_max[name]
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a safetensors file; it appears whole or not at all."""
+        tensors = {f"channel_min.{name}": value for name, value in self.channel_min.items()}
+        tensors |= {f"channel_max.{name}": value for name, value in self.channel_max.items()}
+        header = {
+            "format": _FORMAT,
+            "format_version": _VERSION,
+            "tokens": self.tokens,
+            "batches": self.batches,
+            "unreached": list(self.unreached),
+        }
+        with replacing(path) as temporary:
+            temporary.write_bytes(safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` wrote; `SqCpuError` on anything else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise SqCpuError(f"cannot read the calibration {path}: {error}") from error
+        if header is None:
+            raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
+        if header["format_version"] > _VERSION:
+            raise SqCpuError(
+                f"{path} has calibration format {header['format_version']}, newer than this "
+                f"sq_cpu reads ({_VERSION}): upgrade sq_cpu"
+            )
+        low, high = (
+            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
+            for kind in ("channel_min.", "channel_max.")
+        )
+        return cls(low, high, header["tokens"], header["batches"], tuple(header["unreached"]))
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    ignore: tuple[str, ...] = ("lm_head",),
+    progress: bool | None = None,
+) -> Calibration:
+    """Run `model` over `batches` and record the input range of every linear not ignored.
+
+    A batch is a tensor (the model's one positional argument), a tuple or list (positional
+    arguments) or a mapping (keyword arguments). The model runs in evaluation mode without
+    gradients and is left as it was. `progress=None` shows a bar when stderr is a terminal.
+
+    Raises `SqCpuError` when there is no batch, or a batch is empty or of another type, when an
+    activation is NaN or infinite, and when the model has no linear.
+    """
+    linears = quantizable_linears(model, ignore)
+    if not linears:
+        raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
+    if isinstance(batches, Tensor | Mapping | str):
+        raise SqCpuError(
+            f"batches is one {type(batches).__name__}; pass an iterable of batches, as in [batch]"
+        )
+    ranges = {name: _ChannelRange(name, linear) for name, linear in linears.items()}
+    recent = _Recent()
+    count = 0
+    with evaluating(model), _hooked(linears, ranges, recent):
+        for index, batch in enumerate(track(batches, "calibrating", progress)):
+            args, kwargs = _arguments(batch, index)
+            recent.batch = index
+            model(*args, **kwargs)
+            recent.forget()
+            count += 1
+    if count == 0:
+        raise SqCpuError("calibration got no batches: pass at least one (a generator runs once)")
+
+    reached = {name: seen for name, seen in ranges.items() if seen.rows}
+    return Calibration(
+        channel_min={name: seen.low for name, seen in reached.items()},
+        channel_max={name: seen.high for name, seen in reached.items()},
+        tokens=max((seen.rows for seen in reached.values()), default=0),
+        batches=count,
+        unreached=tuple(name for name in ranges if name not in reached),
+    )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block with `model` in evaluation mode and without gradients; restore every module."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Recent:
+    """The input seen last and its range: q, k and v are handed the same tensor in a row."""
+
+    batch = 0
+    key: tuple[int, int] | None = None
+    held: Tensor | None = None  # keeps the address from being reused while the key stands
+    low: Tensor
+    high: Tensor
+
+    def forget(self) -> None:
+        self.key = self.held = None
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Inference tensors have no version that would show an in-place change: never cached.
+        key = None if x.is_inference() else (id(x), x._version)
+        if key is None or key != self.key:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            self.low, self.high = rows.amin(dim=0).float(), rows.amax(dim=0).float()
+            self.key, self.held = key, x
+        return self.low, self.high
+
+
+class _ChannelRange:
+    """Running minimum and maximum of one linear's input channels, fp32."""
+
+    def __init__(self, name: str, linear: nn.Linear) -> None:
+        self.name = name
+        self.rows = 0
+        self.low = torch.full((linear.in_features,), torch.inf)
+        self.high = torch.full((linear.in_features,), -torch.inf)
+
+    def add(self, x: Tensor, recent: _Recent) -> None:
+        rows = x.numel() // self.low.numel()
+        if rows == 0:  # an expert that no token was routed to
+            return
+        low, high = recent.range_of(x)
+        if not (low.isfinite().all() and high.isfinite().all()):
+            raise SqCpuError(
+                f"calibration batch {recent.batch}: NaN or Inf in the input of {self.name}; "
+                "check the batch and the model's weights"
+            )
+        torch.minimum(self.low, low, out=self.low)
+        torch.maximum(self.high, high, out=self.high)
+        self.rows += rows
+
+
+@contextmanager
+def _hooked(
+    linears: Mapping[str, nn.Linear], ranges: Mapping[str, _ChannelRange], recent: _Recent
+) -> Iterator[None]:
+    def watch(seen: _ChannelRange) -> Any:
+        return lambda _module, args, kwargs: seen.add(args[0] if args else kwargs["input"], recent)
+
+    handles = [
+        linear.register_forward_pre_hook(watch(ranges[name]), with_kwargs=True)
+        for name, linear in linears.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, tuple | list):
+        args = tuple(batch)
+    elif isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    else:
+        raise SqCpuError(
+            f"calibration batch {index} is a {type(batch).__name__}; "
+            "a batch is a tensor, a tuple of positional or a dict of keyword arguments"
+        )
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors or any(tensor.numel() == 0 for tensor in tensors):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensor"
+        raise SqCpuError(f"calibration batch {index} is empty ({shapes}): drop it")
+    return args, kwargs

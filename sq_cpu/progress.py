@@ -1,0 +1,30 @@
+"""The one progress bar: on stderr, shown in a terminal unless told otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["track"]
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, show: bool | None = None) -> Iterator[T]:
+    """Yield `items` under a progress bar; `show=None` means only when stderr is a terminal."""
+    if not (sys.stderr.isatty() if show is None else show):
+        yield from items
+        return
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as bar:
+        yield from bar.track(items, total=total, description=description)
