@@ -1,4 +1,4 @@
-"""The int8 linear layer: `QuantLinear` runs the kernels, `linear_reference` defines what they compute.
+"""The int8 linear layer: `QuantLinear` runs the kernels, `linear_reference` defines their result.
 
 Weights are int8 with one fp32 scale per output channel (or per tensor), activations become u8 codes
 with one scale and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 2):
@@ -59,7 +59,7 @@ def quantize_weight(weight: Tensor, granularity: str = "per_channel") -> tuple[T
 
 
 def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
-    """Return the scale and the zero point for activations within [low, high], extended to hold 0."""
+    """Return scale and zero point for activations within [low, high], extended to hold 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     if scheme.symmetric:
         scale, zero_point = max(_FLOOR, -low, high) / scheme.qmax, scheme.zero_point
@@ -160,7 +160,7 @@ def _linear_op(
     scale: float,
     zero_point: int,
 ) -> Tensor:
-    """What torch.compile and torch.export see of the kernel; eager calls go straight to `_run`."""
+    """Run the kernel where torch.compile and torch.export look; eager calls go to `_run`."""
     granularity = getattr(_core.Granularity, activations)
     quantizer = _core.ActivationQuantizer(granularity, symmetric, reduce_range, scale, zero_point)
     return _run(x, packed, out_features, quantizer)
@@ -174,8 +174,8 @@ def _(x: Tensor, packed: Tensor, out_features: int, *_: Any) -> Tensor:
 class QuantLinear(nn.Module):
     """A linear layer with int8 weights and int8 activations, for inference.
 
-    The packed weight is the only resident copy: int8 tiles, column sums, scales and bias in one uint8
-    buffer, which `deepcopy`, pickling, `share_memory` and `.to(dtype)` carry along unchanged.
+    The packed weight is the only resident copy: int8 tiles, column sums, scales and bias in one
+    uint8 buffer, which `deepcopy`, pickling, `share_memory` and `.to(dtype)` carry along unchanged.
     `state_dict` unpacks it exactly, into `weight` (int8 [out_features, in_features]),
     `weight_scale` (fp32 [out_features]), `bias`, and for static schemes `input_scale` and
     `input_zero_point`; `load_state_dict` packs them again.
@@ -324,6 +324,8 @@ class QuantLinear(nn.Module):
         )
 
     def _pack(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        if not scale.isfinite().all():
+            raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
         weight, scale = weight.contiguous(), scale.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
         _core.pack_weight(
@@ -336,13 +338,13 @@ class QuantLinear(nn.Module):
         )
 
     def _unpack(self, **out: Tensor) -> None:
-        addresses = {name: 0 for name in ("weight", "scale", "bias")}
+        addresses = dict.fromkeys(("weight", "scale", "bias"), 0)
         addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
         _core.unpack_weight(
             self.packed.data_ptr(), self.out_features, self.in_features, **addresses
         )
 
-    def _entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the shape and dtype of each entry of the state dict."""
         entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weight": ((self.out_features, self.in_features), torch.int8),
@@ -380,7 +382,7 @@ class QuantLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        entries = self._entries()
+        entries = self.entries()
         found: dict[str, Tensor] = {}
         for name, (shape, dtype) in entries.items():
             tensor = state_dict.get(prefix + name)
@@ -403,6 +405,4 @@ class QuantLinear(nn.Module):
             return
         self._pack(found["weight"], found["weight_scale"], found.get("bias"))
         if "input_scale" in found:
-            self._set_input_code(
-                (float(found["input_scale"]), int(found["input_zero_point"]))
-            )
+            self._set_input_code((float(found["input_scale"]), int(found["input_zero_point"])))

@@ -16,8 +16,8 @@ def isa() -> dict[str, Any]:
 
     Returns
     -------
-    `in_use` (name), `vnni` (bool), `isas` (name -> built, detected, granted, usable, reason), `threads`, `cpu`
-    (model name), `forced` (the value of SQ_CPU_ISA, or None)
+    `in_use` (name), `vnni` (bool), `isas` (name -> built, detected, granted, usable, reason),
+    `threads`, `cpu` (model name), `forced` (the value of SQ_CPU_ISA, or None)
 
     Raises
     ------

@@ -224,10 +224,10 @@ def test_load_state_dict_names_what_is_wrong() -> None:
     state = make(70, 20, Scheme()).state_dict()
     with pytest.raises(RuntimeError, match=r"weight is torch.int8 \(20, 70\), the layer needs"):
         QuantLinear.empty(71, 20, Scheme(), bias=True).load_state_dict(state)
-    with pytest.raises(RuntimeError, match='Unexpected key.*"bias"'):
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"bias"'):
         QuantLinear.empty(70, 20, Scheme(), bias=False).load_state_dict(state)
     del state["weight_scale"]
-    with pytest.raises(RuntimeError, match='Missing key.*"weight_scale"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight_scale"'):
         QuantLinear.empty(70, 20, Scheme(), bias=True).load_state_dict(state)
 
 
@@ -267,13 +267,13 @@ def test_other_processes_read_the_shared_weight() -> None:
 
 def test_bad_input_is_one_clear_line() -> None:
     layer = make(8, 4, Scheme())
-    with pytest.raises(SqCpuError, match="input is torch.float64; use float32"):
+    with pytest.raises(SqCpuError, match=r"input is torch.float64; use float32"):
         layer(torch.zeros(2, 8, dtype=torch.float64))
     with pytest.raises(SqCpuError, match="input has 7 features, the layer 8"):
         layer(torch.zeros(2, 7))
     with pytest.raises(SqCpuError, match="the CPU only"):
         layer(torch.zeros(2, 8, device="meta"))
-    with torch.enable_grad(), pytest.raises(SqCpuError, match="torch.no_grad"):
+    with torch.enable_grad(), pytest.raises(SqCpuError, match=r"torch.no_grad"):
         layer(torch.zeros(2, 8, requires_grad=True))
     with pytest.raises(SqCpuError, match="needs the input's range"):
         QuantLinear.from_float(nn.Linear(8, 4), Scheme.of("O3"))

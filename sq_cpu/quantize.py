@@ -1,0 +1,166 @@
+"""The one stage that changes a model: fold the smoothing, then swap Linear for QuantLinear."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sq_cpu import _core
+from sq_cpu.calibrate import Calibration
+from sq_cpu.errors import SqCpuError
+from sq_cpu.families import quantizable_linears
+from sq_cpu.linear import QuantLinear
+from sq_cpu.progress import track
+from sq_cpu.runtime import has_vnni
+from sq_cpu.scheme import Scheme
+from sq_cpu.smooth import SmoothPlan, fold
+
+__all__ = ["QuantizationRecord", "quantize", "replace_linears"]
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """What was done to a model, kept as `model.sq_cpu_config` and in its checkpoint."""
+
+    scheme: Scheme
+    plan: SmoothPlan | None
+    """None for a model that was not smoothed."""
+    layers: tuple[str, ...]
+    """Full names of the quantized linears."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON types."""
+        plan = None if self.plan is None else self.plan.to_dict()
+        return {"scheme": self.scheme.to_dict(), "plan": plan, "layers": list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationRecord:
+        """Rebuild what `to_dict` gave, from a mapping that may hold more; else `SqCpuError`."""
+        try:
+            scheme, plan, layers = values["scheme"], values["plan"], values["layers"]
+        except KeyError as error:
+            raise SqCpuError(f"the quantization record has no field {error}") from error
+        return cls(
+            scheme=Scheme.from_dict(scheme),
+            plan=None if plan is None else SmoothPlan.from_dict(plan),
+            layers=tuple(layers),
+        )
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    plan: SmoothPlan | None = None,
+    *,
+    scheme: str | Scheme = "O1",
+    smooth: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Quantize the linears of `model` in place to int8 and return it, ready to run.
+
+    With `plan=None` every group is smoothed at alpha 0.5. `smooth=False` leaves the weights as they
+    are (naive W8A8) and takes any module; only there, and with a scheme that is not static, may the
+    calibration be omitted. Afterwards the model is in evaluation mode, has no gradients, and
+    carries a `QuantizationRecord` as `model.sq_cpu_config`.
+
+    Raises `SqCpuError` before anything is changed: for an unknown scheme or family, a model that is
+    quantized already or has no linear, weights that are NaN, Inf or too long for int32 sums, a
+    calibration that misses a layer, and a fold that would change the model's function.
+    """
+    scheme = Scheme.of(scheme).resolve(has_vnni())
+    linears = quantizable_linears(model, scheme.ignore)
+    _check_model(model, linears)
+    _check_calibration(linears, calibration, needed=smooth or scheme.activations == "static")
+    if plan is not None and not smooth:
+        raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
+
+    scales: dict[str, Tensor] = {}
+    if smooth:
+        assert calibration is not None  # _check_calibration raised otherwise
+        plan = plan or SmoothPlan.uniform(model, calibration)
+        scales = fold(model, plan, calibration)
+
+    layers = tuple(linears)
+    for name in track(layers, "quantizing", progress):
+        # One at a time, so that each float weight is freed before the next int8 one is made.
+        linear = linears.pop(name)
+        input_range = None
+        if calibration is not None and scheme.activations == "static":
+            input_range = _input_range(calibration, name, scales.get(name))
+        _untie(model, linear)
+        replace_linears(model, {name: QuantLinear.from_float(linear, scheme, input_range)})
+    model.eval().requires_grad_(False)
+    model.sq_cpu_config = QuantizationRecord(scheme, plan, layers)  # type: ignore[assignment]
+    return model
+
+
+def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each module of `layers` (by full name) in the place of the model's module there.
+
+    A module that the model holds under several names is replaced under all of them.
+    """
+    new = {model.get_submodule(name): module for name, module in layers.items()}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child in new:
+                setattr(parent, key, new[child])
+
+
+def _check_model(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise SqCpuError("the model is quantized already; start from its float weights")
+    if not linears:
+        raise SqCpuError("nothing to quantize: the model has no Linear that is not ignored")
+    if "" in linears:
+        raise SqCpuError(
+            "the model is itself a Linear, which cannot be replaced in place; "
+            "use QuantLinear.from_float"
+        )
+    for name, linear in linears.items():
+        if linear.in_features > _core.MAX_DEPTH:
+            raise SqCpuError(
+                f"{name} has {linear.in_features} input channels; int32 sums hold "
+                f"{_core.MAX_DEPTH}: ignore it"
+            )
+        for kind, parameter in linear.named_parameters():
+            if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+                raise SqCpuError(f"{name}.{kind} has NaN or Inf; repair the model or ignore it")
+
+
+def _check_calibration(
+    linears: Mapping[str, nn.Linear], calibration: Calibration | None, needed: bool
+) -> None:
+    if not needed:
+        return
+    if calibration is None:
+        raise SqCpuError(
+            "smoothing and static activation scales need a calibration; pass calibrate(...), "
+            "or a dynamic scheme with smooth=False"
+        )
+    for name, linear in linears.items():
+        low, _ = calibration.channels(name)
+        if low.shape != (linear.in_features,):
+            raise SqCpuError(
+                f"the calibration has {low.numel()} channels for {name}, which has "
+                f"{linear.in_features}; calibrate this very model"
+            )
+
+
+def _input_range(calibration: Calibration, name: str, s: Tensor | None) -> tuple[float, float]:
+    """Return the range of a linear's smoothed input: exact, for s > 0 keeps the order."""
+    low, high = calibration.channels(name)
+    if s is not None:
+        low, high = low / s, high / s
+    return float(low.min()), float(high.max())
+
+
+def _untie(model: nn.Module, linear: nn.Linear) -> None:
+    """Say in the config that a quantized head no longer shares the embedding's weight."""
+    config: Any = getattr(model, "config", None)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if linear is head and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
