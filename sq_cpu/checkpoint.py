@@ -1,0 +1,497 @@
+"""Checkpoints: safetensors files beside a config.json that describes them. No pickle anywhere.
+
+A checkpoint is a folder as transformers writes it, with int8 weights where a linear was quantized:
+
+    config.json                  the model's config plus ``quantization_config`` (below)
+    model.safetensors            or model-0000x-of-0000y.safetensors and an index of them
+    generation_config.json, ...  what the model and the tokenizer add
+
+A quantized linear ``L`` of shape [N, K] is stored unpacked, so that a file serves every machine:
+``L.weight`` int8 [N, K], ``L.weight_scale`` fp32 [N], ``L.bias`` fp32 [N] if it has one, and for
+static schemes ``L.input_scale`` fp32 [] and ``L.input_zero_point`` int32 []. Everything else is
+stored under its own name in its own dtype; tied weights are stored once.
+
+``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
+:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``), ``files`` (name -> SHA-256 of every
+safetensors file) and ``companions`` (the other files that :func:`save` wrote).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.linear import QuantLinear
+from sq_cpu.quantize import QuantizationRecord, replace_linears
+
+__all__ = ["load", "save"]
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "sq_cpu"
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a quantized model, all of it or nothing.
+
+    The folder is built beside ``path`` and moved into place when it is complete. An existing
+    folder is replaced only if it is a checkpoint that :func:`save` wrote and holds nothing else.
+    Weights are unpacked one file at a time: peak extra memory is one shard.
+
+    Buffers that transformers does not store (rotary frequencies) are rebuilt from the config at
+    load, as ``from_pretrained`` does.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model that :func:`sq_cpu.quantize` or :func:`load` returned.
+    path : path-like
+        Folder to write; missing parents are made.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Saved into the same folder.
+    max_shard_size : int or str
+        Largest safetensors file, in bytes or as "5GB"; a larger single tensor gets its own file.
+
+    Returns
+    -------
+    pathlib.Path
+        ``path``.
+
+    Raises
+    ------
+    SqCpuError
+        The model is not one of ours, ``path`` holds something else, or writing failed.
+    """
+    record = _record_of(model)
+    target = Path(os.path.realpath(path))
+    _check_replaceable(target)
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    staging = _sibling(target)
+    try:
+        staging.mkdir(parents=True)
+        _write(cast(Any, model), record, tokenizer, staging, max_shard_size)
+        _move_into_place(staging, target)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            for parent in new_parents:  # nearest first; stops at one that is in use
+                parent.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            raise SqCpuError(
+                f"cannot write checkpoint {target}: {_first_line(error)}; "
+                "choose a writable folder with enough free space"
+            ) from error
+        raise
+    return Path(path)
+
+
+def load(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None, verify: bool = True
+) -> nn.Module:
+    """Read a checkpoint that :func:`save` wrote; logits equal those before saving, bit for bit.
+
+    Parameters are never allocated twice or initialised: each int8 weight is packed as it is read,
+    so peak memory is the model's own size plus one layer (and file pages, which the kernel may
+    drop at will).
+
+    Parameters
+    ----------
+    path : path-like
+        The checkpoint's folder.
+    dtype : torch.dtype, optional
+        fp32, bf16 or fp16 for everything that is not quantized; default: as stored.
+    verify : bool
+        Compare every safetensors file with its SHA-256 first.
+
+    Returns
+    -------
+    transformers.PreTrainedModel
+        In eval mode, without gradients, with ``sq_cpu_config`` as :func:`sq_cpu.quantize` set it.
+
+    Raises
+    ------
+    SqCpuError
+        Not a checkpoint of ours, a newer format, or a missing, damaged or mismatching file or
+        tensor, which is named.
+    """
+    if dtype is not None and dtype not in _FLOATS:
+        raise SqCpuError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or float16")
+    folder = Path(path)
+    settings = _read_settings(folder)
+    files = _read_files(folder, settings)
+    try:
+        record = QuantizationRecord.from_dict(settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SqCpuError(
+            f"{folder / _CONFIG}: bad quantization_config ({_first_line(error)}); "
+            "save the model again with sq_cpu.save"
+        ) from error
+    for name, digest in files.items() if verify else ():
+        if _sha256(folder / name) != digest:
+            raise SqCpuError(
+                f"{folder / name} is damaged: its SHA-256 is not the one in {_CONFIG}; "
+                "copy or save the checkpoint again"
+            )
+    model = _skeleton(folder, dtype)
+    replace_linears(model, _empty_layers(folder, model, record))
+    _fill(model, folder, list(files), dtype)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    model.eval().requires_grad_(False)
+    model.sq_cpu_config = record
+    return cast(nn.Module, model)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def _record_of(model: nn.Module) -> QuantizationRecord:
+    record = getattr(model, "sq_cpu_config", None)
+    if not isinstance(record, QuantizationRecord):
+        raise SqCpuError(
+            f"{type(model).__name__} is not quantized by sq_cpu; call sq_cpu.quantize before save"
+        )
+    architecture = type(model).__name__
+    if getattr(transformers, architecture, None) is not type(model):
+        raise SqCpuError(
+            f"{architecture} is not a class of transformers, so load could not rebuild it; "
+            "keep its state_dict() with safetensors instead"
+        )
+    return record
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace anything that ``save`` did not write."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SqCpuError(f"{target} is a file; choose another folder to save to")
+    found = {entry.name for entry in target.iterdir()}
+    if not found:
+        return
+    try:
+        settings = _read_settings(target)
+        ours = {_CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
+    except (SqCpuError, TypeError) as error:
+        raise SqCpuError(
+            f"{target} is not empty and is not an sq_cpu checkpoint; choose another folder"
+        ) from error
+    if foreign := sorted(found - ours):
+        raise SqCpuError(
+            f"{target} holds {foreign[0]}, which save did not write and will not delete; "
+            "move it away or choose another folder"
+        )
+
+
+def _write(
+    model: Any, record: QuantizationRecord, tokenizer: Any, folder: Path, max_shard_size: int | str
+) -> None:
+    # Small files first: what can be refused is refused before gigabytes are written.
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = {}
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    files = _write_tensors(model, folder, max_shard_size)
+    settings = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        **record.to_dict(),
+        "files": files,
+        "companions": sorted({e.name for e in folder.iterdir()} - {_CONFIG, *files}),
+    }
+    content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    content["quantization_config"] = settings
+    (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_tensors(model: Any, folder: Path, max_shard_size: int | str) -> dict[str, str]:
+    """Write the safetensors files (and an index if there are several); name -> SHA-256."""
+    stored: dict[str, Tensor] = {}
+    layer_of: dict[str, tuple[str, QuantLinear]] = {}
+    ties: dict[str, str] = model.all_tied_weights_keys
+    storages: set[int] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            # Only shapes now: each weight is unpacked when its file is written.
+            entries = _layer_entries(module, prefix)
+            stored |= entries
+            layer_of |= dict.fromkeys(entries, (prefix, module))
+            continue
+        for name, tensor in _own_entries(module, prefix).items():
+            if not _is_tied(model, name, ties):
+                storage = tensor.untyped_storage().data_ptr()
+                stored[name] = tensor.clone() if storage in storages else tensor
+                storages.add(storage)
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
+    digests = {}
+    for file, names in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            if name not in layer_of:
+                shard[name] = stored[name].contiguous()
+            elif name not in shard:
+                prefix, module = layer_of[name]
+                entries = _own_entries(module, prefix)
+                shard.update({key: entries[key] for key in entries if key in names})
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        # safetensors makes files that only their owner can read; give them the umask's mode.
+        shutil.copymode(folder / _CONFIG, folder / file)
+        digests[file] = _sha256(folder / file)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return digests
+
+
+def _own_entries(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Give the state_dict entries of this module alone, children left out."""
+    entries: dict[str, Tensor] = {}
+    module._save_to_state_dict(entries, f"{prefix}." if prefix else "", keep_vars=False)
+    return entries
+
+
+def _is_tied(model: Any, name: str, ties: dict[str, str]) -> bool:
+    source = ties.get(name)
+    return source is not None and model.get_parameter(source) is model.get_parameter(name)
+
+
+def _sibling(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    old = _sibling(target)
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Read and check ``quantization_config``; its files are not looked at."""
+    path = folder / _CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SqCpuError(
+            f"{path} does not exist; give the folder that sq_cpu.save wrote"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8 or not JSON
+        raise SqCpuError(
+            f"{path} cannot be read as JSON ({_first_line(error)}); copy the checkpoint again"
+        ) from error
+    settings = content.get("quantization_config") if isinstance(content, dict) else None
+    if not isinstance(settings, dict):
+        raise SqCpuError(
+            f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
+        )
+    if settings.get("quant_method") != QUANT_METHOD:
+        raise SqCpuError(
+            f"{path}: quant_method is {settings.get('quant_method')!r}, expected "
+            f"{QUANT_METHOD!r}; load it with transformers instead"
+        )
+    version = settings.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise SqCpuError(f"{path}: format_version is {version!r}, expected a positive integer")
+    if version > FORMAT_VERSION:
+        raise SqCpuError(
+            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the newest this "
+            "sq_cpu reads; upgrade sq_cpu"
+        )
+    return settings
+
+
+def _read_files(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Give the safetensors files (name -> SHA-256), all of which exist."""
+    files = settings.get("files")
+    if not isinstance(files, dict) or not files:
+        raise SqCpuError(f"{folder / _CONFIG} lists no files; save the model again")
+    for name in files:
+        if Path(name).name != name:
+            raise SqCpuError(f"{folder / _CONFIG}: file name {name!r} leaves the folder; rename it")
+        if not (folder / name).is_file():
+            raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
+    return cast(dict[str, str], files)
+
+
+def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
+    """Build the model with parameters on the meta device and buffers in memory."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        del config.quantization_config
+        architecture = config.architectures[0]
+        model_class = getattr(transformers, architecture)
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            return model_class._from_config(config, dtype=dtype or config.dtype)
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+        raise SqCpuError(
+            f"{folder / _CONFIG}: transformers {transformers.__version__} cannot build this model "
+            f"({_first_line(error)}); check architectures and upgrade transformers"
+        ) from error
+
+
+def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[str, QuantLinear]:
+    layers = {}
+    modules = dict(model.named_modules())
+    for name in record.layers:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise SqCpuError(
+                f"{folder / _CONFIG}: layer {name} is not a linear of {type(model).__name__}; "
+                "save the model again"
+            )
+        layers[name] = QuantLinear.empty(
+            linear.in_features, linear.out_features, record.scheme, bias=linear.bias is not None
+        )
+    return layers
+
+
+def _layer_entries(layer: QuantLinear, prefix: str) -> dict[str, Tensor]:
+    """Give name -> meta tensor of what a quantized linear stores."""
+    return {
+        f"{prefix}.{key}": torch.empty(shape, dtype=dtype, device="meta")
+        for key, (shape, dtype) in layer.entries().items()
+    }
+
+
+def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None) -> None:
+    """Read every tensor into the skeleton and tie what is tied."""
+    with ExitStack() as stack:
+        found: dict[str, tuple[Path, Any]] = {}
+        for file in files:
+            try:
+                handle = stack.enter_context(safe_open(folder / file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise SqCpuError(
+                    f"{folder / file} is damaged ({_first_line(error)}); copy the checkpoint again"
+                ) from error
+            stored = handle.keys()  # a method of safe_open, which is no mapping
+            for name in stored:
+                if name in found:
+                    raise SqCpuError(
+                        f"tensor {name} is in both {found[name][0].name} and {file}; save again"
+                    )
+                found[name] = (folder / file, handle)
+
+        modules = dict(model.named_modules())
+        expected = {
+            prefix: _layer_entries(module, prefix)
+            if isinstance(module, QuantLinear)
+            else _own_entries(module, prefix)
+            for prefix, module in modules.items()
+        }
+        quantized = {
+            n for p, m in modules.items() if isinstance(m, QuantLinear) for n in expected[p]
+        }
+        names = {name for entries in expected.values() for name in entries}
+        tied = {
+            target: source
+            for target, source in model.all_tied_weights_keys.items()
+            if target not in found and target not in quantized and source in found
+        }
+        if missing := sorted(names - found.keys() - tied.keys()):
+            raise SqCpuError(f"{folder}: {_listed(missing)} missing; save the model again")
+        if unexpected := sorted(found.keys() - names):
+            raise SqCpuError(
+                f"{folder}: {_listed(unexpected)} not expected by {type(model).__name__}; "
+                "save the model again"
+            )
+
+        for prefix, entries in expected.items():
+            module = modules[prefix]
+            values = {
+                name.removeprefix(f"{prefix}."): _read_tensor(*found[name], name, entry, quantized)
+                for name, entry in entries.items()
+                if name not in tied
+            }
+            if isinstance(module, QuantLinear):
+                module.load_state_dict(values)
+                continue
+            for key, value in values.items():
+                # A copy: the model must not change when the file does.
+                own = value.to(dtype if value.is_floating_point() else None, copy=True)
+                is_parameter = key in module._parameters
+                setattr(
+                    module, key, nn.Parameter(own, requires_grad=False) if is_parameter else own
+                )
+
+    for target, source in tied.items():
+        parent, _, key = target.rpartition(".")
+        setattr(model.get_submodule(parent), key, model.get_parameter(source))
+    model.all_tied_weights_keys = tied
+
+
+def _read_tensor(
+    path: Path, handle: Any, name: str, expected: Tensor, quantized: set[str]
+) -> Tensor:
+    value = cast(Tensor, handle.get_tensor(name))
+    # What is not quantized may be stored in any float dtype: models mix them.
+    any_float = name not in quantized and expected.is_floating_point()
+    same_kind = value.dtype in _FLOATS if any_float else value.dtype == expected.dtype
+    if value.shape != expected.shape or not same_kind:
+        wanted = "a float dtype" if any_float else str(expected.dtype).removeprefix("torch.")
+        raise SqCpuError(
+            f"{path}: tensor {name} is {str(value.dtype).removeprefix('torch.')} "
+            f"{list(value.shape)}, expected {wanted} {list(expected.shape)}; save the model again"
+        )
+    return value
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def _listed(names: list[str]) -> str:
+    """Give "tensor a" or "3 tensors (a, b, c)", at most three by name."""
+    if len(names) == 1:
+        return f"tensor {names[0]}"
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{more})"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
