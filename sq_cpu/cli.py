@@ -1,0 +1,446 @@
+"""The command line `sq-cpu`: thin, it turns arguments into calls and results into text or JSON.
+
+Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted. What a command
+has to say goes to stdout, `--json` makes that one JSON object; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from typer.core import TyperGroup
+
+from sq_cpu import checkpoint, demo, hf, texts
+from sq_cpu.calibrate import calibrate
+from sq_cpu.errors import SqCpuError
+from sq_cpu.evaluate import perplexity, token_windows
+from sq_cpu.quantize import quantize as quantize_model
+from sq_cpu.runtime import isa
+from sq_cpu.scheme import Scheme
+from sq_cpu.smooth import SmoothPlan
+
+__all__ = ["app", "main"]
+
+
+class _Commands(TyperGroup):
+    """Commands whose expected failures are one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SqCpuError as error:
+            _fail(str(error))
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader went away: typer ends quietly
+                raise
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except KeyboardInterrupt:
+            _fail("interrupted", code=130)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="SmoothQuant for Xeon: quantize language models to int8 and run them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class _Scheme(str, Enum):
+    o1, o2, o3 = "O1", "O2", "O3"
+
+
+class _Weights(str, Enum):
+    per_channel, per_tensor = "per_channel", "per_tensor"
+
+
+class _ReduceRange(str, Enum):
+    no, yes, auto = "no", "yes", "auto"
+
+    def setting(self) -> bool | Literal["auto"]:
+        return "auto" if self is _ReduceRange.auto else self is _ReduceRange.yes
+
+
+class _Dtype(str, Enum):
+    fp32, bf16, fp16 = "fp32", "bf16", "fp16"
+
+
+_TORCH_DTYPES = {
+    _Dtype.fp32: torch.float32,
+    _Dtype.bf16: torch.bfloat16,
+    _Dtype.fp16: torch.float16,
+    None: None,  # as stored
+}
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the name of a hub model."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+_Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+_StoredDtype = Annotated[
+    _Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")
+]
+
+
+@app.command("quantize")
+def quantize_command(
+    model: _Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    scheme: Annotated[
+        _Scheme,
+        typer.Option(help="Activation scales: O1 per token, O2 per tensor, O3 static."),
+    ] = _Scheme.o1,
+    alpha: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Migration strength. [default: 0.5]"),
+    ] = None,
+    smooth: Annotated[bool, typer.Option(help="Smooth before quantizing.")] = True,
+    calib: Annotated[
+        list[Path] | None,
+        typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows in all.")] = 16,
+    window: _Window = 512,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Activation range.")
+    ] = True,
+    weights: Annotated[_Weights, typer.Option(help="Weight scales.")] = _Weights.per_channel,
+    reduce_range: Annotated[
+        _ReduceRange,
+        typer.Option(help="7-bit activations; auto: on processors without VNNI."),
+    ] = _ReduceRange.no,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
+    ] = None,
+    dtype: Annotated[_Dtype, typer.Option(help="What is not int8 is kept in this.")] = _Dtype.fp32,
+    overwrite: Annotated[bool, typer.Option(help="Replace an sq_cpu checkpoint in OUT.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Quantize MODEL to int8 and save it to OUT."""
+    if alpha is not None and not smooth:
+        raise typer.BadParameter("--alpha has no effect with --no-smooth; drop one of them")
+    overrides: dict[str, Any] = {
+        "symmetric": symmetric,
+        "weights": weights.value,
+        "reduce_range": reduce_range.setting(),
+    }
+    if ignore:
+        overrides["ignore"] = tuple(ignore)
+    settings = Scheme.of(scheme.value, **overrides)
+    _check_output(out, overwrite)
+    calibration_texts = _read_all(calib or [])
+
+    start = time.perf_counter()
+    loaded, tokenizer = _load(model, dtype)
+    float_bytes = demo.linear_bytes(loaded, settings.ignore)
+    calibration = None
+    if smooth or settings.activations == "static":
+        batches = _calibration_batches(tokenizer, calibration_texts, window, windows)
+        _say(f"calibrating on {len(batches)} windows of {window} tokens")
+        calibration = calibrate(loaded, batches, ignore=settings.ignore)
+    plan = None
+    if smooth and calibration is not None:
+        plan = SmoothPlan.uniform(loaded, calibration, 0.5 if alpha is None else alpha)
+    _say(f"quantizing with {settings.name}")
+    quantize_model(loaded, calibration, plan, scheme=settings, smooth=smooth)
+    _say(f"saving {out}")
+    checkpoint.save(loaded, out, tokenizer)
+
+    record: Any = loaded.sq_cpu_config
+    result = {
+        "output": str(out),
+        "scheme": record.scheme.to_dict(),
+        "smooth": smooth,
+        "alpha": (0.5 if alpha is None else alpha) if smooth else None,
+        "layers": len(record.layers),
+        "calibration_tokens": calibration.tokens if calibration else 0,
+        "linear_bytes": {"float": float_bytes, "int8": demo.linear_bytes(loaded, settings.ignore)},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    sizes = result["linear_bytes"]
+    _emit(
+        result,
+        as_json,
+        f"{out}: {result['layers']} linears in int8 ({settings.name}), "
+        f"{_mb(sizes['float'])} -> {_mb(sizes['int8'])} MB, in {result['seconds']:.0f} s",
+    )
+
+
+@app.command("eval")
+def eval_command(
+    model: _Model,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to score. [default: the shipped text]")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 20,
+    window: _Window = 512,
+    dtype: _StoredDtype = None,
+    as_json: _Json = False,
+) -> None:
+    """Print the perplexity of MODEL, quantized or not."""
+    scored: str | Sequence[str]
+    if text is None:
+        scored = texts.evaluation()
+        _check_shipped(windows, len(scored), "--text")
+    else:
+        scored = _read(text)
+    loaded, tokenizer = _load(model, dtype)
+    value = perplexity(loaded, tokenizer, scored, window=window, windows=windows)
+    origin = "the shipped text" if text is None else str(text)
+    _emit(
+        {
+            "model": model,
+            "perplexity": value,
+            "windows": windows,
+            "window": window,
+            "text": None if text is None else str(text),
+        },
+        as_json,
+        f"perplexity {value:.3f} ({windows} windows of {window} tokens of {origin})",
+    )
+
+
+@app.command("generate")
+def generate_command(
+    model: _Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask PROMPT as a chat message.")] = False,
+    dtype: _StoredDtype = None,
+    as_json: _Json = False,
+) -> None:
+    """Continue PROMPT with MODEL, quantized or not."""
+    loaded, tokenizer = _load(model, dtype)
+    ids = demo.answer_ids(tokenizer, prompt, chat=chat)
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    start = time.perf_counter()
+    with torch.inference_mode():
+        made = _new_tokens(loaded, ids, max_new_tokens, sampling)
+    seconds = time.perf_counter() - start
+    answer = tokenizer.decode(made, skip_special_tokens=True)
+    result = {
+        "model": model,
+        "prompt": prompt,
+        "text": answer,
+        "tokens": len(made),
+        "seconds": round(seconds, 3),
+    }
+    _emit(result, as_json, answer if chat else prompt + answer)
+
+
+@app.command("info")
+def info_command(as_json: _Json = False) -> None:
+    """Show which instruction sets run here, and why the others do not."""
+    here = isa()
+    if as_json:
+        _emit(here, as_json, "")
+        return
+    table = Table(title=here["cpu"], title_justify="left")
+    for heading in ("instruction set", "built", "detected", "granted", "usable", ""):
+        table.add_column(heading)
+    for name, facts in here["isas"].items():
+        flags = ["yes" if facts[key] else "no" for key in ("built", "detected", "granted")]
+        mark = "in use" if name == here["in_use"] else facts["reason"]
+        table.add_row(name, *flags, "yes" if facts["usable"] else "no", mark)
+    console = Console()
+    console.print(table)
+    forced = f", forced by SQ_CPU_ISA={here['forced']}" if here["forced"] else ""
+    console.print(f"in use: {here['in_use']}{forced}; threads: {here['threads']}")
+
+
+@app.command("demo")
+def demo_command(
+    model: Annotated[
+        str | None, typer.Option(help="Folder, .gguf file or hub name. [default: SmolLM2-135M]")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder to write. [default: NAME-int8]")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Quantize a small model three ways, measure all beside fp32, and save the best O3.
+
+    Replaces what an earlier run saved. Takes minutes.
+    """
+    source = demo.find_model(model)
+    if out is None:
+        out = Path("smollm2-135m-int8" if model is None else f"{Path(model).stem}-int8")
+    _check_output(out, overwrite=True)
+    start = time.perf_counter()
+    base, tokenizer = _load(source, _Dtype.fp32)
+    report = demo.run(base, tokenizer, out, say=_say)
+    seconds = time.perf_counter() - start
+    if as_json:
+        _emit({"model": str(source), **report.to_dict(), "seconds": round(seconds, 1)}, as_json, "")
+        return
+    _print_report(Path(source).name, report, seconds)
+
+
+def main() -> None:
+    """Run the command line (the console script `sq-cpu`)."""
+    app(prog_name="sq-cpu")
+
+
+# --- what the commands share --------------------------------------------------------------------
+
+
+def _fail(message: str, code: int = 1) -> None:
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(code)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _emit(result: dict[str, Any], as_json: bool, line: str) -> None:
+    typer.echo(json.dumps(result) if as_json else line)
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse what cannot be written, before the long work."""
+    if folder.exists() and not folder.is_dir():
+        raise SqCpuError(f"{folder} is a file; give -o a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not hf.is_checkpoint(folder):
+            raise SqCpuError(f"{folder} is not empty; give -o another folder")
+        if not overwrite:
+            raise SqCpuError(f"{folder} holds a checkpoint; use --overwrite or another folder")
+    # The folder is replaced as a whole, so it is the one above it that must be writable.
+    parent = folder.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise SqCpuError(
+            f"cannot write to {parent} ({error.strerror}); give -o another folder"
+        ) from error
+
+
+def _read(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SqCpuError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+    if not text.strip():
+        raise SqCpuError(f"{path} holds no text")
+    return text
+
+
+def _read_all(paths: Sequence[Path]) -> list[str]:
+    return [_read(path) for path in paths]
+
+
+def _check_shipped(windows: int, documents: int, option: str) -> None:
+    if windows > documents:
+        raise SqCpuError(
+            f"the shipped text has {documents} windows, not {windows}; give a text with {option}"
+        )
+
+
+def _calibration_batches(
+    tokenizer: Any, own: Sequence[str], window: int, windows: int
+) -> list[Tensor]:
+    """Cut `windows` windows, shared out evenly when there are several texts."""
+    if not own:
+        documents = texts.calibration()
+        _check_shipped(windows, len(documents), "--calib")
+        return token_windows(tokenizer, documents, window=window, windows=windows)
+    if windows < len(own):
+        raise SqCpuError(f"{len(own)} calibration texts need at least as many --windows")
+    batches = []
+    for index, text in enumerate(own):
+        share = windows // len(own) + (index < windows % len(own))
+        batches += token_windows(tokenizer, text, window=window, windows=share)
+    return batches
+
+
+def _load(source: str | Path, dtype: _Dtype | None) -> tuple[nn.Module, Any]:
+    # Keep the libraries' own chatter off the terminal: ours says what a user can act on.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _say(f"loading {source}")
+    # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
+    with contextlib.redirect_stderr(io.StringIO()):
+        return hf.load_source(source, dtype=_TORCH_DTYPES[dtype])
+
+
+def _new_tokens(
+    model: nn.Module, ids: Tensor, max_new_tokens: int, sampling: dict[str, Any]
+) -> list[int]:
+    generator: Any = model
+    made = generator.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        **sampling,
+    )
+    return made[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
+def _print_report(model: str, report: demo.Report, seconds: float) -> None:
+    first = report.rows[0]
+    table = Table(title=f"{model}, alpha {demo.ALPHA}", title_justify="left")
+    table.add_column("")
+    for heading in ("perplexity", "vs fp32", "linears MB", "prefill tok/s", "decode tok/s"):
+        table.add_column(heading, justify="right")
+    for row in report.rows:
+        prefill, decode = row.prefill / first.prefill, row.decode / first.decode
+        table.add_row(
+            row.name,
+            f"{row.perplexity:.2f}",
+            f"{(row.perplexity / first.perplexity - 1) * 100:+.1f} %",
+            f"{_mb(row.linear_bytes)} ({row.linear_bytes / first.linear_bytes:.3f})",
+            f"{row.prefill:.1f} ({prefill:.2f}x)",
+            f"{row.decode:.1f} ({decode:.2f}x)",
+        )
+    # A pipe has no width: the table keeps its own then, instead of a guess of 80.
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
+    turns = "in turns" if report.interleaved else "one after another (too little memory for turns)"
+    lines = [
+        f"{report.cpu}; {report.isa}; {report.threads} threads; medians, variants timed {turns};",
+        f"perplexity on the shipped text; {seconds:.0f} s in all",
+        "",
+        demo.QUESTION,
+        *(f"  {row.name}: {row.answer}" for row in report.rows),
+        "",
+        f"{report.saved_variant} is saved in {report.saved}; load it with",
+        "  import sq_cpu",
+        f"  model = sq_cpu.load({report.saved!r})",
+    ]
+    typer.echo("\n".join(lines))

