@@ -1,12 +1,13 @@
 """SmoothQuant for Xeon: int8 weights and int8 activations on AVX-512 VNNI and AMX.
 
-calibrate -> smooth -> quantize -> save -> load -> run; the README shows the whole way.
+calibrate -> smooth -> tune -> quantize -> save -> load -> run; the README shows the whole way.
 """
 
 from importlib.metadata import version as _version
 
 import torch as _torch  # noqa: F401  first: the extension uses the OpenMP runtime that torch loads
 
+from sq_cpu import transformers_plugin as _transformers_plugin  # noqa: F401  registers itself
 from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
@@ -16,6 +17,7 @@ from sq_cpu.quantize import quantize
 from sq_cpu.runtime import isa
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
+from sq_cpu.tune import tune
 
 __version__ = _version("sq_cpu")
 
@@ -31,4 +33,5 @@ __all__ = [
     "perplexity",
     "quantize",
     "save",
+    "tune",
 ]

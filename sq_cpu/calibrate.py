@@ -34,10 +34,13 @@ Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Per-channel input ranges of the linears, by full name; fp32 [in_features] each."""
+    """What the linears' inputs look like, by the linears' full names."""
 
     channel_min: dict[str, Tensor]
     channel_max: dict[str, Tensor]
+    """Range of every input channel, fp32 [in_features] each."""
+    rows: dict[str, Tensor]
+    """A uniform sample of input rows, of the model's dtype [at most `rows`, in_features] each."""
     tokens: int
     """Rows that the busiest linear saw."""
     batches: int
@@ -63,6 +66,7 @@ class Calibration:
         """Write a safetensors file; it appears whole or not at all."""
         tensors = {f"channel_min.{name}": value for name, value in self.channel_min.items()}
         tensors |= {f"channel_max.{name}": value for name, value in self.channel_max.items()}
+        tensors |= {f"rows.{name}": value for name, value in self.rows.items()}
         header = {
             "format": _FORMAT,
             "format_version": _VERSION,
@@ -90,11 +94,11 @@ class Calibration:
                 f"{path} has calibration format {header['format_version']}, newer than this "
                 f"sq_cpu reads ({_VERSION}): upgrade sq_cpu"
             )
-        low, high = (
+        low, high, rows = (
             {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in ("channel_min.", "channel_max.")
+            for kind in ("channel_min.", "channel_max.", "rows.")
         )
-        return cls(low, high, header["tokens"], header["batches"], tuple(header["unreached"]))
+        return cls(low, high, rows, header["tokens"], header["batches"], tuple(header["unreached"]))
 
 
 def calibrate(
@@ -102,9 +106,13 @@ def calibrate(
     batches: Iterable[Batch],
     *,
     ignore: tuple[str, ...] = ("lm_head",),
+    rows: int = 64,
     progress: bool | None = None,
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
+
+    Beside the range, a uniform sample of at most `rows` input rows is kept of each linear, for
+    `tune`; they take rows * in_features elements a linear.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). The model runs in evaluation mode without
@@ -120,7 +128,7 @@ def calibrate(
         raise SqCpuError(
             f"batches is one {type(batches).__name__}; pass an iterable of batches, as in [batch]"
         )
-    ranges = {name: _ChannelRange(name, linear) for name, linear in linears.items()}
+    ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
     recent = _Recent()
     count = 0
     with evaluating(model), _hooked(linears, ranges, recent):
@@ -137,6 +145,7 @@ def calibrate(
     return Calibration(
         channel_min={name: seen.low for name, seen in reached.items()},
         channel_max={name: seen.high for name, seen in reached.items()},
+        rows={name: seen.sample.rows for name, seen in reached.items() if rows},
         tokens=max((seen.rows for seen in reached.values()), default=0),
         batches=count,
         unreached=tuple(name for name in ranges if name not in reached),
@@ -178,11 +187,31 @@ class _Recent:
         return self.low, self.high
 
 
-class _ChannelRange:
-    """Running minimum and maximum of one linear's input channels, fp32."""
+class _Sample:
+    """A uniform sample of rows, seen once: those with the greatest of random keys."""
 
-    def __init__(self, name: str, linear: nn.Linear) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
+        # The same seed for all: linears that share an input keep the same rows.
+        self.generator = torch.Generator().manual_seed(0)
+        self.keys = torch.empty(0)
+        self.rows = torch.empty(0)
+
+    def add(self, x: Tensor) -> None:
+        new = torch.rand(len(x), generator=self.generator)
+        keys, kept = torch.cat([self.keys, new]).topk(min(self.size, len(self.keys) + len(new)))
+        is_old = kept < len(self.keys)
+        added = x[kept[~is_old] - len(self.keys)].detach()
+        self.rows = torch.cat([self.rows[kept[is_old]], added]) if is_old.any() else added
+        self.keys = torch.cat([keys[is_old], keys[~is_old]])
+
+
+class _ChannelRange:
+    """Running minimum and maximum of one linear's input channels, fp32, and a sample of rows."""
+
+    def __init__(self, name: str, linear: nn.Linear, rows: int) -> None:
         self.name = name
+        self.sample = _Sample(rows)
         self.rows = 0
         self.low = torch.full((linear.in_features,), torch.inf)
         self.high = torch.full((linear.in_features,), -torch.inf)
@@ -200,6 +229,7 @@ class _ChannelRange:
         torch.minimum(self.low, low, out=self.low)
         torch.maximum(self.high, high, out=self.high)
         self.rows += rows
+        self.sample.add(x.reshape(-1, x.shape[-1]))
 
 
 @contextmanager

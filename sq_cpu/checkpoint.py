@@ -24,6 +24,7 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +40,7 @@ from transformers.initialization import no_init_weights
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.linear import QuantLinear
-from sq_cpu.quantize import QuantizationRecord, replace_linears
+from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 
 __all__ = ["load", "save"]
 
@@ -89,7 +90,7 @@ def save(
     """
     record = _record_of(model)
     target = Path(os.path.realpath(path))
-    _check_replaceable(target)
+    check_replaceable(target)
     new_parents = [parent for parent in target.parents if not parent.exists()]
     staging = _sibling(target)
     try:
@@ -139,31 +140,15 @@ def load(
         Not a checkpoint of ours, a newer format, or a missing, damaged or mismatching file or
         tensor, which is named.
     """
-    if dtype is not None and dtype not in _FLOATS:
-        raise SqCpuError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or float16")
+    check_dtype(dtype)
     folder = Path(path)
     settings = _read_settings(folder)
-    files = _read_files(folder, settings)
-    try:
-        record = QuantizationRecord.from_dict(settings)
-    except (KeyError, TypeError, ValueError) as error:
-        raise SqCpuError(
-            f"{folder / _CONFIG}: bad quantization_config ({_first_line(error)}); "
-            "save the model again with sq_cpu.save"
-        ) from error
-    for name, digest in files.items() if verify else ():
-        if _sha256(folder / name) != digest:
-            raise SqCpuError(
-                f"{folder / name} is damaged: its SHA-256 is not the one in {_CONFIG}; "
-                "copy or save the checkpoint again"
-            )
+    record = record_of_settings(settings, folder / _CONFIG)
+    files = check_files(folder, settings, verify=verify)
     model = _skeleton(folder, dtype)
-    replace_linears(model, _empty_layers(folder, model, record))
-    _fill(model, folder, list(files), dtype)
+    restore(model, folder, record, files, dtype)
     if (folder / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    model.eval().requires_grad_(False)
-    model.sq_cpu_config = record
     return cast(nn.Module, model)
 
 
@@ -185,7 +170,7 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
     return record
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
     """Refuse to replace anything that ``save`` did not write."""
     if not target.exists():
         return
@@ -324,6 +309,18 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         raise SqCpuError(
             f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
         )
+    check_settings(settings, path)
+    return settings
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ``SqCpuError`` for a dtype that the layers do not run in; None is as stored."""
+    if dtype is not None and dtype not in _FLOATS:
+        raise SqCpuError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or float16")
+
+
+def check_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Raise ``SqCpuError``, naming ``path``, for another method's settings or a newer format."""
     if settings.get("quant_method") != QUANT_METHOD:
         raise SqCpuError(
             f"{path}: quant_method is {settings.get('quant_method')!r}, expected "
@@ -337,11 +334,24 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the newest this "
             "sq_cpu reads; upgrade sq_cpu"
         )
-    return settings
 
 
-def _read_files(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Give the safetensors files (name -> SHA-256), all of which exist."""
+def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationRecord:
+    """Give what a ``quantization_config`` records; ``SqCpuError`` names ``path`` if it is bad."""
+    try:
+        return QuantizationRecord.from_dict(settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SqCpuError(
+            f"{path}: bad quantization_config ({_first_line(error)}); "
+            "save the model again with sq_cpu.save"
+        ) from error
+
+
+def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> list[str]:
+    """Give the names of the safetensors files, all of which exist.
+
+    ``verify`` compares each with its SHA-256. What is missing or damaged raises ``SqCpuError``.
+    """
     files = settings.get("files")
     if not isinstance(files, dict) or not files:
         raise SqCpuError(f"{folder / _CONFIG} lists no files; save the model again")
@@ -350,7 +360,13 @@ def _read_files(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
             raise SqCpuError(f"{folder / _CONFIG}: file name {name!r} leaves the folder; rename it")
         if not (folder / name).is_file():
             raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
-    return cast(dict[str, str], files)
+    for name, digest in files.items() if verify else ():
+        if _sha256(folder / name) != digest:
+            raise SqCpuError(
+                f"{folder / name} is damaged: its SHA-256 is not the one in {_CONFIG}; "
+                "copy or save the checkpoint again"
+            )
+    return list(files)
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -367,6 +383,23 @@ def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
             f"{folder / _CONFIG}: transformers {transformers.__version__} cannot build this model "
             f"({_first_line(error)}); check architectures and upgrade transformers"
         ) from error
+
+
+def restore(
+    model: Any,
+    folder: Path,
+    record: QuantizationRecord,
+    files: list[str],
+    dtype: torch.dtype | None,
+) -> None:
+    """Make a float model whose parameters are on the meta device the one that was saved.
+
+    Each tensor is read, converted to ``dtype`` (None: as stored) or packed, and released before
+    the next. ``SqCpuError`` names a layer or tensor that is missing, unexpected or misshapen.
+    """
+    replace_linears(model, _empty_layers(folder, model, record))
+    _fill(model, folder, files, dtype)
+    mark_quantized(model, record)
 
 
 def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[str, QuantLinear]:

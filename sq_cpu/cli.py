@@ -284,7 +284,7 @@ def demo_command(
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Quantize a small model three ways, measure all beside fp32, and save the best O3.
+    """Quantize a small model three ways, measure all beside fp32, save SmoothQuant O3.
 
     Replaces what an earlier run saved. Takes minutes.
     """
@@ -329,13 +329,9 @@ def _mb(size: int) -> str:
 
 def _check_output(folder: Path, overwrite: bool) -> None:
     """Refuse what cannot be written, before the long work."""
-    if folder.exists() and not folder.is_dir():
-        raise SqCpuError(f"{folder} is a file; give -o a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not hf.is_checkpoint(folder):
-            raise SqCpuError(f"{folder} is not empty; give -o another folder")
-        if not overwrite:
-            raise SqCpuError(f"{folder} holds a checkpoint; use --overwrite or another folder")
+    checkpoint.check_replaceable(folder)
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise SqCpuError(f"{folder} holds a checkpoint; use --overwrite or another folder")
     # The folder is replaced as a whole, so it is the one above it that must be writable.
     parent = folder.resolve().parent
     while not parent.exists():

@@ -18,7 +18,7 @@ from sq_cpu import _core
 from sq_cpu.errors import SqCpuError
 from sq_cpu.scheme import Scheme
 
-__all__ = ["QuantLinear", "linear_reference", "quantize_weight", "static_code"]
+__all__ = ["QuantLinear", "linear_reference", "quantize_rows", "quantize_weight", "static_code"]
 
 _DTYPES = {
     torch.float32: _core.DType.float32,
@@ -69,10 +69,21 @@ def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
     return float(torch.tensor(scale, dtype=torch.float32)), zero_point
 
 
-def _row_codes(
+def quantize_rows(
     x: Tensor, scheme: Scheme, static: tuple[float, int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize the rows of fp32 `x` [m, k]: codes, row scales [m] and zero points [m]."""
+    """Quantize activations as the kernels do.
+
+    Parameters
+    ----------
+    x : fp32 [m, k]
+    static : (scale, zero point) of a static scheme, from `static_code`
+
+    Returns
+    -------
+    codes u8 [m, k], row scales fp32 [m] (NaN where a row is not finite), zero points int32 [m];
+    a row stands for (codes - zero point) * scale
+    """
     finite = torch.isfinite(x).all(dim=1)
     clean = torch.where(finite[:, None], x, 0.0).double()
     low = clean.amin(dim=1).clamp_max(0) if x.shape[1] else clean.sum(dim=1)
@@ -120,7 +131,7 @@ def linear_reference(
     -------
     [..., out_features], of x's dtype
     """
-    codes, row_scale, zero_point = _row_codes(x.reshape(-1, x.shape[-1]).float(), scheme, static)
+    codes, row_scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]).float(), scheme, static)
     # Integers up to 2^31 and their products are exact in fp64.
     total = (codes.double() - zero_point.double()[:, None]) @ weight.double().T
     scale = (row_scale[:, None] * weight_scale).double()

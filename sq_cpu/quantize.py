@@ -19,7 +19,7 @@ from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan, fold
 
-__all__ = ["QuantizationRecord", "quantize", "replace_linears"]
+__all__ = ["QuantizationRecord", "mark_quantized", "quantize", "replace_linears"]
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,21 @@ def quantize(
             input_range = _input_range(calibration, name, scales.get(name))
         _untie(model, linear)
         replace_linears(model, {name: QuantLinear.from_float(linear, scheme, input_range)})
-    model.eval().requires_grad_(False)
-    model.sq_cpu_config = QuantizationRecord(scheme, plan, layers)  # type: ignore[assignment]
+    mark_quantized(model, QuantizationRecord(scheme, plan, layers))
     return model
+
+
+def mark_quantized(model: Any, record: QuantizationRecord) -> None:
+    """Make a model whose linears are int8 one for inference, and say what was done to it."""
+    model.eval().requires_grad_(False)
+    model.sq_cpu_config = record
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_save_pretrained
+
+
+def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
+    # Its config would not say int8, and whoever loaded it would read the codes as weights.
+    raise SqCpuError("save_pretrained cannot write an int8 model: call sq_cpu.save(model, path)")
 
 
 def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

@@ -319,9 +319,9 @@ print(before, after, len(runtimes))
 """
 
 
-def test_one_openmp_pool_with_torch() -> None:
+def test_one_openmp_pool_with_torch(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-c", ONE_POOL], capture_output=True, text=True, check=True
+        [sys.executable, "-c", ONE_POOL], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     before, after, runtimes = map(int, result.stdout.split())
     assert runtimes == 1

@@ -194,7 +194,7 @@ def test_incomplete_calibrations_are_refused() -> None:
     model, found = calibrated("llama")
     name = "model.layers.1.mlp.up_proj"
     low = {key: value for key, value in found.channel_min.items() if key != name}
-    refuse(model, f"does not cover {name}", Calibration(low, found.channel_max, 1, 1))
+    refuse(model, f"does not cover {name}", Calibration(low, found.channel_max, {}, 1, 1))
     unreached = Calibration(low, found.channel_max, 1, 1, unreached=(name,))
     refuse(model, f"no calibration batch reached {name}", unreached)
     short = Calibration({**found.channel_min, name: torch.zeros(31)}, found.channel_max, 1, 1)

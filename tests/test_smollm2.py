@@ -150,5 +150,5 @@ def test_saved_and_loaded_elsewhere_logits_are_identical(
     sq_cpu.save(model, tmp_path / "int8", loaded[1])
     torch.save(ids, tmp_path / "ids.pt")
     arguments = [tmp_path / "int8", tmp_path / "ids.pt", tmp_path / "logits.pt"]
-    subprocess.run([sys.executable, "-c", LOAD, *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-c", LOAD, *map(str, arguments)], check=True, cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(model, ids))

@@ -37,8 +37,8 @@ class Guarded {
   explicit Guarded(size_t capacity) {
     page_ = sysconf(_SC_PAGESIZE);
     size_ = (capacity + page_ - 1) / page_ * page_;
-    base_ = static_cast<char*>(mmap(nullptr, size_ + 2 * page_, PROT_NONE,
-                                    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    base_ = static_cast<char*>(
+        mmap(nullptr, size_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     mprotect(base_ + page_, size_, PROT_READ | PROT_WRITE);
   }
   Guarded(const Guarded&) = delete;
@@ -64,8 +64,8 @@ struct Problem {
 };
 
 Problem make_problem(int64_t m, int64_t n, int64_t k, int max_code, Fill fill, std::mt19937& rng) {
-  Problem p{m, n, k, std::vector<uint8_t>(m * k), std::vector<int8_t>(n * k),
-            std::vector<int32_t>(m)};
+  Problem p{
+      m, n, k, std::vector<uint8_t>(m * k), std::vector<int8_t>(n * k), std::vector<int32_t>(m)};
   for (int64_t i = 0; i < m * k; ++i) {
     const int64_t row = k ? i / k : 0, column = k ? i % k : 0;
     switch (fill) {
@@ -132,8 +132,8 @@ bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_
   pack_weight(p.w.data(), ones.data(), nullptr, p.n, p.k, packed);
   auto* y = buffers.y.place<int32_t>(p.m * p.n, at_end);
   std::memset(y, 0x5a, p.m * p.n * sizeof *y);
-  const GemmArgs args{u, ldu, p.m, nullptr, p.zero_point.data(), {packed, p.n, p.k}, y,
-                      DType::kInt32, p.n};
+  const GemmArgs args{u, ldu,           p.m, nullptr, p.zero_point.data(), {packed, p.n, p.k},
+                      y, DType::kInt32, p.n};
 #pragma omp parallel num_threads(threads)
   gemm_task(args, kernel, row_kernels(kernel.isa), omp_get_thread_num(), omp_get_num_threads());
   return right(p, y);
@@ -258,7 +258,8 @@ std::vector<char> as_type(const std::vector<float>& x, DType type) {
   std::vector<char> out(x.size() * element_bytes(type));
   for (size_t i = 0; i < x.size(); ++i) {
     if (type == DType::kFloat32) std::memcpy(&out[4 * i], &x[i], 4);
-    if (type == DType::kBFloat16) std::memcpy(&out[2 * i], reinterpret_cast<const char*>(&x[i]) + 2, 2);
+    if (type == DType::kBFloat16)
+      std::memcpy(&out[2 * i], reinterpret_cast<const char*>(&x[i]) + 2, 2);
     if (type == DType::kFloat16) {
       const auto half = static_cast<_Float16>(x[i]);
       std::memcpy(&out[2 * i], &half, 2);
@@ -303,8 +304,7 @@ void test_linear(Isa isa, bool emulated, Buffers& buffers) {
           q.scale = 0.03f;
           q.zero_point = q.symmetric ? (q.reduce_range ? 64 : 128) : 77;
           const PackedWeight weight{packed.data(), n, k};
-          const auto expected =
-              run_linear(Isa::kReference, false, x, type, m, weight, q, buffers);
+          const auto expected = run_linear(Isa::kReference, false, x, type, m, weight, q, buffers);
           const auto found = run_linear(isa, emulated, x, type, m, weight, q, buffers);
           check(expected == found, isa_name(isa) + " linear m=" + std::to_string(m) + " k=" +
                                        std::to_string(k) + " variant " + std::to_string(variant) +

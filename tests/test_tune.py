@@ -1,0 +1,84 @@
+"""Alpha per group: the least output error, found from one calibration."""
+
+import pytest
+import torch
+from tiny import batches, tiny_model
+
+import sq_cpu
+from sq_cpu import Calibration, SmoothPlan, SqCpuError
+from sq_cpu.families import smoothing_groups
+from sq_cpu.smooth import fold
+
+
+def planted(model_type: str) -> torch.nn.Module:
+    """Make a tiny model whose norm outputs have outliers: exact, so its function is unchanged."""
+    model = tiny_model(model_type)
+    scale = torch.ones(32)
+    scale[[3, 17]] = 1 / 64
+    with torch.no_grad():
+        for group in smoothing_groups(model):
+            if "norm" not in group.producer:
+                continue
+            producer = model.get_submodule(group.producer)
+            for parameter in producer.parameters():
+                parameter.div_(scale)
+            for consumer in group.consumers:
+                model.get_submodule(consumer).weight.mul_(scale)
+    return model
+
+
+def error(model_type: str, plan: SmoothPlan | None, calibration: Calibration, scheme: str) -> float:
+    float_model, model = planted(model_type), planted(model_type)
+    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=plan is not None)
+    with torch.no_grad():
+        return sum(
+            float((model(ids).logits - float_model(ids).logits).square().mean())
+            for ids in batches(6)[3:]
+        )
+
+
+@pytest.mark.parametrize("scheme", ["O1", "O2", "O3"])
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_tuned_beats_no_smoothing_where_there_are_outliers(model_type: str, scheme: str) -> None:
+    model = planted(model_type)
+    calibration = sq_cpu.calibrate(model, batches(3))
+    plan = sq_cpu.tune(model, calibration, scheme=scheme)
+    assert {group.name for group in plan.groups} == {g.name for g in smoothing_groups(model)}
+    tuned = error(model_type, plan, calibration, scheme)
+    assert tuned < 0.5 * error(model_type, None, calibration, scheme)
+
+
+def test_the_chosen_alpha_has_the_least_error_of_its_grid() -> None:
+    model = planted("llama")
+    calibration = sq_cpu.calibrate(model, batches(3))
+
+    def loss(plan: SmoothPlan) -> dict[str, float]:
+        return {g.name: float(g.note.rpartition(" ")[2]) for g in plan.groups}
+
+    best = loss(sq_cpu.tune(model, calibration, alphas=(0.1, 0.5, 0.9)))
+    alone = [loss(sq_cpu.tune(model, calibration, alphas=(alpha,))) for alpha in (0.1, 0.5, 0.9)]
+    for name, value in best.items():
+        assert value == min(one[name] for one in alone)
+    assert len({g.alpha for g in sq_cpu.tune(model, calibration).groups}) > 1
+
+
+def test_tuning_changes_nothing_and_is_deterministic() -> None:
+    model = planted("opt")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plans = [sq_cpu.tune(model, sq_cpu.calibrate(model, batches(3))) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    fold(model, plans[0], sq_cpu.calibrate(model, batches(3)))  # and it can be folded
+
+
+def test_bad_input() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(SqCpuError, match="no sampled rows: calibrate with rows=64"):
+        sq_cpu.tune(model, sq_cpu.calibrate(model, batches(), rows=0))
+    calibration = sq_cpu.calibrate(model, batches())
+    with pytest.raises(SqCpuError, match="no alphas"):
+        sq_cpu.tune(model, calibration, alphas=())
+    with pytest.raises(SqCpuError, match="alpha is 2"):
+        sq_cpu.tune(model, calibration, alphas=(2.0,))
+    with pytest.raises(SqCpuError, match="unknown scheme 'O9'"):
+        sq_cpu.tune(model, calibration, scheme="O9")
