@@ -195,9 +195,9 @@ def test_incomplete_calibrations_are_refused() -> None:
     name = "model.layers.1.mlp.up_proj"
     low = {key: value for key, value in found.channel_min.items() if key != name}
     refuse(model, f"does not cover {name}", Calibration(low, found.channel_max, {}, 1, 1))
-    unreached = Calibration(low, found.channel_max, 1, 1, unreached=(name,))
+    unreached = Calibration(low, found.channel_max, {}, 1, 1, unreached=(name,))
     refuse(model, f"no calibration batch reached {name}", unreached)
-    short = Calibration({**found.channel_min, name: torch.zeros(31)}, found.channel_max, 1, 1)
+    short = Calibration({**found.channel_min, name: torch.zeros(31)}, found.channel_max, {}, 1, 1)
     refuse(model, f"31 channels for {name}, which has 32", short)
 
 
