@@ -41,6 +41,7 @@ py::dict isa() {
   }
   py::dict result;
   result["in_use"] = sq_cpu::isa_name(sq_cpu::active_isa());
+  result["forced"] = sq_cpu::isa_is_forced();
   result["isas"] = isas;
   result["vnni"] = sq_cpu::active_isa() >= sq_cpu::Isa::kAvx512Vnni;
   result["threads"] = omp_get_max_threads();
@@ -101,6 +102,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.attr("MAX_DEPTH") = sq_cpu::kMaxDepth;
   m.def("isa", &isa);
+  m.def("microkernel_name", &sq_cpu::microkernel_name, py::arg("max_code"), py::arg("m"));
   m.def("use_isa", &use_isa, py::arg("name"), py::arg("emulated") = false);
   m.def("packed_bytes", &sq_cpu::packed_bytes, py::arg("n"), py::arg("k"));
 

@@ -60,6 +60,10 @@ const Microkernel& choose_microkernel(Isa isa, int max_code, int64_t m) {
   return *best;
 }
 
+const char* microkernel_name(int max_code, int64_t m) {
+  return choose_microkernel(active_isa(), max_code, m).name;
+}
+
 const RowKernels& row_kernels(Isa isa) {
   const RowKernels* best = &kRowKernels[0].kernels;
   for (const RowKernelsOf& row : kRowKernels) {

@@ -122,6 +122,10 @@ std::string usable_names() {
   return names;
 }
 
+constexpr int kUndecided = -1;
+std::atomic<int> g_active{kUndecided};
+std::atomic<bool> g_forced{false};
+
 Isa choose() {
   const char* forced = std::getenv("SQ_CPU_ISA");
   if (forced == nullptr || *forced == '\0') {
@@ -131,16 +135,16 @@ Isa choose() {
   }
   for (const IsaStatus& s : isa_status()) {
     if (s.name != forced) continue;
-    if (s.usable()) return s.isa;
+    if (s.usable()) {
+      g_forced.store(true, std::memory_order_relaxed);
+      return s.isa;
+    }
     throw std::runtime_error(
         join("SQ_CPU_ISA=", forced, " cannot be used: ", s.reason, "; usable: ", usable_names()));
   }
   throw std::runtime_error(
       join("SQ_CPU_ISA=", forced, " is not an ISA of sq_cpu; usable here: ", usable_names()));
 }
-
-constexpr int kUndecided = -1;
-std::atomic<int> g_active{kUndecided};
 
 }  // namespace
 
@@ -157,6 +161,8 @@ Isa active_isa() {
   }
   return static_cast<Isa>(active);
 }
+
+bool isa_is_forced() { return g_forced.load(std::memory_order_relaxed); }
 
 const std::string& isa_name(Isa isa) { return isa_status()[static_cast<size_t>(isa)].name; }
 

@@ -119,6 +119,7 @@ class Scratch {
   T* get(int64_t count) {
     if (count > capacity_) {
       const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+      capacity_ = 0;  // stands if the allocation fails
       data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
       if (data_ == nullptr) throw std::bad_alloc();
       capacity_ = count;
@@ -151,11 +152,17 @@ void check_matrix(const char* name, const void* data, int64_t rows, int64_t colu
   SQ_CHECK(data != nullptr || rows == 0 || columns == 0, name, " is null");
 }
 
+void check_weight(const PackedWeight& weight) {
+  const int64_t bytes = packed_bytes(weight.n, weight.k);  // checks the shape
+  SQ_CHECK(weight.data != nullptr || bytes == 0, "the packed weight is null");
+}
+
 }  // namespace
 
 void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWeight& weight,
             const ActivationQuantizer& quantizer, void* y, DType y_type, int64_t ldy) {
   check_quantizer(quantizer);
+  check_weight(weight);
   check_matrix("x", x, m, weight.k, ldx);
   check_matrix("y", y, m, weight.n, ldy);
   SQ_CHECK(x_type != DType::kInt32 && y_type != DType::kInt32, "x and y must be floating point");
@@ -206,6 +213,8 @@ void quantize_activations(const void* x, DType x_type, int64_t m, int64_t k, int
   check_matrix("x", x, m, k, ldx);
   check_matrix("u", u, m, k_block_count(k) * kTileDepth, ldu);
   SQ_CHECK(x_type != DType::kInt32, "x must be floating point");
+  SQ_CHECK((row_scale != nullptr && row_zero_point != nullptr) || m == 0,
+           "row_scale or row_zero_point is null");
   const RowKernels& rows = row_kernels(active_isa());
   const Activations all{x, x_type, m, k, ldx};
   const int threads = team_size(m, k, 1);
@@ -219,8 +228,10 @@ void quantize_activations(const void* x, DType x_type, int64_t m, int64_t k, int
 void gemm(const uint8_t* u, int64_t m, int64_t ldu, const float* row_scale,
           const int32_t* row_zero_point, const PackedWeight& weight, int max_code, void* y,
           DType y_type, int64_t ldy) {
+  check_weight(weight);
   check_matrix("u", u, m, k_block_count(weight.k) * kTileDepth, ldu);
   check_matrix("y", y, m, weight.n, ldy);
+  SQ_CHECK(row_zero_point != nullptr || m == 0, "row_zero_point is null");
   SQ_CHECK(row_scale != nullptr || y_type == DType::kInt32 || m == 0, "row_scale is null");
   if (m == 0 || weight.n == 0) return;
   const Isa isa = active_isa();

@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "check.h"
@@ -35,10 +34,8 @@ void check_shape(int64_t n, int64_t k) {
            ", beyond which an int32 accumulator can overflow; split the layer");
 }
 
-// True if a weight of the strip is -128.
-bool pack_strip(const int8_t* weight, const float* scale, const float* bias, int64_t columns,
+void pack_strip(const int8_t* weight, const float* scale, const float* bias, int64_t columns,
                 int64_t k, std::byte* strip) {
-  bool out_of_range = false;
   int32_t colsum[kStripColumns] = {};
   float scales[kStripColumns] = {}, biases[kStripColumns] = {};
   std::memset(strip, 0, strip_bytes(k));
@@ -47,7 +44,6 @@ bool pack_strip(const int8_t* weight, const float* scale, const float* bias, int
     for (int64_t i = 0; i < k; ++i) {
       strip[element_offset(c, i)] = static_cast<std::byte>(row[i]);
       colsum[c] += row[i];
-      out_of_range |= row[i] == -128;
     }
     scales[c] = scale[c];
     biases[c] = bias == nullptr ? 0.0f : bias[c];
@@ -56,7 +52,6 @@ bool pack_strip(const int8_t* weight, const float* scale, const float* bias, int
   std::memcpy(trailer, colsum, sizeof colsum);
   std::memcpy(trailer + sizeof colsum, scales, sizeof scales);
   std::memcpy(trailer + sizeof colsum + sizeof scales, biases, sizeof biases);
-  return out_of_range;
 }
 
 }  // namespace
@@ -68,23 +63,30 @@ int64_t packed_bytes(int64_t n, int64_t k) {
 
 void pack_weight(const int8_t* weight, const float* scale, const float* bias, int64_t n, int64_t k,
                  std::byte* packed) {
-  ask_for_huge_pages(packed, packed_bytes(n, k));
+  const int64_t bytes = packed_bytes(n, k);
+  SQ_CHECK((weight != nullptr || n * k == 0) && (scale != nullptr || n == 0),
+           "weight or scale is null");
+  bool out_of_range = false;
+#pragma omp parallel for schedule(static) reduction(|| : out_of_range)
+  for (int64_t row = 0; row < n; ++row) {
+    out_of_range = out_of_range || std::memchr(weight + row * k, -128, k) != nullptr;
+  }
+  SQ_CHECK(!out_of_range, "a weight is -128; int8 weights must lie in [-127, 127]");
+
+  ask_for_huge_pages(packed, bytes);
   const int64_t strips = strip_count(n);
-  std::atomic<bool> out_of_range{false};
   // Static contiguous shares, as the product's: the thread that will read a strip touches it first.
 #pragma omp parallel for schedule(static)
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t n0 = s * kStripColumns;
-    if (pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
-                   std::min(kStripColumns, n - n0), k, packed + s * strip_bytes(k))) {
-      out_of_range = true;
-    }
+    pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
+               std::min(kStripColumns, n - n0), k, packed + s * strip_bytes(k));
   }
-  SQ_CHECK(!out_of_range, "a weight is -128; int8 weights must lie in [-127, 127]");
 }
 
 void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, float* bias) {
   check_shape(packed.n, packed.k);
+  SQ_CHECK(packed.data != nullptr || packed.n == 0, "the packed weight is null");
   const int64_t tiles = k_block_count(packed.k) * kTileBytes;
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < packed.n; ++n) {

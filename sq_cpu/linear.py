@@ -8,6 +8,7 @@ with one scale and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,98 +17,16 @@ from torch import Tensor, nn
 
 from sq_cpu import _core
 from sq_cpu.errors import SqCpuError
+from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.scheme import Scheme
 
-__all__ = ["QuantLinear", "linear_reference", "quantize_rows", "quantize_weight", "static_code"]
+__all__ = ["QuantLinear", "linear_reference"]
 
 _DTYPES = {
     torch.float32: _core.DType.float32,
     torch.bfloat16: _core.DType.bfloat16,
     torch.float16: _core.DType.float16,
 }
-_FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
-
-
-def quantize_weight(weight: Tensor, granularity: str = "per_channel") -> tuple[Tensor, Tensor]:
-    """Quantize to int8, symmetric, rounding half to even.
-
-    Parameters
-    ----------
-    weight : floating point [out_features, in_features]
-    granularity : "per_channel" (one scale per row) or "per_tensor"
-
-    Returns
-    -------
-    codes int8 [out_features, in_features] in [-127, 127], and scales fp32 [out_features]
-
-    Raises
-    ------
-    SqCpuError
-        When the weight holds NaN or Inf.
-    """
-    weight = weight.detach().float()
-    # Row by row: an absolute copy of a large weight would double its memory.
-    low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
-    absmax = torch.maximum(-low, high)
-    if granularity == "per_tensor" and len(absmax):
-        absmax = absmax.max().expand_as(absmax)
-    if not torch.isfinite(absmax).all():
-        raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
-    scale = (absmax.double().clamp_min(_FLOOR) / 127).float()
-    codes = torch.round(weight / scale[:, None]).clamp_(-127, 127).to(torch.int8)
-    return codes, scale
-
-
-def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
-    """Return scale and zero point for activations within [low, high], extended to hold 0."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    if scheme.symmetric:
-        scale, zero_point = max(_FLOOR, -low, high) / scheme.qmax, scheme.zero_point
-    else:
-        span = max(_FLOOR, high - low)
-        scale, zero_point = span / scheme.levels, round(-low * scheme.levels / span)
-    return float(torch.tensor(scale, dtype=torch.float32)), zero_point
-
-
-def quantize_rows(
-    x: Tensor, scheme: Scheme, static: tuple[float, int] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize activations as the kernels do.
-
-    Parameters
-    ----------
-    x : fp32 [m, k]
-    static : (scale, zero point) of a static scheme, from `static_code`
-
-    Returns
-    -------
-    codes u8 [m, k], row scales fp32 [m] (NaN where a row is not finite), zero points int32 [m];
-    a row stands for (codes - zero point) * scale
-    """
-    finite = torch.isfinite(x).all(dim=1)
-    clean = torch.where(finite[:, None], x, 0.0).double()
-    low = clean.amin(dim=1).clamp_max(0) if x.shape[1] else clean.sum(dim=1)
-    high = clean.amax(dim=1).clamp_min(0) if x.shape[1] else clean.sum(dim=1)
-    if scheme.activations == "per_tensor" and len(x):
-        low, high = low.min().expand_as(low), high.max().expand_as(high)
-    if static is not None:
-        scale = torch.full_like(low, static[0])
-        inverse = 1 / scale
-        zero_point = torch.full_like(low, static[1])
-    elif scheme.symmetric:
-        absmax = torch.maximum(-low, high).clamp_min(_FLOOR)
-        scale, inverse = absmax / scheme.qmax, scheme.qmax / absmax
-        zero_point = torch.full_like(low, scheme.zero_point)
-    else:
-        span = (high - low).clamp_min(_FLOOR)
-        scale, inverse = span / scheme.levels, scheme.levels / span
-        zero_point = torch.round(-low * scheme.levels / span)
-    centre = zero_point[:, None]
-    smallest = -centre if not scheme.symmetric else torch.full_like(centre, -scheme.qmax)
-    largest = scheme.levels - centre if not scheme.symmetric else -smallest
-    q = torch.round(clean.float() * inverse.float()[:, None]).double().clamp(smallest, largest)
-    row_scale = torch.where(finite, scale, float("nan")).float()
-    return (q + centre).to(torch.uint8), row_scale, zero_point.to(torch.int32)
 
 
 def linear_reference(
@@ -142,14 +61,15 @@ def linear_reference(
 def _run(
     x: Tensor, packed: Tensor, out_features: int, quantizer: _core.ActivationQuantizer
 ) -> Tensor:
-    in_features = x.shape[-1]
-    x = x.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
+    *leading, in_features = x.shape
+    x = x.resolve_neg().contiguous()
+    y = torch.empty(*leading, out_features, dtype=x.dtype, device="cpu")
     kind = _DTYPES[x.dtype]
+    torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
     _core.linear(
         x.data_ptr(),
         kind,
-        x.numel() // in_features if in_features else y.numel() // max(out_features, 1),
+        math.prod(leading),
         packed.data_ptr(),
         out_features,
         in_features,
@@ -158,6 +78,31 @@ def _run(
         kind,
     )
     return y
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether `x` is ordinary memory that nothing traces or transforms."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _check_packed(x: Tensor, packed: Tensor, out_features: int) -> None:
+    if x.dtype not in _DTYPES or x.dim() == 0:
+        raise SqCpuError(
+            f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
+            "use float32, bfloat16 or float16, of one or more"
+        )
+    size = _core.packed_bytes(out_features, x.shape[-1])
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != size:
+        raise SqCpuError(
+            f"int8 linear: {packed.numel()} elements of {packed.dtype} are not a packed weight "
+            f"[{out_features}, {x.shape[-1]}], which takes {size} of uint8"
+        )
 
 
 @torch.library.custom_op("sq_cpu::linear", mutates_args=(), device_types="cpu")
@@ -171,7 +116,8 @@ def _linear_op(
     scale: float,
     zero_point: int,
 ) -> Tensor:
-    """Run the kernel where torch.compile and torch.export look; eager calls go to `_run`."""
+    """Run the kernel where torch traces or transforms; plain calls go straight to `_run`."""
+    _check_packed(x, packed, out_features)
     granularity = getattr(_core.Granularity, activations)
     quantizer = _core.ActivationQuantizer(granularity, symmetric, reduce_range, scale, zero_point)
     return _run(x, packed, out_features, quantizer)
@@ -200,7 +146,7 @@ class QuantLinear(nn.Module):
     packed: Tensor
 
     def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool) -> None:
-        """Allocate a layer of zeros. `scheme.reduce_range` must be resolved."""
+        """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -208,15 +154,9 @@ class QuantLinear(nn.Module):
         self.scheme = scheme
         size = _core.packed_bytes(out_features, in_features)
         # Zeros from the allocator: no page is touched before its strip is packed.
-        self.register_buffer("packed", torch.zeros(size, dtype=torch.uint8), persistent=False)
+        packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        self.register_buffer("packed", packed, persistent=False)
         self._set_input_code(None if scheme.activations != "static" else (1.0, scheme.zero_point))
-
-    @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, scheme: Scheme, *, bias: bool
-    ) -> QuantLinear:
-        """Return a layer of zeros, for `load_state_dict` to fill."""
-        return cls(in_features, out_features, scheme, bias=bias)
 
     @classmethod
     def from_float(
@@ -253,45 +193,49 @@ class QuantLinear(nn.Module):
         SqCpuError
             For another dtype, width or device, and for an input that asks for gradients.
         """
-        self._check(x)
-        if torch.compiler.is_compiling():
-            scheme = self.scheme
-            return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
-                x,
-                self.packed,
-                self.out_features,
-                scheme.activations,
-                scheme.symmetric,
-                scheme.reduce_range,
-                self.input_scale or 0.0,
-                self.input_zero_point,
-            )
-        return _run(x, self.packed, self.out_features, self._quantizer)
+        packed = self.packed
+        self._check(x, packed)
+        if _is_plain(x):
+            return _run(x, packed, self.out_features, self._quantizer)
+        scheme = self.scheme
+        return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
+            x,
+            packed,
+            self.out_features,
+            scheme.activations,
+            scheme.symmetric,
+            scheme.reduce_range,
+            self.input_scale or 0.0,
+            self.input_zero_point,
+        )
 
     def reference(self, x: Tensor) -> Tensor:
         """Return what `forward` returns, computed in plain torch by `linear_reference`."""
         static = None if self.input_scale is None else (self.input_scale, self.input_zero_point)
         return linear_reference(
-            x, self.weight_int8(), self.weight_scale(), self.bias(), self.scheme, static
+            x, self.weight_int8(), self.weight_scale, self.bias, self.scheme, static
         )
 
     def weight_int8(self) -> Tensor:
         """Return the weight, int8 [out_features, in_features], unpacked into new memory."""
-        weight = torch.empty(self.out_features, self.in_features, dtype=torch.int8)
+        shape = (self.out_features, self.in_features)
+        weight = torch.empty(shape, dtype=torch.int8, device="cpu")
         self._unpack(weight=weight)
         return weight
 
+    @property
     def weight_scale(self) -> Tensor:
         """Return the weight's scales, fp32 [out_features]."""
-        scale = torch.empty(self.out_features)
+        scale = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
         self._unpack(scale=scale)
         return scale
 
+    @property
     def bias(self) -> Tensor | None:
         """Return the bias, fp32 [out_features], or None."""
         if not self.has_bias:
             return None
-        bias = torch.empty(self.out_features)
+        bias = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
         self._unpack(bias=bias)
         return bias
 
@@ -307,22 +251,31 @@ class QuantLinear(nn.Module):
             f"bias={self.has_bias}, scheme={self.scheme.name}"
         )
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, packed: Tensor) -> None:
         if x.dtype not in _DTYPES:
             raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,):
             raise SqCpuError(
-                f"int8 linear: input has {x.shape[-1]} features, the layer {self.in_features}"
+                f"int8 linear: input is {list(x.shape)}, the layer needs [..., {self.in_features}]"
             )
-        if not (x.is_cpu and self.packed.is_cpu):
+        if not (x.is_cpu and packed.is_cpu):
             raise SqCpuError(
-                f"int8 linear: input is on {x.device}, weights on {self.packed.device}; "
+                f"int8 linear: input is on {x.device}, weights on {packed.device}; "
                 "sq_cpu runs on the CPU only"
             )
         if x.requires_grad and torch.is_grad_enabled():
             raise SqCpuError("int8 linear has no gradient: call the model under torch.no_grad()")
 
     def _set_input_code(self, static: tuple[float, int] | None) -> None:
+        if static is not None:
+            scale, zero_point = static
+            symmetric = zero_point == self.scheme.zero_point
+            fits = symmetric if self.scheme.symmetric else 0 <= zero_point <= self.scheme.levels
+            if not (0 < scale < math.inf and fits):
+                raise SqCpuError(
+                    f"static input scale {scale:g} with zero point {zero_point} is not of this "
+                    "scheme: calibrate and quantize the model again"
+                )
         # Plain numbers: .to(bfloat16) must not round them.
         self.input_scale = None if static is None else static[0]
         self.input_zero_point = 0 if static is None else static[1]
@@ -335,6 +288,9 @@ class QuantLinear(nn.Module):
         )
 
     def _pack(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        tensors = [self.packed, weight, scale, *([] if bias is None else [bias])]
+        if not all(tensor.is_cpu for tensor in tensors):
+            raise SqCpuError("int8 linear: sq_cpu packs on the CPU only; move the weight there")
         if not scale.isfinite().all():
             raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
         weight, scale = weight.contiguous(), scale.float().contiguous()
@@ -349,6 +305,10 @@ class QuantLinear(nn.Module):
         )
 
     def _unpack(self, **out: Tensor) -> None:
+        if not self.packed.is_cpu:
+            raise SqCpuError(
+                f"int8 linear: the weight is on {self.packed.device}; sq_cpu runs on the CPU only"
+            )
         addresses = dict.fromkeys(("weight", "scale", "bias"), 0)
         addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
         _core.unpack_weight(
@@ -374,13 +334,15 @@ class QuantLinear(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         destination[prefix + "weight"] = self.weight_int8()
-        destination[prefix + "weight_scale"] = self.weight_scale()
+        destination[prefix + "weight_scale"] = self.weight_scale
         if self.has_bias:
-            destination[prefix + "bias"] = self.bias()
+            destination[prefix + "bias"] = self.bias
         if self.input_scale is not None:
-            destination[prefix + "input_scale"] = torch.tensor(self.input_scale)
+            destination[prefix + "input_scale"] = torch.tensor(
+                self.input_scale, dtype=torch.float32, device="cpu"
+            )
             destination[prefix + "input_zero_point"] = torch.tensor(
-                self.input_zero_point, dtype=torch.int32
+                self.input_zero_point, dtype=torch.int32, device="cpu"
             )
 
     def _load_from_state_dict(
@@ -414,6 +376,7 @@ class QuantLinear(nn.Module):
             ]
         if len(found) < len(entries):
             return
-        self._pack(found["weight"], found["weight_scale"], found.get("bias"))
+        # The small one first: what it refuses leaves the layer as it was.
         if "input_scale" in found:
             self._set_input_code((float(found["input_scale"]), int(found["input_zero_point"])))
+        self._pack(found["weight"], found["weight_scale"], found.get("bias"))

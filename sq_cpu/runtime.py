@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sq_cpu import _core
 
@@ -17,14 +18,15 @@ def isa() -> dict[str, Any]:
     Returns
     -------
     `in_use` (name), `vnni` (bool), `isas` (name -> built, detected, granted, usable, reason),
-    `threads`, `cpu` (model name), `forced` (the value of SQ_CPU_ISA, or None)
+    `threads`, `cpu` (model name), `forced` (by SQ_CPU_ISA; bool)
 
     Raises
     ------
     SqCpuError
         When SQ_CPU_ISA names an unknown or unusable instruction set.
     """
-    return _core.isa() | {"cpu": _cpu_name(), "forced": os.environ.get("SQ_CPU_ISA") or None}
+    torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
+    return _core.isa() | {"cpu": _cpu_name()}
 
 
 def has_vnni() -> bool:

@@ -1,6 +1,7 @@
 """QuantLinear: the kernels against the plain-torch reference, and an nn.Module's ordinary life."""
 
 import copy
+import ctypes
 import itertools
 import multiprocessing
 import os
@@ -8,15 +9,20 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import sq_cpu
 from sq_cpu import QuantLinear, Scheme, SqCpuError, _core
-from sq_cpu.linear import linear_reference, quantize_weight, static_code
+from sq_cpu.linear import linear_reference
+from sq_cpu.rounding import quantize_weight, static_code
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES = [
@@ -158,7 +164,7 @@ def test_rows_of_zeros_nan_and_inf(each_isa: str, scheme: Scheme, dtype: torch.d
     bad = torch.tensor([False, False, False, True, True, False, True, False])
     assert y[bad].isnan().all()
     assert y[~bad].isfinite().all()
-    bias = layer.bias()
+    bias = layer.bias
     assert bias is not None
     assert torch.equal(y[1], bias.to(dtype))
     assert torch.equal(y[~bad], layer.reference(x)[~bad])
@@ -171,7 +177,7 @@ def test_shapes_without_elements() -> None:
     assert layer(torch.zeros(0, 8)).shape == (0, 4)
     assert layer(torch.zeros(3, 0, 8)).shape == (3, 0, 4)
     assert layer(torch.ones(8)).shape == (4,)
-    wide = QuantLinear.empty(0, 4, Scheme(), bias=False)
+    wide = QuantLinear(0, 4, Scheme(), bias=False)
     assert torch.equal(wide(torch.zeros(3, 0)), torch.zeros(3, 4))
 
 
@@ -208,12 +214,12 @@ def test_packed_weight_is_the_only_copy_and_small() -> None:
 def test_state_dict_round_trip(scheme: Scheme) -> None:
     layer = make(70, 20, scheme)
     state = layer.state_dict()
-    codes, scale = layer.weight_int8(), layer.weight_scale()
+    codes, scale = layer.weight_int8(), layer.weight_scale
     assert state["weight"].dtype == torch.int8
     assert torch.equal(state["weight"], codes)
     assert torch.equal(state["weight_scale"], scale)
     assert ("input_scale" in state) == (scheme.activations == "static")
-    other = QuantLinear.empty(70, 20, scheme, bias=True)
+    other = QuantLinear(70, 20, scheme, bias=True)
     other.load_state_dict(state)
     assert torch.equal(other.packed, layer.packed)
     x = torch.randn(3, 70)
@@ -223,12 +229,12 @@ def test_state_dict_round_trip(scheme: Scheme) -> None:
 def test_load_state_dict_names_what_is_wrong() -> None:
     state = make(70, 20, Scheme()).state_dict()
     with pytest.raises(RuntimeError, match=r"weight is torch.int8 \(20, 70\), the layer needs"):
-        QuantLinear.empty(71, 20, Scheme(), bias=True).load_state_dict(state)
+        QuantLinear(71, 20, Scheme(), bias=True).load_state_dict(state)
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"bias"'):
-        QuantLinear.empty(70, 20, Scheme(), bias=False).load_state_dict(state)
+        QuantLinear(70, 20, Scheme(), bias=False).load_state_dict(state)
     del state["weight_scale"]
     with pytest.raises(RuntimeError, match=r'Missing key.*"weight_scale"'):
-        QuantLinear.empty(70, 20, Scheme(), bias=True).load_state_dict(state)
+        QuantLinear(70, 20, Scheme(), bias=True).load_state_dict(state)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(), Scheme.of("O3", symmetric=False)], ids=describe)
@@ -269,7 +275,7 @@ def test_bad_input_is_one_clear_line() -> None:
     layer = make(8, 4, Scheme())
     with pytest.raises(SqCpuError, match=r"input is torch.float64; use float32"):
         layer(torch.zeros(2, 8, dtype=torch.float64))
-    with pytest.raises(SqCpuError, match="input has 7 features, the layer 8"):
+    with pytest.raises(SqCpuError, match=r"input is \[2, 7\], the layer needs \[..., 8\]"):
         layer(torch.zeros(2, 7))
     with pytest.raises(SqCpuError, match="the CPU only"):
         layer(torch.zeros(2, 8, device="meta"))
@@ -278,7 +284,89 @@ def test_bad_input_is_one_clear_line() -> None:
     with pytest.raises(SqCpuError, match="needs the input's range"):
         QuantLinear.from_float(nn.Linear(8, 4), Scheme.of("O3"))
     with pytest.raises(SqCpuError, match="in_features 66311 exceeds 66310"):
-        QuantLinear.empty(66311, 1, Scheme(), bias=False)
+        QuantLinear(66311, 1, Scheme(), bias=False)
+
+
+def test_what_traces_or_transforms_sees_the_op() -> None:
+    layer = make(64, 32, Scheme.of("O3"))
+    x = torch.randn(5, 64)
+    y = layer(x)
+    traced: Any = make_fx(layer)(x)
+    assert torch.equal(traced(x), y)
+    assert torch.equal(torch.vmap(layer)(x[:, None]), y[:, None])
+    assert torch.equal(layer(torch._neg_view(-x)), y)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == y.shape
+
+
+def test_the_op_refuses_what_is_not_a_packed_weight() -> None:
+    layer = make(64, 32, Scheme())
+    rest = ("per_token", True, False, 0.0, 0)
+    for x, n in ((torch.randn(5, 128), 32), (torch.randn(5, 64), 50_000_000)):
+        with pytest.raises(SqCpuError, match="are not a packed weight"):
+            torch.ops.sq_cpu.linear(x, layer.packed, n, *rest)
+    with pytest.raises(SqCpuError, match="use float32"):
+        torch.ops.sq_cpu.linear(torch.randn(5, 64).double(), layer.packed, 32, *rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    layer = make(64, 4096, Scheme.of("O3"))
+    x = torch.randn(2, 64)
+    y, before = layer(x), layer.state_dict()
+    torch.set_default_dtype(dtype)
+    try:
+        after = layer.state_dict()
+        other = QuantLinear(64, 4096, layer.scheme, bias=True)
+        other.load_state_dict(after)
+        assert torch.equal(other(x), y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(value.dtype == after[name].dtype for name, value in before.items())
+
+
+def test_other_devices_are_refused_or_ignored() -> None:
+    linear = nn.Linear(8, 4)
+    with torch.device("meta"):
+        layer = QuantLinear.from_float(linear, Scheme())
+    assert layer.packed.is_cpu
+    gone = copy.deepcopy(layer).to("meta")
+    with pytest.raises(SqCpuError, match="runs on the CPU only"):
+        gone.state_dict()
+    with pytest.raises(SqCpuError, match="packs on the CPU only"):
+        gone.load_state_dict(layer.state_dict())
+
+
+def test_a_refused_state_dict_leaves_the_layer_as_it_was() -> None:
+    layer = make(8, 4, Scheme.of("O3"))
+    packed, scale = layer.packed.clone(), layer.input_scale
+    state = layer.state_dict()
+    state["weight"][1, 2] = -128
+    with pytest.raises(SqCpuError, match="a weight is -128"):
+        layer.load_state_dict(state)
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        state = layer.state_dict() | {"input_scale": torch.tensor(bad)}
+        with pytest.raises(SqCpuError, match="static input scale"):
+            layer.load_state_dict(state)
+    assert torch.equal(layer.packed, packed)
+    assert layer.input_scale == scale
+
+
+def test_the_kernel_that_runs_is_the_one_asked_for(
+    each_isa: str, request: pytest.FixtureRequest
+) -> None:
+    assert _core.isa()["in_use"] == each_isa
+    assert _core.microkernel_name(255, 33).endswith(each_isa)
+    emulated = each_isa == "amx_int8" and not _core.isa()["isas"][each_isa]["usable"]
+    if not emulated:
+        return
+    emulator = request.getfixturevalue("amx_emulator")
+    counters = (ctypes.c_uint64 * 6)()
+    emulator.sq_amx_reset()
+    make(64, 32, Scheme())(torch.randn(33, 64))
+    emulator.sq_amx_counters(counters)
+    assert counters[5] > 0, "no TDPBUSD was executed"
 
 
 def test_torch_compile_and_export_see_the_op() -> None:
@@ -326,6 +414,12 @@ def test_one_openmp_pool_with_torch(tmp_path: Path) -> None:
     before, after, runtimes = map(int, result.stdout.split())
     assert runtimes == 1
     assert before == after, "the linear started threads beside torch's"
+
+
+def test_other_threads_follow_torch_too(threads: Callable[[int], None]) -> None:
+    threads(1)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(lambda: sq_cpu.isa()["threads"]).result() == 1
 
 
 def _run_isa(isa: str) -> subprocess.CompletedProcess[str]:

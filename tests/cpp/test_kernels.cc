@@ -365,12 +365,20 @@ void test_half(Isa isa, bool emulated) {
 
 void test_refusals() {
   bool refused = false;
-  try {
-    linear(nullptr, DType::kFloat32, 1, 4, {nullptr, 4, 4}, {}, nullptr, DType::kFloat32, 4);
-  } catch (const std::invalid_argument& e) {
-    refused = std::string(e.what()) == "x is null";
+  std::byte some_weight[4096] = {};
+  const struct {
+    const std::byte* weight;
+    const char* message;
+  } nulls[] = {{some_weight, "x is null"}, {nullptr, "the packed weight is null"}};
+  for (const auto& bad : nulls) {
+    refused = false;
+    try {
+      linear(nullptr, DType::kFloat32, 1, 4, {bad.weight, 4, 4}, {}, nullptr, DType::kFloat32, 4);
+    } catch (const std::invalid_argument& e) {
+      refused = std::string(e.what()) == bad.message;
+    }
+    check(refused, bad.message);
   }
-  check(refused, "null x is refused");
   float x = 1, y = 0;
   ActivationQuantizer q;
   q.granularity = Granularity::kStatic;
@@ -379,7 +387,7 @@ void test_refusals() {
     q.zero_point = 128;
     refused = false;
     try {
-      linear(&x, DType::kFloat32, 1, 1, {nullptr, 1, 1}, q, &y, DType::kFloat32, 1);
+      linear(&x, DType::kFloat32, 1, 1, {some_weight, 1, 1}, q, &y, DType::kFloat32, 1);
     } catch (const std::invalid_argument&) {
       refused = true;
     }

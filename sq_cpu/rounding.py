@@ -1,0 +1,98 @@
+"""From floats to integer codes: weights, static activation ranges, and rows of activations.
+
+Plain torch, rounding half to even; the kernels compute the same activation codes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.scheme import Scheme
+
+__all__ = ["quantize_rows", "quantize_weight", "static_code"]
+
+_FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
+
+
+def quantize_weight(weight: Tensor, granularity: str = "per_channel") -> tuple[Tensor, Tensor]:
+    """Quantize to int8, symmetric, rounding half to even.
+
+    Parameters
+    ----------
+    weight : floating point [out_features, in_features]
+    granularity : "per_channel" (one scale per row) or "per_tensor"
+
+    Returns
+    -------
+    codes int8 [out_features, in_features] in [-127, 127], and scales fp32 [out_features]
+
+    Raises
+    ------
+    SqCpuError
+        When the weight holds NaN or Inf.
+    """
+    weight = weight.detach().float()
+    # Row by row: an absolute copy of a large weight would double its memory.
+    low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
+    absmax = torch.maximum(-low, high)
+    if granularity == "per_tensor" and len(absmax):
+        absmax = absmax.max().expand_as(absmax)
+    if not torch.isfinite(absmax).all():
+        raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
+    scale = (absmax.double().clamp_min(_FLOOR) / 127).float()
+    codes = torch.round(weight / scale[:, None]).clamp_(-127, 127).to(torch.int8)
+    return codes, scale
+
+
+def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
+    """Return scale and zero point for activations within [low, high], extended to hold 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if scheme.symmetric:
+        scale, zero_point = max(_FLOOR, -low, high) / scheme.qmax, scheme.zero_point
+    else:
+        span = max(_FLOOR, high - low)
+        scale, zero_point = span / scheme.levels, round(-low * scheme.levels / span)
+    return float(torch.tensor(scale, dtype=torch.float32)), zero_point
+
+
+def quantize_rows(
+    x: Tensor, scheme: Scheme, static: tuple[float, int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize activations as the kernels do.
+
+    Parameters
+    ----------
+    x : fp32 [m, k]
+    static : (scale, zero point) of a static scheme, from `static_code`
+
+    Returns
+    -------
+    codes u8 [m, k], row scales fp32 [m] (NaN where a row is not finite), zero points int32 [m];
+    a row stands for (codes - zero point) * scale
+    """
+    finite = torch.isfinite(x).all(dim=1)
+    clean = torch.where(finite[:, None], x, 0.0).double()
+    low = clean.amin(dim=1).clamp_max(0) if x.shape[1] else clean.sum(dim=1)
+    high = clean.amax(dim=1).clamp_min(0) if x.shape[1] else clean.sum(dim=1)
+    if scheme.activations == "per_tensor" and len(x):
+        low, high = low.min().expand_as(low), high.max().expand_as(high)
+    if static is not None:
+        scale = torch.full_like(low, static[0])
+        inverse = 1 / scale
+        zero_point = torch.full_like(low, static[1])
+    elif scheme.symmetric:
+        absmax = torch.maximum(-low, high).clamp_min(_FLOOR)
+        scale, inverse = absmax / scheme.qmax, scheme.qmax / absmax
+        zero_point = torch.full_like(low, scheme.zero_point)
+    else:
+        span = (high - low).clamp_min(_FLOOR)
+        scale, inverse = span / scheme.levels, scheme.levels / span
+        zero_point = torch.round(-low * scheme.levels / span)
+    centre = zero_point[:, None]
+    smallest = -centre if not scheme.symmetric else torch.full_like(centre, -scheme.qmax)
+    largest = scheme.levels - centre if not scheme.symmetric else -smallest
+    q = torch.round(clean.float() * inverse.float()[:, None]).double().clamp(smallest, largest)
+    row_scale = torch.where(finite, scale, float("nan")).float()
+    return (q + centre).to(torch.uint8), row_scale, zero_point.to(torch.int32)
