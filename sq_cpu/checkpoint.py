@@ -13,7 +13,8 @@ stored under its own name in its own dtype; tied weights are stored once.
 
 ``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
 :func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``), ``files`` (name -> SHA-256 of every
-safetensors file) and ``companions`` (the other files that :func:`save` wrote).
+safetensors file), ``companions`` (the same of the other files that :func:`save` wrote) and
+``config_sha256`` (of config.json itself, see :func:`config_digest`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 
@@ -47,6 +48,7 @@ __all__ = ["load", "save"]
 FORMAT_VERSION = 1
 QUANT_METHOD = "sq_cpu"
 _CONFIG = "config.json"
+_CONFIG_DIGEST = "config_sha256"
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,7 +63,8 @@ def save(
     """Write a quantized model, all of it or nothing.
 
     The folder is built beside ``path`` and moved into place when it is complete. An existing
-    folder is replaced only if it is a checkpoint that :func:`save` wrote and holds nothing else.
+    folder is filled if it is empty, config.json last, and replaced only if it is a checkpoint that
+    :func:`save` wrote and holds nothing else.
     Weights are unpacked one file at a time: peak extra memory is one shard.
 
     Buffers that transformers does not store (rotary frequencies) are rebuilt from the config at
@@ -92,7 +95,8 @@ def save(
     target = Path(os.path.realpath(path))
     check_replaceable(target)
     new_parents = [parent for parent in target.parents if not parent.exists()]
-    staging = _sibling(target)
+    # An empty folder may be a mount point or the current one: it stays, and is filled.
+    staging = _hidden(target, inside=target.exists() and _is_empty(target))
     try:
         staging.mkdir(parents=True)
         _write(cast(Any, model), record, tokenizer, staging, max_shard_size)
@@ -104,7 +108,7 @@ def save(
                 parent.rmdir()
         if isinstance(error, OSError | SafetensorError):
             raise SqCpuError(
-                f"cannot write checkpoint {target}: {_first_line(error)}; "
+                f"cannot write checkpoint {target}: {first_line(error)}; "
                 "choose a writable folder with enough free space"
             ) from error
         raise
@@ -127,7 +131,8 @@ def load(
     dtype : torch.dtype, optional
         fp32, bf16 or fp16 for everything that is not quantized; default: as stored.
     verify : bool
-        Compare every safetensors file with its SHA-256 first.
+        Compare config.json and every file that it names with its SHA-256 first. False loads
+        what was edited on purpose.
 
     Returns
     -------
@@ -143,12 +148,15 @@ def load(
     check_dtype(dtype)
     folder = Path(path)
     settings = _read_settings(folder)
-    record = record_of_settings(settings, folder / _CONFIG)
     files = check_files(folder, settings, verify=verify)
+    record = record_of_settings(settings, folder / _CONFIG)
     model = _skeleton(folder, dtype)
     restore(model, folder, record, files, dtype)
-    if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    if (path := folder / "generation_config.json").exists():
+        try:
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            raise SqCpuError(f"cannot load {path}: {first_line(error)}; repair it") from error
     return cast(nn.Module, model)
 
 
@@ -176,8 +184,7 @@ def check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise SqCpuError(f"{target} is a file; choose another folder to save to")
-    found = {entry.name for entry in target.iterdir()}
-    if not found:
+    if _is_empty(target):
         return
     try:
         settings = _read_settings(target)
@@ -186,11 +193,29 @@ def check_replaceable(target: Path) -> None:
         raise SqCpuError(
             f"{target} is not empty and is not an sq_cpu checkpoint; choose another folder"
         ) from error
-    if foreign := sorted(found - ours):
+    if foreign := sorted(_contents(target) - ours):
         raise SqCpuError(
             f"{target} holds {foreign[0]}, which save did not write and will not delete; "
             "move it away or choose another folder"
         )
+    if os.path.ismount(target) or os.path.samefile(target, os.curdir):
+        raise SqCpuError(
+            f"{target} is a mount point or the current folder, which cannot be replaced; "
+            "empty it or choose another folder"
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+def _contents(folder: Path) -> set[str]:
+    """Give the paths within a folder of all files, at any depth, and of empty folders."""
+    return {
+        entry.relative_to(folder).as_posix()
+        for entry in folder.rglob("*")
+        if entry.is_symlink() or not entry.is_dir() or _is_empty(entry)
+    }
 
 
 def _write(
@@ -212,10 +237,13 @@ def _write(
         "format_version": FORMAT_VERSION,
         **record.to_dict(),
         "files": files,
-        "companions": sorted({e.name for e in folder.iterdir()} - {_CONFIG, *files}),
+        "companions": {
+            name: _sha256(folder / name) for name in sorted(_contents(folder) - {_CONFIG, *files})
+        },
     }
     content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     content["quantization_config"] = settings
+    settings[_CONFIG_DIGEST] = config_digest(content)
     (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -270,15 +298,19 @@ def _is_tied(model: Any, name: str, ties: dict[str, str]) -> bool:
     return source is not None and model.get_parameter(source) is model.get_parameter(name)
 
 
-def _sibling(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+def _hidden(target: Path, *, inside: bool = False) -> Path:
+    """Give a new name for a folder beside ``target``, or in it."""
+    return (target if inside else target.parent) / f".{target.name}.{secrets.token_hex(6)}"
 
 
 def _move_into_place(staging: Path, target: Path) -> None:
+    if staging.parent == target:
+        _move_out(staging, target)
+        return
     if not target.exists():
         staging.rename(target)
         return
-    old = _sibling(target)
+    old = _hidden(target)
     target.rename(old)
     try:
         staging.rename(target)
@@ -288,29 +320,50 @@ def _move_into_place(staging: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _move_out(staging: Path, target: Path) -> None:
+    """Move what ``staging`` holds to ``target``, or nothing."""
+    # config.json last: without it the folder is no checkpoint.
+    entries = sorted(staging.iterdir(), key=lambda entry: entry.name == _CONFIG)
+    try:
+        for entry in entries:
+            entry.rename(target / entry.name)
+        staging.rmdir()
+    except BaseException:
+        for entry in entries:
+            with suppress(OSError):  # not moved yet
+                (target / entry.name).rename(entry)
+        raise
+
+
 # --- reading ------------------------------------------------------------------------------------
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     """Read and check ``quantization_config``; its files are not looked at."""
     path = folder / _CONFIG
+    settings: dict[str, Any] = _read_config(path)["quantization_config"]
+    check_settings(settings, path)
+    return settings
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json that has a ``quantization_config``, whatever that holds."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SqCpuError(
             f"{path} does not exist; give the folder that sq_cpu.save wrote"
         ) from error
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8 or not JSON
+    # ValueError: not UTF-8 or not JSON; RecursionError: brackets without end.
+    except (OSError, ValueError, RecursionError) as error:
         raise SqCpuError(
-            f"{path} cannot be read as JSON ({_first_line(error)}); copy the checkpoint again"
+            f"{path} cannot be read as JSON ({first_line(error)}); copy the checkpoint again"
         ) from error
-    settings = content.get("quantization_config") if isinstance(content, dict) else None
-    if not isinstance(settings, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
         raise SqCpuError(
             f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
         )
-    check_settings(settings, path)
-    return settings
+    return content
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -327,7 +380,7 @@ def check_settings(settings: Mapping[str, Any], path: Path) -> None:
             f"{QUANT_METHOD!r}; load it with transformers instead"
         )
     version = settings.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:  # a bool is an int
         raise SqCpuError(f"{path}: format_version is {version!r}, expected a positive integer")
     if version > FORMAT_VERSION:
         raise SqCpuError(
@@ -338,11 +391,14 @@ def check_settings(settings: Mapping[str, Any], path: Path) -> None:
 
 def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationRecord:
     """Give what a ``quantization_config`` records; ``SqCpuError`` names ``path`` if it is bad."""
+    layers = settings.get("layers")
     try:
+        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+            raise SqCpuError("layers is not a list of names")
         return QuantizationRecord.from_dict(settings)
     except (KeyError, TypeError, ValueError) as error:
         raise SqCpuError(
-            f"{path}: bad quantization_config ({_first_line(error)}); "
+            f"{path}: bad quantization_config ({first_line(error)}); "
             "save the model again with sq_cpu.save"
         ) from error
 
@@ -350,23 +406,46 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
 def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> list[str]:
     """Give the names of the safetensors files, all of which exist.
 
-    ``verify`` compares each with its SHA-256. What is missing or damaged raises ``SqCpuError``.
+    ``verify`` compares these, config.json and its companions with their SHA-256; a companion that
+    is absent is not missed, for the hub's client fetches each when it is read. What is missing or
+    damaged raises ``SqCpuError``.
     """
-    files = settings.get("files")
+    config = folder / _CONFIG
+    if verify and config.exists():  # from_pretrained may have got its config elsewhere
+        content = _read_config(config)
+        stored = content["quantization_config"].get(_CONFIG_DIGEST)
+        _check_digest(config, config_digest(content), stored)
+    files, companions = settings.get("files"), settings.get("companions")
     if not isinstance(files, dict) or not files:
-        raise SqCpuError(f"{folder / _CONFIG} lists no files; save the model again")
+        raise SqCpuError(f"{config} lists no files; save the model again")
+    if not isinstance(companions, dict):
+        raise SqCpuError(f"{config}: companions is not a table of files; save the model again")
+    for name in (*files, *companions):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise SqCpuError(f"{config}: file name {name!r} leaves the folder; rename it")
     for name in files:
-        if Path(name).name != name:
-            raise SqCpuError(f"{folder / _CONFIG}: file name {name!r} leaves the folder; rename it")
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
             raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
-    for name, digest in files.items() if verify else ():
-        if _sha256(folder / name) != digest:
-            raise SqCpuError(
-                f"{folder / name} is damaged: its SHA-256 is not the one in {_CONFIG}; "
-                "copy or save the checkpoint again"
-            )
+    for name, digest in (files | companions).items() if verify else ():
+        if os.path.isfile(folder / name):
+            _check_digest(folder / name, _sha256(folder / name), digest)
     return list(files)
+
+
+def config_digest(content: Mapping[str, Any]) -> str:
+    """Give the SHA-256 of a config.json: of its JSON with sorted keys, without this digest."""
+    settings = dict(content["quantization_config"])
+    settings.pop(_CONFIG_DIGEST, None)
+    canonical = json.dumps({**content, "quantization_config": settings}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check_digest(path: Path, found: str, stored: object) -> None:
+    if found != stored:
+        raise SqCpuError(
+            f"{path} is damaged or was edited: its SHA-256 is not the one in {_CONFIG}; copy the "
+            "checkpoint again, or load what you edited with sq_cpu.load(path, verify=False)"
+        )
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -378,10 +457,10 @@ def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
         model_class = getattr(transformers, architecture)
         with no_init_weights(), init_empty_weights(include_buffers=False):
             return model_class._from_config(config, dtype=dtype or config.dtype)
-    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
+    except Exception as error:  # a config may be wrong in any way, and raise anything
         raise SqCpuError(
             f"{folder / _CONFIG}: transformers {transformers.__version__} cannot build this model "
-            f"({_first_line(error)}); check architectures and upgrade transformers"
+            f"({first_line(error)}); check architectures and upgrade transformers"
         ) from error
 
 
@@ -412,9 +491,14 @@ def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[
                 f"{folder / _CONFIG}: layer {name} is not a linear of {type(model).__name__}; "
                 "save the model again"
             )
-        layers[name] = QuantLinear.empty(
-            linear.in_features, linear.out_features, record.scheme, bias=linear.bias is not None
-        )
+        shape = linear.in_features, linear.out_features
+        try:
+            layers[name] = QuantLinear(*shape, record.scheme, bias=linear.bias is not None)
+        except Exception as error:  # also a size that no memory holds
+            raise SqCpuError(
+                f"{folder / _CONFIG}: layer {name} cannot be made ({first_line(error)}); "
+                "save the model again"
+            ) from error
     return layers
 
 
@@ -435,7 +519,7 @@ def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None)
                 handle = stack.enter_context(safe_open(folder / file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise SqCpuError(
-                    f"{folder / file} is damaged ({_first_line(error)}); copy the checkpoint again"
+                    f"{folder / file} is damaged ({first_line(error)}); copy the checkpoint again"
                 ) from error
             stored = handle.keys()  # a method of safe_open, which is no mapping
             for name in stored:
@@ -477,7 +561,10 @@ def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None)
                 if name not in tied
             }
             if isinstance(module, QuantLinear):
-                module.load_state_dict(values)
+                try:
+                    module.load_state_dict(values)
+                except SqCpuError as error:
+                    raise SqCpuError(f"{folder}: layer {prefix}: {error}") from error
                 continue
             for key, value in values.items():
                 # A copy: the model must not change when the file does.
@@ -512,9 +599,12 @@ def _read_tensor(
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    except OSError as error:
+        raise SqCpuError(f"cannot read {path}: {error.strerror}") from error
     return digest.hexdigest()
 
 
@@ -524,7 +614,3 @@ def _listed(names: list[str]) -> str:
         return f"tensor {names[0]}"
     more = ", ..." if len(names) > 3 else ""
     return f"{len(names)} tensors ({', '.join(names[:3])}{more})"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,7 +1,8 @@
 """The command line `sq-cpu`: thin, it turns arguments into calls and results into text or JSON.
 
-Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted. What a command
-has to say goes to stdout, `--json` makes that one JSON object; progress goes to stderr.
+Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
+What a command has to say goes to stdout, `--json` makes that one JSON object; progress goes to
+stderr.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ import contextlib
 import errno
 import io
 import json
+import math
+import os
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,12 +33,17 @@ from sq_cpu import checkpoint, demo, hf, texts
 from sq_cpu.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
+from sq_cpu.families import smoothing_groups
 from sq_cpu.quantize import quantize as quantize_model
 from sq_cpu.runtime import isa
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
 
 __all__ = ["app", "main"]
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which cleans up as Ctrl-C does."""
 
 
 class _Commands(TyperGroup):
@@ -49,6 +58,14 @@ class _Commands(TyperGroup):
             if error.errno == errno.EPIPE:  # the reader went away: typer ends quietly
                 raise
             _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        except (MemoryError, RuntimeError) as error:
+            # torch's allocator raises a plain RuntimeError, in either of two wordings.
+            wordings = ("not enough memory", "can't allocate memory")
+            if not isinstance(error, MemoryError) and not any(w in str(error) for w in wordings):
+                raise
+            _fail("not enough memory; use a smaller model, --dtype bf16 or a smaller --window")
+        except _Terminated:
+            _fail("terminated", code=143)
         except KeyboardInterrupt:
             _fail("interrupted", code=130)
 
@@ -146,11 +163,15 @@ def quantize_command(
     if ignore:
         overrides["ignore"] = tuple(ignore)
     settings = Scheme.of(scheme.value, **overrides)
+    if hf.is_checkpoint(Path(model).expanduser()):
+        raise SqCpuError(f"{model} is quantized already; give the float model")
     _check_output(out, overwrite)
     calibration_texts = _read_all(calib or [])
 
     start = time.perf_counter()
     loaded, tokenizer = _load(model, dtype)
+    if smooth:
+        _check_smoothable(loaded)
     float_bytes = demo.linear_bytes(loaded, settings.ignore)
     calibration = None
     if smooth or settings.activations == "static":
@@ -205,6 +226,7 @@ def eval_command(
         scored = _read(text)
     loaded, tokenizer = _load(model, dtype)
     value = perplexity(loaded, tokenizer, scored, window=window, windows=windows)
+    _check_finite(value, model)
     origin = "the shipped text" if text is None else str(text)
     _emit(
         {
@@ -235,6 +257,12 @@ def generate_command(
     """Continue PROMPT with MODEL, quantized or not."""
     loaded, tokenizer = _load(model, dtype)
     ids = demo.answer_ids(tokenizer, prompt, chat=chat)
+    positions = getattr(loaded.config, "max_position_embeddings", None)
+    if positions is not None and ids.shape[1] + max_new_tokens > positions:
+        raise SqCpuError(
+            f"{ids.shape[1]} tokens of prompt and --max-new-tokens {max_new_tokens} exceed the "
+            f"model's {positions} positions; ask for fewer"
+        )
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -270,7 +298,7 @@ def info_command(as_json: _Json = False) -> None:
         table.add_row(name, *flags, "yes" if facts["usable"] else "no", mark)
     console = Console()
     console.print(table)
-    forced = f", forced by SQ_CPU_ISA={here['forced']}" if here["forced"] else ""
+    forced = ", forced by SQ_CPU_ISA" if here["forced"] else ""
     console.print(f"in use: {here['in_use']}{forced}; threads: {here['threads']}")
 
 
@@ -290,12 +318,14 @@ def demo_command(
     """
     source = demo.find_model(model)
     if out is None:
-        out = Path("smollm2-135m-int8" if model is None else f"{Path(model).stem}-int8")
+        out = Path("smollm2-135m-int8" if model is None else f"{_name(model)}-int8")
     _check_output(out, overwrite=True)
     start = time.perf_counter()
     base, tokenizer = _load(source, _Dtype.fp32)
     report = demo.run(base, tokenizer, out, say=_say)
     seconds = time.perf_counter() - start
+    for row in report.rows:
+        _check_finite(row.perplexity, row.name)
     if as_json:
         _emit({"model": str(source), **report.to_dict(), "seconds": round(seconds, 1)}, as_json, "")
         return
@@ -304,10 +334,16 @@ def demo_command(
 
 def main() -> None:
     """Run the command line (the console script `sq-cpu`)."""
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="sq-cpu")
 
 
 # --- what the commands share --------------------------------------------------------------------
+
+
+def _terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning up
+    raise _Terminated
 
 
 def _fail(message: str, code: int = 1) -> None:
@@ -332,17 +368,39 @@ def _check_output(folder: Path, overwrite: bool) -> None:
     checkpoint.check_replaceable(folder)
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise SqCpuError(f"{folder} holds a checkpoint; use --overwrite or another folder")
-    # The folder is replaced as a whole, so it is the one above it that must be writable.
-    parent = folder.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
+    place = folder.resolve()
+    if place.exists() and any(place.iterdir()):
+        place = place.parent  # a checkpoint is replaced as a whole, an empty folder filled
+    while not place.exists():
+        place = place.parent
     try:
-        with tempfile.TemporaryFile(dir=parent):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise SqCpuError(
-            f"cannot write to {parent} ({error.strerror}); give -o another folder"
+            f"cannot write to {place} ({error.strerror}); give -o another folder"
         ) from error
+
+
+def _check_smoothable(model: nn.Module) -> None:
+    """Refuse a model of no known family, before the long work."""
+    try:
+        smoothing_groups(model)
+    except SqCpuError as error:
+        raise SqCpuError(str(error).replace("smooth=False", "--no-smooth")) from error
+
+
+def _check_finite(value: float, what: str) -> None:
+    if not math.isfinite(value):
+        raise SqCpuError(
+            f"the loss of {what} is too large for a finite perplexity; check the model"
+        )
+
+
+def _name(model: str) -> str:
+    """Return the name of a model's folder (also of "."), file or hub repository."""
+    path = Path(os.path.abspath(Path(model).expanduser()))
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
 def _read(path: Path) -> str:

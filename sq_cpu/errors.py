@@ -1,5 +1,13 @@
 """The one exception that sq_cpu raises for bad input."""
 
+__all__ = ["SqCpuError", "first_line"]
+
 
 class SqCpuError(ValueError):
     """Bad input or an unusable file; the message is one line that names the cause and the fix."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line that another library's error says, or else its type's name."""
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__

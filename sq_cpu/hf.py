@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sq_cpu import checkpoint
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
 
 __all__ = ["is_checkpoint", "load_source"]
 
 # "gpt2", "owner/name": what can be a repository on the hub.
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-
-# What transformers, gguf and safetensors raise for files that are missing, damaged or unknown.
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    OverflowError,
-    struct.error,
-    SafetensorError,
-)
 
 
 def load_source(
@@ -85,7 +70,7 @@ def _quant_method(folder: Path) -> str | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str(config["quantization_config"]["quant_method"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # not there or not readable: what loads the model says so, with the reason
 
 
@@ -114,8 +99,8 @@ def _load(
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, **options
         )
-    except _LOAD_ERRORS as error:
-        raise SqCpuError(f"cannot load {what}: {_first_line(error)}") from error
+    except Exception as error:  # files that are missing, damaged or unknown raise all kinds
+        raise SqCpuError(f"cannot load {what}: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         # transformers fills them with random numbers and goes on.
         raise SqCpuError(
@@ -128,10 +113,5 @@ def _load(
 def _tokenizer(source: str | Path, what: str, **options: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, **options)
-    except _LOAD_ERRORS as error:
-        raise SqCpuError(f"cannot load the tokenizer of {what}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__
+    except Exception as error:
+        raise SqCpuError(f"cannot load the tokenizer of {what}: {first_line(error)}") from error

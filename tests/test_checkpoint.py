@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import shutil
 import stat
 import subprocess
@@ -31,7 +32,7 @@ from transformers import (
 
 from sq_cpu import checkpoint
 from sq_cpu.calibrate import calibrate
-from sq_cpu.checkpoint import load, save
+from sq_cpu.checkpoint import config_digest, load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import quantize
@@ -98,9 +99,12 @@ def folder(template: Path, tmp_path: Path) -> Path:
 
 
 def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit config.json, its digest brought up to date."""
     path = folder / "config.json"
     content = json.loads(path.read_text())
     change(content)
+    if isinstance(settings := content.get("quantization_config"), dict):
+        settings["config_sha256"] = config_digest(content)
     path.write_text(json.dumps(content))
 
 
@@ -194,7 +198,7 @@ def test_stored_tensors_are_unpacked_int8(folder: Path) -> None:
     assert isinstance(layer, QuantLinear)
     assert torch.equal(tensors[f"{Q_PROJ}.weight"], layer.weight_int8())
     assert tensors[f"{Q_PROJ}.weight"].dtype == torch.int8
-    assert torch.equal(tensors[f"{Q_PROJ}.weight_scale"], layer.weight_scale())
+    assert torch.equal(tensors[f"{Q_PROJ}.weight_scale"], layer.weight_scale)
     assert tensors[f"{Q_PROJ}.input_scale"].shape == ()
     assert tensors[f"{Q_PROJ}.input_zero_point"].dtype == torch.int32
 
@@ -394,6 +398,51 @@ def test_interruption_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+def test_save_fills_an_empty_folder_in_place(
+    quantized_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    monkeypatch.chdir(tmp_path)
+    inode = tmp_path.stat().st_ino
+    save(quantized_llama, ".")
+    assert tmp_path.stat().st_ino == inode
+    assert torch.equal(logits(load(".")), logits(quantized_llama))
+    # What is there now could only be replaced with the folder.
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    fails("mount point or the current folder", save, quantized_llama, ".")
+    monkeypatch.chdir("/")
+    fails("mount point or the current folder", save, quantized_llama, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_failed_fill_leaves_the_folder_empty(
+    quantized_llama: Any, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(Path, "rename", fail_at(call, full, Path.rename))
+    fails("No space left on device", save, quantized_llama, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_replaces_folders_within_its_own_checkpoint_alone(
+    quantized_llama: Any, tmp_path: Path
+) -> None:
+    class Nested:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "templates").mkdir()
+            (folder / "templates" / "chat.jinja").write_text("x")
+
+    folder = save(quantized_llama, tmp_path / "out", Nested())
+    save(quantized_llama, folder, Nested())
+    load(folder)
+    (folder / "templates" / "mine").mkdir()
+    fails("holds templates/mine", save, quantized_llama, folder)
+    (folder / "templates" / "mine").rmdir()
+    (folder / "templates" / "chat.jinja").write_text("y")
+    fails("templates/chat.jinja is damaged", load, folder)
+
+
 def test_failed_move_restores_the_old_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -413,7 +462,7 @@ def test_load_without_config(tmp_path: Path) -> None:
     fails("config.json does not exist", load, tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000])
 def test_load_config_that_is_not_json(folder: Path, content: bytes) -> None:
     (folder / "config.json").write_bytes(content)
     fails("config.json cannot be read as JSON", load, folder)
@@ -436,6 +485,13 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (edit(scheme={"activations": "per_row"}), "bad quantization_config.*activations"),
         (lambda c: c["quantization_config"].pop("scheme"), "bad quantization_config.*scheme"),
         (edit(layers=["model.layers.7.mlp"]), "layer model.layers.7.mlp is not a linear"),
+        (edit(layers=[["a"]]), "bad quantization_config.*layers is not a list of names"),
+        (edit(layers="a"), "bad quantization_config.*layers is not a list of names"),
+        (edit(format_version=True), "format_version is True"),
+        (edit(companions=[]), "companions is not a table"),
+        (edit(companions={"/etc/hostname": "0"}), "leaves the folder"),
+        (lambda c: c.update(hidden_size="x"), "config.json: .*cannot build this model.*hidden_s"),
+        (lambda c: c.update(num_attention_heads=0), "config.json: .*cannot build this model"),
         (edit(layers=["model.norm"]), "layer model.norm is not a linear of LlamaForCausalLM"),
         (lambda c: c.update(architectures=["Nonesuch"]), "cannot build this model.*Nonesuch"),
         (lambda c: c.update(model_type="nonesuch"), "cannot build this model.*nonesuch"),
@@ -453,6 +509,63 @@ def test_load_bit_flip(folder: Path) -> None:
     path.write_bytes(content)
     fails("model.safetensors is damaged", load, folder)
     load(folder, verify=False)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_load_edited_on_purpose(folder: Path, name: str) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {"use_cache": False}))
+    fails(f"/{name} is damaged or was edited.*verify=False", load, folder)
+    load(folder, verify=False)
+
+
+def test_load_does_not_mind_the_layout_of_config_json(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
+    load(folder)
+
+
+def test_load_bad_generation_config(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+    fails("cannot load .*generation_config.json", load, folder, verify=False)
+
+
+def mutate(content: Any, random: random.Random) -> None:
+    """Delete or overwrite one field, at any depth."""
+    fields = []
+    stack = [content]
+    while stack:
+        node = stack.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            fields.append((node, key))
+            if isinstance(value, dict | list):
+                stack.append(value)
+    node, key = random.choice(fields)
+    values = [None, True, -1, 0, 3, 2.5, "", "x", [], ["a"], [["a"]], {}, {"a": 1}, 10**12]
+    if key == "num_hidden_layers":
+        values.remove(10**12)  # so many would be built, one after another
+    if random.random() < 0.1:
+        del node[key]
+    else:
+        node[key] = random.choice(values)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_load_of_any_config_works_or_says_why(folder: Path) -> None:
+    path = folder / "config.json"
+    content = path.read_text()
+    generator = random.Random(0)
+    messages = []
+    for _ in range(500):
+        mutated = json.loads(content)
+        mutate(mutated, generator)
+        path.write_text(json.dumps(mutated))
+        try:
+            load(folder, verify=False)
+        except SqCpuError as error:
+            messages.append(str(error))
+    assert 100 < len(messages) < 490  # else they test too little
+    assert not any("\n" in message for message in messages)
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -497,6 +610,11 @@ NORM = "model.norm.weight"
             lambda t: t.update({NORM: t[NORM].to(torch.int8)}),
             rf"tensor {NORM} is int8 \[48\], expected a float dtype \[48\]",
         ),
+        (
+            lambda t: t.update({f"{Q_PROJ}.input_scale": torch.tensor(torch.nan)}),
+            f"/out: layer {Q_PROJ}: ",
+        ),
+        (lambda t: t[WEIGHT].fill_(-128), f"/out: layer {Q_PROJ}: "),
         (lambda t: t.pop(NORM), rf"tensor {NORM} missing"),
         (lambda t: t.pop(WEIGHT), rf"tensor {WEIGHT} missing"),
         (lambda t: t.pop("model.embed_tokens.weight"), r"2 tensors \(lm_head.weight, model.emb"),

@@ -1,6 +1,10 @@
 """The command line: what each command does, prints and writes, and how it fails."""
 
 import json
+import math
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from test_hf import byte_model, byte_tokenizer, save_float
 from typer.testing import CliRunner, Result
 
 import sq_cpu
-from sq_cpu import cli, demo
+from sq_cpu import checkpoint, cli, demo
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
@@ -185,14 +189,16 @@ def test_more_windows_than_the_shipped_text_has(folder: Path, tmp_path: Path) ->
     assert "--text" in error_of("eval", folder, "--windows", 21)
 
 
-def test_unknown_family(tmp_path: Path) -> None:
+def test_unknown_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=128)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     byte_tokenizer().save_pretrained(tmp_path / "gpt2")
     out = tmp_path / "out"
-    error_of("quantize", tmp_path / "gpt2", "-o", out, *small())
+    monkeypatch.setattr(cli, "calibrate", lambda *_, **__: pytest.fail("calibrated first"))
+    error = error_of("quantize", tmp_path / "gpt2", "-o", out, *small())
+    assert "quantize it unsmoothed with --no-smooth" in error
     assert not out.exists()
 
 
@@ -204,7 +210,8 @@ def test_missing_model(tmp_path: Path) -> None:
 
 
 def test_quantized_model_is_not_quantized_again(quantized: Path, tmp_path: Path) -> None:
-    error_of("quantize", quantized, "-o", tmp_path / "again", *small())
+    error = error_of("quantize", quantized, "-o", tmp_path / "again", *small())
+    assert "is quantized already" in error
     assert not (tmp_path / "again").exists()
 
 
@@ -249,6 +256,101 @@ def test_interrupt_leaves_nothing(
     result = run("quantize", folder, "-o", tmp_path / "a" / "b", *small(), code=130)
     assert result.stderr.splitlines()[-1] == "error: interrupted"
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_sigterm_leaves_nothing(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def terminate(*_: object, **__: object) -> None:
+        assert len(list(tmp_path.glob(".out.*"))) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # an impatient one
+
+    monkeypatch.setattr(checkpoint, "save_file", terminate)
+    monkeypatch.setattr(
+        sys, "argv", ["sq-cpu", "quantize", str(folder), "-o", str(tmp_path / "out"), "--no-smooth"]
+    )
+    before = sorted(tmp_path.iterdir())
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert caught.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == "error: terminated"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] err == 0. can't allocate memory: you tried"
+        ),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:2] data. not enough memory: you tried"),
+    ],
+)
+def test_too_little_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "perplexity", exhausted)
+    assert "error: not enough memory; " in error_of("eval", folder)
+
+
+def test_perplexity_that_is_no_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "perplexity", lambda *_, **__: math.inf)
+    for option in ((), ("--json",)):
+        assert "too large for a finite perplexity" in error_of("eval", folder, *option)
+
+
+def test_quantize_into_the_empty_current_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run("quantize", folder, "-o", ".", "--no-smooth")
+    sq_cpu.load(".")
+    assert "current folder" in error_of("quantize", folder, "-o", ".", "--no-smooth", "--overwrite")
+
+
+def test_generate_stays_within_the_positions(quantized: Path) -> None:
+    error = error_of("generate", quantized, "Hello", "--max-new-tokens", 1020)
+    assert "5 tokens of prompt and --max-new-tokens 1020 exceed the model's 1024" in error
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (".", "Some-1.7B"),
+        ("sub/..", "Some-1.7B"),
+        ("/models/Some-1.7B/", "Some-1.7B"),
+        ("owner/Some-1.7B", "Some-1.7B"),
+        ("models/Some-1.7B.gguf", "Some-1.7B"),
+    ],
+)
+def test_demo_names_its_output_after_the_model(
+    model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "Some-1.7B"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    checked: list[Path] = []
+
+    def check(out: Path, overwrite: bool) -> None:
+        checked.append(out)
+        raise sq_cpu.SqCpuError("enough")
+
+    monkeypatch.setattr(cli, "_check_output", check)
+    error_of("demo", "--model", model)
+    assert checked == [Path(f"{name}-int8")]
 
 
 def test_sampling_follows_the_seed(quantized: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import sq_cpu
 from sq_cpu import checkpoint, hf
+from sq_cpu.errors import first_line
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -160,3 +161,23 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
 def test_model_that_is_quantized_otherwise(tmp_path: Path) -> None:
     edit_config(save_float(tmp_path), quantization_config={"quant_method": "gptq"})
     assert "already quantized (gptq)" in error_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"hidden_size": "x"},
+        {"hidden_size": [1]},
+        {"num_attention_heads": 0},
+        {"layer_types": 5},
+        {"quantization_config": {"quant_method": "sq_cpu", "layers": [["a"]]}},
+    ],
+)
+def test_config_of_wrong_types(tmp_path: Path, entries: dict[str, Any]) -> None:
+    edit_config(save_float(tmp_path), **entries)
+    assert str(tmp_path) in error_of(tmp_path)
+
+
+def test_first_line() -> None:
+    assert first_line(ValueError("\n one \ntwo")) == "one"
+    assert first_line(MemoryError()) == "MemoryError"

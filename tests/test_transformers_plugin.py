@@ -25,6 +25,7 @@ from transformers import (
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
+from sq_cpu.checkpoint import config_digest
 from sq_cpu.linear import QuantLinear
 from sq_cpu.transformers_plugin import SqCpuConfig
 
@@ -49,9 +50,12 @@ def folder(template: Path, tmp_path: Path) -> Path:
 
 
 def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit config.json, its digest brought up to date."""
     path = folder / "config.json"
     content = json.loads(path.read_text())
     change(content)
+    if isinstance(settings := content.get("quantization_config"), dict):
+        settings["config_sha256"] = config_digest(content)
     path.write_text(json.dumps(content))
 
 
@@ -311,3 +315,10 @@ def test_bit_flip(folder: Path) -> None:
     content[-5] ^= 1
     path.write_bytes(content)
     fails("model.safetensors is damaged", folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_edited_companion(folder: Path, name: str) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | {"use_cache": False}))
+    fails(f"/{name} is damaged or was edited", folder)
