@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import quantizable_linears
+from sq_cpu.families import check_ignore, quantizable_linears
 from sq_cpu.files import replacing
 from sq_cpu.progress import track
 
-__all__ = ["Calibration", "calibrate", "evaluating"]
+__all__ = ["Calibration", "calibrate", "check_length", "evaluating"]
 
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 1
@@ -41,8 +42,10 @@ class Calibration:
     """Range of every input channel, fp32 [in_features] each."""
     rows: dict[str, Tensor]
     """A uniform sample of input rows, of the model's dtype [at most `rows`, in_features] each."""
+    fingerprints: dict[str, int]
+    """Checksum of some of each linear's weight rows, to tell when it has changed since."""
     tokens: int
-    """Rows that the busiest linear saw."""
+    """Rows that the busiest linear saw, padding not counted."""
     batches: int
     unreached: tuple[str, ...] = field(default=())
     """Linears that no batch reached; they have no ranges."""
@@ -62,6 +65,17 @@ class Calibration:
             raise SqCpuError(f"the calibration does not cover {name}: calibrate this very model")
         return self.channel_min[name], self.channel_max[name]
 
+    def check_weight(self, name: str, linear: nn.Module) -> None:
+        """Raise `SqCpuError` unless a linear's weight is still what it was when calibrated.
+
+        Ranges hold for one set of weights: folding changes both.
+        """
+        self.channels(name)
+        if self.fingerprints.get(name) != _fingerprint(linear):
+            raise SqCpuError(
+                f"the weights of {name} changed since the calibration: calibrate again"
+            )
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file; it appears whole or not at all."""
         tensors = {f"channel_min.{name}": value for name, value in self.channel_min.items()}
@@ -73,6 +87,7 @@ class Calibration:
             "tokens": self.tokens,
             "batches": self.batches,
             "unreached": list(self.unreached),
+            "fingerprints": self.fingerprints,
         }
         with replacing(path) as temporary:
             temporary.write_bytes(safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
@@ -89,16 +104,23 @@ class Calibration:
             raise SqCpuError(f"cannot read the calibration {path}: {error}") from error
         if header is None:
             raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
-        if header["format_version"] > _VERSION:
-            raise SqCpuError(
-                f"{path} has calibration format {header['format_version']}, newer than this "
-                f"sq_cpu reads ({_VERSION}): upgrade sq_cpu"
-            )
         low, high, rows = (
             {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
             for kind in ("channel_min.", "channel_max.", "rows.")
         )
-        return cls(low, high, rows, header["tokens"], header["batches"], tuple(header["unreached"]))
+        try:
+            if header["format_version"] > _VERSION:
+                raise SqCpuError(
+                    f"{path} has calibration format {header['format_version']}, newer than this "
+                    f"sq_cpu reads ({_VERSION}): upgrade sq_cpu"
+                )
+            tokens, batches = int(header["tokens"]), int(header["batches"])
+            unreached, fingerprints = tuple(header["unreached"]), dict(header["fingerprints"])
+        except (KeyError, TypeError) as error:
+            raise SqCpuError(
+                f"the header of {path} is not one that sq_cpu writes: calibrate again"
+            ) from error
+        return cls(low, high, rows, fingerprints, tokens, batches, unreached)
 
 
 def calibrate(
@@ -115,12 +137,15 @@ def calibrate(
     `tune`; they take rows * in_features elements a linear.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
-    arguments) or a mapping (keyword arguments). The model runs in evaluation mode without
-    gradients and is left as it was. `progress=None` shows a bar when stderr is a terminal.
+    arguments) or a mapping (keyword arguments). Positions that a mapping's two-dimensional
+    `attention_mask` masks with 0 are padding and are not counted. The model runs in evaluation mode
+    without gradients and is left as it was. `progress=None` shows a bar when stderr is a terminal.
 
-    Raises `SqCpuError` when there is no batch, or a batch is empty or of another type, when an
-    activation is NaN or infinite, and when the model has no linear.
+    Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
+    the model's context, when an activation is NaN or infinite, when the model has no linear, and
+    for an entry of `ignore` that matches none.
     """
+    check_ignore(model, ignore)
     linears = quantizable_linears(model, ignore)
     if not linears:
         raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
@@ -134,7 +159,10 @@ def calibrate(
     with evaluating(model), _hooked(linears, ranges, recent):
         for index, batch in enumerate(track(batches, "calibrating", progress)):
             args, kwargs = _arguments(batch, index)
-            recent.batch = index
+            for tensor in (*args, *kwargs.values()):
+                if isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.dim() == 2:
+                    check_length(model, tensor.shape[1], f"calibration batch {index}")
+            recent.begin(index, kwargs.get("attention_mask"))
             model(*args, **kwargs)
             recent.forget()
             count += 1
@@ -146,10 +174,27 @@ def calibrate(
         channel_min={name: seen.low for name, seen in reached.items()},
         channel_max={name: seen.high for name, seen in reached.items()},
         rows={name: seen.sample.rows for name, seen in reached.items() if rows},
+        fingerprints={name: _fingerprint(linears[name]) for name in reached},
         tokens=max((seen.rows for seen in reached.values()), default=0),
         batches=count,
         unreached=tuple(name for name in ranges if name not in reached),
     )
+
+
+def check_length(model: nn.Module, length: int, what: str) -> None:
+    """Raise `SqCpuError` when `what` has more tokens than the model's config has positions."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise SqCpuError(
+            f"{what} has {length} tokens and the model {limit} positions: use shorter windows"
+        )
+
+
+def _fingerprint(linear: nn.Module) -> int:
+    """Return the CRC-32 of the bytes of at most 8 evenly spaced rows of a linear's weight."""
+    weight = linear.get_parameter("weight").detach()
+    rows = torch.linspace(0, len(weight) - 1, min(8, len(weight))).long()
+    return zlib.crc32(weight[rows].contiguous().view(torch.uint8).numpy().tobytes())
 
 
 @contextmanager
@@ -169,22 +214,35 @@ class _Recent:
     """The input seen last and its range: q, k and v are handed the same tensor in a row."""
 
     batch = 0
+    mask: Tensor | None = None
     key: tuple[int, int] | None = None
     held: Tensor | None = None  # keeps the address from being reused while the key stands
+    rows: Tensor
     low: Tensor
     high: Tensor
 
+    def begin(self, batch: int, mask: Any) -> None:
+        self.batch = batch
+        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all()
+        self.mask = mask.bool() if padded else None
+
     def forget(self) -> None:
         self.key = self.held = None
+        self.rows = torch.empty(0)
 
-    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def look(self, x: Tensor) -> None:
+        """Set `rows` to x without padding, [rows, in_features], and `low` and `high` to theirs."""
         # Inference tensors have no version that would show an in-place change: never cached.
         key = None if x.is_inference() else (id(x), x._version)
-        if key is None or key != self.key:
-            rows = x.detach().reshape(-1, x.shape[-1])
-            self.low, self.high = rows.amin(dim=0).float(), rows.amax(dim=0).float()
-            self.key, self.held = key, x
-        return self.low, self.high
+        if key is not None and key == self.key:
+            return
+        self.rows = x.detach().reshape(-1, x.shape[-1])
+        # OPT hands its MLP [batch * sequence, features].
+        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
+            self.rows = self.rows[self.mask.reshape(-1)]
+        if len(self.rows):
+            self.low, self.high = self.rows.amin(dim=0).float(), self.rows.amax(dim=0).float()
+        self.key, self.held = key, x
 
 
 class _Sample:
@@ -217,19 +275,18 @@ class _ChannelRange:
         self.high = torch.full((linear.in_features,), -torch.inf)
 
     def add(self, x: Tensor, recent: _Recent) -> None:
-        rows = x.numel() // self.low.numel()
-        if rows == 0:  # an expert that no token was routed to
+        recent.look(x)
+        if not len(recent.rows):  # an expert that no token was routed to, or all padding
             return
-        low, high = recent.range_of(x)
-        if not (low.isfinite().all() and high.isfinite().all()):
+        if not (recent.low.isfinite().all() and recent.high.isfinite().all()):
             raise SqCpuError(
                 f"calibration batch {recent.batch}: NaN or Inf in the input of {self.name}; "
                 "check the batch and the model's weights"
             )
-        torch.minimum(self.low, low, out=self.low)
-        torch.maximum(self.high, high, out=self.high)
-        self.rows += rows
-        self.sample.add(x.reshape(-1, x.shape[-1]))
+        torch.minimum(self.low, recent.low, out=self.low)
+        torch.maximum(self.high, recent.high, out=self.high)
+        self.rows += len(recent.rows)
+        self.sample.add(recent.rows)
 
 
 @contextmanager
@@ -265,7 +322,12 @@ def _arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]
             "a batch is a tensor, a tuple of positional or a dict of keyword arguments"
         )
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    if not tensors or any(tensor.numel() == 0 for tensor in tensors):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors) or "no tensor"
+    if not tensors:
+        raise SqCpuError(
+            f"calibration batch {index} holds no tensor: a batch needs tensors, such as token ids "
+            'from tokenizer(text, return_tensors="pt")'
+        )
+    if any(tensor.numel() == 0 for tensor in tensors):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise SqCpuError(f"calibration batch {index} is empty ({shapes}): drop it")
     return args, kwargs

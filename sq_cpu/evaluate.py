@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sq_cpu.calibrate import evaluating
+from sq_cpu.calibrate import check_length, evaluating
 from sq_cpu.errors import SqCpuError
 from sq_cpu.progress import track
 
@@ -34,8 +34,10 @@ def perplexity(
     Each window is scored alone, from its second token on; the mean is over all scored tokens, in
     float64. `progress=None` shows a bar when stderr is a terminal.
 
-    Raises `SqCpuError` when the text is too short and when the model's logits are NaN or Inf.
+    Raises `SqCpuError` when the text is too short, when a window is longer than the model's context
+    and when the model's logits are NaN or Inf.
     """
+    check_length(model, window, "a window")
     batches = token_windows(tokenizer, text, window=window, windows=windows)
     total, targets = 0.0, 0
     with evaluating(model):

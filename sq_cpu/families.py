@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ __all__ = [
     "Family",
     "Group",
     "SmoothingGroup",
+    "check_ignore",
     "family_of",
+    "is_ignored",
     "quantizable_linears",
     "smoothing_groups",
 ]
@@ -106,6 +109,8 @@ class SmoothingGroup:
     repeats: int = 1
     """Query heads that read the same key-value head."""
     norm_offset: float = 0.0
+    block: str = ""
+    """Full name of the decoder block that holds producer and consumers."""
 
     @property
     def name(self) -> str:
@@ -155,7 +160,7 @@ def smoothing_groups(model: nn.Module) -> tuple[SmoothingGroup, ...]:
     prefix = next(name for name, module in model.named_modules() if module is base)
     path = f"{prefix}.{family.blocks}".removeprefix(".")
     return tuple(
-        _resolve(model, family, group, f"{path}.{name}.")
+        _resolve(model, family, group, f"{path}.{name}")
         for name, _ in _module(model, path).named_children()
         for group in family.groups
     )
@@ -171,22 +176,40 @@ def quantizable_linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and not _ignored(name, ignore)
+        if type(module) is nn.Linear and not is_ignored(name, ignore)
     }
 
 
-def _ignored(name: str, ignore: tuple[str, ...]) -> bool:
+def check_ignore(model: nn.Module, ignore: tuple[str, ...]) -> None:
+    """Raise `SqCpuError` for an entry that ignores no linear, which is most likely a typo.
+
+    The default is let through: it stands for a head where there is one.
+    """
+    if ignore == ("lm_head",):
+        return
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for entry in ignore:
+        if not any(is_ignored(name, (entry,)) for name in names):
+            # An entry can be any end of a name: offer those of as many parts.
+            parts = entry.count(".") + 1
+            ends = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names)
+            close = " or ".join(get_close_matches(entry, ends)) or "the end of a linear's name"
+            raise SqCpuError(f"ignore has {entry!r}, which matches no linear: use {close}")
+
+
+def is_ignored(name: str, ignore: tuple[str, ...]) -> bool:
+    """Say whether a full name is an entry of `ignore`, or ends with a dot and an entry."""
     return any(name == entry or name.endswith(f".{entry}") for entry in ignore)
 
 
 def _resolve(model: nn.Module, family: Family, group: Group, block: str) -> SmoothingGroup:
-    producer = block + group.producer
+    producer = f"{block}.{group.producer}"
     weight = getattr(_module(model, producer), "weight", None)
     if not isinstance(weight, Tensor):
         raise SqCpuError(f"cannot smooth: {producer} has no weight that could take the scale")
     channels = weight.shape[0]
 
-    consumers = tuple(block + consumer for consumer in group.consumers)
+    consumers = tuple(f"{block}.{consumer}" for consumer in group.consumers)
     kv_heads = _kv_heads(model.config) if group.per_head else 1
     repeats = 1
     for name in consumers:
@@ -207,6 +230,7 @@ def _resolve(model: nn.Module, family: Family, group: Group, block: str) -> Smoo
         kv_heads=kv_heads,
         repeats=repeats,
         norm_offset=family.norm_offset if weight.dim() == 1 else 0.0,
+        block=block,
     )
 
 

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from sq_cpu import _core
 from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import quantizable_linears
+from sq_cpu.families import check_ignore, is_ignored, quantizable_linears
+from sq_cpu.folding import apply_scales
 from sq_cpu.linear import QuantLinear
 from sq_cpu.progress import track
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan, fold
+from sq_cpu.smooth import SmoothPlan, consumer_scales, plan_scales
 
 __all__ = ["QuantizationRecord", "mark_quantized", "quantize", "replace_linears"]
 
@@ -62,37 +64,46 @@ def quantize(
 ) -> nn.Module:
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
 
-    With `plan=None` every group is smoothed at alpha 0.5. `smooth=False` leaves the weights as they
-    are (naive W8A8) and takes any module; only there, and with a scheme that is not static, may the
-    calibration be omitted. Afterwards the model is in evaluation mode, has no gradients, and
-    carries a `QuantizationRecord` as `model.sq_cpu_config`.
+    With `plan=None` every group with a linear to quantize is smoothed at alpha 0.5. `smooth=False`
+    leaves the weights as they are (naive W8A8) and takes any module that calls its linears; only
+    there, and with a scheme that is not static, may the calibration be omitted. Afterwards the
+    model is in evaluation mode, has no gradients, and carries a `QuantizationRecord` as
+    `model.sq_cpu_config`. Extra memory is that of `apply_scales`, then that of one linear.
 
-    Raises `SqCpuError` before anything is changed: for an unknown scheme or family, a model that is
-    quantized already or has no linear, weights that are NaN, Inf or too long for int32 sums, a
-    calibration that misses a layer, and a fold that would change the model's function.
+    Raises `SqCpuError` before anything is changed: for an unknown scheme or family, an entry of
+    `ignore` that matches no linear, a model that is quantized already or has no linear, linears
+    with hooks or parametrizations or in a module that reads their weight itself, weights that are
+    NaN, Inf or too long for int32 sums, a calibration that misses a layer, is older than its
+    weights or not finite, and a fold that would change the model's function.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())
+    check_ignore(model, scheme.ignore)
     linears = quantizable_linears(model, scheme.ignore)
     _check_model(model, linears)
+    _check_replaceable(model, scheme.ignore)
     _check_calibration(linears, calibration, needed=smooth or scheme.activations == "static")
     if plan is not None and not smooth:
         raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
 
     scales: dict[str, Tensor] = {}
+    by_linear: dict[str, Tensor] = {}
     if smooth:
         assert calibration is not None  # _check_calibration raised otherwise
-        plan = plan or SmoothPlan.uniform(model, calibration)
-        scales = fold(model, plan, calibration)
+        plan = plan or SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
+        scales = plan_scales(model, plan, calibration)
+        by_linear = consumer_scales(model, scales)
+    ranges: dict[str, tuple[float, float]] = {}
+    if calibration is not None and scheme.activations == "static":
+        ranges = _input_ranges(calibration, tuple(linears), by_linear)
+    if smooth:
+        apply_scales(model, scales)
 
     layers = tuple(linears)
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
-        input_range = None
-        if calibration is not None and scheme.activations == "static":
-            input_range = _input_range(calibration, name, scales.get(name))
         _untie(model, linear)
-        replace_linears(model, {name: QuantLinear.from_float(linear, scheme, input_range)})
+        replace_linears(model, {name: QuantLinear.from_float(linear, scheme, ranges.get(name))})
     mark_quantized(model, QuantizationRecord(scheme, plan, layers))
     return model
 
@@ -143,6 +154,28 @@ def _check_model(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
                 raise SqCpuError(f"{name}.{kind} has NaN or Inf; repair the model or ignore it")
 
 
+def _check_replaceable(model: nn.Module, ignore: tuple[str, ...]) -> None:
+    """Raise for a linear that does more than its forward, or whose parent never calls it."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or is_ignored(name, ignore):
+            continue
+        if is_parametrized(module):
+            raise SqCpuError(
+                f"{name} is parametrized, which int8 would lose: remove_parametrizations or "
+                "ignore it"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise SqCpuError(
+                f"{name} has forward hooks, which int8 would lose: remove them or ignore it"
+            )
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            raise SqCpuError(
+                f"{name} is in a {type(parent).__name__}, which may read its weight without "
+                "calling it: ignore it"
+            )
+
+
 def _check_calibration(
     linears: Mapping[str, nn.Linear], calibration: Calibration | None, needed: bool
 ) -> None:
@@ -154,20 +187,24 @@ def _check_calibration(
             "or a dynamic scheme with smooth=False"
         )
     for name, linear in linears.items():
-        low, _ = calibration.channels(name)
-        if low.shape != (linear.in_features,):
+        calibration.check_weight(name, linear)
+
+
+def _input_ranges(
+    calibration: Calibration, names: tuple[str, ...], scales: Mapping[str, Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Return the range of each linear's smoothed input: exact, for s > 0 keeps the order."""
+    ranges = {}
+    for name in names:
+        low, high = calibration.channels(name)
+        if name in scales:
+            low, high = low / scales[name], high / scales[name]
+        if not (low.isfinite().all() and high.isfinite().all()):
             raise SqCpuError(
-                f"the calibration has {low.numel()} channels for {name}, which has "
-                f"{linear.in_features}; calibrate this very model"
+                f"the calibrated range of {name} is not finite: calibrate again, or ignore it"
             )
-
-
-def _input_range(calibration: Calibration, name: str, s: Tensor | None) -> tuple[float, float]:
-    """Return the range of a linear's smoothed input: exact, for s > 0 keeps the order."""
-    low, high = calibration.channels(name)
-    if s is not None:
-        low, high = low / s, high / s
-    return float(low.min()), float(high.max())
+        ranges[name] = (float(low.min()), float(high.max()))
+    return ranges
 
 
 def _untie(model: nn.Module, linear: nn.Linear) -> None:

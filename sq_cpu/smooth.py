@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import SmoothingGroup, smoothing_groups
+from sq_cpu.families import SmoothingGroup, is_ignored, smoothing_groups
 from sq_cpu.files import replacing
 from sq_cpu.folding import apply_scales
 
 __all__ = [
     "GroupPlan",
     "SmoothPlan",
+    "consumer_scales",
     "fold",
     "plan_scales",
     "smoothing_scales",
@@ -86,15 +87,26 @@ class SmoothPlan:
                 raise SqCpuError(f"the plan has {count} entries for group {name}; keep one")
 
     @classmethod
-    def uniform(cls, model: nn.Module, calibration: Calibration, alpha: float = 0.5) -> SmoothPlan:
-        """Plan one alpha for every group of which the calibration covers a consumer."""
-        return cls(
-            tuple(
-                GroupPlan(name=group.name, alpha=alpha)
-                for group in smoothing_groups(model)
-                if any(name in calibration.channel_min for name in group.consumers)
-            )
-        )
+    def uniform(
+        cls,
+        model: nn.Module,
+        calibration: Calibration,
+        alpha: float = 0.5,
+        *,
+        ignore: tuple[str, ...] = (),
+    ) -> SmoothPlan:
+        """Plan one alpha for every group with a consumer that is calibrated and not ignored.
+
+        Raises `SqCpuError` on an unknown family, and on weights that changed since the calibration.
+        """
+        planned = []
+        for group in smoothing_groups(model):
+            covered = _covered(group, calibration)
+            for name in covered:
+                calibration.check_weight(name, model.get_submodule(name))
+            if not all(is_ignored(name, ignore) for name in covered):
+                planned.append(GroupPlan(name=group.name, alpha=alpha))
+        return cls(tuple(planned))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
@@ -140,6 +152,9 @@ def plan_scales(model: nn.Module, plan: SmoothPlan, calibration: Calibration) ->
     """Return s of every planned group, by group name, fp32 [the producer's output channels].
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
+
+    Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, and on
+    weights that changed since the calibration.
     """
     groups = {group.name: group for group in smoothing_groups(model)}
     for planned in plan.groups:
@@ -156,24 +171,39 @@ def plan_scales(model: nn.Module, plan: SmoothPlan, calibration: Calibration) ->
 def fold(model: nn.Module, plan: SmoothPlan, calibration: Calibration) -> dict[str, Tensor]:
     """Smooth `model` in place by `plan`; return s of every consumer, fp32 [in_features].
 
-    Raises `SqCpuError`, with the model unchanged, where `plan_scales` or `apply_scales` does.
+    Afterwards the calibration no longer fits the model. Raises `SqCpuError`, with the model
+    unchanged, where `plan_scales` or `apply_scales` does.
     """
-    return apply_scales(model, plan_scales(model, plan, calibration))
+    scales = plan_scales(model, plan, calibration)
+    apply_scales(model, scales)
+    return consumer_scales(model, scales)
+
+
+def consumer_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return s of every consumer linear, fp32 [in_features], for the s of groups (by name)."""
+    return {
+        name: group.widen(scales[group.name])
+        for group in smoothing_groups(model)
+        if group.name in scales
+        for name in group.consumers
+    }
 
 
 def _group_scales(
     model: nn.Module, group: SmoothingGroup, alpha: float, calibration: Calibration
 ) -> Tensor:
-    covered = [name for name in group.consumers if name in calibration.channel_min]
-    act = calibration.absmax(covered[0] if covered else group.consumers[0])
+    # An uncovered group fails here, by the name of its first consumer.
+    covered = _covered(group, calibration) or group.consumers[:1]
+    for name in covered:
+        calibration.check_weight(name, model.get_submodule(name))
+    act = calibration.absmax(covered[0])
     weights = [model.get_parameter(f"{name}.weight") for name in group.consumers]
     weight = torch.stack([w.detach().abs().amax(dim=0).float() for w in weights]).amax(dim=0)
-    if act.shape != weight.shape:
-        raise SqCpuError(
-            f"group {group.name}: the calibration has {act.numel()} channels and the weights have "
-            f"{weight.numel()}; calibrate this very model"
-        )
     try:
         return smoothing_scales(group.narrow(act), group.narrow(weight), alpha)
     except SqCpuError as error:
         raise SqCpuError(f"group {group.name}: {error}") from None
+
+
+def _covered(group: SmoothingGroup, calibration: Calibration) -> tuple[str, ...]:
+    return tuple(name for name in group.consumers if name in calibration.channel_min)

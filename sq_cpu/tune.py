@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import SmoothingGroup, smoothing_groups
-from sq_cpu.linear import quantize_rows, quantize_weight, static_code
+from sq_cpu.families import SmoothingGroup, is_ignored, smoothing_groups
 from sq_cpu.progress import track
+from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import GroupPlan, SmoothPlan, plan_scales
@@ -36,17 +36,18 @@ def tune(
 
         |Q(X / s) Q(W s)^T - X W^T|^2 / |X W^T|^2
 
-    averaged over its linears (the objective of AQAS, arXiv 2311.05161, on alpha's grid). Each group
-    is scored alone, on the float model's inputs; the model is not changed. Extra memory is one
-    group's weights in fp32, a few times.
+    averaged over its quantized linears (the objective of AQAS, arXiv 2311.05161, on alpha's grid).
+    Each group is scored alone, on the float model's inputs; the model is not changed. Extra memory
+    is one group's weights in fp32, a few times.
 
-    Raises `SqCpuError` for an unknown scheme or family, an alpha outside [0, 1], no alphas, and a
-    calibration without sampled rows.
+    Raises `SqCpuError` for an unknown scheme or family, an alpha outside [0, 1], no alphas, a
+    calibration without sampled rows, and weights that changed since it.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())
     if not alphas:
         raise SqCpuError("tune got no alphas; leave the argument out for 0, .05, ... 1")
-    planned = {group.name for group in SmoothPlan.uniform(model, calibration).groups}
+    uniform = SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
+    planned = {group.name for group in uniform.groups}
     groups = [group for group in smoothing_groups(model) if group.name in planned]
     best: dict[str, tuple[float, float]] = {}
     for alpha in track(list(alphas), "tuning alpha", progress):
@@ -71,8 +72,8 @@ def _loss(
     total, linears = 0.0, 0
     s = group.widen(s)
     for name in group.consumers:
-        if name not in calibration.channel_min:
-            continue  # ignored: it stays in float
+        if name not in calibration.channel_min or is_ignored(name, scheme.ignore):
+            continue  # it stays in float
         if name not in calibration.rows:
             raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
         x = calibration.rows[name].float()

@@ -80,7 +80,8 @@ def test_ranges_of_a_language_model_match_its_inputs() -> None:
     [
         ([], "calibration got no batches"),
         ([X, X[:0]], r"calibration batch 1 is empty \(\(0, 3\)\)"),
-        ([()], r"calibration batch 0 is empty \(no tensor\)"),
+        ([()], "calibration batch 0 holds no tensor"),
+        ([["text"]], r"batch 0 holds no tensor: a batch needs tensors.*return_tensors"),
         ([X, "text"], "calibration batch 1 is a str"),
         (X, r"batches is one Tensor; pass an iterable of batches, as in \[batch\]"),
         ([X, X * torch.nan], "calibration batch 1: NaN or Inf in the input of first"),
@@ -102,6 +103,46 @@ def test_a_model_without_linears_is_refused() -> None:
         calibrate(nn.ReLU(), [X])
 
 
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_padding_is_not_counted(model_type: str) -> None:
+    model, ids = tiny_model(model_type), batches(1)[0]
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    padded = calibrate(model, [{"input_ids": ids.where(mask > 0, 0), "attention_mask": mask}])
+    alone = calibrate(model, [ids[:1], ids[1:, :10]])
+    assert padded.tokens == alone.tokens == 26
+    for name, low in alone.channel_min.items():
+        # The padded batch sums in another order.
+        torch.testing.assert_close(padded.channel_min[name], low, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            padded.channel_max[name], alone.channel_max[name], rtol=1e-4, atol=1e-5
+        )
+        assert padded.rows[name].shape == alone.rows[name].shape
+
+
+def test_batches_longer_than_the_context_are_refused() -> None:
+    model = tiny_model("llama")
+    calibrate(model, batches(1, length=64))
+    with pytest.raises(SqCpuError, match="batch 1 has 65 tokens and the model 64 positions"):
+        calibrate(model, [*batches(1), {"input_ids": batches(1, length=65)[0]}])
+
+
+def test_ignoring_what_is_not_there_is_refused() -> None:
+    with pytest.raises(SqCpuError, match="'secnd', which matches no linear: use second"):
+        calibrate(Two(), [X], ignore=("first", "secnd"))
+
+
+def test_changed_weights_are_told_apart() -> None:
+    model = Two()
+    found = calibrate(model, [X])
+    found.check_weight("second", model.second)
+    with torch.no_grad():
+        model.second.weight.mul_(1.5)
+    with pytest.raises(SqCpuError, match="weights of second changed since the calibration"):
+        found.check_weight("second", model.second)
+    found.check_weight("first", model.first)
+
+
 def test_progress_is_shown_only_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
     calibrate(Two(), [X])
     assert capsys.readouterr() == ("", "")
@@ -119,6 +160,7 @@ def test_saved_calibrations_load_equal(tmp_path: Path) -> None:
         assert torch.equal(loaded.channel_max[name], found.channel_max[name])
     assert loaded.channel_min.keys() == loaded.channel_max.keys() == {"first", "second"}
     assert (loaded.tokens, loaded.batches, loaded.unreached) == (2, 1, ("spare",))
+    assert loaded.fingerprints == found.fingerprints
     assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.safetensors"]
 
 
@@ -132,6 +174,10 @@ def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     save_file({"a": X}, path)
     with pytest.raises(SqCpuError, match="is not a calibration"):
         Calibration.load(path)
+    for header in ('{"format_version": 1}', "[]", '"text"', '{"format_version": "1"}'):
+        save_file({"a": X}, path, {"sq_cpu.calibration": header})
+        with pytest.raises(SqCpuError, match=r"header of .* is not one that sq_cpu writes"):
+            Calibration.load(path)
     path.write_bytes(found.save(path).read_bytes()[:-8])
     with pytest.raises(SqCpuError, match="cannot read the calibration"):
         Calibration.load(path)

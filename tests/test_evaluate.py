@@ -119,6 +119,13 @@ def test_a_random_language_model_is_near_chance() -> None:
     assert VOCABULARY / 4 < value < VOCABULARY * 40
 
 
+def test_windows_longer_than_the_context_are_refused() -> None:
+    model = tiny_model("opt")
+    assert perplexity(model, Numbers(), numbers(300), window=64, windows=1) > 1
+    with pytest.raises(SqCpuError, match="a window has 65 tokens and the model 64 positions"):
+        perplexity(model, Numbers(), numbers(300), window=65, windows=1)
+
+
 @pytest.mark.slow
 def test_smollm2_reads_its_own_language(smollm2: Callable[[], tuple[Any, Any]]) -> None:
     model, tokenizer = smollm2()

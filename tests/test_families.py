@@ -8,7 +8,13 @@ from tiny import tiny_model
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import FAMILIES, SmoothingGroup, quantizable_linears, smoothing_groups
+from sq_cpu.families import (
+    FAMILIES,
+    SmoothingGroup,
+    check_ignore,
+    quantizable_linears,
+    smoothing_groups,
+)
 
 TYPES = [name for family in FAMILIES for name in family.model_types]
 
@@ -80,6 +86,18 @@ def test_linears_are_ignored_by_full_name_or_its_end() -> None:
     assert list(quantizable_linears(model)) == ["head", "lm_head", "block.head"]
     assert list(quantizable_linears(model, ("head",))) == ["lm_head"]
     assert list(quantizable_linears(model, ("block.head",))) == ["head", "lm_head"]
+
+
+def test_an_ignored_name_must_exist() -> None:
+    model = tiny_model("llama")
+    check_ignore(model, ("lm_head", "down_proj", "self_attn.q_proj"))
+    check_ignore(model.model, ("lm_head",))  # the default, for models without a head too
+    with pytest.raises(SqCpuError, match="'dwn_proj', which matches no linear: use down_proj"):
+        check_ignore(model, ("lm_head", "dwn_proj"))
+    with pytest.raises(SqCpuError, match=r"'attn\.q_proj', .*use self_attn\.q_proj or "):
+        check_ignore(model, ("attn.q_proj",))
+    with pytest.raises(SqCpuError, match=r"'1234', .*use the end of a linear's name"):
+        check_ignore(model, ("1234",))
 
 
 def test_attention_that_reads_weights_directly_is_not_quantizable() -> None:

@@ -10,12 +10,12 @@ import torch
 from tiny import batches, logits, tiny_model
 from torch import Tensor, nn
 
-from sq_cpu import families
+from sq_cpu import families, folding
 from sq_cpu.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.families import FAMILIES, Family, Group, smoothing_groups
 from sq_cpu.folding import apply_scales
-from sq_cpu.smooth import SmoothPlan, fold
+from sq_cpu.smooth import SmoothPlan, consumer_scales, fold
 
 TYPES = [name for family in FAMILIES for name in family.model_types]
 
@@ -42,12 +42,12 @@ def test_random_scales_keep_the_function(model_type: str) -> None:
     model = tiny_model(model_type)
     before, weights = logits(model), state(model)
     scales = random_scales(model)
-    applied = apply_scales(model, scales)
+    apply_scales(model, scales)
     # Every product is rounded to 2^-24 relative; two layers of sums up to 48 long amplify that by
     # far less than the 2^10 allowed here, and a missed consumer moves logits by their own size.
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2.0**-14 * before.abs().max())
     changed = {name for name, value in model.state_dict().items() if (value != weights[name]).any()}
-    assert {f"{name}.weight" for name in applied} <= changed
+    assert {f"{name}.weight" for name in consumer_scales(model, scales)} <= changed
     assert {f"{name}.weight" for name in scales} <= changed
 
 
@@ -171,6 +171,32 @@ def test_bad_scales_are_refused() -> None:
             apply_scales(model, {name: s})
     with pytest.raises(SqCpuError, match="no smoothing group norm"):
         apply_scales(model, {"norm": torch.ones(32)})
+
+
+def test_a_block_that_is_never_called_is_refused() -> None:
+    model = tiny_model("llama")
+    before, scales = state(model), random_scales(model)
+    model.config.num_hidden_layers = 1  # the model runs that many of its layers
+    with pytest.raises(SqCpuError, match=r"never calls model\.layers\.1, so its fold cannot"):
+        apply_scales(model, scales)
+    assert_unchanged(model, before)
+
+
+def test_only_one_block_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", num_hidden_layers=6)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    sizes: list[int] = []
+    inner = folding._folded_parameters
+
+    def watched(*args: Any) -> dict[str, Tensor]:
+        folded = inner(*args)
+        sizes.append(sum(value.numel() for value in folded.values()))
+        return folded
+
+    monkeypatch.setattr(folding, "_folded_parameters", watched)
+    apply_scales(model, random_scales(model))
+    assert len(sizes) == 12  # six proofs, then six folds
+    assert max(sizes) <= block
 
 
 def test_the_proof_leaves_no_trace() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tiny import batches, logits, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from sq_cpu import _core
 from sq_cpu.calibrate import Calibration, calibrate
@@ -68,11 +70,15 @@ def test_static_ranges_are_the_calibrated_ones_divided_by_s() -> None:
 
 def test_the_record_says_what_was_done() -> None:
     model, found = calibrated("llama")
-    quantize(model, found, scheme=Scheme(reduce_range="auto", ignore=("lm_head", "down_proj")))
+    ignore = ("lm_head", "down_proj")
+    quantize(model, found, scheme=Scheme(reduce_range="auto", ignore=ignore))
     record = model.sq_cpu_config
     assert record.scheme.reduce_range is not _core.isa()["vnni"]
     assert len(record.layers) == 12
-    assert record.plan == SmoothPlan.uniform(tiny_model("llama"), found)
+    assert record.plan == SmoothPlan.uniform(tiny_model("llama"), found, ignore=ignore)
+    assert len(record.plan.groups) == 6  # down_proj's are left alone
+    up = "model.layers.0.mlp.up_proj.bias"
+    assert torch.equal(model.state_dict()[up], tiny_model("llama").state_dict()[up])
     assert QuantizationRecord.from_dict(json.loads(json.dumps(record.to_dict()))) == record
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
     with pytest.raises(SqCpuError, match="has no field 'layers'"):
@@ -165,8 +171,9 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_models_that_cannot_be_quantized_are_refused() -> None:
-    found = calibrate(Twice(), [torch.randn(2, 8)])
-    refuse(Twice(), "type 'Twice': known are llama, .* smooth=False", found)
+    twice = Twice()
+    found = calibrate(twice, [torch.randn(2, 8)])
+    refuse(twice, "type 'Twice': known are llama, .* smooth=False", found)
     refuse(nn.Sequential(nn.ReLU()), "no Linear that is not ignored", smooth=False)
     refuse(nn.Linear(2, 2), "itself a Linear", smooth=False)
     wide = nn.Sequential(nn.Linear(_core.MAX_DEPTH + 1, 1))
@@ -194,11 +201,53 @@ def test_incomplete_calibrations_are_refused() -> None:
     model, found = calibrated("llama")
     name = "model.layers.1.mlp.up_proj"
     low = {key: value for key, value in found.channel_min.items() if key != name}
-    refuse(model, f"does not cover {name}", Calibration(low, found.channel_max, {}, 1, 1))
-    unreached = Calibration(low, found.channel_max, {}, 1, 1, unreached=(name,))
+    refuse(model, f"does not cover {name}", replace(found, channel_min=low))
+    unreached = replace(found, channel_min=low, unreached=(name,))
     refuse(model, f"no calibration batch reached {name}", unreached)
-    short = Calibration({**found.channel_min, name: torch.zeros(31)}, found.channel_max, {}, 1, 1)
-    refuse(model, f"31 channels for {name}, which has 32", short)
+
+
+def test_infinite_static_ranges_are_refused() -> None:
+    model, found = calibrated("llama")
+    name = "model.layers.1.mlp.up_proj"
+    broken = replace(found, channel_max=found.channel_max | {name: torch.full((32,), torch.inf)})
+    message = f"calibrated range of {name} is not finite"
+    refuse(model, message, broken, scheme="O3", smooth=False)
+    refuse(model, message, broken, SmoothPlan(()), scheme="O3")
+    quantize(model, broken, scheme="O1", smooth=False)  # which needs no range
+
+
+def test_calibrations_of_other_weights_are_refused() -> None:
+    model, found = calibrated("llama")
+    message = r"weights of .* changed since the calibration: calibrate again"
+    other = tiny_model("llama", seed=1)
+    refuse(other, message, found, scheme="O3")
+    fold(model, SmoothPlan.uniform(model, found), found)
+    refuse(model, message, found, scheme="O3", smooth=False)
+    refuse(model, message, found, scheme="O1")
+    quantize(model, calibrate(model, batches()), scheme="O3", smooth=False)
+
+
+def test_a_misspelt_ignore_is_refused() -> None:
+    model, found = calibrated("llama")
+    scheme = Scheme(ignore=("lm_head", "donw_proj"))
+    refuse(model, "'donw_proj', which matches no linear: use down_proj", found, scheme=scheme)
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
+def test_layers_that_read_weights_themselves_are_refused(kind: Any) -> None:
+    model = nn.ModuleDict({"layer": kind(8, 2, 16, batch_first=True), "head": nn.Linear(8, 2)})
+    refuse(model, rf"layer\.linear1 is in a {kind.__name__}, .*: ignore it", smooth=False)
+    scheme = Scheme(ignore=("linear1", "linear2"))
+    assert quantize(model, scheme=scheme, smooth=False).sq_cpu_config.layers == ("head",)
+
+
+def test_linears_with_hooks_or_parametrizations_are_refused() -> None:
+    model = Twice()
+    handle = model.rest[2].register_forward_hook(lambda *_: None)
+    refuse(model, r"rest\.2 has forward hooks, which int8 would lose", smooth=False)
+    handle.remove()
+    weight_norm(model.first)
+    refuse(model, "first is parametrized, which int8 would lose", smooth=False)
 
 
 def test_a_fold_that_changes_the_model_is_refused() -> None:

@@ -91,10 +91,34 @@ def test_bad_plans_are_refused(llama: tuple[Any, Calibration], tmp_path: Path) -
         SmoothPlan.load(tmp_path / "missing")
 
 
-def test_a_calibration_of_another_model_is_refused(llama: tuple[Any, Calibration]) -> None:
-    other = tiny_model("llama", intermediate_size=64)
-    with pytest.raises(SqCpuError, match="has 48 channels and the weights have 64"):
-        fold(other, SmoothPlan.uniform(other, llama[1]), llama[1])
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"intermediate_size": 64}])
+def test_a_calibration_of_another_model_is_refused(
+    llama: tuple[Any, Calibration], settings: dict[str, Any]
+) -> None:
+    other = tiny_model("llama", **settings)
+    with pytest.raises(SqCpuError, match=r"weights of .* changed since the calibration"):
+        SmoothPlan.uniform(other, llama[1])
+    with pytest.raises(SqCpuError, match=r"weights of .* changed since the calibration"):
+        fold(other, SmoothPlan.uniform(*llama), llama[1])
+
+
+def test_folding_twice_is_refused() -> None:
+    model = tiny_model("llama")
+    found = calibrate(model, batches())
+    plan = SmoothPlan.uniform(model, found)
+    fold(model, plan, found)
+    once = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(SqCpuError, match=r"weights of model\.layers\.0\.self_attn\.q_proj changed"):
+        fold(model, plan, found)
+    assert all(torch.equal(p, once[name]) for name, p in model.named_parameters())
+
+
+def test_groups_of_ignored_linears_are_not_planned(llama: tuple[Any, Calibration]) -> None:
+    plan = SmoothPlan.uniform(*llama, ignore=("down_proj", "q_proj"))
+    names = {group.name for group in plan.groups}
+    assert "model.layers.0.mlp.up_proj" not in names
+    assert "model.layers.0.input_layernorm" in names  # k and v are quantized
+    assert len(names) == 6
 
 
 def test_a_plan_leaves_out_what_was_not_calibrated() -> None:

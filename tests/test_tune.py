@@ -5,7 +5,7 @@ import torch
 from tiny import batches, tiny_model
 
 import sq_cpu
-from sq_cpu import Calibration, SmoothPlan, SqCpuError
+from sq_cpu import Calibration, Scheme, SmoothPlan, SqCpuError
 from sq_cpu.families import smoothing_groups
 from sq_cpu.smooth import fold
 
@@ -69,6 +69,28 @@ def test_tuning_changes_nothing_and_is_deterministic() -> None:
     assert plans[0] == plans[1]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     fold(model, plans[0], sq_cpu.calibrate(model, batches(3)))  # and it can be folded
+
+
+def test_only_what_is_quantized_is_scored() -> None:
+    model = planted("llama")
+    calibration = sq_cpu.calibrate(model, batches(3))
+    scheme = Scheme.of("O3", ignore=("lm_head", "down_proj", "q_proj", "k_proj"))
+    plan = sq_cpu.tune(model, calibration, scheme=scheme)
+    assert {group.name.rpartition(".")[2] for group in plan.groups} == {
+        "input_layernorm",
+        "v_proj",
+        "post_attention_layernorm",
+    }
+    alone = sq_cpu.calibrate(model, batches(3), ignore=scheme.ignore)
+    assert plan == sq_cpu.tune(model, alone, scheme=scheme)
+
+
+def test_weights_that_changed_are_refused() -> None:
+    model = planted("llama")
+    calibration = sq_cpu.calibrate(model, batches(3))
+    fold(model, SmoothPlan.uniform(model, calibration), calibration)
+    with pytest.raises(SqCpuError, match="changed since the calibration: calibrate again"):
+        sq_cpu.tune(model, calibration)
 
 
 def test_bad_input() -> None:
