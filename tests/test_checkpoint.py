@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import change_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -32,7 +33,7 @@ from transformers import (
 
 from sq_cpu import checkpoint
 from sq_cpu.calibrate import calibrate
-from sq_cpu.checkpoint import config_digest, load, save
+from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import quantize
@@ -96,16 +97,6 @@ def template(quantized_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 def folder(template: Path, tmp_path: Path) -> Path:
     """Give a checkpoint of that model that a test may damage."""
     return Path(shutil.copytree(template, tmp_path / "out"))
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Edit config.json, its digest brought up to date."""
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    change(content)
-    if isinstance(settings := content.get("quantization_config"), dict):
-        settings["config_sha256"] = config_digest(content)
-    path.write_text(json.dumps(content))
 
 
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

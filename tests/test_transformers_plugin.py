@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import batches, logits, tiny_model
+from tiny import batches, change_config, logits, tiny_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,7 +25,6 @@ from transformers import (
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
-from sq_cpu.checkpoint import config_digest
 from sq_cpu.linear import QuantLinear
 from sq_cpu.transformers_plugin import SqCpuConfig
 
@@ -47,16 +46,6 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(template: Path, tmp_path: Path) -> Path:
     """Give a checkpoint that a test may damage."""
     return Path(shutil.copytree(template, tmp_path / "out"))
-
-
-def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Edit config.json, its digest brought up to date."""
-    path = folder / "config.json"
-    content = json.loads(path.read_text())
-    change(content)
-    if isinstance(settings := content.get("quantization_config"), dict):
-        settings["config_sha256"] = config_digest(content)
-    path.write_text(json.dumps(content))
 
 
 def fails(match: str, source: Any, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> None:

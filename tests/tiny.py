@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from sq_cpu.checkpoint import config_digest
 
 VOCABULARY = 64
 
@@ -64,3 +69,13 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model(batches(1)[0]).logits.float()
     return result
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edit a checkpoint's config.json, its digest brought up to date."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content)
+    if isinstance(settings := content.get("quantization_config"), dict):
+        settings["config_sha256"] = config_digest(content)
+    path.write_text(json.dumps(content))
