@@ -75,8 +75,7 @@ PYBIND11_MODULE(_core, m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16)
-      .value("int32", DType::kInt32);
+      .value("float16", DType::kFloat16);
 
   py::enum_<sq_cpu::Granularity>(m, "Granularity")
       .value("per_token", sq_cpu::Granularity::kPerToken)
@@ -86,7 +85,7 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Quantizer>(m, "ActivationQuantizer")
       .def(py::init([](sq_cpu::Granularity granularity, bool symmetric, bool reduce_range,
                        float scale, int32_t zero_point) {
-             return Quantizer{granularity, symmetric, reduce_range, scale, zero_point};
+             return Quantizer{granularity, symmetric, reduce_range, scale, zero_point, nullptr};
            }),
            py::arg("granularity"), py::arg("symmetric"), py::arg("reduce_range"),
            py::arg("scale") = 0.0f, py::arg("zero_point") = 0)
@@ -96,8 +95,12 @@ PYBIND11_MODULE(_core, m) {
                                   q.scale, q.zero_point);
           },
           [](const py::tuple& t) {
-            return Quantizer{static_cast<sq_cpu::Granularity>(t[0].cast<int>()), t[1].cast<bool>(),
-                             t[2].cast<bool>(), t[3].cast<float>(), t[4].cast<int32_t>()};
+            return Quantizer{static_cast<sq_cpu::Granularity>(t[0].cast<int>()),
+                             t[1].cast<bool>(),
+                             t[2].cast<bool>(),
+                             t[3].cast<float>(),
+                             t[4].cast<int32_t>(),
+                             nullptr};
           }));
 
   m.attr("MAX_DEPTH") = sq_cpu::kMaxDepth;
@@ -105,6 +108,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("microkernel_name", &sq_cpu::microkernel_name, py::arg("max_code"), py::arg("m"));
   m.def("use_isa", &use_isa, py::arg("name"), py::arg("emulated") = false);
   m.def("packed_bytes", &sq_cpu::packed_bytes, py::arg("n"), py::arg("k"));
+  m.def("codes_bytes", &sq_cpu::codes_bytes, py::arg("m"), py::arg("k"));
 
   m.def(
       "pack_weight",
@@ -139,26 +143,25 @@ PYBIND11_MODULE(_core, m) {
 
   m.def(
       "quantize_activations",
-      [](Address x, DType x_type, int64_t m_, int64_t k, const Quantizer& quantizer, Address u,
-         int64_t ldu, Address scale, Address zero_point) {
+      [](Address x, DType x_type, int64_t m_, int64_t k, const Quantizer& quantizer, Address codes,
+         Address scale, Address zero_point) {
         py::gil_scoped_release release;
-        sq_cpu::quantize_activations(pointer<const void>(x), x_type, m_, k, k, quantizer,
-                                     pointer<uint8_t>(u), ldu, pointer<float>(scale),
-                                     pointer<int32_t>(zero_point));
+        sq_cpu::quantize_activations(pointer<const void>(x), x_type, k, quantizer,
+                                     {pointer<uint8_t>(codes), pointer<float>(scale),
+                                      pointer<int32_t>(zero_point), m_, k, quantizer.max_code()});
       },
       py::arg("x"), py::arg("x_type"), py::arg("m"), py::arg("k"), py::arg("quantizer"),
-      py::arg("u"), py::arg("ldu"), py::arg("row_scale"), py::arg("row_zero_point"));
+      py::arg("codes"), py::arg("scale"), py::arg("zero_point"));
 
   m.def(
       "gemm",
-      [](Address u, int64_t m_, int64_t ldu, Address row_scale, Address row_zero_point,
-         Address weight, int64_t n, int64_t k, int max_code, Address y, DType y_type) {
+      [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
+         int64_t k, Address y) {
         py::gil_scoped_release release;
-        sq_cpu::gemm(pointer<const uint8_t>(u), m_, ldu, pointer<const float>(row_scale),
-                     pointer<const int32_t>(row_zero_point), packed(weight, n, k), max_code,
-                     pointer<void>(y), y_type, n);
+        sq_cpu::gemm(
+            {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
+            packed(weight, n, k), pointer<int32_t>(y), n);
       },
-      py::arg("u"), py::arg("m"), py::arg("ldu"), py::arg("row_scale"), py::arg("row_zero_point"),
-      py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("max_code"), py::arg("y"),
-      py::arg("y_type"));
+      py::arg("codes"), py::arg("zero_point"), py::arg("m"), py::arg("max_code"), py::arg("packed"),
+      py::arg("n"), py::arg("k"), py::arg("y"));
 }

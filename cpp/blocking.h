@@ -14,6 +14,8 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
+int64_t ceil_div(int64_t a, int64_t b);
+
 // Part `index` of `parts` near-equal parts of [0, count), cut at multiples of `step`.
 Range part(int64_t count, int64_t step, int64_t parts, int64_t index);
 
@@ -35,17 +37,26 @@ const RowKernels& row_kernels(Isa isa);
 // as that costs; a fork and join takes as long as about half of that.
 int useful_threads(int64_t m, int64_t n, int64_t k, int available);
 
-// A grid of row_parts x strip_parts tasks, one per thread.
-struct TaskGrid {
+// A grid of row_parts x strip_parts tasks, one per thread. Within a task, from the outside in:
+//
+//   row block        `rows` rows of codes
+//     strip block    `strips` strips, whose int32 sums wait in the task's workspace if k is cut
+//       k block      `k_blocks` tiles deep: of the codes and of a panel, what the caches hold
+//         panel      Microkernel::strips strips, each read once for all the rows of the block
+//           group    Microkernel::rows rows: one call of the microkernel
+struct Blocking {
   int64_t row_parts;
   int64_t strip_parts;
+  int64_t rows;
+  int64_t strips;
+  int64_t k_blocks;
+  int64_t sums;  // int32 of workspace a task
 };
-TaskGrid task_grid(const Microkernel& kernel, int64_t m, int64_t strips, int threads);
 
-// Rows of activations that a task keeps in L2 while panels of weights pass by: half of L2.
-int64_t rows_per_block(const Microkernel& kernel, int64_t ldu);
+Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, int64_t k_blocks,
+                         int threads);
 
 // Rows of a whole call that are quantized before they are multiplied: bounds the workspace.
-int64_t rows_per_pass(int64_t m, int64_t ldu);
+int64_t rows_per_pass(int64_t m, int64_t k);
 
 }  // namespace sq_cpu

@@ -3,57 +3,205 @@
 #include <algorithm>
 
 namespace sq_cpu {
+namespace {
 
-int64_t element_bytes(DType type) {
-  return type == DType::kFloat32 || type == DType::kInt32 ? 4 : 2;
-}
+// What a task will read next, from beyond L2: `pieces` of a panel of weights. The calls of the
+// microkernel before it each ask for their share, none for parts of two pieces.
+struct Ahead {
+  const std::byte* base = nullptr;  // null: nothing
+  int64_t lines = 0;                // of a piece
+  int64_t stride = 0;               // bytes between pieces
+  int64_t pieces = 1;
 
-int64_t strip_count(int64_t n) { return (n + kStripColumns - 1) / kStripColumns; }
+  void ask(TileArgs& tile, int64_t call, int64_t calls) const {
+    const int64_t calls_a_piece = calls / pieces;
+    const bool any = base != nullptr && call < calls_a_piece * pieces && tile.k_blocks > 0;
+    tile.prefetch = nullptr;
+    tile.prefetch_lines = 0;
+    if (!any) return;
+    const Range share = part(lines, 1, calls_a_piece, call % calls_a_piece);
+    tile.prefetch = base + call / calls_a_piece * stride + share.begin * kLineBytes;
+    tile.prefetch_lines = static_cast<int>(ceil_div(share.size(), 4 * tile.k_blocks));
+  }
 
-int64_t k_block_count(int64_t k) { return (k + kTileDepth - 1) / kTileDepth; }
+  static constexpr int64_t kLineBytes = 64;
+};
 
-int64_t strip_bytes(int64_t k) { return k_block_count(k) * kTileBytes + kTrailerBytes; }
+class Task {
+ public:
+  Task(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
+       const Blocking& blocking, int32_t* sums)
+      : args_(args),
+        kernel_(kernel),
+        epilogue_(rows.epilogue[static_cast<int>(args.output)]),
+        blocking_(blocking),
+        sums_(sums),
+        codes_(args.x.m, args.x.k),
+        k_blocks_(k_block_count(args.x.k)),
+        stride_(strip_bytes(args.x.k)),
+        group_sums_(kernel.rows * kernel.strips * kStripColumns) {}
 
-void gemm_task(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows, int thread,
-               int threads) {
-  const int64_t strips = strip_count(args.weight.n);
-  const TaskGrid grid = task_grid(kernel, args.m, strips, threads);
-  if (thread >= grid.row_parts * grid.strip_parts) return;
-  const Range my_rows = part(args.m, kernel.row_step, grid.row_parts, thread / grid.strip_parts);
-  const Range my_strips = part(strips, 1, grid.strip_parts, thread % grid.strip_parts);
+  void run(Range rows, Range strips) {
+    if (kernel_.begin != nullptr) kernel_.begin(state_);
+    for (int64_t m0 = rows.begin; m0 < rows.end; m0 += blocking_.rows) {
+      const Range block{m0, std::min(m0 + blocking_.rows, rows.end)};
+      for (int64_t s0 = strips.begin; s0 < strips.end; s0 += blocking_.strips) {
+        strip_block(block, {s0, std::min(s0 + blocking_.strips, strips.end)}, strips.end);
+      }
+    }
+    if (kernel_.end != nullptr) kernel_.end(state_);
+  }
 
-  const int64_t stride = strip_bytes(args.weight.k);
-  const int64_t k_blocks = k_block_count(args.weight.k);
-  const int64_t y_bytes = element_bytes(args.y_type);
-  const int64_t block_rows = rows_per_block(kernel, args.ldu);
-  const auto epilogue = rows.epilogue[static_cast<int>(args.y_type)];
-  alignas(64) int32_t c[kMaxTileInts];
-  TaskState state;
-  if (kernel.begin != nullptr) kernel.begin(state);
+ private:
+  // Groups of rows: near-equal parts of a block of 16, or whole blocks for a kernel that takes
+  // more. A last group of a row or two would wait for its own latency.
+  int64_t groups(Range rows) const {
+    if (kernel_.rows >= kBlockRows) return ceil_div(rows.size(), kernel_.rows);
+    const int64_t whole = rows.size() / kBlockRows, rest = rows.size() % kBlockRows;
+    return whole * ceil_div(kBlockRows, kernel_.rows) + ceil_div(rest, kernel_.rows);
+  }
 
-  // A block of activations stays in L2; each panel of weights is read once for it.
-  for (int64_t m0 = my_rows.begin; m0 < my_rows.end; m0 += block_rows) {
-    const int64_t block = std::min(block_rows, my_rows.end - m0);
-    const int64_t groups = (block + kernel.rows - 1) / kernel.rows;
-    for (int64_t s = my_strips.begin; s < my_strips.end; s += kernel.strips) {
-      const int panel = static_cast<int>(std::min<int64_t>(kernel.strips, my_strips.end - s));
-      const std::byte* strip = args.weight.data + s * stride;
-      const int64_t n0 = s * kStripColumns;
-      for (int64_t group = 0; group < groups; ++group) {
-        // Near-equal groups: a last one of a row or two would wait for its own latency.
-        const Range r = part(block, kernel.row_step, groups, group);
-        const int64_t row = m0 + r.begin;
-        const int count = static_cast<int>(r.size());
-        kernel.run(
-            {args.u + row * args.ldu, args.ldu, strip, stride, k_blocks, count, panel, c, &state});
-        epilogue({c, panel * kStripColumns, count, args.row_scale + row, args.row_zero_point + row,
-                  strip + k_blocks * kTileBytes, stride,
-                  static_cast<char*>(args.y) + (row * args.ldy + n0) * y_bytes, args.ldy,
-                  std::min(panel * kStripColumns, args.weight.n - n0)});
+  Range group(Range rows, int64_t index) const {
+    if (kernel_.rows >= kBlockRows) {
+      const int64_t begin = rows.begin + index * kernel_.rows;
+      return {begin, std::min<int64_t>(begin + kernel_.rows, rows.end)};
+    }
+    const int64_t per_block = ceil_div(kBlockRows, kernel_.rows);
+    const int64_t begin = rows.begin + index / per_block * kBlockRows;
+    const int64_t size = std::min(kBlockRows, rows.end - begin);
+    const Range r = part(size, 1, ceil_div(size, kernel_.rows), index % per_block);
+    return {begin + r.begin, begin + r.end};
+  }
+
+  void strip_block(Range rows, Range strips, int64_t last_strip) {
+    const int64_t group_count = groups(rows);
+    const int64_t cuts = std::max<int64_t>(1, ceil_div(k_blocks_, blocking_.k_blocks));
+    const bool one_panel = strips.size() <= kernel_.strips;
+    for (int64_t cut = 0; cut < cuts; ++cut) {
+      const int64_t k0 = cut * blocking_.k_blocks;
+      const int64_t depth = std::min(blocking_.k_blocks, k_blocks_ - k0);
+      int32_t* c = sums_;
+      for (int64_t s = strips.begin; s < strips.end; s += kernel_.strips) {
+        const int width = static_cast<int>(std::min<int64_t>(kernel_.strips, strips.end - s));
+        const Ahead ahead = one_panel || cuts == 1 ? panel(s + width, last_strip)
+                            : s + width < strips.end
+                                ? slice(s + width, strips.end, k0, depth)
+                                : slice(strips.begin, strips.end, k0 + depth, depth);
+        for (int64_t index = 0; index < group_count; ++index) {
+          const Range r = group(rows, index);
+          TileArgs tile;
+          tile.u = args_.x.codes + codes_.offset(r.begin) + k0 * codes_.tile;
+          tile.u_tile = codes_.tile;
+          tile.u_block = codes_.block;
+          tile.strip = args_.weight.data + s * stride_ + k0 * kTileBytes;
+          tile.strip_stride = stride_;
+          tile.k_blocks = depth;
+          tile.rows = static_cast<int>(r.size());
+          tile.strips = width;
+          tile.accumulate = cut > 0;
+          tile.c = c;
+          tile.state = &state_;
+          one_panel ? ahead.ask(tile, cut * group_count + index, cuts * group_count)
+                    : ahead.ask(tile, index, group_count);
+          kernel_.run(tile);
+          if (cut + 1 == cuts) finish(r, s, width, c);
+          if (cuts > 1) c += group_sums_;
+        }
       }
     }
   }
-  if (kernel.end != nullptr) kernel.end(state);
+
+  // The panel from strip s on, whole: contiguous.
+  Ahead panel(int64_t s, int64_t end) const {
+    const int64_t width = std::min<int64_t>(kernel_.strips, end - s);
+    if (width <= 0) return {};
+    return {args_.weight.data + s * stride_, width * stride_ / Ahead::kLineBytes, 0, 1};
+  }
+
+  // The same of a panel cut in k: a piece of each strip.
+  Ahead slice(int64_t s, int64_t end, int64_t k0, int64_t depth) const {
+    depth = std::min(depth, k_blocks_ - k0);
+    if (depth <= 0) return {};
+    return {args_.weight.data + s * stride_ + k0 * kTileBytes,
+            depth * kTileBytes / Ahead::kLineBytes, stride_,
+            std::min<int64_t>(kernel_.strips, end - s)};
+  }
+
+  void finish(Range rows, int64_t s, int width, const int32_t* c) const {
+    const int64_t n0 = s * kStripColumns;
+    EpilogueArgs e;
+    e.c = c;
+    e.ldc = width * kStripColumns;
+    e.rows = static_cast<int>(rows.size());
+    e.row_scale = args_.x.scale == nullptr ? nullptr : args_.x.scale + rows.begin;  // kInt32
+    e.row_zero_point = args_.x.zero_point + rows.begin;
+    e.trailer = args_.weight.data + s * stride_ + k_blocks_ * kTileBytes;
+    e.strip_stride = stride_;
+    e.ldy = args_.ldy;
+    e.column = n0;
+    e.columns = std::min(width * kStripColumns, args_.weight.n - n0);
+    auto* y = static_cast<char*>(args_.y);
+    if (args_.output == Output::kCode) {
+      e.y = y + CodeLayout(args_.x.m, args_.weight.n).offset(rows.begin);
+    } else {
+      e.y = y + rows.begin * args_.ldy * element_bytes(args_.output);
+    }
+    EpilogueSteps steps;
+    e.steps = nullptr;
+    if (args_.steps != nullptr) {
+      steps = *args_.steps;
+      const int64_t bytes = steps.operand_type == DType::kFloat32 ? 4 : 2;
+      const auto advance = [&](const void* p, int64_t ld) -> const void* {
+        return p == nullptr ? p : static_cast<const char*>(p) + rows.begin * ld * bytes;
+      };
+      steps.other = advance(steps.other, steps.ld_other);
+      steps.residual = advance(steps.residual, steps.ld_residual);
+      if (steps.code_scale != nullptr) steps.code_scale += rows.begin;
+      e.steps = &steps;
+    }
+    epilogue_(e);
+  }
+
+  const GemmArgs& args_;
+  const Microkernel& kernel_;
+  void (*epilogue_)(const EpilogueArgs&);
+  const Blocking& blocking_;
+  int32_t* sums_;
+  const CodeLayout codes_;
+  const int64_t k_blocks_;
+  const int64_t stride_;
+  const int64_t group_sums_;
+  TaskState state_;
+};
+
+}  // namespace
+
+int64_t element_bytes(Output output) {
+  return output == Output::kBFloat16 || output == Output::kFloat16 ? 2
+         : output == Output::kCode                                 ? 1
+                                                                   : 4;
+}
+
+int64_t strip_count(int64_t n) { return ceil_div(n, kStripColumns); }
+
+int64_t k_block_count(int64_t k) { return ceil_div(k, kTileDepth); }
+
+int64_t strip_bytes(int64_t k) { return k_block_count(k) * kTileBytes + kTrailerBytes; }
+
+CodeLayout::CodeLayout(int64_t m, int64_t k)
+    : height(std::clamp<int64_t>(m, 1, kBlockRows)),
+      tile(height * kTileDepth),
+      block(tile * k_block_count(k)) {}
+
+void gemm_task(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
+               const Blocking& blocking, int32_t* sums, int thread, int threads) {
+  Task task(args, kernel, rows, blocking, sums);
+  const int64_t strips = strip_count(args.weight.n);
+  const int64_t row_step = std::max<int64_t>(kernel.rows, kBlockRows);
+  for (int64_t t = thread; t < blocking.row_parts * blocking.strip_parts; t += threads) {
+    task.run(part(args.x.m, row_step, blocking.row_parts, t / blocking.strip_parts),
+             part(strips, 1, blocking.strip_parts, t % blocking.strip_parts));
+  }
 }
 
 }  // namespace sq_cpu

@@ -18,33 +18,43 @@ struct alignas(64) TaskState {
   int rows;
 };
 
-// c[rows, 16 * strips] = u[rows, 64 * k_blocks] * W strips, int32, c's rows 16 * strips apart.
+// c[rows, 16 * strips] (+)= u[rows, 64 * k_blocks] * W strips, int32, c's rows 16 * strips apart.
+// While it computes, the kernel asks for what will be read next: `prefetch_lines` cache lines for
+// every quarter of a k block, from `prefetch` on.
 struct TileArgs {
-  const uint8_t* u;  // rows ldu bytes apart
-  int64_t ldu;
+  const uint8_t* u;  // the group's first row in its first tile; rows of a block 64 bytes apart
+  int64_t u_tile;    // bytes from a tile to the next one of the block
+  int64_t u_block;   // bytes from a block to the next; groups of up to 16 rows lie in one block
   const std::byte* strip;  // first strip
   int64_t strip_stride;    // bytes
   int64_t k_blocks;
   int rows;    // 1 .. Microkernel::rows
   int strips;  // 1 .. Microkernel::strips
+  bool accumulate;
   int32_t* c;  // 64-byte aligned
+  const std::byte* prefetch;
+  int prefetch_lines;
   TaskState* state;
 };
+
+// Where the panel of weights in use should stay while groups of rows pass by.
+enum class PanelHome { kL1, kL2 };
 
 struct Microkernel {
   const char* name;
   Isa isa;
-  int rows;      // MR: most rows a call takes
-  int row_step;  // rows are best given in multiples of this
+  int rows;      // MR: most rows a call takes; beyond kBlockRows, whole blocks
   int strips;    // NR / 16: most strips a call takes
   int max_code;  // largest u for which it is exact
   int from_m;    // fewest rows of the whole product for which it is preferred
+  PanelHome home;
   void (*run)(const TileArgs&);
   void (*begin)(TaskState&);  // at the start and the end of each thread's task; may be null
   void (*end)(TaskState&);
 };
 
-// Largest MR x NR of all rows of the table: the size of a task's int32 scratch.
+// The largest MR of all rows of the table, and the largest MR x NR.
+constexpr int kMaxRows = 32;
 constexpr int kMaxTileInts = 32 * 32;
 
 struct RowStats {
@@ -61,7 +71,30 @@ struct RowGrid {
   int32_t zero_point;
 };
 
-// y[rows, columns] from c[rows, ldc]; columns beyond `columns` are not stored.
+// A row to quantize: k elements, multiplied by inverse_smoothing[k] unless that is null.
+struct RowArgs {
+  const void* x;
+  const float* inverse_smoothing;
+  int64_t k;
+};
+
+// What the epilogue writes: the floats in DType's order, the integers themselves, or u8 codes.
+enum class Output { kFloat32, kBFloat16, kFloat16, kInt32, kCode };
+constexpr int kOutputs = 5;
+
+// The optional steps of an epilogue; operands point to the group's first row, column 0.
+struct EpilogueSteps {
+  Activation activation;
+  const void* other;
+  int64_t ld_other;
+  const void* residual;
+  int64_t ld_residual;
+  DType operand_type;
+  RowGrid grid;       // Output::kCode: how v becomes a code, and the scale of each row, which
+  float* code_scale;  // turns NaN where v is not finite
+};
+
+// Columns column .. column + columns - 1 of y from c[rows, ldc]; none beyond is stored.
 struct EpilogueArgs {
   const int32_t* c;
   int64_t ldc;
@@ -70,16 +103,19 @@ struct EpilogueArgs {
   const int32_t* row_zero_point;
   const std::byte* trailer;  // of the first strip
   int64_t strip_stride;
-  void* y;  // first element of the block
-  int64_t ldy;
+  void* y;      // the group's first row, column 0
+  int64_t ldy;  // elements between rows; kCode: bytes between tiles
+  int64_t column;
   int64_t columns;
+  const EpilogueSteps* steps;  // null: dequantize only; never null for kCode
 };
 
 // The float work beside the product, compiled once per vector width from rows.h.
 struct RowKernels {
-  RowStats (*stats[3])(const void* x, int64_t k);                           // by DType of x
-  void (*quantize[3])(const void* x, int64_t k, const RowGrid&, uint8_t*);  // by DType of x
-  void (*epilogue[4])(const EpilogueArgs&);                                 // by DType of y
+  RowStats (*stats[3])(const RowArgs&);  // by DType of x
+  // By DType of x; tiles of the row's block are u_tile bytes apart.
+  void (*quantize[3])(const RowArgs&, const RowGrid&, uint8_t* u, int64_t u_tile);
+  void (*epilogue[kOutputs])(const EpilogueArgs&);
 };
 
 #define SQ_MICROKERNEL(isa, name, ...) void name(const TileArgs&);

@@ -59,36 +59,50 @@ void u8s8_32x32_amx_int8(const TileArgs& t) {
   const bool lower = t.rows > kTileRows;
   const bool right = t.strips > 1;
   const uint8_t* a = t.u;
-  const uint8_t* a_lower = t.u + kTileRows * t.ldu;
+  const uint8_t* a_lower = t.u + t.u_block;
   const std::byte* b = t.strip;
   const std::byte* b_right = t.strip + t.strip_stride;
-  const int64_t b_stride = 64;
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
+  const std::byte* next = t.prefetch;
+  const int64_t row_bytes = 64;
+  const int64_t ldc = t.strips * kStripColumns;
+  const int64_t c_stride = ldc * 4;
+  int32_t* c[4] = {t.c, t.c + kStripColumns, t.c + kTileRows * ldc,
+                   t.c + kTileRows * ldc + kStripColumns};
+  if (t.accumulate) {
+    TILE_LOAD(0, c[0], c_stride);
+    if (right) TILE_LOAD(1, c[1], c_stride);
+    if (lower) TILE_LOAD(2, c[2], c_stride);
+    if (lower && right) TILE_LOAD(3, c[3], c_stride);
+  } else {
+    TILE_ZERO(0);
+    TILE_ZERO(1);
+    TILE_ZERO(2);
+    TILE_ZERO(3);
+  }
   for (int64_t kb = 0; kb < t.k_blocks; ++kb) {
-    TILE_LOAD(4, a + kb * kTileDepth, t.ldu);
-    TILE_LOAD(6, b + kb * kTileBytes, b_stride);
+    for (int line = 0; line < 4 * t.prefetch_lines; ++line, next += 64)
+      __builtin_prefetch(next, 0, 2);
+    TILE_LOAD(4, a, row_bytes);
+    TILE_LOAD(6, b, row_bytes);
     TILE_DOT(0, 4, 6);
     if (right) {
-      TILE_LOAD(7, b_right + kb * kTileBytes, b_stride);
+      TILE_LOAD(7, b_right, row_bytes);
       TILE_DOT(1, 4, 7);
     }
     if (lower) {
-      TILE_LOAD(5, a_lower + kb * kTileDepth, t.ldu);
+      TILE_LOAD(5, a_lower, row_bytes);
       TILE_DOT(2, 5, 6);
       if (right) TILE_DOT(3, 5, 7);
     }
+    a += t.u_tile;
+    a_lower += t.u_tile;
+    b += kTileBytes;
+    b_right += kTileBytes;
   }
-  const int64_t ldc = t.strips * kStripColumns;
-  const int64_t c_stride = ldc * 4;
-  TILE_STORE(0, t.c, c_stride);
-  if (right) TILE_STORE(1, t.c + kStripColumns, c_stride);
-  if (lower) {
-    TILE_STORE(2, t.c + kTileRows * ldc, c_stride);
-    if (right) TILE_STORE(3, t.c + kTileRows * ldc + kStripColumns, c_stride);
-  }
+  TILE_STORE(0, c[0], c_stride);
+  if (right) TILE_STORE(1, c[1], c_stride);
+  if (lower) TILE_STORE(2, c[2], c_stride);
+  if (lower && right) TILE_STORE(3, c[3], c_stride);
 }
 
 }  // namespace sq_cpu

@@ -6,7 +6,16 @@
 namespace sq_cpu {
 namespace {
 
-int32_t load_code_quad(const uint8_t* u) { return load_bits<int32_t>(u); }
+// Four codes of a row for every group of columns, repeated.
+int32_t code_quad(const TileArgs& t, int row, int64_t g) {
+  return load_bits<int32_t>(t.u + g / 16 * t.u_tile + row * kTileDepth + g % 16 * 4);
+}
+
+// Columns 8 half .. 8 half + 7 of c's row.
+void put(const TileArgs& t, int row, int half, __m256i sum) {
+  int32_t* c = t.c + row * kStripColumns + half * 8;
+  store_bits(c, t.accumulate ? _mm256_add_epi32(sum, load_bits<__m256i>(c)) : sum);
+}
 
 template <int kRows>
 void u7s8(const TileArgs& t) {
@@ -16,7 +25,7 @@ void u7s8(const TileArgs& t) {
     const auto* w = reinterpret_cast<const __m256i*>(t.strip + g * 64);
     const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
     for (int row = 0; row < kRows; ++row) {
-      const __m256i u = _mm256_set1_epi32(load_code_quad(t.u + row * t.ldu + g * 4));
+      const __m256i u = _mm256_set1_epi32(code_quad(t, row, g));
       const __m256i p0 = _mm256_madd_epi16(_mm256_maddubs_epi16(u, w0), ones);
       const __m256i p1 = _mm256_madd_epi16(_mm256_maddubs_epi16(u, w1), ones);
       acc[row][0] = _mm256_add_epi32(acc[row][0], p0);
@@ -24,9 +33,7 @@ void u7s8(const TileArgs& t) {
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    for (int half = 0; half < 2; ++half) {
-      store_bits(t.c + row * kStripColumns + half * 8, acc[row][half]);
-    }
+    for (int half = 0; half < 2; ++half) put(t, row, half, acc[row][half]);
   }
 }
 
@@ -39,8 +46,7 @@ void u8s8(const TileArgs& t) {
     __m256i wide[4];
     for (int j = 0; j < 4; ++j) wide[j] = _mm256_cvtepi8_epi16(_mm_loadu_si128(w + j));
     for (int row = 0; row < kRows; ++row) {
-      const __m256i u =
-          _mm256_cvtepu8_epi16(_mm_set1_epi32(load_code_quad(t.u + row * t.ldu + g * 4)));
+      const __m256i u = _mm256_cvtepu8_epi16(_mm_set1_epi32(code_quad(t, row, g)));
       for (int j = 0; j < 4; ++j) {
         acc[row][j] = _mm256_add_epi32(acc[row][j], _mm256_madd_epi16(u, wide[j]));
       }
@@ -50,8 +56,7 @@ void u8s8(const TileArgs& t) {
     for (int half = 0; half < 2; ++half) {
       // hadd gives columns 0 1 4 5 | 2 3 6 7 of its eight.
       const __m256i sum = _mm256_hadd_epi32(acc[row][2 * half], acc[row][2 * half + 1]);
-      store_bits(t.c + row * kStripColumns + half * 8,
-                 _mm256_permute4x64_epi64(sum, _MM_SHUFFLE(3, 1, 2, 0)));
+      put(t, row, half, _mm256_permute4x64_epi64(sum, _MM_SHUFFLE(3, 1, 2, 0)));
     }
   }
 }

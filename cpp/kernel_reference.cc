@@ -10,9 +10,11 @@ void u8s8_4x16_reference(const TileArgs& t) {
       for (int64_t k = 0; k < t.k_blocks * kTileDepth; ++k) {
         const int64_t tile = k / kTileDepth * kTileBytes;
         const int64_t within = k % kTileDepth / 4 * 64 + column * 4 + k % 4;
-        sum += t.u[row * t.ldu + k] * static_cast<int>(static_cast<int8_t>(t.strip[tile + within]));
+        const uint8_t u = t.u[k / kTileDepth * t.u_tile + row * kTileDepth + k % kTileDepth];
+        sum += u * static_cast<int>(static_cast<int8_t>(t.strip[tile + within]));
       }
-      t.c[row * kStripColumns + column] = static_cast<int32_t>(sum);
+      int32_t& c = t.c[row * kStripColumns + column];
+      c = static_cast<int32_t>(sum + (t.accumulate ? static_cast<uint32_t>(c) : 0u));
     }
   }
 }

@@ -53,24 +53,25 @@ RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
   return code;
 }
 
-int max_code(const ActivationQuantizer& q) { return q.reduce_range ? 127 : 255; }
-
 void check_quantizer(const ActivationQuantizer& q) {
   if (q.granularity != Granularity::kStatic) return;
   SQ_CHECK(std::isfinite(q.scale) && q.scale > 0.0f, "static activation scale is ", q.scale,
            "; it must be positive and finite");
   const int centre = q.reduce_range ? 64 : 128;
-  SQ_CHECK(q.symmetric ? q.zero_point == centre : q.zero_point >= 0 && q.zero_point <= max_code(q),
+  SQ_CHECK(q.symmetric ? q.zero_point == centre : q.zero_point >= 0 && q.zero_point <= q.max_code(),
            "static zero point is ", q.zero_point, "; this grid needs ",
-           q.symmetric ? join(centre) : join("0 .. ", max_code(q)));
+           q.symmetric ? join(centre) : join("0 .. ", q.max_code()));
 }
 
 struct Activations {
   const void* x;
   DType type;
   int64_t m, k, ldx;
-  const void* row(int64_t i) const {
-    return static_cast<const char*>(x) + i * ldx * element_bytes(type);
+  const float* inverse_smoothing;
+
+  RowArgs row(int64_t i) const {
+    const int64_t bytes = type == DType::kFloat32 ? 4 : 2;
+    return {static_cast<const char*>(x) + i * ldx * bytes, inverse_smoothing, k};
   }
 };
 
@@ -81,7 +82,7 @@ RowStats tensor_stats(const Activations& x, const RowKernels& kernels, int threa
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(min : low) \
     reduction(max : high)
   for (int64_t row = 0; row < x.m; ++row) {
-    const RowStats s = stats(x.row(row), x.k);
+    const RowStats s = stats(x.row(row));
     if (!s.finite) continue;
     low = std::min(low, s.min);
     high = std::max(high, s.max);
@@ -89,24 +90,17 @@ RowStats tensor_stats(const Activations& x, const RowKernels& kernels, int threa
   return {low, high, true};
 }
 
-struct QuantizedRows {
-  uint8_t* u;
-  int64_t ldu;
-  float* scale;
-  int32_t* zero_point;
-};
-
 void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
-                   const RowStats& whole, const RowKernels& kernels, const QuantizedRows& out) {
+                   const RowStats& whole, const RowKernels& kernels,
+                   const QuantizedActivation& out) {
   const auto stats = kernels.stats[static_cast<int>(x.type)];
   const auto quantize = kernels.quantize[static_cast<int>(x.type)];
+  const CodeLayout layout(out.m, out.k);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const RowStats own = stats(x.row(row), x.k);
+    const RowStats own = stats(x.row(row));
     const bool shared = q.granularity == Granularity::kPerTensor;
     const RowCode code = make_code(q, shared ? RowStats{whole.min, whole.max, own.finite} : own);
-    uint8_t* u = out.u + row * out.ldu;
-    quantize(x.row(row), x.k, code.grid, u);
-    std::fill(u + x.k, u + k_block_count(x.k) * kTileDepth, uint8_t{0});
+    quantize(x.row(row), code.grid, out.codes + layout.offset(row), layout.tile);
     out.scale[row] = code.scale;
     out.zero_point[row] = code.grid.zero_point;
   }
@@ -140,12 +134,6 @@ int team_size(int64_t m, int64_t n, int64_t k) {
   return omp_in_parallel() ? 1 : useful_threads(m, n, k, omp_get_max_threads());
 }
 
-// Rows of 64-byte tiles 4 KB apart would all fall into one L1 set; one more line spreads them.
-int64_t code_stride(int64_t k) {
-  const int64_t padded = k_block_count(k) * kTileDepth;
-  return padded % 4096 == 0 ? padded + 64 : padded;
-}
-
 void check_matrix(const char* name, const void* data, int64_t rows, int64_t columns, int64_t ld) {
   SQ_CHECK(rows >= 0, name, " has ", rows, " rows");
   SQ_CHECK(ld >= columns, name, " has rows of ", columns, " elements only ", ld, " apart");
@@ -157,89 +145,193 @@ void check_weight(const PackedWeight& weight) {
   SQ_CHECK(weight.data != nullptr || bytes == 0, "the packed weight is null");
 }
 
+void check_activation(const char* name, const QuantizedActivation& x) {
+  const int64_t bytes = codes_bytes(x.m, x.k);  // checks the shape
+  SQ_CHECK(x.codes != nullptr || bytes == 0, name, ".codes is null");
+  SQ_CHECK(x.zero_point != nullptr || x.m == 0, name, ".zero_point is null");
+  SQ_CHECK(x.max_code == 127 || x.max_code == 255, name, ".max_code is ", x.max_code,
+           "; codes reach 127 or 255");
+}
+
+void check_product(const QuantizedActivation& x, const PackedWeight& weight) {
+  check_weight(weight);
+  check_activation("x", x);
+  SQ_CHECK(x.k == weight.k, "x has ", x.k, " columns, the weight takes ", weight.k);
+}
+
+void check_scale(const char* name, const QuantizedActivation& x) {
+  SQ_CHECK(x.scale != nullptr || x.m == 0, name, ".scale is null");
+}
+
+// The steps that the kernels take; `steps` keeps them. Null when there are none.
+const EpilogueSteps* make_steps(const Epilogue& epilogue, int64_t m, int64_t n,
+                                EpilogueSteps& steps) {
+  if (epilogue.other != nullptr) {
+    check_matrix("epilogue.other", epilogue.other, m, n, epilogue.ld_other);
+  }
+  if (epilogue.residual != nullptr) {
+    check_matrix("epilogue.residual", epilogue.residual, m, n, epilogue.ld_residual);
+  }
+  steps = {epilogue.activation,
+           epilogue.other,
+           epilogue.ld_other,
+           epilogue.residual,
+           epilogue.ld_residual,
+           epilogue.operand_type,
+           {},
+           nullptr};
+  const bool any = epilogue.activation != Activation::kNone || epilogue.other != nullptr ||
+                   epilogue.residual != nullptr;
+  return any ? &steps : nullptr;
+}
+
+// Rows from m0 on of the same product.
+void advance(EpilogueSteps& steps, int64_t rows) {
+  const int64_t bytes = steps.operand_type == DType::kFloat32 ? 4 : 2;
+  if (steps.other != nullptr) {
+    steps.other = static_cast<const char*>(steps.other) + rows * steps.ld_other * bytes;
+  }
+  if (steps.residual != nullptr) {
+    steps.residual = static_cast<const char*>(steps.residual) + rows * steps.ld_residual * bytes;
+  }
+}
+
+// One parallel region: `before(thread, threads)`, a barrier unless each thread does it all itself,
+// and the product.
+template <typename Before>
+void run_product(const GemmArgs& args, bool barrier, Before before) {
+  const Isa isa = active_isa();
+  const Microkernel& kernel = choose_microkernel(isa, args.x.max_code, args.x.m);
+  const RowKernels& rows = row_kernels(isa);
+  const int team = team_size(args.x.m, args.weight.n, args.weight.k);
+  const Blocking blocking = choose_blocking(kernel, args.x.m, strip_count(args.weight.n),
+                                            k_block_count(args.weight.k), team);
+  const int64_t own = ceil_div(blocking.sums, 1024) * 1024 + 1024;  // off the neighbour's lines
+  thread_local Scratch<int32_t> scratch;
+  int32_t* const sums = scratch.get(own * team);
+  // The runtime may give fewer threads than asked for: tasks are dealt out to the team that came.
+#pragma omp parallel num_threads(team)
+  {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    before(thread, threads);
+    if (barrier) {
+#pragma omp barrier
+    }
+    gemm_task(args, kernel, rows, blocking, sums + own * thread, thread, threads);
+  }
+}
+
+void run_product(const GemmArgs& args) {
+  run_product(args, false, [](int, int) {});
+}
+
 }  // namespace
 
+int64_t codes_bytes(int64_t m, int64_t k) {
+  SQ_CHECK(m >= 0 && k >= 0, "activation shape [", m, ", ", k, "] is negative");
+  const CodeLayout layout(m, k);
+  return ceil_div(m, layout.height) * layout.block;
+}
+
 void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWeight& weight,
-            const ActivationQuantizer& quantizer, void* y, DType y_type, int64_t ldy) {
+            const ActivationQuantizer& quantizer, void* y, DType y_type, int64_t ldy,
+            const Epilogue& epilogue) {
   check_quantizer(quantizer);
   check_weight(weight);
   check_matrix("x", x, m, weight.k, ldx);
   check_matrix("y", y, m, weight.n, ldy);
-  SQ_CHECK(x_type != DType::kInt32 && y_type != DType::kInt32, "x and y must be floating point");
+  EpilogueSteps steps;
+  const EpilogueSteps* const given = make_steps(epilogue, m, weight.n, steps);
   if (m == 0 || weight.n == 0) return;
 
-  const Isa isa = active_isa();
-  const RowKernels& rows = row_kernels(isa);
-  const int64_t ldu = std::max<int64_t>(code_stride(weight.k), kTileDepth);
-  const int64_t pass = rows_per_pass(m, ldu);
+  const RowKernels& rows = row_kernels(active_isa());
+  const int64_t pass = rows_per_pass(m, weight.k);
   thread_local Scratch<uint8_t> codes;
   thread_local Scratch<float> scales;
   thread_local Scratch<int32_t> zero_points;
-  const QuantizedRows q{codes.get(pass * ldu), ldu, scales.get(pass), zero_points.get(pass)};
-
-  const Activations all{x, x_type, m, weight.k, ldx};
+  QuantizedActivation q{codes.get(codes_bytes(pass, weight.k)),
+                        scales.get(pass),
+                        zero_points.get(pass),
+                        0,
+                        weight.k,
+                        quantizer.max_code()};
+  Activations part_x{x, x_type, m, weight.k, ldx, quantizer.inverse_smoothing};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) {
-    whole = tensor_stats(all, rows, team_size(m, weight.k, 1));
+    whole = tensor_stats(part_x, rows, team_size(m, weight.k, 1));
   }
+  GemmArgs args{q, weight, y, static_cast<Output>(y_type), ldy, given};
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
-    const int64_t count = std::min(pass, m - m0);
-    const Activations part_x{all.row(m0), x_type, count, weight.k, ldx};
-    const GemmArgs args{q.u,
-                        ldu,
-                        count,
-                        q.scale,
-                        q.zero_point,
-                        weight,
-                        static_cast<char*>(y) + m0 * ldy * element_bytes(y_type),
-                        y_type,
-                        ldy};
-    const Microkernel& kernel = choose_microkernel(isa, max_code(quantizer), count);
-    // The runtime may give fewer threads than asked for, so shares follow the team that came.
-#pragma omp parallel num_threads(team_size(count, weight.n, weight.k))
-    {
-      const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-      quantize_rows(part_x, part(count, 1, threads, thread), quantizer, whole, rows, q);
-#pragma omp barrier
-      gemm_task(args, kernel, rows, thread, threads);
-    }
+    args.x.m = part_x.m = std::min(pass, m - m0);
+    run_product(args, true, [&](int thread, int threads) {
+      quantize_rows(part_x, part(args.x.m, 1, threads, thread), quantizer, whole, rows, args.x);
+    });
+    part_x.x = part_x.row(args.x.m).x;
+    args.y = static_cast<char*>(args.y) + args.x.m * ldy * element_bytes(args.output);
+    advance(steps, args.x.m);
   }
 }
 
-void quantize_activations(const void* x, DType x_type, int64_t m, int64_t k, int64_t ldx,
-                          const ActivationQuantizer& quantizer, uint8_t* u, int64_t ldu,
-                          float* row_scale, int32_t* row_zero_point) {
+void quantize_activations(const void* x, DType x_type, int64_t ldx,
+                          const ActivationQuantizer& quantizer, const QuantizedActivation& out) {
   check_quantizer(quantizer);
-  check_matrix("x", x, m, k, ldx);
-  check_matrix("u", u, m, k_block_count(k) * kTileDepth, ldu);
-  SQ_CHECK(x_type != DType::kInt32, "x must be floating point");
-  SQ_CHECK((row_scale != nullptr && row_zero_point != nullptr) || m == 0,
-           "row_scale or row_zero_point is null");
+  check_activation("out", out);
+  check_scale("out", out);
+  check_matrix("x", x, out.m, out.k, ldx);
+  SQ_CHECK(out.max_code == quantizer.max_code(), "out.max_code is ", out.max_code,
+           ", the quantizer's is ", quantizer.max_code());
   const RowKernels& rows = row_kernels(active_isa());
-  const Activations all{x, x_type, m, k, ldx};
-  const int threads = team_size(m, k, 1);
+  const Activations all{x, x_type, out.m, out.k, ldx, quantizer.inverse_smoothing};
+  const int threads = team_size(out.m, out.k, 1);
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows, threads);
 #pragma omp parallel num_threads(threads)
-  quantize_rows(all, part(m, 1, omp_get_num_threads(), omp_get_thread_num()), quantizer, whole,
-                rows, {u, ldu, row_scale, row_zero_point});
+  quantize_rows(all, part(out.m, 1, omp_get_num_threads(), omp_get_thread_num()), quantizer, whole,
+                rows, out);
 }
 
-void gemm(const uint8_t* u, int64_t m, int64_t ldu, const float* row_scale,
-          const int32_t* row_zero_point, const PackedWeight& weight, int max_code, void* y,
-          DType y_type, int64_t ldy) {
-  check_weight(weight);
-  check_matrix("u", u, m, k_block_count(weight.k) * kTileDepth, ldu);
-  check_matrix("y", y, m, weight.n, ldy);
-  SQ_CHECK(row_zero_point != nullptr || m == 0, "row_zero_point is null");
-  SQ_CHECK(row_scale != nullptr || y_type == DType::kInt32 || m == 0, "row_scale is null");
-  if (m == 0 || weight.n == 0) return;
-  const Isa isa = active_isa();
-  const RowKernels& rows = row_kernels(isa);
-  const Microkernel& kernel = choose_microkernel(isa, max_code, m);
-  const GemmArgs args{u, ldu, m, row_scale, row_zero_point, weight, y, y_type, ldy};
-#pragma omp parallel num_threads(team_size(m, weight.n, weight.k))
-  gemm_task(args, kernel, rows, omp_get_thread_num(), omp_get_num_threads());
+void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, DType y_type,
+            int64_t ldy, const Epilogue& epilogue) {
+  check_product(x, weight);
+  check_scale("x", x);
+  check_matrix("y", y, x.m, weight.n, ldy);
+  EpilogueSteps steps;
+  const EpilogueSteps* const given = make_steps(epilogue, x.m, weight.n, steps);
+  if (x.m == 0 || weight.n == 0) return;
+  run_product({x, weight, y, static_cast<Output>(y_type), ldy, given});
+}
+
+void linear(const QuantizedActivation& x, const PackedWeight& weight,
+            const ActivationQuantizer& y_quantizer, const QuantizedActivation& y,
+            const Epilogue& epilogue) {
+  check_product(x, weight);
+  check_scale("x", x);
+  check_quantizer(y_quantizer);
+  SQ_CHECK(
+      y_quantizer.granularity == Granularity::kStatic && y_quantizer.inverse_smoothing == nullptr,
+      "int8 out needs a static quantizer without smoothing");
+  check_activation("y", y);
+  check_scale("y", y);
+  SQ_CHECK(y.m == x.m && y.k == weight.n, "y is [", y.m, ", ", y.k, "], the product [", x.m, ", ",
+           weight.n, "]");
+  SQ_CHECK(y.max_code == y_quantizer.max_code(), "y.max_code is ", y.max_code,
+           ", its quantizer's is ", y_quantizer.max_code());
+  EpilogueSteps steps;
+  make_steps(epilogue, x.m, weight.n, steps);
+  const RowCode code = make_code(y_quantizer, {0.0f, 0.0f, true});
+  steps.grid = code.grid;
+  steps.code_scale = y.scale;
+  std::fill_n(y.scale, y.m, code.scale);
+  std::fill_n(y.zero_point, y.m, code.grid.zero_point);
+  if (x.m == 0 || weight.n == 0) return;
+  run_product({x, weight, y.codes, Output::kCode, CodeLayout(y.m, y.k).tile, &steps});
+}
+
+void gemm(const QuantizedActivation& x, const PackedWeight& weight, int32_t* y, int64_t ldy) {
+  check_product(x, weight);
+  check_matrix("y", y, x.m, weight.n, ldy);
+  if (x.m == 0 || weight.n == 0) return;
+  run_product({x, weight, y, Output::kInt32, ldy, nullptr});
 }
 
 }  // namespace sq_cpu

@@ -89,7 +89,7 @@ U16 to_half(F32 v) {
 #endif
 }
 
-// Loads kLanes elements as fp32; stores kLanes fp32 rounded once, to nearest even.
+// Loads kLanes elements as fp32; rounds kLanes fp32 once, to nearest even.
 template <DType kType>
 struct Element;
 
@@ -97,13 +97,7 @@ template <>
 struct Element<DType::kFloat32> {
   static constexpr int kBytes = 4;
   static F32 load(const void* p) { return load_bits<F32>(p); }
-  static void store(void* p, F32 v) { store_bits(p, v); }
-};
-
-template <>
-struct Element<DType::kInt32> {
-  static constexpr int kBytes = 4;
-  static void store(void* p, I32 v) { store_bits(p, v); }
+  static F32 round(F32 v) { return v; }
 };
 
 template <>
@@ -112,11 +106,11 @@ struct Element<DType::kBFloat16> {
   static F32 load(const void* p) {
     return (F32)(__builtin_convertvector(load_bits<U16>(p), U32) << 16);
   }
-  static void store(void* p, F32 v) {
+  static U16 round(F32 v) {
     const U32 bits = (U32)v;
     const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const U32 nan = (bits >> 16) | 0x40u;
-    store_bits(p, __builtin_convertvector((bits << 1) > 0xff000000u ? nan : rounded, U16));
+    return __builtin_convertvector((bits << 1) > 0xff000000u ? nan : rounded, U16);
   }
 };
 
@@ -124,7 +118,7 @@ template <>
 struct Element<DType::kFloat16> {
   static constexpr int kBytes = 2;
   static F32 load(const void* p) { return from_half(load_bits<U16>(p)); }
-  static void store(void* p, F32 v) { store_bits(p, to_half(v)); }
+  static U16 round(F32 v) { return to_half(v); }
 };
 
 }  // namespace

@@ -8,7 +8,6 @@ class DType:
     float32: ClassVar[DType]
     bfloat16: ClassVar[DType]
     float16: ClassVar[DType]
-    int32: ClassVar[DType]
 
 class Granularity:
     per_token: ClassVar[Granularity]
@@ -42,27 +41,24 @@ def linear(
     y: int,
     y_type: DType,
 ) -> None: ...
+def codes_bytes(m: int, k: int) -> int: ...
 def quantize_activations(
     x: int,
     x_type: DType,
     m: int,
     k: int,
     quantizer: ActivationQuantizer,
-    u: int,
-    ldu: int,
-    row_scale: int,
-    row_zero_point: int,
+    codes: int,
+    scale: int,
+    zero_point: int,
 ) -> None: ...
 def gemm(
-    u: int,
+    codes: int,
+    zero_point: int,
     m: int,
-    ldu: int,
-    row_scale: int,
-    row_zero_point: int,
+    max_code: int,
     packed: int,
     n: int,
     k: int,
-    max_code: int,
     y: int,
-    y_type: DType,
 ) -> None: ...

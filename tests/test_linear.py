@@ -76,7 +76,6 @@ def test_the_published_integer_product(each_isa: str) -> None:
         3,
         quantizer,
         codes.data_ptr(),
-        64,
         scale.data_ptr(),
         zero_point.data_ptr(),
     )
@@ -90,17 +89,7 @@ def test_the_published_integer_product(each_isa: str) -> None:
     _core.pack_weight(weight.data_ptr(), ones.data_ptr(), 0, 2, 3, packed.data_ptr())
     y = torch.zeros(4, 2, dtype=torch.int32)
     _core.gemm(
-        codes.data_ptr(),
-        4,
-        64,
-        0,
-        zero_point.data_ptr(),
-        packed.data_ptr(),
-        2,
-        3,
-        255,
-        y.data_ptr(),
-        _core.DType.int32,
+        codes.data_ptr(), zero_point.data_ptr(), 4, 255, packed.data_ptr(), 2, 3, y.data_ptr()
     )
     assert y.T.tolist() == [[17509, 7608, 4055, 16599], [21020, 10016, 9860, 22444]]
 

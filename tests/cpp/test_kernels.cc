@@ -117,25 +117,41 @@ bool right(const Problem& p, const int32_t* y) {
 }
 
 struct Buffers {
-  Guarded u{1 << 20}, weight{1 << 20}, y{1 << 20};
+  Guarded u{2 << 20}, weight{2 << 20}, y{2 << 20};
 };
 
 bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_end, int threads) {
-  const int64_t ldu = std::max<int64_t>(k_block_count(p.k), 1) * kTileDepth;
-  auto* u = buffers.u.place<uint8_t>(p.m * ldu, at_end);
+  const CodeLayout layout(p.m, p.k);
+  const int64_t bytes = codes_bytes(p.m, p.k);
+  auto* codes = buffers.u.place<uint8_t>(bytes, at_end);
+  std::memset(codes, 0xff, bytes);  // what pads k and m must not matter
   for (int64_t m = 0; m < p.m; ++m) {
-    std::memset(u + m * ldu, 0xff, ldu);  // what pads k must not matter
-    if (p.k) std::memcpy(u + m * ldu, p.u.data() + m * p.k, p.k);
+    for (int64_t k = 0; k < p.k; ++k) {
+      codes[layout.offset(m) + k / kTileDepth * layout.tile + k % kTileDepth] = p.u[m * p.k + k];
+    }
   }
   auto* packed = buffers.weight.place<std::byte>(packed_bytes(p.n, p.k), at_end);
   const std::vector<float> ones(p.n, 1.0f);
   pack_weight(p.w.data(), ones.data(), nullptr, p.n, p.k, packed);
   auto* y = buffers.y.place<int32_t>(p.m * p.n, at_end);
   std::memset(y, 0x5a, p.m * p.n * sizeof *y);
-  const GemmArgs args{u, ldu,           p.m, nullptr, p.zero_point.data(), {packed, p.n, p.k},
-                      y, DType::kInt32, p.n};
+  const auto zero_point = const_cast<int32_t*>(p.zero_point.data());
+  const GemmArgs args{{codes, nullptr, zero_point, p.m, p.k, kernel.max_code},
+                      {packed, p.n, p.k},
+                      y,
+                      Output::kInt32,
+                      p.n,
+                      nullptr};
+  const Blocking blocking =
+      choose_blocking(kernel, p.m, strip_count(p.n), k_block_count(p.k), threads);
+  std::vector<int32_t> sums((blocking.sums + 16) * threads + 16);
 #pragma omp parallel num_threads(threads)
-  gemm_task(args, kernel, row_kernels(kernel.isa), omp_get_thread_num(), omp_get_num_threads());
+  {
+    const int thread = omp_get_thread_num();
+    int32_t* own = sums.data() + (blocking.sums + 16) * thread;
+    own += (64 - reinterpret_cast<uintptr_t>(own) % 64) % 64 / 4;
+    gemm_task(args, kernel, row_kernels(kernel.isa), blocking, own, thread, omp_get_num_threads());
+  }
   return right(p, y);
 }
 
@@ -172,17 +188,10 @@ void test_products(const Microkernel& kernel, Buffers& buffers) {
 
 // The deepest product that pack_weight accepts, at the extremes: the sum stays within int32.
 void test_deepest(const Microkernel& kernel) {
-  const int64_t k = kMaxDepth, ldu = k_block_count(k) * kTileDepth;
-  const std::vector<uint8_t> u(ldu, kernel.max_code);
-  const std::vector<int8_t> w(k, -127);
-  const float scale = 1.0f;
-  std::vector<std::byte> packed(packed_bytes(1, k));
-  pack_weight(w.data(), &scale, nullptr, 1, k, packed.data());
-  const int32_t zero = 0;
-  int32_t y = 0;
-  gemm_task({u.data(), ldu, 1, nullptr, &zero, {packed.data(), 1, k}, &y, DType::kInt32, 1}, kernel,
-            row_kernels(kernel.isa), 0, 1);
-  check(y == -127 * kernel.max_code * k, std::string(kernel.name) + " at the largest depth");
+  const int64_t k = kMaxDepth;
+  Problem p{1, 1, k, std::vector<uint8_t>(k, kernel.max_code), std::vector<int8_t>(k, -127), {0}};
+  Buffers buffers;
+  check(run(p, kernel, buffers, true, 1), std::string(kernel.name) + " at the largest depth");
 }
 
 void test_packing() {
@@ -255,7 +264,7 @@ std::vector<float> trouble(int64_t m, int64_t k, std::mt19937& rng) {
 }
 
 std::vector<char> as_type(const std::vector<float>& x, DType type) {
-  std::vector<char> out(x.size() * element_bytes(type));
+  std::vector<char> out(x.size() * element_bytes(static_cast<Output>(type)));
   for (size_t i = 0; i < x.size(); ++i) {
     if (type == DType::kFloat32) std::memcpy(&out[4 * i], &x[i], 4);
     if (type == DType::kBFloat16)
@@ -275,7 +284,7 @@ std::vector<char> run_linear(Isa isa, bool emulated, const std::vector<char>& x,
   use_isa(isa, emulated);
   auto* xs = buffers.u.place<char>(x.size(), true);
   std::memcpy(xs, x.data(), x.size());
-  const size_t bytes = m * weight.n * element_bytes(type);
+  const size_t bytes = m * weight.n * element_bytes(static_cast<Output>(type));
   auto* y = buffers.y.place<char>(bytes, true);
   std::memset(y, 0x5a, bytes);
   linear(xs, type, m, weight.k, weight, q, y, type, weight.n);
@@ -321,11 +330,11 @@ void test_half(Isa isa, bool emulated) {
   use_isa(isa, emulated);
   std::vector<uint16_t> halves(65536);
   for (size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
-  std::vector<uint8_t> u(65536 * 64);
+  std::vector<uint8_t> u(codes_bytes(65536, 1));
   std::vector<float> scale(65536);
   std::vector<int32_t> zero_point(65536);
-  quantize_activations(halves.data(), DType::kFloat16, 65536, 1, 1, {}, u.data(), 64, scale.data(),
-                       zero_point.data());
+  quantize_activations(halves.data(), DType::kFloat16, 1, {},
+                       {u.data(), scale.data(), zero_point.data(), 65536, 1, 255});
   bool same = true;
   for (size_t i = 0; i < halves.size(); ++i) {
     _Float16 half;

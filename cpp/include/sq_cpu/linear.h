@@ -1,17 +1,22 @@
-// The int8 linear layer: y = dequantize(quantize(x) * W^T) + bias, in one call.
+// The int8 linear layer: y = epilogue(dequantize(quantize(x) * W^T) + bias), in one call or in two.
 //
 //   x  [m, k]  fp32 | bf16 | fp16, rows ldx elements apart   -> u8, per row: scale and zero point
 //   W  [n, k]  s8 in [-127, 127], one fp32 scale per row; packed once by pack_weight()
-//   y  [m, n]  fp32 | bf16 | fp16, rows ldy elements apart
+//   y  [m, n]  fp32 | bf16 | fp16, rows ldy elements apart   (or u8 codes for the next int8 layer)
 //
 // Arithmetic, the same bits on every ISA, thread count and blocking:
 //   u[m,k] = clamp(rne(x * inv_scale), lo - zp, hi - zp) + zp
 //   t[m,n] = sum_k u * w - zp * colsum[n]                       (int32)
-//   y[m,n] = fma(float(t), row_scale[m] * weight_scale[n], bias[n]), rounded once to y's type (RNE)
-// A row of zeros gives y = bias. A row that holds NaN or Inf gives NaN in that row only. An
+//   v[m,n] = fma(float(t), row_scale[m] * weight_scale[n], bias[n])                 (fp32)
+//   y[m,n] = activation(v) * other[m,n] + residual[m,n]   each step in fp32 and optional, then
+//            rounded once to y's type (RNE)
+// A row of zeros gives v = bias. A row that holds NaN or Inf gives NaN in that row only. An
 // absolute maximum below 1e-30 counts as 1e-30.
 //
-// Every function throws std::invalid_argument on bad arguments; the message names them.
+// Pointers need no alignment (64 bytes is fastest). Inputs and outputs must not overlap. Every
+// function may be called from several threads at once, runs on the caller's OpenMP threads, alone
+// when it is called inside a parallel region, and throws std::invalid_argument on bad arguments;
+// the message names them.
 #pragma once
 
 #include <cstddef>
@@ -19,7 +24,7 @@
 
 namespace sq_cpu {
 
-enum class DType { kFloat32, kBFloat16, kFloat16, kInt32 };
+enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 // Packed weights. Strips of 16 output columns, each one sequential stream:
 //
@@ -41,7 +46,7 @@ constexpr int64_t kTrailerBytes = 3 * kStripColumns * 4;
 constexpr int64_t kMaxDepth = 66310;
 
 struct PackedWeight {
-  const std::byte* data;  // packed_bytes(n, k) bytes, any alignment (64 is fastest)
+  const std::byte* data;  // packed_bytes(n, k) bytes
   int64_t n;
   int64_t k;
 };
@@ -56,6 +61,26 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
 // The exact inverse; null outputs are skipped.
 void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, float* bias);
 
+// Quantized activations. Blocks of H = min(16, m) rows, each one sequential stream of tiles:
+//
+//   block r = rows Hr .. Hr+H-1; kb = ceil(k / 64) tiles of H rows x 64 bytes
+//   byte (row i, column j) of tile b at 64i + j holds the code of x[Hr + i][64b + j]
+//
+// A tile is one A tile of AMX. Codes beyond k, and rows beyond m of the last block, may hold
+// anything: the weights they meet are zero, the rows are never read.
+constexpr int64_t kBlockRows = 16;
+
+struct QuantizedActivation {
+  uint8_t* codes;       // codes_bytes(m, k) bytes
+  float* scale;         // [m]
+  int32_t* zero_point;  // [m]; row i stands for (codes - zero_point[i]) * scale[i]
+  int64_t m;
+  int64_t k;
+  int max_code;  // the largest code there is: 255, or 127 with reduce_range
+};
+
+int64_t codes_bytes(int64_t m, int64_t k);
+
 enum class Granularity { kPerToken, kPerTensor, kStatic };
 
 // How activations become u8. Symmetric: zero point 128, |q| <= 127; asymmetric: the range extended
@@ -67,22 +92,48 @@ struct ActivationQuantizer {
   bool reduce_range = false;
   float scale = 0.0f;      // kStatic only: > 0 and finite
   int32_t zero_point = 0;  // kStatic only: within the grid
+  // fp32 [k] or null. x is multiplied by it first, in fp32: 1 / s, the reciprocal of the smoothing
+  // scale (SmoothQuant, arXiv 2211.10438, eq. 3), where s cannot be folded into another layer.
+  const float* inverse_smoothing = nullptr;
+
+  int max_code() const { return reduce_range ? 127 : 255; }
 };
 
-// x is read, y written; both may be null when m == 0. k == 0 gives y = bias.
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+// What follows the dequantized sum, in this order. `other` and `residual` are [m, n] of
+// operand_type, rows ld elements apart; null leaves the step out.
+struct Epilogue {
+  Activation activation = Activation::kNone;
+  const void* other = nullptr;  // multiplied: SiLU(gate) * up
+  int64_t ld_other = 0;
+  const void* residual = nullptr;  // added
+  int64_t ld_residual = 0;
+  DType operand_type = DType::kFloat32;
+};
+
+// x is read, y written; both may be null when m == 0. k == 0 gives v = bias.
 void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWeight& weight,
-            const ActivationQuantizer& quantizer, void* y, DType y_type, int64_t ldy);
+            const ActivationQuantizer& quantizer, void* y, DType y_type, int64_t ldy,
+            const Epilogue& epilogue = {});
 
-// The first half alone. u: u8 [m, ldu] with ldu >= k rounded up to 64 (the padding is written too);
-// row_scale: fp32 [m]; row_zero_point: i32 [m].
-void quantize_activations(const void* x, DType x_type, int64_t m, int64_t k, int64_t ldx,
-                          const ActivationQuantizer& quantizer, uint8_t* u, int64_t ldu,
-                          float* row_scale, int32_t* row_zero_point);
+// The first half alone: one quantized activation can feed several linears (q, k, v; gate, up).
+// Writes out's three arrays; out.m, out.k and out.max_code are the caller's.
+void quantize_activations(const void* x, DType x_type, int64_t ldx,
+                          const ActivationQuantizer& quantizer, const QuantizedActivation& out);
 
-// The second half alone. y_type kInt32 gives the integers t and does not read row_scale.
-// max_code: the largest code in u (127 lets vpmaddubsw kernels run; 255 is always right).
-void gemm(const uint8_t* u, int64_t m, int64_t ldu, const float* row_scale,
-          const int32_t* row_zero_point, const PackedWeight& weight, int max_code, void* y,
-          DType y_type, int64_t ldy);
+// The second half alone: linear() of what quantize_activations() gave, bit for bit.
+void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, DType y_type,
+            int64_t ldy, const Epilogue& epilogue = {});
+
+// The second half with int8 out, so that int8 layers chain (the paper's W8A8B8O8): y becomes u8 by
+// y_quantizer, which must be kStatic and without smoothing. Writes y's three arrays; y is
+// [x.m, weight.n].
+void linear(const QuantizedActivation& x, const PackedWeight& weight,
+            const ActivationQuantizer& y_quantizer, const QuantizedActivation& y,
+            const Epilogue& epilogue = {});
+
+// The integers t alone, [m, n]; scales are not read and x.scale may be null.
+void gemm(const QuantizedActivation& x, const PackedWeight& weight, int32_t* y, int64_t ldy);
 
 }  // namespace sq_cpu

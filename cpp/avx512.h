@@ -1,0 +1,94 @@
+// The AVX-512 register block, MR rows x NV strips of 16 columns, for any instruction sequence that
+// adds four products to each of 16 int32 sums.
+//
+// MR = 6, NV = 4 fills the register file: 24 accumulators + 4 weights + 1 activation = 29 of 32.
+// Each step of four k then needs 10 loads for 24 products of 64 bytes; with VPDPBUSD on two ports
+// that is 12 cycles, so arithmetic alone binds.
+#pragma once
+
+#include "kernel.h"
+#include "vec.h"
+
+namespace sq_cpu {
+namespace {
+
+// VPDPBUSD takes 5 cycles and two start in each: fewer than 10 independent sums leave ports idle,
+// so small blocks split k over several sets of accumulators.
+constexpr int accumulator_sets(int sums) { return sums >= 10 ? 1 : sums >= 5 ? 2 : 4; }
+
+// Few rows read the weights as fast as memory gives them: far enough ahead to cover an access at
+// one core's bandwidth, 15 GB/s * 100 ns.
+constexpr int64_t kPrefetchBytes = 2048;
+constexpr int kStreamingRows = 4;
+
+// Dot: __m512i operator()(__m512i sum, __m512i codes, __m512i weights).
+template <typename Dot, int kRows, int kStrips>
+void register_block(const TileArgs& t) {
+  constexpr int kSets = accumulator_sets(kRows * kStrips);
+  const Dot dot;
+  __m512i acc[kSets][kRows][kStrips] = {};
+  const uint8_t* u = t.u;
+  const std::byte* w[kStrips];
+  for (int s = 0; s < kStrips; ++s) w[s] = t.strip + s * t.strip_stride;
+  const std::byte* next = t.prefetch;
+  for (int64_t kb = 0; kb < t.k_blocks; ++kb) {
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      for (int line = 0; line < t.prefetch_lines; ++line, next += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T1);
+      }
+#pragma GCC unroll 4
+      for (int step = 0; step < 4; ++step) {
+        const int g = quarter * 4 + step;
+        __m512i weights[kStrips];
+#pragma GCC unroll 4
+        for (int s = 0; s < kStrips; ++s) {
+          const std::byte* p = w[s] + g * 64;
+          weights[s] = _mm512_loadu_si512(p);
+          if constexpr (kRows <= kStreamingRows) {
+            _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes), _MM_HINT_T0);
+          }
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < kRows; ++row) {
+          const __m512i codes = _mm512_set1_epi32(load_bits<int32_t>(u + row * kTileDepth + g * 4));
+#pragma GCC unroll 4
+          for (int s = 0; s < kStrips; ++s) {
+            __m512i& sum = acc[step % kSets][row][s];
+            sum = dot(sum, codes, weights[s]);
+          }
+        }
+      }
+    }
+    u += t.u_tile;
+#pragma GCC unroll 4
+    for (int s = 0; s < kStrips; ++s) w[s] += kTileBytes;
+  }
+#pragma GCC unroll 6
+  for (int row = 0; row < kRows; ++row) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStrips; ++s) {
+      __m512i sum = acc[0][row][s];
+      for (int set = 1; set < kSets; ++set) sum = _mm512_add_epi32(sum, acc[set][row][s]);
+      int32_t* c = t.c + (row * kStrips + s) * kStripColumns;
+      if (t.accumulate) sum = _mm512_add_epi32(sum, _mm512_loadu_si512(c));
+      store_bits(c, sum);
+    }
+  }
+}
+
+template <typename Dot, int kRows>
+constexpr void (*kByStrips[])(const TileArgs&) = {
+    register_block<Dot, kRows, 1>, register_block<Dot, kRows, 2>, register_block<Dot, kRows, 3>,
+    register_block<Dot, kRows, 4>};
+
+template <typename Dot>
+void run_6x64(const TileArgs& t) {
+  constexpr void (*const* kBlocks[])(const TileArgs&) = {kByStrips<Dot, 1>, kByStrips<Dot, 2>,
+                                                         kByStrips<Dot, 3>, kByStrips<Dot, 4>,
+                                                         kByStrips<Dot, 5>, kByStrips<Dot, 6>};
+  kBlocks[t.rows - 1][t.strips - 1](t);
+}
+
+}  // namespace
+}  // namespace sq_cpu
