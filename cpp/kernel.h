@@ -53,9 +53,9 @@ struct Microkernel {
   void (*end)(TaskState&);
 };
 
-// The largest MR of all rows of the table, and the largest MR x NR.
+// The largest MR and NR of all rows of the table.
 constexpr int kMaxRows = 32;
-constexpr int kMaxTileInts = 32 * 32;
+constexpr int kMaxColumns = 64;
 
 struct RowStats {
   float min;  // <= 0

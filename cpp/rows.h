@@ -10,16 +10,37 @@
 namespace sq_cpu {
 namespace {
 
-// Calls step(first element, values) for whole vectors, then once for the rest, padded with zeros.
+bool all_zero(F32 v) {
+  bool zero = true;
+  for (int lane = 0; lane < kLanes; ++lane) zero = zero && v[lane] == 0.0f;
+  return zero;
+}
+
+// Calls step(first element, values, turn) for whole vectors, then once for the rest, padded with
+// zeros. Turns alternate between 0 and 1, known when compiled: sums kept apart by them hide
+// latency.
+template <int kTurn>
+struct Turn {
+  static constexpr int value = kTurn;
+};
+
 template <DType kType, bool kSmooth, typename Step>
-void for_each_vector(const RowArgs& row, Step step) {
+void for_each_vector(RowArgs row, Step step) {
   using E = Element<kType>;
   const auto* x = static_cast<const char*>(row.x);
-  int64_t i = 0;
-  for (; i + kLanes <= row.k; i += kLanes) {
+  const auto load = [&](int64_t i) {
     F32 v = E::load(x + i * E::kBytes);
     if constexpr (kSmooth) v *= load_bits<F32>(row.inverse_smoothing + i);
-    step(i, v);
+    return v;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= row.k; i += 2 * kLanes) {
+    step(i, load(i), Turn<0>());
+    step(i + kLanes, load(i + kLanes), Turn<1>());
+  }
+  if (i + kLanes <= row.k) {
+    step(i, load(i), Turn<0>());
+    i += kLanes;
   }
   if (i < row.k) {
     char tail[kLanes * E::kBytes] = {};
@@ -30,34 +51,30 @@ void for_each_vector(const RowArgs& row, Step step) {
       std::memcpy(&inverse, row.inverse_smoothing + i, (row.k - i) * sizeof(float));
       v *= inverse;
     }
-    step(i, v);
+    step(i, v, Turn<1>());
   }
 }
 
 template <DType kType, typename Step>
-void for_each_vector(const RowArgs& row, Step step) {
+void for_each_vector(RowArgs row, Step step) {
   return row.inverse_smoothing == nullptr ? for_each_vector<kType, false>(row, step)
                                           : for_each_vector<kType, true>(row, step);
 }
 
 template <DType kType>
 RowStats row_stats(const RowArgs& row) {
-  // Two sets of accumulators hide the latency; the poison turns NaN once any x * 0 is not 0.
-  F32 low[2] = {}, high[2] = {}, poison[2] = {};
-  for_each_vector<kType>(row, [&](int64_t i, F32 v) {
-    const int set = (i / kLanes) & 1;
-    low[set] = v < low[set] ? v : low[set];
-    high[set] = v > high[set] ? v : high[set];
-    poison[set] += v * 0.0f;
+  F32 low[2] = {}, high[2] = {}, poison[2] = {};  // the poison turns NaN once any x * 0 is not 0
+  for_each_vector<kType>(row, [&](int64_t, F32 v, auto turn) {
+    constexpr int kTurn = decltype(turn)::value;
+    low[kTurn] = min(v, low[kTurn]);
+    high[kTurn] = max(v, high[kTurn]);
+    poison[kTurn] += v * 0.0f;
   });
-  const F32 check = poison[0] + poison[1];
-  RowStats stats{0.0f, 0.0f, true};
+  const F32 lowest = min(low[0], low[1]), highest = max(high[0], high[1]);
+  RowStats stats{0.0f, 0.0f, all_zero(poison[0] + poison[1])};
   for (int lane = 0; lane < kLanes; ++lane) {
-    for (int set = 0; set < 2; ++set) {
-      stats.min = low[set][lane] < stats.min ? low[set][lane] : stats.min;
-      stats.max = high[set][lane] > stats.max ? high[set][lane] : stats.max;
-    }
-    stats.finite = stats.finite && check[lane] == 0.0f;
+    stats.min = lowest[lane] < stats.min ? lowest[lane] : stats.min;
+    stats.max = highest[lane] > stats.max ? highest[lane] : stats.max;
   }
   return stats;
 }
@@ -72,8 +89,7 @@ struct Coder {
         bias(0x4b400000u - static_cast<uint32_t>(grid.zero_point)) {}
   U8 operator()(F32 v) const {
     v *= inv_scale;
-    v = v > low ? v : low;  // NaN becomes low; its row's scale is NaN
-    v = v < high ? v : high;
+    v = min(max(v, low), high);  // NaN becomes low; its row's scale is NaN
     return __builtin_convertvector((U32)(v + 0x1.8p23f) - bias, U8);
   }
   float inv_scale;
@@ -84,25 +100,20 @@ struct Coder {
 template <DType kType>
 void quantize_row(const RowArgs& row, const RowGrid& grid, uint8_t* u, int64_t u_tile) {
   const Coder code(grid);
-  for_each_vector<kType>(row, [&](int64_t i, F32 v) {
+  for_each_vector<kType>(row, [&](uint64_t i, F32 v, auto) {
     store_bits(u + i / kTileDepth * u_tile + i % kTileDepth, code(v));
   });
 }
 
 template <typename V>
 void store_first(void* y, V value, int64_t count) {
-  std::memcpy(y, &value, (count < kLanes ? count : kLanes) * (sizeof value / kLanes));
+  if (count >= kLanes) return store_bits(y, value);
+  std::memcpy(y, &value, count * (sizeof value / kLanes));
 }
 
 F32 first(F32 v, int64_t count) {
   for (int64_t lane = count; lane < kLanes; ++lane) v[lane] = 0.0f;
   return v;
-}
-
-bool all_zero(F32 v) {
-  bool zero = true;
-  for (int lane = 0; lane < kLanes; ++lane) zero = zero && v[lane] == 0.0f;
-  return zero;
 }
 
 // Several tasks may find the same row not finite.
@@ -157,38 +168,63 @@ F32 apply(const EpilogueSteps& steps, F32 v, int64_t row, int64_t column, int64_
   return v;
 }
 
+// One vector of columns of a panel.
+struct Columns {
+  const std::byte* trailer;  // its part of the strip's
+  U32 correction;            // zero point * colsum
+  int64_t y;                 // bytes from the row's start
+
+  U32 colsum() const { return load_bits<U32>(trailer); }
+  F32 scale() const { return load_bits<F32>(trailer + kStripColumns * sizeof(float)); }
+  F32 bias() const { return load_bits<F32>(trailer + 2 * kStripColumns * sizeof(float)); }
+};
+
+// Row by row, so that whole cache lines of y are written at once.
 template <Output kOutput, bool kSteps>
 void epilogue(const EpilogueArgs& args) {
   constexpr bool kHalf = kOutput == Output::kBFloat16 || kOutput == Output::kFloat16;
-  constexpr int kBytes = kHalf ? 2 : 4;
+  constexpr int64_t kBytes = kHalf ? 2 : 4;
+  const int vectors = static_cast<int>((args.columns + kLanes - 1) / kLanes);
+  const int whole = static_cast<int>(args.columns / kLanes);
+  Columns columns[kMaxColumns / kLanes];
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t offset = v * kLanes, column = args.column + offset;
+    columns[v].trailer = args.trailer + offset / kStripColumns * args.strip_stride +
+                         offset % kStripColumns * sizeof(float);
+    columns[v].y = kOutput == Output::kCode ? column / kTileDepth * args.ldy + column % kTileDepth
+                                            : column * kBytes;
+  }
   [[maybe_unused]] F32 poison[kMaxRows] = {};  // of each row; NaN once any v * 0 is not 0
-  for (int64_t offset = 0; offset < args.columns; offset += kLanes) {
-    const std::byte* trailer = args.trailer + offset / kStripColumns * args.strip_stride +
-                               offset % kStripColumns * sizeof(float);
-    const U32 colsum = load_bits<U32>(trailer);
-    const F32 weight_scale = load_bits<F32>(trailer + kStripColumns * sizeof(float));
-    const F32 bias = load_bits<F32>(trailer + 2 * kStripColumns * sizeof(float));
-    const int64_t column = args.column + offset, count = args.columns - offset;
-    char* y = static_cast<char*>(args.y);
-    y += kOutput == Output::kCode ? column / kTileDepth * args.ldy + column % kTileDepth
-                                  : column * kBytes;
-    const int64_t y_row = kOutput == Output::kCode ? kTileDepth : args.ldy * kBytes;
-    for (int row = 0; row < args.rows; ++row, y += y_row) {
-      const U32 acc = load_bits<U32>(args.c + row * args.ldc + offset);
-      const I32 t = (I32)(acc - colsum * static_cast<uint32_t>(args.row_zero_point[row]));
-      if constexpr (kOutput == Output::kInt32) {
-        store_first(y, t, count);
-      } else {
-        F32 v = fma(__builtin_convertvector(t, F32), weight_scale * args.row_scale[row], bias);
-        if constexpr (kSteps) v = apply(*args.steps, v, row, column, count);
-        if constexpr (kOutput == Output::kCode) {
-          store_first(y, Coder(args.steps->grid)(v), count);
-          poison[row] += (count < kLanes ? first(v, count) : v) * 0.0f;
-        } else {
-          store_first(y, Element<static_cast<DType>(kOutput)>::round(v), count);
-        }
+  auto* y = static_cast<char*>(args.y);
+  const int64_t y_row = kOutput == Output::kCode ? kTileDepth : args.ldy * kBytes;
+  for (int row = 0; row < args.rows; ++row, y += y_row) {
+    const int32_t zero_point = args.row_zero_point[row];
+    if (row == 0 || zero_point != args.row_zero_point[row - 1]) {
+      for (int v = 0; v < vectors; ++v) {
+        columns[v].correction = columns[v].colsum() * static_cast<uint32_t>(zero_point);
       }
     }
+    const int32_t* c = args.c + row * args.ldc;
+    const auto one = [&](int index, int64_t count) {
+      const Columns& at = columns[index];
+      const I32 t = (I32)(load_bits<U32>(c + index * kLanes) - at.correction);
+      if constexpr (kOutput == Output::kInt32) {
+        store_first(y + at.y, t, count);
+      } else {
+        F32 v = fma(__builtin_convertvector(t, F32), at.scale() * args.row_scale[row], at.bias());
+        if constexpr (kSteps) {
+          v = apply(*args.steps, v, row, args.column + index * kLanes, count);
+        }
+        if constexpr (kOutput == Output::kCode) {
+          store_first(y + at.y, Coder(args.steps->grid)(v), count);
+          poison[row] += (count < kLanes ? first(v, count) : v) * 0.0f;
+        } else {
+          store_first(y + at.y, Element<static_cast<DType>(kOutput)>::round(v), count);
+        }
+      }
+    };
+    for (int v = 0; v < whole; ++v) one(v, kLanes);
+    if (whole < vectors) one(whole, args.columns - whole * kLanes);
   }
   if constexpr (kOutput == Output::kCode) {
     for (int row = 0; row < args.rows; ++row) {

@@ -52,13 +52,45 @@ F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
+// gcc widens in halves of its own accord.
+U32 widen(U16 v) {
+#if defined(__AVX512F__)
+  return (U32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (U32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+
+// a > b ? a : b and a < b ? a : b, so b where one is NaN; gcc makes two instructions of those.
+inline F32 max(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return _mm_max_ps(a, b);
+#endif
+}
+
+inline F32 min(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return _mm_min_ps(a, b);
+#endif
+}
+
 F32 from_half(U16 h) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
   return _mm256_cvtph_ps((__m128i)h);
 #else
-  const U32 bits = __builtin_convertvector(h, U32);
+  const U32 bits = widen(h);
   const U32 sign = (bits & 0x8000u) << 16;
   const U32 magnitude = bits & 0x7fffu;
   const U32 normal = (magnitude << 13) + (112u << 23);   // rebias the exponent: 127 - 15
@@ -103,14 +135,11 @@ struct Element<DType::kFloat32> {
 template <>
 struct Element<DType::kBFloat16> {
   static constexpr int kBytes = 2;
-  static F32 load(const void* p) {
-    return (F32)(__builtin_convertvector(load_bits<U16>(p), U32) << 16);
-  }
+  static F32 load(const void* p) { return (F32)(widen(load_bits<U16>(p)) << 16); }
   static U16 round(F32 v) {
     const U32 bits = (U32)v;
     const U32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const U32 nan = (bits >> 16) | 0x40u;
-    return __builtin_convertvector((bits << 1) > 0xff000000u ? nan : rounded, U16);
+    return __builtin_convertvector(v != v ? U32{} + 0x7fc0u : rounded, U16);
   }
 };
 
