@@ -8,8 +8,8 @@ namespace sq_cpu {
 namespace {
 
 constexpr Microkernel kMicrokernels[] = {
-#define SQ_MICROKERNEL(isa, name, rows, strips, max_code, from_m, home, begin, end) \
-  {#name, Isa::isa, rows, strips, max_code, from_m, PanelHome::home, name, begin, end},
+#define SQ_MICROKERNEL(isa, name, rows, strips, max_code, from_m, home, waits, begin, end) \
+  {#name, Isa::isa, rows, strips, max_code, from_m, PanelHome::home, waits, name, begin, end},
 #define SQ_ROW_KERNELS(isa, name)
 #include "kernels.inc"
 #undef SQ_MICROKERNEL
@@ -127,7 +127,7 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
   const int64_t group_sums = kernel.rows * kernel.strips * kStripColumns;
   if (best.k_blocks >= k_blocks) {
     best.strips = ceil_div(strips, best.strip_parts);
-    best.sums = group_sums;
+    best.sums = 2 * group_sums;  // one computed, one in its epilogue
   } else {
     // Codes that stay in L2 must not be read again for every panel; those passing by may.
     const int64_t waiting = kernel.home == PanelHome::kL1 ? 1 : l2_bytes() / 4;

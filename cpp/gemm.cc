@@ -49,6 +49,7 @@ class Task {
         strip_block(block, {s0, std::min(s0 + blocking_.strips, strips.end)}, strips.end);
       }
     }
+    finish_waiting();
     if (kernel_.end != nullptr) kernel_.end(state_);
   }
 
@@ -77,6 +78,7 @@ class Task {
     const int64_t group_count = groups(rows);
     const int64_t cuts = std::max<int64_t>(1, ceil_div(k_blocks_, blocking_.k_blocks));
     const bool one_panel = strips.size() <= kernel_.strips;
+    finish_waiting();  // its sums are about to be written over
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t k0 = cut * blocking_.k_blocks;
       const int64_t depth = std::min(blocking_.k_blocks, k_blocks_ - k0);
@@ -103,9 +105,14 @@ class Task {
           tile.state = &state_;
           one_panel ? ahead.ask(tile, cut * group_count + index, cuts * group_count)
                     : ahead.ask(tile, index, group_count);
+          tile.waiting = waiting_.row < waiting_.rows ? &waiting_ : nullptr;
+          tile.epilogue = epilogue_;
           kernel_.run(tile);
-          if (cut + 1 == cuts) finish(r, s, width, c);
-          if (cuts > 1) c += group_sums_;
+          finish_waiting();
+          if (cut + 1 == cuts) await(r, s, width, c);
+          if (!kernel_.waits) finish_waiting();
+          // Whole products swap two places: the other one's epilogue is still waiting.
+          c = cuts > 1 ? c + group_sums_ : c == sums_ ? sums_ + group_sums_ : sums_;
         }
       }
     }
@@ -127,39 +134,37 @@ class Task {
             std::min<int64_t>(kernel_.strips, end - s)};
   }
 
-  void finish(Range rows, int64_t s, int width, const int32_t* c) const {
-    const int64_t n0 = s * kStripColumns;
-    EpilogueArgs e;
+  // The epilogue of a finished product waits for the next call of the microkernel.
+  void await(Range rows, int64_t s, int width, const int32_t* c) {
+    EpilogueArgs& e = waiting_;
     e.c = c;
     e.ldc = width * kStripColumns;
+    e.row = 0;
     e.rows = static_cast<int>(rows.size());
     e.row_scale = args_.x.scale == nullptr ? nullptr : args_.x.scale + rows.begin;  // kInt32
     e.row_zero_point = args_.x.zero_point + rows.begin;
     e.trailer = args_.weight.data + s * stride_ + k_blocks_ * kTileBytes;
     e.strip_stride = stride_;
     e.ldy = args_.ldy;
-    e.column = n0;
-    e.columns = std::min(width * kStripColumns, args_.weight.n - n0);
+    e.column = s * kStripColumns;
+    e.columns = std::min(width * kStripColumns, args_.weight.n - e.column);
     auto* y = static_cast<char*>(args_.y);
     if (args_.output == Output::kCode) {
       e.y = y + CodeLayout(args_.x.m, args_.weight.n).offset(rows.begin);
     } else {
       e.y = y + rows.begin * args_.ldy * element_bytes(args_.output);
     }
-    EpilogueSteps steps;
     e.steps = nullptr;
     if (args_.steps != nullptr) {
-      steps = *args_.steps;
-      const int64_t bytes = steps.operand_type == DType::kFloat32 ? 4 : 2;
-      const auto advance = [&](const void* p, int64_t ld) -> const void* {
-        return p == nullptr ? p : static_cast<const char*>(p) + rows.begin * ld * bytes;
-      };
-      steps.other = advance(steps.other, steps.ld_other);
-      steps.residual = advance(steps.residual, steps.ld_residual);
-      if (steps.code_scale != nullptr) steps.code_scale += rows.begin;
-      e.steps = &steps;
+      steps_ = *args_.steps;
+      advance(steps_, rows.begin);
+      e.steps = &steps_;
     }
-    epilogue_(e);
+  }
+
+  void finish_waiting() {
+    if (waiting_.row < waiting_.rows) epilogue_(waiting_);
+    waiting_.row = waiting_.rows;
   }
 
   const GemmArgs& args_;
@@ -171,6 +176,8 @@ class Task {
   const int64_t k_blocks_;
   const int64_t stride_;
   const int64_t group_sums_;
+  EpilogueArgs waiting_{};
+  EpilogueSteps steps_{};
   TaskState state_;
 };
 
@@ -187,6 +194,17 @@ int64_t strip_count(int64_t n) { return ceil_div(n, kStripColumns); }
 int64_t k_block_count(int64_t k) { return ceil_div(k, kTileDepth); }
 
 int64_t strip_bytes(int64_t k) { return k_block_count(k) * kTileBytes + kTrailerBytes; }
+
+void advance(EpilogueSteps& steps, int64_t rows) {
+  const int64_t bytes = steps.operand_type == DType::kFloat32 ? 4 : 2;
+  if (steps.other != nullptr) {
+    steps.other = static_cast<const char*>(steps.other) + rows * steps.ld_other * bytes;
+  }
+  if (steps.residual != nullptr) {
+    steps.residual = static_cast<const char*>(steps.residual) + rows * steps.ld_residual * bytes;
+  }
+  if (steps.code_scale != nullptr) steps.code_scale += rows;
+}
 
 CodeLayout::CodeLayout(int64_t m, int64_t k)
     : height(std::clamp<int64_t>(m, 1, kBlockRows)),

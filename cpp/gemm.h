@@ -22,6 +22,9 @@ int64_t strip_count(int64_t n);
 int64_t k_block_count(int64_t k);
 int64_t strip_bytes(int64_t k);
 
+// Moves the operands of `steps` on to a later row.
+void advance(EpilogueSteps& steps, int64_t rows);
+
 // Where blocked codes lie (linear.h draws them).
 struct CodeLayout {
   CodeLayout(int64_t m, int64_t k);

@@ -18,45 +18,6 @@ struct alignas(64) TaskState {
   int rows;
 };
 
-// c[rows, 16 * strips] (+)= u[rows, 64 * k_blocks] * W strips, int32, c's rows 16 * strips apart.
-// While it computes, the kernel asks for what will be read next: `prefetch_lines` cache lines for
-// every quarter of a k block, from `prefetch` on.
-struct TileArgs {
-  const uint8_t* u;  // the group's first row in its first tile; rows of a block 64 bytes apart
-  int64_t u_tile;    // bytes from a tile to the next one of the block
-  int64_t u_block;   // bytes from a block to the next; groups of up to 16 rows lie in one block
-  const std::byte* strip;  // first strip
-  int64_t strip_stride;    // bytes
-  int64_t k_blocks;
-  int rows;    // 1 .. Microkernel::rows
-  int strips;  // 1 .. Microkernel::strips
-  bool accumulate;
-  int32_t* c;  // 64-byte aligned
-  const std::byte* prefetch;
-  int prefetch_lines;
-  TaskState* state;
-};
-
-// Where the panel of weights in use should stay while groups of rows pass by.
-enum class PanelHome { kL1, kL2 };
-
-struct Microkernel {
-  const char* name;
-  Isa isa;
-  int rows;      // MR: most rows a call takes; beyond kBlockRows, whole blocks
-  int strips;    // NR / 16: most strips a call takes
-  int max_code;  // largest u for which it is exact
-  int from_m;    // fewest rows of the whole product for which it is preferred
-  PanelHome home;
-  void (*run)(const TileArgs&);
-  void (*begin)(TaskState&);  // at the start and the end of each thread's task; may be null
-  void (*end)(TaskState&);
-};
-
-// The largest MR and NR of all rows of the table.
-constexpr int kMaxRows = 32;
-constexpr int kMaxColumns = 64;
-
 struct RowStats {
   float min;  // <= 0
   float max;  // >= 0
@@ -94,10 +55,12 @@ struct EpilogueSteps {
   float* code_scale;  // turns NaN where v is not finite
 };
 
-// Columns column .. column + columns - 1 of y from c[rows, ldc]; none beyond is stored.
+// Rows row .. rows - 1, columns column .. column + columns - 1 of y, from c[rows, ldc]; nothing
+// else is stored.
 struct EpilogueArgs {
   const int32_t* c;
   int64_t ldc;
+  int row;
   int rows;
   const float* row_scale;
   const int32_t* row_zero_point;
@@ -109,6 +72,50 @@ struct EpilogueArgs {
   int64_t columns;
   const EpilogueSteps* steps;  // null: dequantize only; never null for kCode
 };
+
+// c[rows, 16 * strips] (+)= u[rows, 64 * k_blocks] * W strips, int32, c's rows 16 * strips apart.
+// While it computes, the kernel asks for what will be read next: `prefetch_lines` cache lines for
+// every quarter of a k block, from `prefetch` on.
+struct TileArgs {
+  const uint8_t* u;  // the group's first row in its first tile; rows of a block 64 bytes apart
+  int64_t u_tile;    // bytes from a tile to the next one of the block
+  int64_t u_block;   // bytes from a block to the next; groups of up to 16 rows lie in one block
+  const std::byte* strip;  // first strip
+  int64_t strip_stride;    // bytes
+  int64_t k_blocks;
+  int rows;    // 1 .. Microkernel::rows
+  int strips;  // 1 .. Microkernel::strips
+  bool accumulate;
+  int32_t* c;  // 64-byte aligned
+  const std::byte* prefetch;
+  int prefetch_lines;
+  // An epilogue to work on between products, where another unit computes those; may be null. The
+  // kernel moves its `row` on.
+  EpilogueArgs* waiting;
+  void (*epilogue)(const EpilogueArgs&);
+  TaskState* state;
+};
+
+// Where the panel of weights in use should stay while groups of rows pass by.
+enum class PanelHome { kL1, kL2 };
+
+struct Microkernel {
+  const char* name;
+  Isa isa;
+  int rows;      // MR: most rows a call takes; beyond kBlockRows, whole blocks
+  int strips;    // NR / 16: most strips a call takes
+  int max_code;  // largest u for which it is exact
+  int from_m;    // fewest rows of the whole product for which it is preferred
+  PanelHome home;
+  bool waits;  // it works on a waiting epilogue: TileArgs::waiting
+  void (*run)(const TileArgs&);
+  void (*begin)(TaskState&);  // at the start and the end of each thread's task; may be null
+  void (*end)(TaskState&);
+};
+
+// The largest MR and NR of all rows of the table.
+constexpr int kMaxRows = 32;
+constexpr int kMaxColumns = 64;
 
 // The float work beside the product, compiled once per vector width from rows.h.
 struct RowKernels {

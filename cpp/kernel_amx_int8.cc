@@ -43,6 +43,15 @@ void configure(TaskState& state, int rows) {
   state.rows = rows;
 }
 
+// Part `step` of `steps` of an epilogue: vector work, while the tile unit is busy.
+void work_on(const TileArgs& t, int64_t step, int64_t steps) {
+  EpilogueArgs part = *t.waiting;
+  part.rows = static_cast<int>(t.waiting->rows * step / steps);
+  if (part.rows <= part.row) return;
+  t.epilogue(part);
+  t.waiting->row = part.rows;
+}
+
 }  // namespace
 
 // Another library on this thread (oneDNN) may have a configuration loaded and believe it stays:
@@ -94,6 +103,7 @@ void u8s8_32x32_amx_int8(const TileArgs& t) {
       TILE_DOT(2, 5, 6);
       if (right) TILE_DOT(3, 5, 7);
     }
+    if (t.waiting != nullptr) work_on(t, kb + 1, t.k_blocks);
     a += t.u_tile;
     a_lower += t.u_tile;
     b += kTileBytes;

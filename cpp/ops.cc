@@ -185,17 +185,6 @@ const EpilogueSteps* make_steps(const Epilogue& epilogue, int64_t m, int64_t n,
   return any ? &steps : nullptr;
 }
 
-// Rows from m0 on of the same product.
-void advance(EpilogueSteps& steps, int64_t rows) {
-  const int64_t bytes = steps.operand_type == DType::kFloat32 ? 4 : 2;
-  if (steps.other != nullptr) {
-    steps.other = static_cast<const char*>(steps.other) + rows * steps.ld_other * bytes;
-  }
-  if (steps.residual != nullptr) {
-    steps.residual = static_cast<const char*>(steps.residual) + rows * steps.ld_residual * bytes;
-  }
-}
-
 // One parallel region: `before(thread, threads)`, a barrier unless each thread does it all itself,
 // and the product.
 template <typename Before>

@@ -195,11 +195,11 @@ void epilogue(const EpilogueArgs& args) {
                                             : column * kBytes;
   }
   [[maybe_unused]] F32 poison[kMaxRows] = {};  // of each row; NaN once any v * 0 is not 0
-  auto* y = static_cast<char*>(args.y);
   const int64_t y_row = kOutput == Output::kCode ? kTileDepth : args.ldy * kBytes;
-  for (int row = 0; row < args.rows; ++row, y += y_row) {
+  auto* y = static_cast<char*>(args.y) + args.row * y_row;
+  for (int row = args.row; row < args.rows; ++row, y += y_row) {
     const int32_t zero_point = args.row_zero_point[row];
-    if (row == 0 || zero_point != args.row_zero_point[row - 1]) {
+    if (row == args.row || zero_point != args.row_zero_point[row - 1]) {
       for (int v = 0; v < vectors; ++v) {
         columns[v].correction = columns[v].colsum() * static_cast<uint32_t>(zero_point);
       }
@@ -227,7 +227,7 @@ void epilogue(const EpilogueArgs& args) {
     if (whole < vectors) one(whole, args.columns - whole * kLanes);
   }
   if constexpr (kOutput == Output::kCode) {
-    for (int row = 0; row < args.rows; ++row) {
+    for (int row = args.row; row < args.rows; ++row) {
       if (!all_zero(poison[row])) store_nan(args.steps->code_scale + row);
     }
   }
