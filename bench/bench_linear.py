@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
-from conftest import Rows
-from linear_op import LinearOp, measure
+from linear_op import SUBJECT, LinearOp, measure
 from pytest_benchmark.fixture import BenchmarkFixture
+from results import Results
 from shapes import Shape
 
 _linear_op = functools.lru_cache(maxsize=1)(LinearOp)  # configurations come sorted by shape
@@ -21,16 +20,15 @@ _linear_op = functools.lru_cache(maxsize=1)(LinearOp)  # configurations come sor
 
 def test_linear(
     benchmark: BenchmarkFixture,
-    configuration: tuple[str, Shape, int, int, bool],
+    configuration: tuple[Shape, int, int, bool],
     rotation: int,
-    rows: Rows,
-    pytestconfig: pytest.Config,
+    request: pytest.FixtureRequest,
 ) -> None:
-    model, shape, m, threads, warm = configuration
+    shape, m, threads, warm = configuration
     op = _linear_op(shape, rotation)
-    calls = op.candidates(m)
+    op.prepare(m)
     if benchmark.disabled:  # verified and run once: a smoke test
-        benchmark(calls["sq_cpu"], 0)
+        benchmark(op.candidates[SUBJECT].run)
         return
 
     def time_rounds(
@@ -40,16 +38,9 @@ def test_linear(
         seconds: list[float] = benchmark.stats.stats.data
         return seconds
 
-    benchmark.group = f"{model} {shape.linear} M={m} threads={threads}"
-    row: dict[str, Any] = measure(
-        op,
-        m,
-        calls,
-        model=model,
-        threads=threads,
-        warm=warm,
-        budget=pytestconfig.getoption("--budget"),
-        time_rounds=time_rounds,
-    )
+    results: Results = request.getfixturevalue("results")
+    benchmark.group = f"{shape.n}x{shape.k} M={m} threads={threads}"
+    budget = request.config.getoption("--budget")
+    row = measure(op, threads=threads, warm=warm, budget=budget, time_rounds=time_rounds)
     benchmark.extra_info.update(row)
-    rows.append(row)
+    results.add(row)

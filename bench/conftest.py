@@ -1,44 +1,40 @@
-"""Options of the benchmark suites, and one table and one JSON file at the end of a run."""
+"""Options of the benchmark suites, and the tables and the JSON file of a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import numbers, print_table, rotation_bytes, write_results
-from shapes import ROWS, SHAPES
-
-RESULTS = Path(__file__).parent / "results"
+from linear_op import rotation_bytes
+from machine import numbers
+from results import Results
+from shapes import MODELS, ROWS, shapes_of
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sq_cpu benchmarks")
     rows = ",".join(map(str, ROWS))
-    group.addoption("--models", default=",".join(SHAPES), help="models to take shapes from")
+    group.addoption("--models", default=",".join(MODELS), help="models to take shapes from")
     group.addoption("--rows", default=rows, help=f"values of M (default {rows})")
     group.addoption("--threads", default="1,all", help="thread counts (default 1,all)")
     group.addoption("--weights", default="cold,warm", help="cold, warm or cold,warm (default)")
     group.addoption("--budget", type=float, default=2.0, help="seconds a configuration")
     group.addoption(
-        "--rotate-mb", type=int, help="weights to rotate through (default: 4 times the cache)"
+        "--rotate-mb", type=int, help="weights each candidate rotates through (twice the cache)"
     )
+    group.addoption("--json", type=Path, help="the JSON file (results/<cpu>-<date>.json)")
 
 
-class Rows(list[dict[str, Any]]):
-    """The rows of this run."""
+_RESULTS = pytest.StashKey[Results]()
 
 
-_ROWS = pytest.StashKey[Rows]()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_ROWS] = Rows()
-
-
-@pytest.fixture
-def rows(request: pytest.FixtureRequest) -> Rows:
-    return request.config.stash[_ROWS]
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> Results:
+    option = request.config.getoption
+    results = Results("linear", option("--json"))
+    results.measure_peaks(numbers(option("--threads")))
+    request.config.stash[_RESULTS] = results
+    return results
 
 
 @pytest.fixture(scope="session")
@@ -51,21 +47,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     option = metafunc.config.getoption
     configurations = [
-        (model, shape, m, threads, weights == "warm")
-        for model in option("--models").split(",")
-        for shape in SHAPES[model]
+        (shape, m, threads, weights == "warm")
+        for shape in shapes_of(option("--models").split(","))
         for m in numbers(option("--rows"))
         for threads in numbers(option("--threads"))
         for weights in option("--weights").split(",")
     ]
     ids = [
-        f"{model}-{shape.linear}-m{m}-t{threads}-{'warm' if warm else 'cold'}"
-        for model, shape, m, threads, warm in configurations
+        f"{shape.n}x{shape.k}-m{m}-t{threads}-{'warm' if warm else 'cold'}"
+        for shape, m, threads, warm in configurations
     ]
     metafunc.parametrize("configuration", configurations, ids=ids)
 
 
 def pytest_terminal_summary(config: pytest.Config) -> None:
-    if rows := config.stash[_ROWS]:
-        print_table("linear op", rows, "sq_cpu")
-        print(f"wrote {write_results('linear', rows, RESULTS)}")
+    results = config.stash.get(_RESULTS, None)
+    if results and results.rows:
+        results.measure_peaks(numbers(config.getoption("--threads")))
+        results.write()
+        results.print_tables()
