@@ -27,7 +27,8 @@ struct RowCode {  // how the rows that share statistics become u8
 RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
   const int levels = q.reduce_range ? 127 : 255;  // asymmetric codes are 0 .. levels
   const int absmax_code = levels / 2;             // symmetric ones are +-127 or +-63
-  const double low = stats.min, high = stats.max;
+  // The zero point of an infinite range is no number; the scale below marks the row.
+  const double low = stats.finite ? stats.min : 0.0, high = stats.finite ? stats.max : 0.0;
   RowCode code;
   if (q.granularity == Granularity::kStatic) {
     code.scale = q.scale;

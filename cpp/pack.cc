@@ -69,7 +69,7 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
   bool out_of_range = false;
 #pragma omp parallel for schedule(static) reduction(|| : out_of_range)
   for (int64_t row = 0; row < n; ++row) {
-    out_of_range = out_of_range || std::memchr(weight + row * k, -128, k) != nullptr;
+    out_of_range = out_of_range || (k > 0 && std::memchr(weight + row * k, -128, k) != nullptr);
   }
   SQ_CHECK(!out_of_range, "a weight is -128; int8 weights must lie in [-127, 127]");
 
