@@ -28,14 +28,14 @@ BREAKS = [
     Break(
         "zero-point sign",
         "cpp/rows.h",
-        "acc - colsum * static_cast<uint32_t>(args.row_zero_point[row])",
-        "acc + colsum * static_cast<uint32_t>(args.row_zero_point[row])",
+        "load_bits<U32>(c + index * kLanes) - at.correction",
+        "load_bits<U32>(c + index * kLanes) + at.correction",
     ),
     Break(
         "tail mask",
         "cpp/rows.h",
-        "std::memcpy(y, whole, count * E::kBytes);",
-        "std::memcpy(y, whole, (count + 1) * E::kBytes);",
+        "std::memcpy(y, &value, count * (sizeof value / kLanes));",
+        "std::memcpy(y, &value, (count + 1) * (sizeof value / kLanes));",
     ),
     Break(
         "K padding",
