@@ -40,6 +40,7 @@ int useful_threads(int64_t m, int64_t n, int64_t k, int available);
 // A grid of row_parts x strip_parts tasks, one per thread. Within a task, from the outside in:
 //
 //   row block        `rows` rows of codes
+//   unit             `unit_strips` strips: what a thread takes at a time
 //     strip block    `strips` strips, whose int32 sums wait in the task's workspace if k is cut
 //       k block      `k_blocks` tiles deep: of the codes and of a panel, what the caches hold
 //         panel      Microkernel::strips strips, each read once for all the rows of the block
@@ -48,6 +49,7 @@ struct Blocking {
   int64_t row_parts;
   int64_t strip_parts;
   int64_t rows;
+  int64_t unit_strips;
   int64_t strips;
   int64_t k_blocks;
   int64_t sums;  // int32 of workspace a task

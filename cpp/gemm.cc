@@ -27,10 +27,10 @@ struct Ahead {
   static constexpr int64_t kLineBytes = 64;
 };
 
-class Task {
+class Worker {
  public:
-  Task(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
-       const Blocking& blocking, int32_t* sums)
+  Worker(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
+         const Blocking& blocking, int32_t* sums)
       : args_(args),
         kernel_(kernel),
         epilogue_(rows.epilogue[static_cast<int>(args.output)]),
@@ -41,14 +41,18 @@ class Task {
         stride_(strip_bytes(args.x.k)),
         group_sums_(kernel.rows * kernel.strips * kStripColumns) {}
 
-  void run(Range rows, Range strips) {
+  void begin() {
     if (kernel_.begin != nullptr) kernel_.begin(state_);
-    for (int64_t m0 = rows.begin; m0 < rows.end; m0 += blocking_.rows) {
-      const Range block{m0, std::min(m0 + blocking_.rows, rows.end)};
-      for (int64_t s0 = strips.begin; s0 < strips.end; s0 += blocking_.strips) {
-        strip_block(block, {s0, std::min(s0 + blocking_.strips, strips.end)}, strips.end);
-      }
+  }
+
+  // A unit of work: the rows of one block, some of the strips of a task.
+  void run(Range rows, Range strips, int64_t last_strip) {
+    for (int64_t s = strips.begin; s < strips.end; s += blocking_.strips) {
+      strip_block(rows, {s, std::min(s + blocking_.strips, strips.end)}, last_strip);
     }
+  }
+
+  void end() {
     finish_waiting();
     if (kernel_.end != nullptr) kernel_.end(state_);
   }
@@ -211,15 +215,27 @@ CodeLayout::CodeLayout(int64_t m, int64_t k)
       tile(height * kTileDepth),
       block(tile * k_block_count(k)) {}
 
-void gemm_task(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
-               const Blocking& blocking, int32_t* sums, int thread, int threads) {
-  Task task(args, kernel, rows, blocking, sums);
-  const int64_t strips = strip_count(args.weight.n);
+void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
+               const Blocking& blocking, Taken* taken, int32_t* sums, int thread) {
+  const int64_t tasks = blocking.row_parts * blocking.strip_parts;
   const int64_t row_step = std::max<int64_t>(kernel.rows, kBlockRows);
-  for (int64_t t = thread; t < blocking.row_parts * blocking.strip_parts; t += threads) {
-    task.run(part(args.x.m, row_step, blocking.row_parts, t / blocking.strip_parts),
-             part(strips, 1, blocking.strip_parts, t % blocking.strip_parts));
+  Worker worker(args, kernel, rows, blocking, sums);
+  worker.begin();
+  for (int64_t i = 0; i < tasks; ++i) {
+    const int64_t task = (thread + i) % tasks;
+    const Range r = part(args.x.m, row_step, blocking.row_parts, task / blocking.strip_parts);
+    const Range s =
+        part(strip_count(args.weight.n), 1, blocking.strip_parts, task % blocking.strip_parts);
+    const int64_t across = ceil_div(s.size(), blocking.unit_strips);
+    const int64_t units = ceil_div(r.size(), blocking.rows) * across;
+    for (int64_t unit; (unit = taken[task].take()) < units;) {
+      const int64_t row = r.begin + unit / across * blocking.rows;
+      const int64_t strip = s.begin + unit % across * blocking.unit_strips;
+      worker.run({row, std::min(row + blocking.rows, r.end)},
+                 {strip, std::min(strip + blocking.unit_strips, s.end)}, s.end);
+    }
   }
+  worker.end();
 }
 
 }  // namespace sq_cpu

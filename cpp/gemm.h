@@ -1,6 +1,7 @@
 // The GEMM driver: runs inside a parallel region, each thread its own task of the grid.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "blocking.h"
@@ -34,9 +35,18 @@ struct CodeLayout {
   int64_t block;   // bytes of a block
 };
 
-// Task `thread` of `threads` of the whole product; the threads may be fewer than the tasks of
-// `blocking`. `sums`: blocking.sums ints of this thread's own. Never throws, never allocates.
-void gemm_task(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
-               const Blocking& blocking, int32_t* sums, int thread, int threads);
+// How many units of a task have been taken. One cache line each: threads count without disturbing
+// each other.
+struct alignas(64) Taken {
+  std::atomic<int64_t> units{0};
+  int64_t take() { return units.fetch_add(1, std::memory_order_relaxed); }
+};
+
+// This thread's part of the whole product: the units of its own task, so that it reads the same
+// weights at every call, then what the others have left. Cores are not equally fast: hyperthreads
+// and virtual machines see to that. `taken`: one for each task of the blocking, all 0 at first;
+// `sums`: blocking.sums ints of this thread's own. Never throws, never allocates.
+void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
+               const Blocking& blocking, Taken* taken, int32_t* sums, int thread);
 
 }  // namespace sq_cpu

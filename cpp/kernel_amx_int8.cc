@@ -43,6 +43,16 @@ void configure(TaskState& state, int rows) {
   state.rows = rows;
 }
 
+// From L2 to L1, two steps of 64 cycles before it is loaded: L2 answers in 15 to 30, more when all
+// cores ask. Further ahead was slower, by up to 30 %: L1 holds only 6 steps' tiles.
+constexpr int64_t kTilesAhead = 2;
+
+void fetch_tile(const void* tile) {
+  for (int row = 0; row < kTileRows; ++row) {
+    __builtin_prefetch(static_cast<const char*>(tile) + row * 64);
+  }
+}
+
 // Part `step` of `steps` of an epilogue: vector work, while the tile unit is busy.
 void work_on(const TileArgs& t, int64_t step, int64_t steps) {
   EpilogueArgs part = *t.waiting;
@@ -89,17 +99,22 @@ void u8s8_32x32_amx_int8(const TileArgs& t) {
     TILE_ZERO(3);
   }
   for (int64_t kb = 0; kb < t.k_blocks; ++kb) {
-    for (int line = 0; line < 4 * t.prefetch_lines; ++line, next += 64)
+    for (int line = 0; line < 4 * t.prefetch_lines; ++line, next += 64) {
       __builtin_prefetch(next, 0, 2);
+    }
     TILE_LOAD(4, a, row_bytes);
+    fetch_tile(a + kTilesAhead * t.u_tile);
     TILE_LOAD(6, b, row_bytes);
     TILE_DOT(0, 4, 6);
+    fetch_tile(b + kTilesAhead * kTileBytes);
     if (right) {
       TILE_LOAD(7, b_right, row_bytes);
+      fetch_tile(b_right + kTilesAhead * kTileBytes);
       TILE_DOT(1, 4, 7);
     }
     if (lower) {
       TILE_LOAD(5, a_lower, row_bytes);
+      fetch_tile(a_lower + kTilesAhead * t.u_tile);
       TILE_DOT(2, 5, 6);
       if (right) TILE_DOT(3, 5, 7);
     }

@@ -16,6 +16,8 @@
 namespace sq_cpu {
 namespace {
 
+constexpr int64_t kPageInts = 1024;  // each thread's sums on pages of their own
+
 constexpr double kFloor = 1e-30;  // of an absolute maximum: keeps 127 / absmax finite
 
 struct RowCode {  // how the rows that share statistics become u8
@@ -186,33 +188,66 @@ const EpilogueSteps* make_steps(const Epilogue& epilogue, int64_t m, int64_t n,
   return any ? &steps : nullptr;
 }
 
-// One parallel region: `before(thread, threads)`, a barrier unless each thread does it all itself,
-// and the product.
-template <typename Before>
-void run_product(const GemmArgs& args, bool barrier, Before before) {
+// One parallel region: each thread prepares its view of the product, then takes its part of it.
+// Prepare: void operator()(GemmArgs& own, int thread, int threads), called by every thread.
+template <typename Prepare>
+void run_product(const GemmArgs& args, Prepare prepare) {
   const Isa isa = active_isa();
   const Microkernel& kernel = choose_microkernel(isa, args.x.max_code, args.x.m);
   const RowKernels& rows = row_kernels(isa);
   const int team = team_size(args.x.m, args.weight.n, args.weight.k);
   const Blocking blocking = choose_blocking(kernel, args.x.m, strip_count(args.weight.n),
                                             k_block_count(args.weight.k), team);
-  const int64_t own = ceil_div(blocking.sums, 1024) * 1024 + 1024;  // off the neighbour's lines
-  thread_local Scratch<int32_t> scratch;
-  int32_t* const sums = scratch.get(own * team);
-  // The runtime may give fewer threads than asked for: tasks are dealt out to the team that came.
+  const int64_t own_sums = ceil_div(blocking.sums, kPageInts) * kPageInts;
+  const int64_t tasks = blocking.row_parts * blocking.strip_parts;
+  thread_local Scratch<int32_t> sums_scratch;
+  thread_local Scratch<Taken> taken_scratch;
+  int32_t* const sums = sums_scratch.get(own_sums * team);
+  Taken* const taken = taken_scratch.get(tasks);
+  std::uninitialized_default_construct_n(taken, tasks);
+  // The runtime may give fewer threads than asked for: those that come do all the tasks.
 #pragma omp parallel num_threads(team)
   {
-    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    before(thread, threads);
-    if (barrier) {
-#pragma omp barrier
-    }
-    gemm_task(args, kernel, rows, blocking, sums + own * thread, thread, threads);
+    const int thread = omp_get_thread_num();
+    GemmArgs own = args;
+    prepare(own, thread, omp_get_num_threads());
+    run_tasks(own, kernel, rows, blocking, taken, sums + own_sums * thread, thread);
   }
 }
 
 void run_product(const GemmArgs& args) {
-  run_product(args, false, [](int, int) {});
+  run_product(args, [](GemmArgs&, int, int) {});
+}
+
+// So little that every thread quantizes it all, for itself: quicker than to share it and wait.
+struct OwnCodes {
+  static constexpr int64_t kBytes = 16 << 10;  // 3 us of quantizing; a barrier takes 1 to 5
+  static bool hold(int64_t m, int64_t k) { return m <= kBlockRows && codes_bytes(m, k) <= kBytes; }
+
+  alignas(64) uint8_t codes[kBytes];
+  float scale[kBlockRows];
+  int32_t zero_point[kBlockRows];
+};
+
+// Whole rows quantized, then multiplied, by one team.
+void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuantizer& quantizer,
+                const RowStats& whole) {
+  const RowKernels& rows = row_kernels(active_isa());
+  if (OwnCodes::hold(x.m, x.k)) {
+    // Not in the lambda's own frame: the codes must outlive it.
+    thread_local OwnCodes storage;
+    run_product(args, [&](GemmArgs& own, int, int) {
+      own.x.codes = storage.codes;
+      own.x.scale = storage.scale;
+      own.x.zero_point = storage.zero_point;
+      quantize_rows(x, {0, x.m}, quantizer, whole, rows, own.x);
+    });
+  } else {
+    run_product(args, [&](GemmArgs& own, int thread, int threads) {
+      quantize_rows(x, part(x.m, 1, threads, thread), quantizer, whole, rows, own.x);
+#pragma omp barrier
+    });
+  }
 }
 
 }  // namespace
@@ -234,28 +269,29 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
   const EpilogueSteps* const given = make_steps(epilogue, m, weight.n, steps);
   if (m == 0 || weight.n == 0) return;
 
-  const RowKernels& rows = row_kernels(active_isa());
+  Activations part_x{x, x_type, m, weight.k, ldx, quantizer.inverse_smoothing};
+  RowStats whole{0.0f, 0.0f, true};
+  if (quantizer.granularity == Granularity::kPerTensor) {
+    whole = tensor_stats(part_x, row_kernels(active_isa()), team_size(m, weight.k, 1));
+  }
   const int64_t pass = rows_per_pass(m, weight.k);
   thread_local Scratch<uint8_t> codes;
   thread_local Scratch<float> scales;
   thread_local Scratch<int32_t> zero_points;
-  QuantizedActivation q{codes.get(codes_bytes(pass, weight.k)),
-                        scales.get(pass),
-                        zero_points.get(pass),
-                        0,
-                        weight.k,
-                        quantizer.max_code()};
-  Activations part_x{x, x_type, m, weight.k, ldx, quantizer.inverse_smoothing};
-  RowStats whole{0.0f, 0.0f, true};
-  if (quantizer.granularity == Granularity::kPerTensor) {
-    whole = tensor_stats(part_x, rows, team_size(m, weight.k, 1));
+  GemmArgs args{{nullptr, nullptr, nullptr, 0, weight.k, quantizer.max_code()},
+                weight,
+                y,
+                static_cast<Output>(y_type),
+                ldy,
+                given};
+  if (!OwnCodes::hold(pass, weight.k)) {
+    args.x.codes = codes.get(codes_bytes(pass, weight.k));
+    args.x.scale = scales.get(pass);
+    args.x.zero_point = zero_points.get(pass);
   }
-  GemmArgs args{q, weight, y, static_cast<Output>(y_type), ldy, given};
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
     args.x.m = part_x.m = std::min(pass, m - m0);
-    run_product(args, true, [&](int thread, int threads) {
-      quantize_rows(part_x, part(args.x.m, 1, threads, thread), quantizer, whole, rows, args.x);
-    });
+    run_linear(args, part_x, quantizer, whole);
     part_x.x = part_x.row(args.x.m).x;
     args.y = static_cast<char*>(args.y) + args.x.m * ldy * element_bytes(args.output);
     advance(steps, args.x.m);

@@ -144,13 +144,14 @@ bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_
                       nullptr};
   const Blocking blocking =
       choose_blocking(kernel, p.m, strip_count(p.n), k_block_count(p.k), threads);
+  std::vector<Taken> taken(blocking.row_parts * blocking.strip_parts);
   std::vector<int32_t> sums((blocking.sums + 16) * threads + 16);
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
     int32_t* own = sums.data() + (blocking.sums + 16) * thread;
     own += (64 - reinterpret_cast<uintptr_t>(own) % 64) % 64 / 4;
-    gemm_task(args, kernel, row_kernels(kernel.isa), blocking, own, thread, omp_get_num_threads());
+    run_tasks(args, kernel, row_kernels(kernel.isa), blocking, taken.data(), own, thread);
   }
   return right(p, y);
 }
