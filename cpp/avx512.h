@@ -82,12 +82,16 @@ constexpr void (*kByStrips[])(const TileArgs&) = {
     register_block<Dot, kRows, 1>, register_block<Dot, kRows, 2>, register_block<Dot, kRows, 3>,
     register_block<Dot, kRows, 4>};
 
+// kRows: 1, 2 .. the most rows that fit the register file with what Dot needs.
+template <typename Dot, int... kRows>
+void run_rows(const TileArgs& t) {
+  constexpr void (*const* kBlocks[])(const TileArgs&) = {kByStrips<Dot, kRows>...};
+  kBlocks[t.rows - 1][t.strips - 1](t);
+}
+
 template <typename Dot>
 void run_6x64(const TileArgs& t) {
-  constexpr void (*const* kBlocks[])(const TileArgs&) = {kByStrips<Dot, 1>, kByStrips<Dot, 2>,
-                                                         kByStrips<Dot, 3>, kByStrips<Dot, 4>,
-                                                         kByStrips<Dot, 5>, kByStrips<Dot, 6>};
-  kBlocks[t.rows - 1][t.strips - 1](t);
+  run_rows<Dot, 1, 2, 3, 4, 5, 6>(t);
 }
 
 }  // namespace

@@ -50,11 +50,13 @@ bool detect_avx2() {
   return bit(l1.ecx, 12) && bit(l1.ecx, 29) && bit(l7.ebx, 5);  // FMA, F16C, AVX2
 }
 
-bool detect_avx512_vnni() {
+bool detect_avx512bw() {
   const CpuidLeaf l7 = cpuid(7, 0);
   return detect_avx2() && bit(l7.ebx, 16) && bit(l7.ebx, 17) && bit(l7.ebx, 30) &&
-         bit(l7.ebx, 31) && bit(l7.ecx, 11);  // AVX512 F, DQ, BW, VL, VNNI
+         bit(l7.ebx, 31);  // AVX512 F, DQ, BW, VL
 }
+
+bool detect_avx512_vnni() { return detect_avx512bw() && bit(cpuid(7, 0).ecx, 11); }
 
 bool detect_amx_int8() {
   const CpuidLeaf l7 = cpuid(7, 0);
@@ -74,6 +76,7 @@ std::string grant(Isa isa) {
       return "";
     case Isa::kAvx2:
       return saves({1, 2}) ? "" : "the operating system does not save AVX registers";
+    case Isa::kAvx512Bw:
     case Isa::kAvx512Vnni:
       return saves({1, 2, 5, 6, 7}) ? "" : "the operating system does not save AVX-512 registers";
     case Isa::kAmxInt8:
@@ -83,6 +86,11 @@ std::string grant(Isa isa) {
   return "unknown";
 }
 
+#ifdef SQ_CPU_BUILT_AVX512BW
+constexpr bool kBuiltAvx512Bw = true;
+#else
+constexpr bool kBuiltAvx512Bw = false;
+#endif
 #ifdef SQ_CPU_BUILT_AVX512_VNNI
 constexpr bool kBuiltVnni = true;
 #else
@@ -98,6 +106,7 @@ std::vector<IsaStatus> probe() {
   std::vector<IsaStatus> all = {
       {Isa::kReference, "reference", true, true, false, ""},
       {Isa::kAvx2, "avx2", true, detect_avx2(), false, ""},
+      {Isa::kAvx512Bw, "avx512bw", kBuiltAvx512Bw, detect_avx512bw(), false, ""},
       {Isa::kAvx512Vnni, "avx512_vnni", kBuiltVnni, detect_avx512_vnni(), false, ""},
       {Isa::kAmxInt8, "amx_int8", kBuiltAmx, detect_amx_int8(), false, ""},
   };

@@ -1,6 +1,5 @@
 // AVX512-VNNI: one VPDPBUSD a step, exact for any codes.
 #include "avx512.h"
-#include "rows.h"
 
 namespace sq_cpu {
 namespace {
@@ -14,7 +13,5 @@ struct Vpdpbusd {
 }  // namespace
 
 void u8s8_6x64_avx512_vnni(const TileArgs& t) { run_6x64<Vpdpbusd>(t); }
-
-const RowKernels rows_avx512_vnni = make_row_kernels();
 
 }  // namespace sq_cpu

@@ -39,9 +39,9 @@ void store_bits(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
-F32 splat(float v) { return v - F32{}; }
+inline F32 splat(float v) { return v - F32{}; }
 
-F32 fma(F32 a, F32 b, F32 c) {
+inline F32 fma(F32 a, F32 b, F32 c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
 #elif defined(__FMA__)
@@ -53,7 +53,7 @@ F32 fma(F32 a, F32 b, F32 c) {
 }
 
 // gcc widens in halves of its own accord.
-U32 widen(U16 v) {
+inline U32 widen(U16 v) {
 #if defined(__AVX512F__)
   return (U32)_mm512_cvtepu16_epi32((__m256i)v);
 #elif defined(__AVX2__)
@@ -84,7 +84,7 @@ inline F32 min(F32 a, F32 b) {
 #endif
 }
 
-F32 from_half(U16 h) {
+inline F32 from_half(U16 h) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
@@ -102,7 +102,7 @@ F32 from_half(U16 h) {
 #endif
 }
 
-U16 to_half(F32 v) {
+inline U16 to_half(F32 v) {
 #if defined(__AVX512F__)
   return (U16)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)

@@ -41,7 +41,7 @@ void ACTIVATIONS_OF(Function function, const float* x, float* y, int64_t n) {
 #include "sq_cpu/isa.h"
 
 void activations_avx2(Function, const float*, float*, int64_t);
-void activations_avx512_vnni(Function, const float*, float*, int64_t);
+void activations_avx512bw(Function, const float*, float*, int64_t);
 
 namespace {
 
@@ -138,8 +138,8 @@ int main() {
 #ifdef SQ_CPU_BUILT_AVX2
       {Isa::kAvx2, activations_avx2},
 #endif
-#ifdef SQ_CPU_BUILT_AVX512_VNNI
-      {Isa::kAvx512Vnni, activations_avx512_vnni},
+#ifdef SQ_CPU_BUILT_AVX512BW
+      {Isa::kAvx512Bw, activations_avx512bw},
 #endif
   };
   const std::vector<float> x = make_inputs();

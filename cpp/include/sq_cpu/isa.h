@@ -12,11 +12,11 @@
 namespace sq_cpu {
 
 // In order of preference; each one may use the kernels of all before it.
-enum class Isa { kReference, kAvx2, kAvx512Vnni, kAmxInt8 };
+enum class Isa { kReference, kAvx2, kAvx512Bw, kAvx512Vnni, kAmxInt8 };
 
 struct IsaStatus {
   Isa isa;
-  std::string name;  // "reference", "avx2", "avx512_vnni", "amx_int8"
+  std::string name;  // "reference", "avx2", "avx512bw", "avx512_vnni", "amx_int8"
   bool built;
   bool detected;
   bool granted;
