@@ -10,6 +10,7 @@
 
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
+#include "sq_cpu/saturation.h"
 
 namespace py = pybind11;
 
@@ -164,4 +165,17 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("codes"), py::arg("zero_point"), py::arg("m"), py::arg("max_code"), py::arg("packed"),
       py::arg("n"), py::arg("k"), py::arg("y"));
+
+  m.def(
+      "count_saturation",
+      [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
+         int64_t k) {
+        py::gil_scoped_release release;
+        const sq_cpu::SaturationCount count = sq_cpu::count_saturation(
+            {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
+            packed(weight, n, k));
+        return std::make_pair(count.pairs, count.saturated);
+      },
+      py::arg("codes"), py::arg("zero_point"), py::arg("m"), py::arg("max_code"), py::arg("packed"),
+      py::arg("n"), py::arg("k"));
 }

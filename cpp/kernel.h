@@ -117,12 +117,23 @@ struct Microkernel {
 constexpr int kMaxRows = 32;
 constexpr int kMaxColumns = 64;
 
-// The float work beside the product, compiled once per vector width from rows.h.
+// A strip of weights and up to kBlockRows rows of codes of one block, as in TileArgs.
+struct PairArgs {
+  const uint8_t* u;
+  int64_t u_tile;
+  const std::byte* strip;
+  int64_t k_blocks;
+  int rows;
+};
+
+// What is beside the product, compiled once per vector width from rows.h and saturation.h.
 struct RowKernels {
   RowStats (*stats[3])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
   void (*quantize[3])(const RowArgs&, const RowGrid&, uint8_t* u, int64_t u_tile);
   void (*epilogue[kOutputs])(const EpilogueArgs&);
+  // The pairs of all products whose sum leaves int16.
+  int64_t (*count_saturated)(const PairArgs&);
 };
 
 #define SQ_MICROKERNEL(isa, name, ...) void name(const TileArgs&);

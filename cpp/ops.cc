@@ -12,6 +12,7 @@
 #include "check.h"
 #include "gemm.h"
 #include "sq_cpu/linear.h"
+#include "sq_cpu/saturation.h"
 
 namespace sq_cpu {
 namespace {
@@ -358,6 +359,24 @@ void gemm(const QuantizedActivation& x, const PackedWeight& weight, int32_t* y, 
   check_matrix("y", y, x.m, weight.n, ldy);
   if (x.m == 0 || weight.n == 0) return;
   run_product({x, weight, y, Output::kInt32, ldy, nullptr});
+}
+
+SaturationCount count_saturation(const QuantizedActivation& x, const PackedWeight& weight) {
+  check_product(x, weight);
+  const auto count = row_kernels(active_isa()).count_saturated;
+  const CodeLayout layout(x.m, x.k);
+  const int64_t k_blocks = k_block_count(x.k), strips = strip_count(weight.n);
+  int64_t saturated = 0;
+#pragma omp parallel for num_threads(team_size(x.m, weight.n, x.k)) schedule(static) \
+    reduction(+ : saturated)
+  for (int64_t s = 0; s < strips; ++s) {
+    for (int64_t row = 0; row < x.m; row += layout.height) {
+      const auto rows = static_cast<int>(std::min(layout.height, x.m - row));
+      saturated += count({x.codes + layout.offset(row), layout.tile,
+                          weight.data + s * strip_bytes(x.k), k_blocks, rows});
+    }
+  }
+  return {x.m * weight.n * ceil_div(x.k, 2), saturated};
 }
 
 }  // namespace sq_cpu

@@ -5,6 +5,7 @@
 
 #include "activations.h"
 #include "kernel.h"
+#include "saturation.h"
 #include "vec.h"
 
 namespace sq_cpu {
@@ -248,7 +249,8 @@ constexpr RowKernels make_row_kernels() {
           {quantize_row<DType::kFloat32>, quantize_row<DType::kBFloat16>,
            quantize_row<DType::kFloat16>},
           {epilogue<Output::kFloat32>, epilogue<Output::kBFloat16>, epilogue<Output::kFloat16>,
-           epilogue<Output::kInt32>, epilogue<Output::kCode>}};
+           epilogue<Output::kInt32>, epilogue<Output::kCode>},
+          count_saturated};
 }
 
 }  // namespace

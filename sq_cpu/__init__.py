@@ -15,6 +15,7 @@ from sq_cpu.evaluate import perplexity
 from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import isa
+from sq_cpu.saturation import Saturation, SaturationCount, count_saturation
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
 from sq_cpu.tune import tune
@@ -24,10 +25,13 @@ __version__ = _version("sq_cpu")
 __all__ = [
     "Calibration",
     "QuantLinear",
+    "Saturation",
+    "SaturationCount",
     "Scheme",
     "SmoothPlan",
     "SqCpuError",
     "calibrate",
+    "count_saturation",
     "isa",
     "load",
     "perplexity",

@@ -62,3 +62,12 @@ def gemm(
     k: int,
     y: int,
 ) -> None: ...
+def count_saturation(
+    codes: int,
+    zero_point: int,
+    m: int,
+    max_code: int,
+    packed: int,
+    n: int,
+    k: int,
+) -> tuple[int, int]: ...

@@ -25,7 +25,7 @@ from sq_cpu.families import check_ignore, quantizable_linears
 from sq_cpu.files import replacing
 from sq_cpu.progress import track
 
-__all__ = ["Calibration", "calibrate", "check_length", "evaluating"]
+__all__ = ["Batch", "Calibration", "calibrate", "check_length", "evaluating", "model_inputs"]
 
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 1
@@ -149,25 +149,15 @@ def calibrate(
     linears = quantizable_linears(model, ignore)
     if not linears:
         raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
-    if isinstance(batches, Tensor | Mapping | str):
-        raise SqCpuError(
-            f"batches is one {type(batches).__name__}; pass an iterable of batches, as in [batch]"
-        )
     ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
     recent = _Recent()
     count = 0
     with evaluating(model), _hooked(linears, ranges, recent):
-        for index, batch in enumerate(track(batches, "calibrating", progress)):
-            args, kwargs = _arguments(batch, index)
-            for tensor in (*args, *kwargs.values()):
-                if isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.dim() == 2:
-                    check_length(model, tensor.shape[1], f"calibration batch {index}")
-            recent.begin(index, kwargs.get("attention_mask"))
+        for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
+            recent.begin(count, kwargs.get("attention_mask"))
             model(*args, **kwargs)
             recent.forget()
             count += 1
-    if count == 0:
-        raise SqCpuError("calibration got no batches: pass at least one (a generator runs once)")
 
     reached = {name: seen for name, seen in ranges.items() if seen.rows}
     return Calibration(
@@ -179,6 +169,30 @@ def calibrate(
         batches=count,
         unreached=tuple(name for name in ranges if name not in reached),
     )
+
+
+def model_inputs(
+    model: nn.Module, batches: Iterable[Batch], what: str, doing: str, progress: bool | None
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield each batch as the model's arguments, positional and by keyword, under a progress bar.
+
+    Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
+    the model's context; messages call it batch number so and so of `what`.
+    """
+    if isinstance(batches, Tensor | Mapping | str):
+        raise SqCpuError(
+            f"batches is one {type(batches).__name__}; pass an iterable of batches, as in [batch]"
+        )
+    empty = True
+    for index, batch in enumerate(track(batches, doing, progress)):
+        empty = False
+        args, kwargs = _arguments(batch, f"{what} batch {index}")
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.dim() == 2:
+                check_length(model, tensor.shape[1], f"{what} batch {index}")
+        yield args, kwargs
+    if empty:
+        raise SqCpuError(f"{what} got no batches: pass at least one (a generator runs once)")
 
 
 def check_length(model: nn.Module, length: int, what: str) -> None:
@@ -307,7 +321,7 @@ def _hooked(
             handle.remove()
 
 
-def _arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(batch: Any, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(batch, Tensor):
@@ -318,16 +332,16 @@ def _arguments(batch: Any, index: int) -> tuple[tuple[Any, ...], dict[str, Any]]
         kwargs = dict(batch)
     else:
         raise SqCpuError(
-            f"calibration batch {index} is a {type(batch).__name__}; "
+            f"{what} is a {type(batch).__name__}; "
             "a batch is a tensor, a tuple of positional or a dict of keyword arguments"
         )
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not tensors:
         raise SqCpuError(
-            f"calibration batch {index} holds no tensor: a batch needs tensors, such as token ids "
+            f"{what} holds no tensor: a batch needs tensors, such as token ids "
             'from tokenizer(text, return_tensors="pt")'
         )
     if any(tensor.numel() == 0 for tensor in tensors):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        raise SqCpuError(f"calibration batch {index} is empty ({shapes}): drop it")
+        raise SqCpuError(f"{what} is empty ({shapes}): drop it")
     return args, kwargs

@@ -34,8 +34,10 @@ from sq_cpu.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
 from sq_cpu.families import smoothing_groups
+from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import quantize as quantize_model
 from sq_cpu.runtime import isa
+from sq_cpu.saturation import Saturation, count_saturation
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
 
@@ -302,6 +304,68 @@ def info_command(as_json: _Json = False) -> None:
     console.print(f"in use: {here['in_use']}{forced}; threads: {here['threads']}")
 
 
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[
+        Path, typer.Argument(metavar="OUT", help="A folder that `sq-cpu quantize` wrote.")
+    ],
+    saturation: Annotated[
+        bool,
+        typer.Option("--saturation", help="Count the int16 sums that vpmaddubsw would clip."),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text for --saturation. [default: the shipped text]"),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of text for --saturation. [default: 4]")
+    ] = None,
+    window: _Window = 512,
+    as_json: _Json = False,
+) -> None:
+    """Show what is in each int8 linear of OUT, and with --saturation what text does to it."""
+    if not saturation and (text is not None or windows is not None):
+        raise typer.BadParameter("--text and --windows need --saturation; add it")
+    windows = 4 if windows is None else windows
+    if not hf.is_checkpoint(model.expanduser()):
+        if not model.expanduser().exists():
+            raise SqCpuError(f"{model}: no such folder; give one that sq-cpu quantize wrote")
+        raise SqCpuError(
+            f"{model} is not a quantized model; make one with: sq-cpu quantize {model} -o OUT"
+        )
+    scored: str | Sequence[str] = ""
+    if saturation and text is None:
+        scored = texts.evaluation()
+        _check_shipped(windows, len(scored), "--text")
+    elif text is not None:
+        scored = _read(text)
+    loaded, tokenizer = _load(model, None)
+    record: Any = loaded.sq_cpu_config
+    scheme: Scheme = record.scheme
+    layers = _layer_facts(loaded)
+    result: dict[str, Any] = {"model": str(model), "scheme": scheme.to_dict(), "layers": layers}
+    lines: list[str] = []
+    if saturation:
+        batches = token_windows(tokenizer, scored, window=window, windows=windows)
+        count = count_saturation(loaded, batches)
+        for name, of_layer in count.layers.items():
+            layers[name]["saturation"] = of_layer.to_dict()
+        result["saturation"] = {
+            **count.total.to_dict(),
+            "windows": windows,
+            "window": window,
+            "text": None if text is None else str(text),
+            "vnni": isa()["vnni"],
+        }
+        lines = _saturation_lines(count, scheme)
+    if as_json:
+        _emit(result, as_json, "")
+        return
+    _print_layers(f"{model}: {scheme.name}, {len(layers)} int8 linears", layers)
+    for line in lines:
+        typer.echo(line)
+
+
 @app.command("demo")
 def demo_command(
     model: Annotated[
@@ -464,6 +528,76 @@ def _new_tokens(
     return made[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
 
+def _wide_console() -> Console:
+    """Make a console for a table: a pipe has no width, it gets its own instead of a guess of 80."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def _layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what each int8 linear holds, by its full name."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            facts[name] = {
+                "shape": [layer.out_features, layer.in_features],
+                "bytes": layer.nbytes,
+                "input_scale": layer.input_scale,
+                "input_zero_point": None if layer.input_scale is None else layer.input_zero_point,
+            }
+    return facts
+
+
+def _saturation_lines(count: Saturation, scheme: Scheme) -> list[str]:
+    total, here = count.total, isa()
+    if scheme.reduce_range:
+        meaning = "reduce_range keeps every sum within int16: vpmaddubsw is exact"
+    elif here["vnni"]:
+        meaning = (
+            "vpmaddubsw (AVX2, AVX-512 without VNNI) would clip these sums, --reduce-range yes "
+            "avoids it; this machine is exact without"
+        )
+    else:
+        meaning = (
+            "vpmaddubsw would clip these sums, so this machine takes a slower exact sequence; "
+            "--reduce-range yes avoids both"
+        )
+    return [
+        f"total: {total.saturated} of {total.pairs} pairs saturate ({_percent(total.share)})",
+        f"{meaning} (in use: {here['in_use']})",
+    ]
+
+
+def _percent(share: float) -> str:
+    return "0 %" if share == 0 else f"{share * 100:.2g} %"
+
+
+def _layer_cells(facts: dict[str, Any]) -> dict[str, str]:
+    """Return a layer's row of the table, by heading."""
+    cells = {"out x in": " x ".join(map(str, facts["shape"])), "MB": f"{facts['bytes'] / 1e6:.2f}"}
+    if facts["input_scale"] is not None:
+        cells["input scale"] = f"{facts['input_scale']:.4g}"
+        cells["zero point"] = str(facts["input_zero_point"])
+    if "saturation" in facts:
+        counted = facts["saturation"]
+        cells |= {"pairs": str(counted["pairs"]), "saturated": str(counted["saturated"])}
+        cells["share"] = _percent(counted["share"])
+    return cells
+
+
+def _print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
+    rows = {name: _layer_cells(facts) for name, facts in layers.items()}
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in next(iter(rows.values())):  # one scheme, so the same headings for all
+        table.add_column(heading, justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells.values())
+    _wide_console().print(table)
+
+
 def _print_report(model: str, report: demo.Report, seconds: float) -> None:
     first = report.rows[0]
     table = Table(title=f"{model}, alpha {demo.ALPHA}", title_justify="left")
@@ -480,11 +614,7 @@ def _print_report(model: str, report: demo.Report, seconds: float) -> None:
             f"{row.prefill:.1f} ({prefill:.2f}x)",
             f"{row.decode:.1f} ({decode:.2f}x)",
         )
-    # A pipe has no width: the table keeps its own then, instead of a guess of 80.
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
+    _wide_console().print(table)
     turns = "in turns" if report.interleaved else "one after another (too little memory for turns)"
     lines = [
         f"{report.cpu}; {report.isa}; {report.threads} threads; medians, variants timed {turns};",

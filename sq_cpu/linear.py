@@ -216,6 +216,38 @@ class QuantLinear(nn.Module):
             x, self.weight_int8(), self.weight_scale, self.bias, self.scheme, static
         )
 
+    def count_saturation(self, x: Tensor) -> tuple[int, int]:
+        """Return how many pairs of products `forward` adds for `x`, and how many leave int16.
+
+        A pair is u[2j] w[2j] + u[2j+1] w[2j+1] of the codes and the weights; raises as `forward`.
+        """
+        self._check(x, self.packed)
+        x = x.detach().resolve_neg().contiguous()
+        m, k = math.prod(x.shape[:-1]), self.in_features
+        codes = torch.empty(_core.codes_bytes(m, k), dtype=torch.uint8, device="cpu")
+        scale = torch.empty(m, dtype=torch.float32, device="cpu")
+        zero_point = torch.empty(m, dtype=torch.int32, device="cpu")
+        torch.get_num_threads()  # as in _run
+        _core.quantize_activations(
+            x.data_ptr(),
+            _DTYPES[x.dtype],
+            m,
+            k,
+            self._quantizer,
+            codes.data_ptr(),
+            scale.data_ptr(),
+            zero_point.data_ptr(),
+        )
+        return _core.count_saturation(
+            codes.data_ptr(),
+            zero_point.data_ptr(),
+            m,
+            self.scheme.levels,
+            self.packed.data_ptr(),
+            self.out_features,
+            k,
+        )
+
     def weight_int8(self) -> Tensor:
         """Return the weight, int8 [out_features, in_features], unpacked into new memory."""
         shape = (self.out_features, self.in_features)

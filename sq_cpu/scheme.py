@@ -32,7 +32,7 @@ class Scheme:
     symmetric: bool = True
     """Activations: a range centred on 0 with a fixed zero point, or min..max with its own."""
     reduce_range: bool | Literal["auto"] = False
-    """7-bit activations, with which the saturating int16 pair sums of AVX2 and AVX-512 BW stay exact
+    """7-bit activations, so that the saturating int16 pair sums of AVX2 and AVX-512 BW stay exact
     (`count_saturation` counts those that would not). `"auto"`: only where the processor has no
     VNNI; `resolve` decides."""
     ignore: tuple[str, ...] = ("lm_head",)

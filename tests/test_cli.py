@@ -238,6 +238,8 @@ def test_damaged_checkpoint(quantized: Path) -> None:
         ["generate", "MODEL"],
         ["generate", "MODEL", "x", "--temperature", "-1"],
         ["info", "--nonsense"],
+        ["inspect", "x", "--text", "t"],
+        ["inspect", "x", "--windows", "3"],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
@@ -363,6 +365,70 @@ def test_sampling_follows_the_seed(quantized: Path) -> None:
 def test_generate_refuses_what_it_cannot_ask(quantized: Path) -> None:
     assert "the prompt is empty" in error_of("generate", quantized, "")
     assert "no chat template" in error_of("generate", quantized, "Hello", "--chat")
+
+
+def test_inspect_shows_the_layers(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("quantize", folder, "-o", out, "--scheme", "O3", *small())
+    shown = json_of("inspect", out)
+    assert shown["scheme"]["activations"] == "static"
+    assert "saturation" not in shown
+    model = sq_cpu.load(out)
+    for name, facts in shown["layers"].items():
+        layer: Any = model.get_submodule(name)
+        assert facts["shape"] == [layer.out_features, layer.in_features]
+        assert facts["bytes"] == layer.nbytes
+        assert facts["input_scale"] == layer.input_scale
+        assert facts["input_zero_point"] == layer.input_zero_point
+    assert len(shown["layers"]) == 14
+    table = run("inspect", out).stdout
+    assert "model.layers.1.mlp.down_proj" in table
+    assert "input scale" in table
+    assert "saturate" not in table
+
+
+def test_inspect_counts_saturation(folder: Path, text: Path, tmp_path: Path) -> None:
+    shares = {}
+    for reduce_range in ("no", "yes"):
+        out = tmp_path / reduce_range
+        run("quantize", folder, "-o", out, "--reduce-range", reduce_range, *small())
+        arguments = ["inspect", out, "--saturation", "--text", text, *small()]
+        shown = json_of(*arguments)
+        tokenizer = byte_tokenizer()
+        batches = sq_cpu.evaluate.token_windows(tokenizer, TEXT, window=64, windows=4)
+        expected = sq_cpu.count_saturation(sq_cpu.load(out), batches)
+        assert {n: f["saturation"] for n, f in shown["layers"].items()} == {
+            n: count.to_dict() for n, count in expected.layers.items()
+        }
+        shares[reduce_range] = shown["saturation"].pop("share")
+        assert shown["saturation"] == {
+            "pairs": expected.total.pairs,
+            "saturated": expected.total.saturated,
+            "windows": 4,
+            "window": 64,
+            "text": str(text),
+            "vnni": sq_cpu.isa()["vnni"],
+        }
+        table = run(*arguments).stdout
+        assert f"total: {expected.total.saturated} of {expected.total.pairs} pairs" in table
+        assert ("would clip these sums" in table) is (reduce_range == "no")
+        assert f"in use: {sq_cpu.isa()['in_use']}" in table
+    assert shares["no"] > 0
+    assert shares["yes"] == 0
+
+
+def test_inspect_uses_the_shipped_text(quantized: Path) -> None:
+    shown = json_of("inspect", quantized, "--saturation", "--window", 32)
+    assert shown["saturation"]["windows"] == 4
+    assert shown["saturation"]["text"] is None
+    error = error_of("inspect", quantized, "--saturation", "--windows", 99)
+    assert "has 20 windows, not 99; give a text with --text" in error
+
+
+def test_inspect_refuses_what_is_not_quantized(folder: Path, tmp_path: Path) -> None:
+    fix = f"make one with: sq-cpu quantize {folder} -o OUT"
+    assert fix in error_of("inspect", folder, "--saturation")
+    assert "no such folder" in error_of("inspect", tmp_path / "missing")
 
 
 def test_info() -> None:

@@ -19,6 +19,7 @@
 #include "gemm.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
+#include "sq_cpu/saturation.h"
 
 namespace {
 
@@ -120,7 +121,7 @@ struct Buffers {
   Guarded u{2 << 20}, weight{2 << 20}, y{2 << 20};
 };
 
-bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_end, int threads) {
+uint8_t* place_codes(const Problem& p, Buffers& buffers, bool at_end) {
   const CodeLayout layout(p.m, p.k);
   const int64_t bytes = codes_bytes(p.m, p.k);
   auto* codes = buffers.u.place<uint8_t>(bytes, at_end);
@@ -130,9 +131,19 @@ bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_
       codes[layout.offset(m) + k / kTileDepth * layout.tile + k % kTileDepth] = p.u[m * p.k + k];
     }
   }
+  return codes;
+}
+
+std::byte* place_weight(const Problem& p, Buffers& buffers, bool at_end) {
   auto* packed = buffers.weight.place<std::byte>(packed_bytes(p.n, p.k), at_end);
   const std::vector<float> ones(p.n, 1.0f);
   pack_weight(p.w.data(), ones.data(), nullptr, p.n, p.k, packed);
+  return packed;
+}
+
+bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_end, int threads) {
+  uint8_t* codes = place_codes(p, buffers, at_end);
+  std::byte* packed = place_weight(p, buffers, at_end);
   auto* y = buffers.y.place<int32_t>(p.m * p.n, at_end);
   std::memset(y, 0x5a, p.m * p.n * sizeof *y);
   const auto zero_point = const_cast<int32_t*>(p.zero_point.data());
@@ -185,6 +196,79 @@ void test_products(const Microkernel& kernel, Buffers& buffers) {
     }
   }
   std::printf("%-26s %s\n", kernel.name, g_failed == before ? "ok" : "FAILED");
+}
+
+SaturationCount plain_saturation(const Problem& p) {
+  SaturationCount count{0, 0};
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t n = 0; n < p.n; ++n) {
+      for (int64_t k = 0; k < p.k; k += 2) {
+        int sum = p.u[m * p.k + k] * p.w[n * p.k + k];
+        if (k + 1 < p.k) sum += p.u[m * p.k + k + 1] * p.w[n * p.k + k + 1];
+        ++count.pairs;
+        count.saturated += sum < -32768 || sum > 32767;
+      }
+    }
+  }
+  return count;
+}
+
+SaturationCount count_of(const Problem& p, int max_code, Buffers& buffers, bool at_end) {
+  const auto zero_point = const_cast<int32_t*>(p.zero_point.data());
+  return count_saturation(
+      {place_codes(p, buffers, at_end), nullptr, zero_point, p.m, p.k, max_code},
+      {place_weight(p, buffers, at_end), p.n, p.k});
+}
+
+void test_saturation(Isa isa, bool emulated, Buffers& buffers) {
+  use_isa(isa, emulated);
+  std::mt19937 rng(4);
+  const int before = g_failed;
+  const auto check_count = [&](const Problem& p, int max_code, const std::string& what) {
+    const SaturationCount expected = plain_saturation(p);
+    const SaturationCount found = count_of(p, max_code, buffers, (p.m + p.n) % 2);
+    check(found.pairs == expected.pairs && found.saturated == expected.saturated,
+          isa_name(isa) + " saturation of " + what + ": " + std::to_string(found.saturated) +
+              ", not " + std::to_string(expected.saturated));
+    return expected.saturated;
+  };
+  int64_t seen = 0;
+  for (int64_t m : {0, 1, 3, 4, 5, 16, 17, 40}) {
+    for (int64_t n : {0, 1, 15, 16, 17, 33}) {
+      for (int64_t k : {0, 1, 2, 3, 63, 64, 65, 130}) {
+        for (int fill = 0; fill < 5; ++fill) {
+          const Problem p = make_problem(m, n, k, 255, static_cast<Fill>(fill), rng);
+          seen += check_count(p, 255,
+                              "m=" + std::to_string(m) + " n=" + std::to_string(n) +
+                                  " k=" + std::to_string(k) + " fill=" + std::to_string(fill));
+        }
+        const Problem p = make_problem(m, n, k, 127, Fill::kHigh, rng);
+        check(check_count(p, 127, "7-bit codes") == 0, "7-bit codes never saturate");
+      }
+    }
+  }
+  check(seen > 0, "some pairs of the test saturate");
+  const struct {
+    uint8_t u[2];
+    int8_t w[2];
+    int64_t saturated;
+  } limits[] = {{{255, 191}, {127, 2}, 0},     // 32767
+                {{254, 255}, {127, 2}, 1},     // 32768
+                {{254, 255}, {-127, -2}, 0},   // -32768
+                {{255, 128}, {-127, -3}, 1}};  // -32769
+  for (const auto& limit : limits) {
+    const Problem p{1, 1, 2, {limit.u[0], limit.u[1]}, {limit.w[0], limit.w[1]}, {0}};
+    check(check_count(p, 255, "a sum at the limit") == limit.saturated, "which side of the limit");
+  }
+  // As many in one lane as there can be.
+  Problem deep{1, 1, kMaxDepth, {}, std::vector<int8_t>(kMaxDepth, -127), {0}};
+  deep.u.assign(kMaxDepth, 255);
+  check_count(deep, 255, "the deepest product");
+  omp_set_num_threads(3);
+  check_count(make_problem(64, 100, 600, 255, Fill::kRandom, rng), 255, "a product for 3 threads");
+  omp_set_num_threads(omp_get_num_procs());
+  std::printf("saturation on %-12s %s\n", isa_name(isa).c_str(),
+              g_failed == before ? "ok" : "FAILED");
 }
 
 // The deepest product that pack_weight accepts, at the extremes: the sum stays within int32.
@@ -433,6 +517,7 @@ int main() {
     if (!runs_here(s)) continue;
     test_linear(s.isa, !s.usable(), buffers);
     test_half(s.isa, !s.usable());
+    test_saturation(s.isa, !s.usable(), buffers);
   }
   if (!amx_native && isa_status()[static_cast<int>(Isa::kAmxInt8)].built) {
     const auto counters = testing::amx_counters();
