@@ -114,7 +114,7 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
     const double cost = double(rows) * columns + area * read;
     if (least < 0 || cost < least) {
       least = cost;
-      best = {row_parts, strip_parts, near_equal(rows, row_step, kBlockOfRows), 0, 0, 0, 0};
+      best = {row_parts, strip_parts, near_equal(rows, row_step, kBlockOfRows), 0, 0, 0};
     }
   }
   // Whole panels; a thread that is done early finds up to a quarter of another's work in one unit.
@@ -131,18 +131,22 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
     deepest = l2_bytes() / 2 / (best.rows * kTileDepth);
   }
   best.k_blocks = near_equal(k_blocks, 1, deepest);
-  const int64_t group_sums = kernel.rows * kernel.strips * kStripColumns;
-  if (best.k_blocks >= k_blocks) {
-    best.strips = best.unit_strips;
-    best.sums = 2 * group_sums;  // one computed, one in its epilogue
-  } else {
+  best.strips = best.unit_strips;
+  if (best.k_blocks < k_blocks) {
     // Codes that stay in L2 must not be read again for every panel; those passing by may.
     const int64_t waiting = kernel.home == PanelHome::kL1 ? 1 : l2_bytes() / 4;
-    const int64_t panels = std::max<int64_t>(1, waiting / (groups * group_sums * 4));
-    best.strips = std::min(best.unit_strips, panels * kernel.strips);
-    best.sums = ceil_div(best.strips, kernel.strips) * groups * group_sums;
+    const int64_t panel = groups * kernel.rows * kernel.strips * kStripColumns * sizeof(int32_t);
+    best.strips = std::min(best.unit_strips, std::max<int64_t>(1, waiting / panel) * kernel.strips);
   }
   return best;
+}
+
+int64_t workspace_sums(const Microkernel& kernel, const Blocking& blocking, int64_t k_blocks) {
+  const int64_t group = kernel.rows * kernel.strips * kStripColumns;
+  if (blocking.k_blocks >= k_blocks) return 2 * group;  // one computed, one in its epilogue
+  const int64_t row_step = std::max<int64_t>(kernel.rows, kBlockRows);
+  const int64_t groups = ceil_div(blocking.rows, row_step) * ceil_div(row_step, kernel.rows);
+  return ceil_div(blocking.strips, kernel.strips) * groups * group;
 }
 
 int64_t rows_per_pass(int64_t m, int64_t k) {

@@ -48,15 +48,17 @@ int useful_threads(int64_t m, int64_t n, int64_t k, int available);
 struct Blocking {
   int64_t row_parts;
   int64_t strip_parts;
-  int64_t rows;
-  int64_t unit_strips;
+  int64_t rows;         // a multiple of kBlockRows and of Microkernel::rows where that is more
+  int64_t unit_strips;  // a multiple of Microkernel::strips, as `strips` is
   int64_t strips;
   int64_t k_blocks;
-  int64_t sums;  // int32 of workspace a task
 };
 
 Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, int64_t k_blocks,
                          int threads);
+
+// int32 of workspace that each thread needs.
+int64_t workspace_sums(const Microkernel& kernel, const Blocking& blocking, int64_t k_blocks);
 
 // Rows of a whole call that are quantized before they are multiplied: bounds the workspace.
 int64_t rows_per_pass(int64_t m, int64_t k);

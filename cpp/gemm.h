@@ -45,7 +45,8 @@ struct alignas(64) Taken {
 // This thread's part of the whole product: the units of its own task, so that it reads the same
 // weights at every call, then what the others have left. Cores are not equally fast: hyperthreads
 // and virtual machines see to that. `taken`: one for each task of the blocking, all 0 at first;
-// `sums`: blocking.sums ints of this thread's own. Never throws, never allocates.
+// `sums`: workspace_sums() ints of this thread's own, 64-byte aligned. Never throws, never
+// allocates.
 void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
                const Blocking& blocking, Taken* taken, int32_t* sums, int thread);
 

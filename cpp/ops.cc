@@ -197,9 +197,11 @@ void run_product(const GemmArgs& args, Prepare prepare) {
   const Microkernel& kernel = choose_microkernel(isa, args.x.max_code, args.x.m);
   const RowKernels& rows = row_kernels(isa);
   const int team = team_size(args.x.m, args.weight.n, args.weight.k);
-  const Blocking blocking = choose_blocking(kernel, args.x.m, strip_count(args.weight.n),
-                                            k_block_count(args.weight.k), team);
-  const int64_t own_sums = ceil_div(blocking.sums, kPageInts) * kPageInts;
+  const int64_t k_blocks = k_block_count(args.weight.k);
+  const Blocking blocking =
+      choose_blocking(kernel, args.x.m, strip_count(args.weight.n), k_blocks, team);
+  const int64_t own_sums =
+      ceil_div(workspace_sums(kernel, blocking, k_blocks), kPageInts) * kPageInts;
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
   thread_local Scratch<int32_t> sums_scratch;
   thread_local Scratch<Taken> taken_scratch;

@@ -153,16 +153,17 @@ bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_
                       Output::kInt32,
                       p.n,
                       nullptr};
-  const Blocking blocking =
-      choose_blocking(kernel, p.m, strip_count(p.n), k_block_count(p.k), threads);
+  const int64_t k_blocks = k_block_count(p.k);
+  const Blocking blocking = choose_blocking(kernel, p.m, strip_count(p.n), k_blocks, threads);
   std::vector<Taken> taken(blocking.row_parts * blocking.strip_parts);
-  std::vector<int32_t> sums((blocking.sums + 16) * threads + 16);
+  const int64_t own = workspace_sums(kernel, blocking, k_blocks) + 16;
+  std::vector<int32_t> sums(own * threads + 16);
 #pragma omp parallel num_threads(threads)
   {
-    const int thread = omp_get_thread_num();
-    int32_t* own = sums.data() + (blocking.sums + 16) * thread;
-    own += (64 - reinterpret_cast<uintptr_t>(own) % 64) % 64 / 4;
-    run_tasks(args, kernel, row_kernels(kernel.isa), blocking, taken.data(), own, thread);
+    int32_t* mine = sums.data() + own * omp_get_thread_num();
+    mine += (64 - reinterpret_cast<uintptr_t>(mine) % 64) % 64 / sizeof *mine;
+    run_tasks(args, kernel, row_kernels(kernel.isa), blocking, taken.data(), mine,
+              omp_get_thread_num());
   }
   return right(p, y);
 }
