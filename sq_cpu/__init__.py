@@ -13,6 +13,7 @@ from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity
 from sq_cpu.linear import QuantLinear
+from sq_cpu.ops import QuantizedActivation
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import isa
 from sq_cpu.saturation import Saturation, SaturationCount, count_saturation
@@ -25,6 +26,7 @@ __version__ = _version("sq_cpu")
 __all__ = [
     "Calibration",
     "QuantLinear",
+    "QuantizedActivation",
     "Saturation",
     "SaturationCount",
     "Scheme",

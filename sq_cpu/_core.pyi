@@ -1,5 +1,6 @@
 """The C++ library (cpp/include/sq_cpu). Addresses are those of contiguous CPU tensors."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 MAX_DEPTH: int
@@ -14,6 +15,13 @@ class Granularity:
     per_tensor: ClassVar[Granularity]
     static: ClassVar[Granularity]
 
+class Activation:
+    none: ClassVar[Activation]
+    relu: ClassVar[Activation]
+    gelu: ClassVar[Activation]
+    gelu_tanh: ClassVar[Activation]
+    silu: ClassVar[Activation]
+
 class ActivationQuantizer:
     def __init__(
         self,
@@ -22,7 +30,10 @@ class ActivationQuantizer:
         reduce_range: bool,
         scale: float = 0.0,
         zero_point: int = 0,
+        inverse_smoothing: Sequence[float] = (),
     ) -> None: ...
+    @property
+    def max_code(self) -> int: ...
 
 def isa() -> dict[str, Any]: ...
 def microkernel_name(max_code: int, m: int) -> str: ...
@@ -30,6 +41,9 @@ def use_isa(name: str, emulated: bool = False) -> None: ...
 def packed_bytes(n: int, k: int) -> int: ...
 def pack_weight(weight: int, scale: int, bias: int, n: int, k: int, out: int) -> None: ...
 def unpack_weight(packed: int, n: int, k: int, weight: int, scale: int, bias: int) -> None: ...
+def codes_bytes(m: int, k: int) -> int: ...
+
+# Called without keywords, as a layer's call must be short; other and residual may be 0.
 def linear(
     x: int,
     x_type: DType,
@@ -39,9 +53,11 @@ def linear(
     k: int,
     quantizer: ActivationQuantizer,
     y: int,
-    y_type: DType,
+    activation: Activation,
+    other: int,
+    residual: int,
+    /,
 ) -> None: ...
-def codes_bytes(m: int, k: int) -> int: ...
 def quantize_activations(
     x: int,
     x_type: DType,
@@ -51,6 +67,42 @@ def quantize_activations(
     codes: int,
     scale: int,
     zero_point: int,
+    /,
+) -> None: ...
+def linear_quantized(
+    codes: int,
+    scale: int,
+    zero_point: int,
+    m: int,
+    max_code: int,
+    packed: int,
+    n: int,
+    k: int,
+    y: int,
+    y_type: DType,
+    activation: Activation,
+    other: int,
+    residual: int,
+    /,
+) -> None: ...
+def linear_requantized(
+    codes: int,
+    scale: int,
+    zero_point: int,
+    m: int,
+    max_code: int,
+    packed: int,
+    n: int,
+    k: int,
+    y_quantizer: ActivationQuantizer,
+    y_codes: int,
+    y_scale: int,
+    y_zero_point: int,
+    operand_type: DType,
+    activation: Activation,
+    other: int,
+    residual: int,
+    /,
 ) -> None: ...
 def gemm(
     codes: int,

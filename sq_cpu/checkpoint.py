@@ -8,11 +8,13 @@ A checkpoint is a folder as transformers writes it, with int8 weights where a li
 
 A quantized linear ``L`` of shape [N, K] is stored unpacked, so that a file serves every machine:
 ``L.weight`` int8 [N, K], ``L.weight_scale`` fp32 [N], ``L.bias`` fp32 [N] if it has one, and for
-static schemes ``L.input_scale`` fp32 [] and ``L.input_zero_point`` int32 []. Everything else is
-stored under its own name in its own dtype; tied weights are stored once.
+static schemes ``L.input_scale`` fp32 [] and ``L.input_zero_point`` int32 []; where the smoothing
+scale was not folded into another layer, ``L.smoothing`` fp32 [K]. Everything else is stored under
+its own name in its own dtype; tied weights are stored once.
 
 ``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
-:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``), ``files`` (name -> SHA-256 of every
+:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and ``smoothed``, the layers with a
+``smoothing``, if any: since format version 2), ``files`` (name -> SHA-256 of every
 safetensors file), ``companions`` (the same of the other files that :func:`save` wrote) and
 ``config_sha256`` (of config.json itself, see :func:`config_digest`).
 """
@@ -27,6 +29,7 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +48,10 @@ from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 
 __all__ = ["load", "save"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_UNSMOOTHED_VERSION = (
+    1  # what a checkpoint without L.smoothing says, so that older releases read it
+)
 QUANT_METHOD = "sq_cpu"
 _CONFIG = "config.json"
 _CONFIG_DIGEST = "config_sha256"
@@ -175,7 +181,12 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
             f"{architecture} is not a class of transformers, so load could not rebuild it; "
             "keep its state_dict() with safetensors instead"
         )
-    return record
+    smoothed = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module.smoothing is not None
+    )
+    return replace(record, smoothed=tuple(smoothed))
 
 
 def check_replaceable(target: Path) -> None:
@@ -234,7 +245,7 @@ def _write(
     files = _write_tensors(model, folder, max_shard_size)
     settings = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if record.smoothed else _UNSMOOTHED_VERSION,
         **record.to_dict(),
         "files": files,
         "companions": {
@@ -391,10 +402,13 @@ def check_settings(settings: Mapping[str, Any], path: Path) -> None:
 
 def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationRecord:
     """Give what a ``quantization_config`` records; ``SqCpuError`` names ``path`` if it is bad."""
-    layers = settings.get("layers")
     try:
-        if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
-            raise SqCpuError("layers is not a list of names")
+        for key in ("layers", "smoothed"):
+            names = settings.get(key, None if key == "layers" else [])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise SqCpuError(f"{key} is not a list of names")
+        if unknown := sorted(set(settings.get("smoothed", ())) - set(settings["layers"])):
+            raise SqCpuError(f"smoothed names {unknown[0]}, which is not one of layers")
         return QuantizationRecord.from_dict(settings)
     except (KeyError, TypeError, ValueError) as error:
         raise SqCpuError(
@@ -493,7 +507,12 @@ def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[
             )
         shape = linear.in_features, linear.out_features
         try:
-            layers[name] = QuantLinear(*shape, record.scheme, bias=linear.bias is not None)
+            layers[name] = QuantLinear(
+                *shape,
+                record.scheme,
+                bias=linear.bias is not None,
+                smoothed=name in record.smoothed,
+            )
         except Exception as error:  # also a size that no memory holds
             raise SqCpuError(
                 f"{folder / _CONFIG}: layer {name} cannot be made ({first_line(error)}); "

@@ -9,23 +9,27 @@ with one scale and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sq_cpu import _core
+from sq_cpu import _core, ops
 from sq_cpu.errors import SqCpuError
+from sq_cpu.ops import DTYPES, NO_GRADIENT, Activation, Epilogue, QuantizedActivation
 from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.scheme import Scheme
 
 __all__ = ["QuantLinear", "linear_reference"]
 
-_DTYPES = {
-    torch.float32: _core.DType.float32,
-    torch.bfloat16: _core.DType.bfloat16,
-    torch.float16: _core.DType.float16,
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "silu": nn.functional.silu,
 }
 
 
@@ -36,8 +40,16 @@ def linear_reference(
     bias: Tensor | None,
     scheme: Scheme,
     static: tuple[float, int] | None = None,
+    *,
+    smoothing: Tensor | None = None,
+    activation: Activation | None = None,
+    other: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Compute in plain torch exactly what the kernels compute.
+
+    Of the activations only relu is exact: the others are rounded from fp64 here, while the kernels
+    err by up to 3.5e-7 of the value.
 
     Parameters
     ----------
@@ -45,87 +57,30 @@ def linear_reference(
     weight : int8 [out_features, in_features]
     weight_scale, bias : fp32 [out_features]
     static : (scale, zero point) of a static scheme's activations, from `static_code`
+    smoothing : s, fp32 [in_features]; x is multiplied by 1 / s first
+    activation : "relu", "gelu", "gelu_tanh" or "silu"
+    other, residual : multiplied and added after the activation, [..., out_features]
 
     Returns
     -------
     [..., out_features], of x's dtype
     """
-    codes, row_scale, zero_point = quantize_rows(x.reshape(-1, x.shape[-1]).float(), scheme, static)
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if smoothing is not None:
+        rows = rows * (1 / smoothing)
+    codes, row_scale, zero_point = quantize_rows(rows, scheme, static)
     # Integers up to 2^31 and their products are exact in fp64.
     total = (codes.double() - zero_point.double()[:, None]) @ weight.double().T
     scale = (row_scale[:, None] * weight_scale).double()
     y = total.float().double() * scale + (0.0 if bias is None else bias.double())
-    return y.float().to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def _run(
-    x: Tensor, packed: Tensor, out_features: int, quantizer: _core.ActivationQuantizer
-) -> Tensor:
-    *leading, in_features = x.shape
-    x = x.resolve_neg().contiguous()
-    y = torch.empty(*leading, out_features, dtype=x.dtype, device="cpu")
-    kind = _DTYPES[x.dtype]
-    torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
-    _core.linear(
-        x.data_ptr(),
-        kind,
-        math.prod(leading),
-        packed.data_ptr(),
-        out_features,
-        in_features,
-        quantizer,
-        y.data_ptr(),
-        kind,
-    )
-    return y
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Tell whether `x` is ordinary memory that nothing traces or transforms."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _check_packed(x: Tensor, packed: Tensor, out_features: int) -> None:
-    if x.dtype not in _DTYPES or x.dim() == 0:
-        raise SqCpuError(
-            f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
-            "use float32, bfloat16 or float16, of one or more"
-        )
-    size = _core.packed_bytes(out_features, x.shape[-1])
-    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != size:
-        raise SqCpuError(
-            f"int8 linear: {packed.numel()} elements of {packed.dtype} are not a packed weight "
-            f"[{out_features}, {x.shape[-1]}], which takes {size} of uint8"
-        )
-
-
-@torch.library.custom_op("sq_cpu::linear", mutates_args=(), device_types="cpu")
-def _linear_op(
-    x: Tensor,
-    packed: Tensor,
-    out_features: int,
-    activations: str,
-    symmetric: bool,
-    reduce_range: bool,
-    scale: float,
-    zero_point: int,
-) -> Tensor:
-    """Run the kernel where torch traces or transforms; plain calls go straight to `_run`."""
-    _check_packed(x, packed, out_features)
-    granularity = getattr(_core.Granularity, activations)
-    quantizer = _core.ActivationQuantizer(granularity, symmetric, reduce_range, scale, zero_point)
-    return _run(x, packed, out_features, quantizer)
-
-
-@_linear_op.register_fake
-def _(x: Tensor, packed: Tensor, out_features: int, *_: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], out_features))
+    y = y.float().reshape(*x.shape[:-1], weight.shape[0])
+    if activation is not None:
+        y = _ACTIVATIONS[activation](y.double()).float()
+    if other is not None:
+        y = y * other.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
 
 
 class QuantLinear(nn.Module):
@@ -135,17 +90,27 @@ class QuantLinear(nn.Module):
     uint8 buffer, which `deepcopy`, pickling, `share_memory` and `.to(dtype)` carry along unchanged.
     `state_dict` unpacks it exactly, into `weight` (int8 [out_features, in_features]),
     `weight_scale` (fp32 [out_features]), `bias`, and for static schemes `input_scale` and
-    `input_zero_point`; `load_state_dict` packs them again.
+    `input_zero_point`, and `smoothing` if there is one; `load_state_dict` packs them again.
 
     Attributes
     ----------
     packed : uint8 buffer, laid out as cpp/include/sq_cpu/linear.h draws it
     input_scale, input_zero_point : of a static scheme; None and 0 otherwise
+    smoothing : s, fp32 [in_features], which divides the input (SmoothQuant, arXiv 2211.10438,
+        eq. 3) while it is quantized; None where that was folded into the layer before
     """
 
     packed: Tensor
 
-    def __init__(self, in_features: int, out_features: int, scheme: Scheme, *, bias: bool) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool,
+        smoothed: bool = False,
+    ) -> None:
         """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
         super().__init__()
         self.in_features = in_features
@@ -156,64 +121,174 @@ class QuantLinear(nn.Module):
         # Zeros from the allocator: no page is touched before its strip is packed.
         packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
         self.register_buffer("packed", packed, persistent=False)
-        self._set_input_code(None if scheme.activations != "static" else (1.0, scheme.zero_point))
+        static = None if scheme.activations != "static" else (1.0, scheme.zero_point)
+        smoothing = torch.ones(in_features, dtype=torch.float32, device="cpu") if smoothed else None
+        self._set_quantizer(static, smoothing)
 
     @classmethod
     def from_float(
-        cls, linear: nn.Linear, scheme: Scheme, input_range: tuple[float, float] | None = None
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        input_range: tuple[float, float] | None = None,
+        *,
+        smoothing: Tensor | None = None,
     ) -> QuantLinear:
         """Quantize `linear`.
 
         Parameters
         ----------
-        input_range : (min, max) of the layer's input, for a static scheme
+        input_range : (min, max) of the layer's input, divided by `smoothing`, for a static scheme
+        smoothing : s, [in_features]: the weight is multiplied by it, the input will be divided
 
         Raises
         ------
         SqCpuError
             When the weight is not finite, in_features exceeds 66310 (where an int32 sum could
-            overflow), or a static scheme has no input range.
+            overflow), a static scheme has no input range, or s is not positive and finite.
         """
         static = None
         if scheme.activations == "static":
             if input_range is None:
                 raise SqCpuError("a static scheme needs the input's range: calibrate the model")
             static = static_code(scheme, *input_range)
-        weight, scale = quantize_weight(linear.weight, scheme.weights)
         layer = cls(linear.in_features, linear.out_features, scheme, bias=linear.bias is not None)
-        layer._pack(weight, scale, None if linear.bias is None else linear.bias.detach())
-        layer._set_input_code(static)
+        if smoothing is not None:
+            smoothing = smoothing.detach().to("cpu", torch.float32, copy=True).contiguous()
+        layer._set_quantizer(static, smoothing)
+        weight = linear.weight.detach()
+        if smoothing is not None:
+            weight = weight.float() * smoothing
+        layer._pack(
+            *quantize_weight(weight, scheme.weights),
+            None if linear.bias is None else linear.bias.detach(),
+        )
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor | QuantizedActivation,
+        *,
+        activation: Activation | None = None,
+        other: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """Return y [..., out_features] for x [..., in_features], both fp32, bf16 or fp16.
+
+        Parameters
+        ----------
+        x : a tensor, or what `quantize_input` of this layer or of one that quantizes alike gave
+        activation : "relu", "gelu" (by erf), "gelu_tanh" or "silu"
+        other, residual : [..., out_features] of y's dtype; y = activation(v) * other + residual,
+            each step in fp32 and the result rounded once
 
         Raises
         ------
         SqCpuError
-            For another dtype, width or device, and for an input that asks for gradients.
+            For another dtype, shape or device, for an input that asks for gradients, and for one
+            that was quantized otherwise than this layer does.
         """
-        packed = self.packed
+        packed = self._buffers["packed"]
+        assert packed is not None
+        steps = None
+        if activation is not None or other is not None or residual is not None:
+            steps = Epilogue(activation, other, residual)
+        if isinstance(x, QuantizedActivation):
+            self._check_quantized(x)
+            return ops.linear_quantized(x, packed, self.out_features, steps or Epilogue())
         self._check(x, packed)
-        if _is_plain(x):
-            return _run(x, packed, self.out_features, self._quantizer)
-        scheme = self.scheme
+        if ops.is_plain(x):
+            return ops.linear(x, packed, self.out_features, self._quantizer, steps)
         return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
             x,
             packed,
             self.out_features,
-            scheme.activations,
-            scheme.symmetric,
-            scheme.reduce_range,
+            self.scheme.activations,
+            self.scheme.symmetric,
+            self.scheme.reduce_range,
             self.input_scale or 0.0,
             self.input_zero_point,
+            self.smoothing,
+            activation,
+            other,
+            residual,
         )
 
-    def reference(self, x: Tensor) -> Tensor:
+    def quantize_input(self, x: Tensor) -> QuantizedActivation:
+        """Quantize x [..., in_features] once for every layer that quantizes alike.
+
+        Alike are layers of one width and scheme, with equal static scales and smoothings.
+
+        Raises
+        ------
+        SqCpuError
+            For what `forward` refuses, and where torch traces or transforms the call.
+        """
+        self._check(x, self.packed)
+        if not ops.is_plain(x):
+            raise SqCpuError("quantize_input cannot be traced or transformed; call the layer on x")
+        return ops.quantize_activations(x, self._quantizer)
+
+    def forward_int8(
+        self,
+        x: Tensor | QuantizedActivation,
+        next_layer: QuantLinear,
+        *,
+        activation: Activation | None = None,
+        other: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> QuantizedActivation:
+        """Return `forward`'s y as the codes that `next_layer` takes: int8 from layer to layer.
+
+        y is not rounded to a float dtype between: its codes are those of the fp32 values. A row
+        that is not finite has a scale of NaN. The scheme must be static, and `next_layer` without
+        a smoothing of its own.
+
+        Raises
+        ------
+        SqCpuError
+            For what `forward` and `quantize_input` refuse, and a `next_layer` that does not fit.
+        """
+        if next_layer.in_features != self.out_features:
+            raise SqCpuError(
+                f"int8 linear: the next layer takes {next_layer.in_features} features, "
+                f"this one gives {self.out_features}"
+            )
+        if next_layer.input_scale is None or next_layer.smoothing is not None:
+            raise SqCpuError(
+                "int8 linear: codes for the next layer need its static input scale and no "
+                "smoothing of its own; call this layer, then that one"
+            )
+        if isinstance(x, QuantizedActivation):
+            self._check_quantized(x)
+        else:
+            x = self.quantize_input(x)
+        steps = Epilogue(activation, other, residual)
+        return ops.linear_requantized(
+            x, self.packed, self.out_features, next_layer._quantizer, steps
+        )
+
+    def reference(
+        self,
+        x: Tensor,
+        *,
+        activation: Activation | None = None,
+        other: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """Return what `forward` returns, computed in plain torch by `linear_reference`."""
         static = None if self.input_scale is None else (self.input_scale, self.input_zero_point)
         return linear_reference(
-            x, self.weight_int8(), self.weight_scale, self.bias, self.scheme, static
+            x,
+            self.weight_int8(),
+            self.weight_scale,
+            self.bias,
+            self.scheme,
+            static,
+            smoothing=self.smoothing,
+            activation=activation,
+            other=other,
+            residual=residual,
         )
 
     def count_saturation(self, x: Tensor) -> tuple[int, int]:
@@ -273,8 +348,8 @@ class QuantLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes: the packed weight with its scales and bias."""
-        return self.packed.nbytes
+        """Resident bytes: the packed weight with its scales and bias, and s with 1 / s."""
+        return self.packed.nbytes + (0 if self.smoothing is None else 2 * self.smoothing.nbytes)
 
     def extra_repr(self) -> str:
         """Return the shape and the scheme, for `print(model)`."""
@@ -284,7 +359,7 @@ class QuantLinear(nn.Module):
         )
 
     def _check(self, x: Tensor, packed: Tensor) -> None:
-        if x.dtype not in _DTYPES:
+        if x.dtype not in DTYPES:
             raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
         if x.shape[-1:] != (self.in_features,):
             raise SqCpuError(
@@ -296,9 +371,25 @@ class QuantLinear(nn.Module):
                 "sq_cpu runs on the CPU only"
             )
         if x.requires_grad and torch.is_grad_enabled():
-            raise SqCpuError("int8 linear has no gradient: call the model under torch.no_grad()")
+            raise SqCpuError(NO_GRADIENT)
 
-    def _set_input_code(self, static: tuple[float, int] | None) -> None:
+    def _check_quantized(self, x: QuantizedActivation) -> None:
+        if x.in_features != self.in_features:
+            raise SqCpuError(
+                f"int8 linear: input is quantized [..., {x.in_features}], "
+                f"the layer needs [..., {self.in_features}]"
+            )
+        if x.quantizer != self._quantizer:
+            raise SqCpuError(
+                "int8 linear: input is quantized by another scheme, static scale or smoothing; "
+                "use this layer's quantize_input"
+            )
+        if not self.packed.is_cpu:
+            raise SqCpuError(
+                f"int8 linear: weights are on {self.packed.device}; sq_cpu runs on the CPU only"
+            )
+
+    def _set_quantizer(self, static: tuple[float, int] | None, smoothing: Tensor | None) -> None:
         if static is not None:
             scale, zero_point = static
             symmetric = zero_point == self.scheme.zero_point
@@ -308,16 +399,24 @@ class QuantLinear(nn.Module):
                     f"static input scale {scale:g} with zero point {zero_point} is not of this "
                     "scheme: calibrate and quantize the model again"
                 )
-        # Plain numbers: .to(bfloat16) must not round them.
-        self.input_scale = None if static is None else static[0]
-        self.input_zero_point = 0 if static is None else static[1]
-        self._quantizer = _core.ActivationQuantizer(
-            getattr(_core.Granularity, self.scheme.activations),
+        if smoothing is not None and smoothing.shape != (self.in_features,):
+            raise SqCpuError(
+                f"the smoothing scale is {list(smoothing.shape)}, the layer needs "
+                f"[{self.in_features}]"
+            )
+        quantizer = ops.make_quantizer(
+            self.scheme.activations,
             self.scheme.symmetric,
             self.scheme.qmax == 63,
-            self.input_scale or 0.0,
-            self.input_zero_point,
+            0.0 if static is None else static[0],
+            0 if static is None else static[1],
+            smoothing,
         )
+        # Neither parameters nor buffers: .to(bfloat16) must not round them.
+        self.input_scale = None if static is None else static[0]
+        self.input_zero_point = 0 if static is None else static[1]
+        self.smoothing = smoothing
+        self._quantizer = quantizer
 
     def _pack(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         tensors = [self.packed, weight, scale, *([] if bias is None else [bias])]
@@ -360,6 +459,8 @@ class QuantLinear(nn.Module):
                 "input_scale": ((), torch.float32),
                 "input_zero_point": ((), torch.int32),
             }
+        if self.smoothing is not None:
+            entries["smoothing"] = ((self.in_features,), torch.float32)
         return entries
 
     def _save_to_state_dict(
@@ -376,6 +477,8 @@ class QuantLinear(nn.Module):
             destination[prefix + "input_zero_point"] = torch.tensor(
                 self.input_zero_point, dtype=torch.int32, device="cpu"
             )
+        if self.smoothing is not None:
+            destination[prefix + "smoothing"] = self.smoothing.clone()
 
     def _load_from_state_dict(
         self,
@@ -408,7 +511,11 @@ class QuantLinear(nn.Module):
             ]
         if len(found) < len(entries):
             return
-        # The small one first: what it refuses leaves the layer as it was.
+        # The small ones first: what they refuse leaves the layer as it was.
+        static = None
         if "input_scale" in found:
-            self._set_input_code((float(found["input_scale"]), int(found["input_zero_point"])))
+            static = float(found["input_scale"]), int(found["input_zero_point"])
+        smoothing = found.get("smoothing")
+        if static is not None or smoothing is not None:
+            self._set_quantizer(static, None if smoothing is None else smoothing.cpu().clone())
         self._pack(found["weight"], found["weight_scale"], found.get("bias"))

@@ -33,11 +33,19 @@ class QuantizationRecord:
     """None for a model that was not smoothed."""
     layers: tuple[str, ...]
     """Full names of the quantized linears."""
+    smoothed: tuple[str, ...] = ()
+    """Full names of those that divide their input by a smoothing scale of their own."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types."""
+        """Return the record as JSON types; `smoothed` only where there are such layers."""
         plan = None if self.plan is None else self.plan.to_dict()
-        return {"scheme": self.scheme.to_dict(), "plan": plan, "layers": list(self.layers)}
+        smoothed = {"smoothed": list(self.smoothed)} if self.smoothed else {}
+        return {
+            "scheme": self.scheme.to_dict(),
+            "plan": plan,
+            "layers": list(self.layers),
+            **smoothed,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantizationRecord:
@@ -50,6 +58,7 @@ class QuantizationRecord:
             scheme=Scheme.from_dict(scheme),
             plan=None if plan is None else SmoothPlan.from_dict(plan),
             layers=tuple(layers),
+            smoothed=tuple(values.get("smoothed", ())),
         )
 
 

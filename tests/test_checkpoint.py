@@ -36,7 +36,7 @@ from sq_cpu.calibrate import calibrate
 from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.linear import QuantLinear
-from sq_cpu.quantize import quantize
+from sq_cpu.quantize import quantize, replace_linears
 from sq_cpu.scheme import Scheme
 
 VOCABULARY = 97
@@ -144,6 +144,38 @@ def test_round_trip(make: Any, scheme: str, dtype: torch.dtype, tmp_path: Path) 
     assert {n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)} == set(
         model.sq_cpu_config.layers
     )
+
+
+def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
+    model = tiny_llama()
+    linear = model.get_submodule(Q_PROJ)
+    s = torch.rand(linear.in_features) + 0.1
+    quantized(model, "O1")
+    with torch.no_grad():
+        layer = QuantLinear.from_float(linear, model.sq_cpu_config.scheme, smoothing=s)
+    replace_linears(model, {Q_PROJ: layer})
+    before = logits(model)
+    out = save(model, tmp_path / "out")
+
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (settings["format_version"], settings["smoothed"]) == (2, [Q_PROJ])
+    loaded: Any = load(out)
+    assert torch.equal(logits(loaded), before)
+    assert torch.equal(loaded.get_submodule(Q_PROJ).smoothing, s)
+    assert loaded.sq_cpu_config.smoothed == (Q_PROJ,)
+    again = save(loaded, tmp_path / "again")
+    assert (again / "config.json").read_bytes() == (out / "config.json").read_bytes()
+
+    change_config(out, lambda c: c["quantization_config"].update(smoothed=["lm_head"]))
+    fails("smoothed names lm_head, which is not one of layers", load, out)
+    change_tensors(again, lambda tensors: tensors.pop(f"{Q_PROJ}.smoothing"))
+    fails("q_proj.smoothing missing", load, again)
+
+
+def test_without_a_smoothing_the_format_is_the_first(folder: Path) -> None:
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["format_version"] == 1
+    assert "smoothed" not in settings
 
 
 def assert_same_logits_in_a_fresh_process(models: dict[str, Any], folder: Path) -> None:
@@ -468,7 +500,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda c: c.pop("quantization_config"), "has no quantization_config"),
         (edit(quant_method="gptq"), "quant_method is 'gptq', expected 'sq_cpu'"),
-        (edit(format_version=2), "format_version 2 is newer than 1.*upgrade sq_cpu"),
+        (edit(format_version=3), "format_version 3 is newer than 2.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"../model.safetensors": "0"}), "leaves the folder"),
