@@ -154,7 +154,9 @@ class Worker {
     e.columns = std::min(width * kStripColumns, args_.weight.n - e.column);
     auto* y = static_cast<char*>(args_.y);
     if (args_.output == Output::kCode) {
-      e.y = y + CodeLayout(args_.x.m, args_.weight.n).offset(rows.begin);
+      const CodeLayout layout(args_.x.m, args_.weight.n);
+      e.y = y + layout.offset(rows.begin);
+      e.y_block = layout.block;
     } else {
       e.y = y + rows.begin * args_.ldy * element_bytes(args_.output);
     }

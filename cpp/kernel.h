@@ -66,8 +66,9 @@ struct EpilogueArgs {
   const int32_t* row_zero_point;
   const std::byte* trailer;  // of the first strip
   int64_t strip_stride;
-  void* y;      // the group's first row, column 0
-  int64_t ldy;  // elements between rows; kCode: bytes between tiles
+  void* y;          // the group's first row, column 0
+  int64_t ldy;      // elements between rows; kCode: bytes between tiles
+  int64_t y_block;  // kCode: bytes between blocks of kBlockRows rows
   int64_t column;
   int64_t columns;
   const EpilogueSteps* steps;  // null: dequantize only; never null for kCode

@@ -196,9 +196,12 @@ void epilogue(const EpilogueArgs& args) {
                                             : column * kBytes;
   }
   [[maybe_unused]] F32 poison[kMaxRows] = {};  // of each row; NaN once any v * 0 is not 0
-  const int64_t y_row = kOutput == Output::kCode ? kTileDepth : args.ldy * kBytes;
-  auto* y = static_cast<char*>(args.y) + args.row * y_row;
-  for (int row = args.row; row < args.rows; ++row, y += y_row) {
+  for (int row = args.row; row < args.rows; ++row) {
+    // A group of more than one block begins with one; of fewer rows, it never leaves its own.
+    char* const y =
+        static_cast<char*>(args.y) +
+        (kOutput == Output::kCode ? row / kBlockRows * args.y_block + row % kBlockRows * kTileDepth
+                                  : row * args.ldy * kBytes);
     const int32_t zero_point = args.row_zero_point[row];
     if (row == args.row || zero_point != args.row_zero_point[row - 1]) {
       for (int v = 0; v < vectors; ++v) {
