@@ -44,7 +44,8 @@ def _timers(n: int, k: int, m: int) -> dict[str, timeit.Timer]:
 
     def arguments(rows: int) -> tuple[Any, ...]:
         weight = (layer.packed.data_ptr(), n, k)
-        return (x.data_ptr(), bf16, rows, *weight, layer._quantizer, y.data_ptr(), bf16)
+        steps = (_core.Activation.none, 0, 0)
+        return (x.data_ptr(), bf16, rows, *weight, layer._quantizer, y.data_ptr(), *steps)
 
     _core.linear(*arguments(m))
     if not torch.equal(layer(x), layer.reference(x)) or not torch.equal(y, layer(x)):
