@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sq_cpu import _core, ops
 from sq_cpu.errors import SqCpuError
-from sq_cpu.ops import DTYPES, NO_GRADIENT, Activation, Epilogue, QuantizedActivation
+from sq_cpu.ops import Activation, Epilogue, QuantizedActivation
 from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.scheme import Scheme
 
@@ -188,17 +188,18 @@ class QuantLinear(nn.Module):
             For another dtype, shape or device, for an input that asks for gradients, and for one
             that was quantized otherwise than this layer does.
         """
-        packed = self._buffers["packed"]
-        assert packed is not None
+        packed: Any = self._buffers["packed"]  # self.packed takes nn.Module's long way
         steps = None
         if activation is not None or other is not None or residual is not None:
             steps = Epilogue(activation, other, residual)
         if isinstance(x, QuantizedActivation):
             self._check_quantized(x)
             return ops.linear_quantized(x, packed, self.out_features, steps or Epilogue())
-        self._check(x, packed)
         if ops.is_plain(x):
-            return ops.linear(x, packed, self.out_features, self._quantizer, steps)
+            return ops.linear(
+                x, packed, self.in_features, self.out_features, self._quantizer, steps
+            )
+        ops.check(x, packed, self.in_features)
         return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
             x,
             packed,
@@ -224,7 +225,7 @@ class QuantLinear(nn.Module):
         SqCpuError
             For what `forward` refuses, and where torch traces or transforms the call.
         """
-        self._check(x, self.packed)
+        ops.check(x, self.packed, self.in_features)
         if not ops.is_plain(x):
             raise SqCpuError("quantize_input cannot be traced or transformed; call the layer on x")
         return ops.quantize_activations(x, self._quantizer)
@@ -357,21 +358,6 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.has_bias}, scheme={self.scheme.name}"
         )
-
-    def _check(self, x: Tensor, packed: Tensor) -> None:
-        if x.dtype not in DTYPES:
-            raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
-        if x.shape[-1:] != (self.in_features,):
-            raise SqCpuError(
-                f"int8 linear: input is {list(x.shape)}, the layer needs [..., {self.in_features}]"
-            )
-        if not (x.is_cpu and packed.is_cpu):
-            raise SqCpuError(
-                f"int8 linear: input is on {x.device}, weights on {packed.device}; "
-                "sq_cpu runs on the CPU only"
-            )
-        if x.requires_grad and torch.is_grad_enabled():
-            raise SqCpuError(NO_GRADIENT)
 
     def _check_quantized(self, x: QuantizedActivation) -> None:
         if x.in_features != self.in_features:

@@ -16,11 +16,10 @@ from sq_cpu import _core
 from sq_cpu.errors import SqCpuError
 
 __all__ = [
-    "DTYPES",
-    "NO_GRADIENT",
     "Activation",
     "Epilogue",
     "QuantizedActivation",
+    "check",
     "is_plain",
     "linear",
     "linear_quantized",
@@ -31,7 +30,7 @@ __all__ = [
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-DTYPES = {
+_DTYPES = {
     torch.float32: _core.DType.float32,
     torch.bfloat16: _core.DType.bfloat16,
     torch.float16: _core.DType.float16,
@@ -39,9 +38,14 @@ DTYPES = {
 _ACTIVATIONS = {None: _core.Activation.none} | {
     name: getattr(_core.Activation, name) for name in get_args(Activation)
 }
+# Bound once: each dotted name would cost a call of a layer some 20 ns.
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+
 _NO_STEPS = (_core.Activation.none, 0, 0)
 
-NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad()"
+_NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad()"
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ def is_plain(x: object) -> bool:
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
+        and _tracing_state() is None
+        and not _dispatch_modes()
+        and not _functorch_active()
     )
 
 
@@ -159,36 +163,60 @@ def _operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dt
             f"the output {dtype} {list(shape)} on cpu"
         )
     if operand.requires_grad and torch.is_grad_enabled():
-        raise SqCpuError(NO_GRADIENT)
+        raise SqCpuError(_NO_GRADIENT)
     return operand.resolve_neg().contiguous()
+
+
+def check(x: Tensor, packed: Tensor, in_features: int) -> tuple[_core.DType, list[int]]:
+    """Return the kernels' dtype of x [*leading, in_features], and `leading`; else `SqCpuError`."""
+    kind = _DTYPES.get(x.dtype)
+    if kind is None:
+        raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
+    *leading, width = x.shape or (-1,)
+    if width != in_features:
+        raise SqCpuError(
+            f"int8 linear: input is {list(x.shape)}, the layer needs [..., {in_features}]"
+        )
+    if not (x.is_cpu and packed.is_cpu):
+        raise SqCpuError(
+            f"int8 linear: input is on {x.device}, weights on {packed.device}; "
+            "sq_cpu runs on the CPU only"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise SqCpuError(_NO_GRADIENT)
+    return kind, leading
 
 
 def linear(
     x: Tensor,
     packed: Tensor,
+    in_features: int,
     out_features: int,
     quantizer: _core.ActivationQuantizer,
     epilogue: Epilogue | None = None,
 ) -> Tensor:
-    """Return y [..., out_features] of x's dtype; all but the epilogue was checked by the caller."""
-    *leading, in_features = x.shape
+    """Return y [..., out_features] of x's dtype, for a plain x."""
+    kind, leading = check(x, packed, in_features)
     if x.is_neg():
         x = x.resolve_neg()
     x = x.contiguous()
-    y = x.new_empty(*leading, out_features)
+    y = x.new_empty(*leading, out_features)  # a tuple would take longer
     if epilogue is not None:
         epilogue = epilogue.checked(tuple(y.shape), y.dtype)
+    activation, other, residual = _NO_STEPS if epilogue is None else epilogue.arguments()
     torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
     _core.linear(
         x.data_ptr(),
-        DTYPES[x.dtype],
+        kind,
         math.prod(leading),
         packed.data_ptr(),
         out_features,
         in_features,
         quantizer,
         y.data_ptr(),
-        *(_NO_STEPS if epilogue is None else epilogue.arguments()),
+        activation,
+        other,
+        residual,
     )
     return y
 
@@ -222,7 +250,7 @@ def quantize_activations(x: Tensor, quantizer: _core.ActivationQuantizer) -> Qua
     out = _empty_codes(tuple(leading), in_features, x.dtype, quantizer)
     torch.get_num_threads()
     _core.quantize_activations(
-        x.data_ptr(), DTYPES[x.dtype], len(out.scale), in_features, quantizer, *_addresses(out)
+        x.data_ptr(), _DTYPES[x.dtype], len(out.scale), in_features, quantizer, *_addresses(out)
     )
     return out
 
@@ -243,7 +271,7 @@ def linear_quantized(
         out_features,
         x.in_features,
         y.data_ptr(),
-        DTYPES[x.dtype],
+        _DTYPES[x.dtype],
         *epilogue.arguments(),
     )
     return y
@@ -269,7 +297,7 @@ def linear_requantized(
         x.in_features,
         quantizer,
         *_addresses(y),
-        DTYPES[x.dtype],
+        _DTYPES[x.dtype],
         *epilogue.arguments(),
     )
     return y
@@ -293,7 +321,8 @@ def _linear_op(
     """Run the kernel where torch traces or transforms; plain calls go straight to `linear`."""
     _check_packed(x, packed, out_features)
     quantizer = make_quantizer(activations, symmetric, reduce_range, scale, zero_point, smoothing)
-    return linear(x, packed, out_features, quantizer, Epilogue(activation, other, residual))
+    epilogue = Epilogue(activation, other, residual)
+    return linear(x, packed, x.shape[-1], out_features, quantizer, epilogue)
 
 
 @_linear_op.register_fake
@@ -302,7 +331,7 @@ def _(x: Tensor, packed: Tensor, out_features: int, *_: Any, **__: Any) -> Tenso
 
 
 def _check_packed(x: Tensor, packed: Tensor, out_features: int) -> None:
-    if x.dtype not in DTYPES or x.dim() == 0:
+    if x.dtype not in _DTYPES or x.dim() == 0:
         raise SqCpuError(
             f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
             "use float32, bfloat16 or float16, of one or more"
