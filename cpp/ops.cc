@@ -133,6 +133,15 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
+// Calls task(thread, threads) in each thread of a team. The runtime may give fewer than asked for.
+// Alone without a parallel region: opening one takes as long as a small layer.
+template <typename Task>
+void run_team(int team, Task task) {
+  if (team == 1) return task(0, 1);
+#pragma omp parallel num_threads(team)
+  task(omp_get_thread_num(), omp_get_num_threads());
+}
+
 // Serial inside another parallel region: the team's other threads are busy there.
 int team_size(int64_t m, int64_t n, int64_t k) {
   return omp_in_parallel() ? 1 : useful_threads(m, n, k, omp_get_max_threads());
@@ -208,14 +217,11 @@ void run_product(const GemmArgs& args, Prepare prepare) {
   int32_t* const sums = sums_scratch.get(own_sums * team);
   Taken* const taken = taken_scratch.get(tasks);
   std::uninitialized_default_construct_n(taken, tasks);
-  // The runtime may give fewer threads than asked for: those that come do all the tasks.
-#pragma omp parallel num_threads(team)
-  {
-    const int thread = omp_get_thread_num();
+  run_team(team, [&](int thread, int threads) {
     GemmArgs own = args;
-    prepare(own, thread, omp_get_num_threads());
+    prepare(own, thread, threads);
     run_tasks(own, kernel, rows, blocking, taken, sums + own_sums * thread, thread);
-  }
+  });
 }
 
 void run_product(const GemmArgs& args) {
@@ -248,7 +254,9 @@ void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuan
   } else {
     run_product(args, [&](GemmArgs& own, int thread, int threads) {
       quantize_rows(x, part(x.m, 1, threads, thread), quantizer, whole, rows, own.x);
+      if (threads > 1) {  // alone, there may be a team around us
 #pragma omp barrier
+      }
     });
   }
 }
@@ -314,9 +322,9 @@ void quantize_activations(const void* x, DType x_type, int64_t ldx,
   const int threads = team_size(out.m, out.k, 1);
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows, threads);
-#pragma omp parallel num_threads(threads)
-  quantize_rows(all, part(out.m, 1, omp_get_num_threads(), omp_get_thread_num()), quantizer, whole,
-                rows, out);
+  run_team(threads, [&](int thread, int count) {
+    quantize_rows(all, part(out.m, 1, count, thread), quantizer, whole, rows, out);
+  });
 }
 
 void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, DType y_type,
