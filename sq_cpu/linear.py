@@ -297,7 +297,7 @@ class QuantLinear(nn.Module):
 
         A pair is u[2j] w[2j] + u[2j+1] w[2j+1] of the codes and the weights; raises as `forward`.
         """
-        self._check(x, self.packed)
+        ops.check(x, self.packed, self.in_features)
         x = x.detach().resolve_neg().contiguous()
         m, k = math.prod(x.shape[:-1]), self.in_features
         codes = torch.empty(_core.codes_bytes(m, k), dtype=torch.uint8, device="cpu")
