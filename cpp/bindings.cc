@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "check.h"
+#include "sq_cpu/batched_matmul.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
@@ -287,4 +289,35 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("codes"), py::arg("zero_point"), py::arg("m"), py::arg("max_code"), py::arg("packed"),
       py::arg("n"), py::arg("k"));
+
+  py::enum_<sq_cpu::BatchedType>(m, "BatchedType")
+      .value("float32", sq_cpu::BatchedType::kFloat32)
+      .value("bfloat16", sq_cpu::BatchedType::kBFloat16)
+      .value("float16", sq_cpu::BatchedType::kFloat16)
+      .value("int32", sq_cpu::BatchedType::kInt32)
+      .value("int8", sq_cpu::BatchedType::kInt8);
+
+  m.attr("MAX_BATCHED_DEPTH") = sq_cpu::kMaxBatchedDepth;
+  using Sizes = std::array<int64_t, 3>;
+  m.def(
+      "batched_matmul",
+      [](int64_t batch, int64_t heads, int64_t kv_heads, int64_t m_, int64_t n, int64_t k,
+         Address a, bool a_is_signed, const Sizes& a_strides, Address a_scale, Address b,
+         bool b_rows_are_n, const Sizes& b_strides, Address b_scale, float alpha, Address y,
+         sq_cpu::BatchedType y_type, const Sizes& y_strides) {
+        const auto strides = [](const Sizes& s) {
+          return sq_cpu::BatchedStrides{s[0], s[1], s[2]};
+        };
+        py::gil_scoped_release release;
+        sq_cpu::batched_matmul({batch, heads, kv_heads, m_, n, k},
+                               {pointer<const void>(a), a_is_signed, strides(a_strides),
+                                pointer<const float>(a_scale)},
+                               {pointer<const int8_t>(b), b_rows_are_n, strides(b_strides),
+                                pointer<const float>(b_scale)},
+                               alpha, {pointer<void>(y), y_type, strides(y_strides)});
+      },
+      py::arg("batch"), py::arg("heads"), py::arg("kv_heads"), py::arg("m"), py::arg("n"),
+      py::arg("k"), py::arg("a"), py::arg("a_is_signed"), py::arg("a_strides"), py::arg("a_scale"),
+      py::arg("b"), py::arg("b_rows_are_n"), py::arg("b_strides"), py::arg("b_scale"),
+      py::arg("alpha"), py::arg("y"), py::arg("y_type"), py::arg("y_strides"));
 }

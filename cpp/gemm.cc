@@ -191,7 +191,7 @@ class Worker {
 
 int64_t element_bytes(Output output) {
   return output == Output::kBFloat16 || output == Output::kFloat16 ? 2
-         : output == Output::kCode                                 ? 1
+         : output == Output::kCode || output == Output::kInt8      ? 1
                                                                    : 4;
 }
 

@@ -39,9 +39,10 @@ struct RowArgs {
   int64_t k;
 };
 
-// What the epilogue writes: the floats in DType's order, the integers themselves, or u8 codes.
-enum class Output { kFloat32, kBFloat16, kFloat16, kInt32, kCode };
-constexpr int kOutputs = 5;
+// What the epilogue writes: the floats in DType's order, the integers themselves, u8 codes in
+// blocks, or rows of s8: clamp(rne(v), -127, 127).
+enum class Output { kFloat32, kBFloat16, kFloat16, kInt32, kCode, kInt8 };
+constexpr int kOutputs = 6;
 
 // The optional steps of an epilogue; operands point to the group's first row, column 0.
 struct EpilogueSteps {
@@ -127,7 +128,19 @@ struct PairArgs {
   int rows;
 };
 
-// What is beside the product, compiled once per vector width from rows.h and saturation.h.
+// A right operand of batched_matmul() to pack into ceil(n / 16) strips: tiles, and column sums if
+// asked for. The rest of the trailers is the caller's.
+struct StripArgs {
+  const int8_t* w;
+  int64_t ld;  // bytes between rows
+  int64_t n;
+  int64_t k;
+  std::byte* packed;
+  bool column_sums;  // else zeros
+};
+
+// What is beside the product, compiled once per vector width from rows.h, saturation.h and
+// strips.h.
 struct RowKernels {
   RowStats (*stats[3])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
@@ -135,6 +148,11 @@ struct RowKernels {
   void (*epilogue[kOutputs])(const EpilogueArgs&);
   // The pairs of all products whose sum leaves int16.
   int64_t (*count_saturated)(const PairArgs&);
+  void (*pack_nk)(const StripArgs&);  // w is [n, k]
+  void (*pack_kn)(const StripArgs&);  // w is [k, n]
+  // Writes the k bytes of x, each xor `flip`, as a row of codes in tiles u_tile bytes apart.
+  // Returns the union of the bits of 8 codes at a time.
+  uint64_t (*arrange)(const void* x, int64_t k, uint8_t flip, uint8_t* u, int64_t u_tile);
 };
 
 #define SQ_MICROKERNEL(isa, name, ...) void name(const TileArgs&);

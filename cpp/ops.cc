@@ -3,14 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <memory>
-#include <new>
 
 #include "blocking.h"
 #include "check.h"
 #include "gemm.h"
+#include "scratch.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
 
@@ -109,29 +108,6 @@ void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& 
     out.zero_point[row] = code.grid.zero_point;
   }
 }
-
-// One growing buffer per calling thread: a fresh one per call would fault in its pages every time.
-template <typename T>
-class Scratch {
- public:
-  T* get(int64_t count) {
-    if (count > capacity_) {
-      const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-      capacity_ = 0;  // stands if the allocation fails
-      data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-      if (data_ == nullptr) throw std::bad_alloc();
-      capacity_ = count;
-    }
-    return data_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-  int64_t capacity_ = 0;
-};
 
 // Calls task(thread, threads) in each thread of a team. The runtime may give fewer than asked for.
 // Alone without a parallel region: opening one takes as long as a small layer.

@@ -6,6 +6,7 @@
 #include "activations.h"
 #include "kernel.h"
 #include "saturation.h"
+#include "strips.h"
 #include "vec.h"
 
 namespace sq_cpu {
@@ -184,7 +185,7 @@ struct Columns {
 template <Output kOutput, bool kSteps>
 void epilogue(const EpilogueArgs& args) {
   constexpr bool kHalf = kOutput == Output::kBFloat16 || kOutput == Output::kFloat16;
-  constexpr int64_t kBytes = kHalf ? 2 : 4;
+  constexpr int64_t kBytes = kOutput == Output::kInt8 ? 1 : kHalf ? 2 : 4;
   const int vectors = static_cast<int>((args.columns + kLanes - 1) / kLanes);
   const int whole = static_cast<int>(args.columns / kLanes);
   Columns columns[kMaxColumns / kLanes];
@@ -222,6 +223,8 @@ void epilogue(const EpilogueArgs& args) {
         if constexpr (kOutput == Output::kCode) {
           store_first(y + at.y, Coder(args.steps->grid)(v), count);
           poison[row] += (count < kLanes ? first(v, count) : v) * 0.0f;
+        } else if constexpr (kOutput == Output::kInt8) {
+          store_first(y + at.y, Coder({1.0f, -127.0f, 127.0f, 0})(v), count);
         } else {
           store_first(y + at.y, Element<static_cast<DType>(kOutput)>::round(v), count);
         }
@@ -252,8 +255,11 @@ constexpr RowKernels make_row_kernels() {
           {quantize_row<DType::kFloat32>, quantize_row<DType::kBFloat16>,
            quantize_row<DType::kFloat16>},
           {epilogue<Output::kFloat32>, epilogue<Output::kBFloat16>, epilogue<Output::kFloat16>,
-           epilogue<Output::kInt32>, epilogue<Output::kCode>},
-          count_saturated};
+           epilogue<Output::kInt32>, epilogue<Output::kCode>, epilogue<Output::kInt8>},
+          count_saturated,
+          pack_nk,
+          pack_kn,
+          arrange};
 }
 
 }  // namespace

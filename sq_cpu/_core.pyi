@@ -123,3 +123,33 @@ def count_saturation(
     n: int,
     k: int,
 ) -> tuple[int, int]: ...
+
+class BatchedType:
+    float32: ClassVar[BatchedType]
+    bfloat16: ClassVar[BatchedType]
+    float16: ClassVar[BatchedType]
+    int32: ClassVar[BatchedType]
+    int8: ClassVar[BatchedType]
+
+MAX_BATCHED_DEPTH: int
+
+def batched_matmul(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    m: int,
+    n: int,
+    k: int,
+    a: int,
+    a_is_signed: bool,
+    a_strides: tuple[int, ...],
+    a_scale: int,
+    b: int,
+    b_rows_are_n: bool,
+    b_strides: tuple[int, ...],
+    b_scale: int,
+    alpha: float,
+    y: int,
+    y_type: BatchedType,
+    y_strides: tuple[int, ...],
+) -> None: ...

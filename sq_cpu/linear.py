@@ -297,31 +297,15 @@ class QuantLinear(nn.Module):
 
         A pair is u[2j] w[2j] + u[2j+1] w[2j+1] of the codes and the weights; raises as `forward`.
         """
-        ops.check(x, self.packed, self.in_features)
-        x = x.detach().resolve_neg().contiguous()
-        m, k = math.prod(x.shape[:-1]), self.in_features
-        codes = torch.empty(_core.codes_bytes(m, k), dtype=torch.uint8, device="cpu")
-        scale = torch.empty(m, dtype=torch.float32, device="cpu")
-        zero_point = torch.empty(m, dtype=torch.int32, device="cpu")
-        torch.get_num_threads()  # as in _run
-        _core.quantize_activations(
-            x.data_ptr(),
-            _DTYPES[x.dtype],
-            m,
-            k,
-            self._quantizer,
-            codes.data_ptr(),
-            scale.data_ptr(),
-            zero_point.data_ptr(),
-        )
+        codes = self.quantize_input(x.detach())
         return _core.count_saturation(
-            codes.data_ptr(),
-            zero_point.data_ptr(),
-            m,
-            self.scheme.levels,
+            codes.codes.data_ptr(),
+            codes.zero_point.data_ptr(),
+            len(codes.scale),
+            codes.max_code,
             self.packed.data_ptr(),
             self.out_features,
-            k,
+            self.in_features,
         )
 
     def weight_int8(self) -> Tensor:

@@ -2,8 +2,6 @@
 // buffer, and the float work of every vector width against the reference width, bit for bit.
 // AMX runs natively where there is AMX, else under the emulator; the output says which.
 #include <omp.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstdio>
@@ -17,6 +15,7 @@
 #include "amx_emulator.h"
 #include "blocking.h"
 #include "gemm.h"
+#include "guarded.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
@@ -24,6 +23,7 @@
 namespace {
 
 using namespace sq_cpu;
+using testing::Guarded;
 
 int g_passed = 0, g_failed = 0;
 
@@ -31,29 +31,6 @@ void check(bool ok, const std::string& what) {
   ++(ok ? g_passed : g_failed);
   if (!ok && g_failed <= 20) std::printf("FAILED: %s\n", what.c_str());
 }
-
-// Memory between two inaccessible pages; a buffer lies against the one or the other.
-class Guarded {
- public:
-  explicit Guarded(size_t capacity) {
-    page_ = sysconf(_SC_PAGESIZE);
-    size_ = (capacity + page_ - 1) / page_ * page_;
-    base_ = static_cast<char*>(
-        mmap(nullptr, size_ + 2 * page_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    mprotect(base_ + page_, size_, PROT_READ | PROT_WRITE);
-  }
-  Guarded(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, size_ + 2 * page_); }
-  template <typename T>
-  T* place(size_t count, bool at_end) {
-    char* begin = base_ + page_;
-    return reinterpret_cast<T*>(at_end ? begin + size_ - count * sizeof(T) : begin);
-  }
-
- private:
-  size_t page_, size_;
-  char* base_;
-};
 
 enum class Fill { kRandom, kHigh, kLow, kAlternating, kOneHot };
 
