@@ -32,8 +32,12 @@ const RowKernelsOf kRowKernels[] = {
 constexpr int64_t kWorkspaceBytes = 32 << 20;
 constexpr int64_t kBytesPerThread = 128 << 10;
 
-// Of each task and row block.
+// Units of each task and row block, and panels of a task that waits for memory.
 constexpr int64_t kUnits = 4;
+constexpr int64_t kPanels = 8;
+
+// With no more groups of rows than this, a panel is hardly read again from L1.
+constexpr int64_t kFewGroups = 2;
 
 // Rows that a panel of weights serves before it is read again. From 256 rows on, what is read for
 // them takes a tenth of the arithmetic's time or less, on every machine measured.
@@ -58,6 +62,12 @@ int64_t l2_bytes() {
 int64_t near_equal(int64_t count, int64_t step, int64_t most) {
   const int64_t parts = ceil_div(count, std::max(most, step));
   return std::max(ceil_div(ceil_div(count, std::max<int64_t>(parts, 1)), step) * step, step);
+}
+
+// Groups of a block of so many rows.
+int64_t most_groups(const Microkernel& kernel, int64_t rows) {
+  const int64_t step = std::max<int64_t>(kernel.rows, kBlockRows);
+  return ceil_div(rows, step) * ceil_div(step, kernel.rows);
 }
 
 }  // namespace
@@ -114,19 +124,26 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
     const double cost = double(rows) * columns + area * read;
     if (least < 0 || cost < least) {
       least = cost;
-      best = {row_parts, strip_parts, near_equal(rows, row_step, kBlockOfRows), 0, 0, 0};
+      best = {row_parts, strip_parts, near_equal(rows, row_step, kBlockOfRows), 0, 0, 0, 0};
     }
   }
-  // Whole panels; a thread that is done early finds up to a quarter of another's work in one unit.
   const int64_t task_strips = ceil_div(strips, best.strip_parts);
+  // A task's first panel is not fetched ahead. With one group of rows, which waits for memory, it
+  // should be a small part of the task's.
+  best.panel_strips = m > kernel.rows
+                          ? kernel.strips
+                          : std::clamp<int64_t>(task_strips / kPanels, 1, kernel.strips);
+  // Whole panels; a thread that is done early finds up to a quarter of another's work in one unit.
   best.unit_strips =
-      std::max<int64_t>(1, ceil_div(task_strips, kUnits * kernel.strips)) * kernel.strips;
-  const int64_t groups = ceil_div(best.rows, row_step) * ceil_div(row_step, kernel.rows);
+      std::max<int64_t>(1, ceil_div(task_strips, kUnits * best.panel_strips)) * best.panel_strips;
+  const int64_t groups = most_groups(kernel, best.rows);
   int64_t deepest = k_blocks;
-  if (groups > 2 && kernel.home == PanelHome::kL1) {
+  if (m <= kFewGroups * kernel.rows) {
+    // The panel passes by too: to cut k would only make it pass in pieces.
+  } else if (kernel.home == PanelHome::kL1) {
     // Two thirds of L1 for the panel; the rest for codes and sums passing by.
-    deepest = l1_bytes() * 2 / 3 / (kernel.strips * kTileBytes);
-  } else if (groups > 2) {
+    deepest = l1_bytes() * 2 / 3 / (best.panel_strips * kTileBytes);
+  } else {
     // Half of L2 for the codes; the other half for two panels, in use and next, and the sums.
     deepest = l2_bytes() / 2 / (best.rows * kTileDepth);
   }
@@ -136,7 +153,8 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
     // Codes that stay in L2 must not be read again for every panel; those passing by may.
     const int64_t waiting = kernel.home == PanelHome::kL1 ? 1 : l2_bytes() / 4;
     const int64_t panel = groups * kernel.rows * kernel.strips * kStripColumns * sizeof(int32_t);
-    best.strips = std::min(best.unit_strips, std::max<int64_t>(1, waiting / panel) * kernel.strips);
+    best.strips =
+        std::min(best.unit_strips, std::max<int64_t>(1, waiting / panel) * best.panel_strips);
   }
   return best;
 }
@@ -144,9 +162,8 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
 int64_t workspace_sums(const Microkernel& kernel, const Blocking& blocking, int64_t k_blocks) {
   const int64_t group = kernel.rows * kernel.strips * kStripColumns;
   if (blocking.k_blocks >= k_blocks) return 2 * group;  // one computed, one in its epilogue
-  const int64_t row_step = std::max<int64_t>(kernel.rows, kBlockRows);
-  const int64_t groups = ceil_div(blocking.rows, row_step) * ceil_div(row_step, kernel.rows);
-  return ceil_div(blocking.strips, kernel.strips) * groups * group;
+  return ceil_div(blocking.strips, blocking.panel_strips) * most_groups(kernel, blocking.rows) *
+         group;
 }
 
 int64_t rows_per_pass(int64_t m, int64_t k) {

@@ -43,13 +43,14 @@ int useful_threads(int64_t m, int64_t n, int64_t k, int available);
 //   unit             `unit_strips` strips: what a thread takes at a time
 //     strip block    `strips` strips, whose int32 sums wait in the task's workspace if k is cut
 //       k block      `k_blocks` tiles deep: of the codes and of a panel, what the caches hold
-//         panel      Microkernel::strips strips, each read once for all the rows of the block
+//         panel      `panel_strips` strips, each read once for all the rows of the block
 //           group    Microkernel::rows rows: one call of the microkernel
 struct Blocking {
   int64_t row_parts;
   int64_t strip_parts;
-  int64_t rows;         // a multiple of kBlockRows and of Microkernel::rows where that is more
-  int64_t unit_strips;  // a multiple of Microkernel::strips, as `strips` is
+  int64_t rows;          // a multiple of kBlockRows and of Microkernel::rows where that is more
+  int64_t panel_strips;  // 1 .. Microkernel::strips
+  int64_t unit_strips;   // a multiple of panel_strips, as `strips` is
   int64_t strips;
   int64_t k_blocks;
 };

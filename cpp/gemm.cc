@@ -81,14 +81,14 @@ class Worker {
   void strip_block(Range rows, Range strips, int64_t last_strip) {
     const int64_t group_count = groups(rows);
     const int64_t cuts = std::max<int64_t>(1, ceil_div(k_blocks_, blocking_.k_blocks));
-    const bool one_panel = strips.size() <= kernel_.strips;
+    const bool one_panel = strips.size() <= blocking_.panel_strips;
     finish_waiting();  // its sums are about to be written over
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t k0 = cut * blocking_.k_blocks;
       const int64_t depth = std::min(blocking_.k_blocks, k_blocks_ - k0);
       int32_t* c = sums_;
-      for (int64_t s = strips.begin; s < strips.end; s += kernel_.strips) {
-        const int width = static_cast<int>(std::min<int64_t>(kernel_.strips, strips.end - s));
+      for (int64_t s = strips.begin; s < strips.end; s += blocking_.panel_strips) {
+        const int width = static_cast<int>(std::min(blocking_.panel_strips, strips.end - s));
         const Ahead ahead = one_panel || cuts == 1 ? panel(s + width, last_strip)
                             : s + width < strips.end
                                 ? slice(s + width, strips.end, k0, depth)
@@ -124,7 +124,7 @@ class Worker {
 
   // The panel from strip s on, whole: contiguous.
   Ahead panel(int64_t s, int64_t end) const {
-    const int64_t width = std::min<int64_t>(kernel_.strips, end - s);
+    const int64_t width = std::min(blocking_.panel_strips, end - s);
     if (width <= 0) return {};
     return {args_.weight.data + s * stride_, width * stride_ / Ahead::kLineBytes, 0, 1};
   }
@@ -135,7 +135,7 @@ class Worker {
     if (depth <= 0) return {};
     return {args_.weight.data + s * stride_ + k0 * kTileBytes,
             depth * kTileBytes / Ahead::kLineBytes, stride_,
-            std::min<int64_t>(kernel_.strips, end - s)};
+            std::min(blocking_.panel_strips, end - s)};
   }
 
   // The epilogue of a finished product waits for the next call of the microkernel.
