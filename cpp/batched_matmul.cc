@@ -3,9 +3,8 @@
 // packed it, out of its own cache: no barrier, and no copy of a whole right operand anywhere.
 #include "sq_cpu/batched_matmul.h"
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -13,6 +12,7 @@
 #include "check.h"
 #include "gemm.h"
 #include "scratch.h"
+#include "team.h"
 
 namespace sq_cpu {
 namespace {
@@ -103,8 +103,6 @@ struct Job {
     std::fill_n(zero_points, kMostRows, a.is_signed ? 128 : 0);
   }
 
-  int64_t row_step() const { return std::max<int64_t>(kernel.rows, kBlockRows); }
-
   const BatchedShape& shape;
   const BatchedLeft& a;
   const BatchedRight& b;
@@ -168,13 +166,18 @@ class Task {
 
   void pack(Range columns) {
     const BatchedRight& b = job_.b;
-    const int8_t* w = b.data + batch() * b.strides.batch + kv_head() * b.strides.head +
-                      columns.begin * (b.rows_are_n ? b.strides.row : 1);
     const int64_t k = job_.shape.k;
+    const int8_t* w = b.data;
+    if (k > 0) {  // else it may be null
+      w += batch() * b.strides.batch + kv_head() * b.strides.head +
+           columns.begin * (b.rows_are_n ? b.strides.row : 1);
+    }
     (b.rows_are_n ? job_.rows.pack_nk : job_.rows.pack_kn)(
         {w, b.strides.row, columns.size(), k, packed_, job_.a.is_signed});
-    const float* scale =
-        b.scale == nullptr ? nullptr : b.scale + head_ * job_.shape.n + columns.begin;
+    const float* scale = nullptr;
+    if (b.scale != nullptr && job_.y.type != BatchedType::kInt32) {
+      scale = b.scale + head_ * job_.shape.n + columns.begin;
+    }
     for (int64_t n0 = 0; n0 < columns.size(); n0 += kStripColumns) {
       const int64_t count = std::min(kStripColumns, columns.size() - n0);
       float scale_and_bias[2 * kStripColumns] = {};
@@ -188,6 +191,8 @@ class Task {
   }
 
   void arrange(Range rows) {
+    block_ = rows;
+    if (job_.shape.k == 0) return;  // a.data may be null
     const CodeLayout layout(rows.size(), job_.shape.k);
     const uint8_t flip = job_.a.is_signed ? 0x80 : 0;  // q + 128
     const auto* a = static_cast<const char*>(job_.a.data);
@@ -195,7 +200,6 @@ class Task {
       bits_ |= job_.rows.arrange(a + offset(job_.a.strides, row), job_.shape.k, flip,
                                  codes_ + layout.offset(row - rows.begin), layout.tile);
     }
-    block_ = rows;
   }
 
   void multiply(Range columns) const {
@@ -212,8 +216,8 @@ class Task {
                         output,
                         job_.ldy,
                         nullptr};
-    Taken taken;  // the blocking is for one thread: it has one task
-    run_tasks(args, job_.kernel, job_.rows, job_.blocking, &taken, sums_, 0);
+    WorkCounter counter;  // the blocking is for one thread: it has one task
+    run_tasks(args, job_.kernel, job_.rows, job_.blocking, &counter, sums_, 0);
   }
 
   const Job& job_;
@@ -253,26 +257,21 @@ void batched_matmul(const BatchedShape& shape, const BatchedLeft& a, const Batch
   if (shape.batch == 0 || shape.heads == 0 || shape.m == 0 || shape.n == 0) return;
   const Job job(shape, a, b, alpha, y);
   const int64_t heads = shape.batch * shape.kv_heads, rows = job.group * shape.m;
-  // Serial inside another parallel region: the team's other threads are busy there.
-  const int team =
-      omp_in_parallel() ? 1 : useful_threads(rows, heads * shape.n, shape.k, omp_get_max_threads());
-  const Split split = choose_split(heads, rows, job.row_step(), job.strips, team);
+  const int team = team_size(rows, heads * shape.n, shape.k);
+  const Split split = choose_split(heads, rows, row_step(job.kernel), job.strips, team);
   const int64_t parts = split.row_parts * split.strip_parts;
   thread_local Scratch<std::byte> scratch;
   std::byte* const workspace = scratch.get(job.workspace_bytes * team);
-  uint64_t bits = 0;
-  // The runtime may give fewer threads than asked for: tasks are dealt out to the team that came.
-#pragma omp parallel num_threads(team) reduction(| : bits)
-  {
-    Task task(job, workspace + job.workspace_bytes * omp_get_thread_num());
-    const int threads = omp_get_num_threads();
-    for (int64_t t = omp_get_thread_num(); t < heads * parts; t += threads) {
+  std::atomic<uint64_t> bits{0};
+  run_team(team, [&](int thread, int threads) {
+    Task task(job, workspace + job.workspace_bytes * thread);
+    for (int64_t t = thread; t < heads * parts; t += threads) {
       task.run(t / parts,
-               part(rows, job.row_step(), split.row_parts, t % parts / split.strip_parts),
+               part(rows, row_step(job.kernel), split.row_parts, t % parts / split.strip_parts),
                part(job.strips, 1, split.strip_parts, t % split.strip_parts));
     }
     bits |= task.bits();
-  }
+  });
   SQ_CHECK(a.max_code == 255 || (bits & 0x8080808080808080u) == 0,
            "batched matmul: a code of a exceeds max_code 127");
 }

@@ -8,8 +8,8 @@ namespace sq_cpu {
 namespace {
 
 constexpr Microkernel kMicrokernels[] = {
-#define SQ_MICROKERNEL(isa, name, rows, strips, max_code, from_m, home, waits, begin, end) \
-  {#name, Isa::isa, rows, strips, max_code, from_m, PanelHome::home, waits, name, begin, end},
+#define SQ_MICROKERNEL(isa, name, rows, strips, max_code, from_m, home, overlaps, begin, end) \
+  {#name, Isa::isa, rows, strips, max_code, from_m, PanelHome::home, overlaps, name, begin, end},
 #define SQ_ROW_KERNELS(isa, name)
 #include "kernels.inc"
 #undef SQ_MICROKERNEL
@@ -66,13 +66,15 @@ int64_t near_equal(int64_t count, int64_t step, int64_t most) {
 
 // Groups of a block of so many rows.
 int64_t most_groups(const Microkernel& kernel, int64_t rows) {
-  const int64_t step = std::max<int64_t>(kernel.rows, kBlockRows);
+  const int64_t step = row_step(kernel);
   return ceil_div(rows, step) * ceil_div(step, kernel.rows);
 }
 
 }  // namespace
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t row_step(const Microkernel& kernel) { return std::max<int64_t>(kernel.rows, kBlockRows); }
 
 Range part(int64_t count, int64_t step, int64_t parts, int64_t index) {
   const int64_t units = ceil_div(count, step);
@@ -110,24 +112,28 @@ int useful_threads(int64_t m, int64_t n, int64_t k, int available) {
 
 Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, int64_t k_blocks,
                          int threads) {
-  const int64_t row_step = std::max<int64_t>(kernel.rows, kBlockRows);
+  const int64_t step = row_step(kernel);
   Blocking best{};
   double least = -1;
-  for (int64_t row_parts = 1; row_parts <= threads; ++row_parts) {
+  const int64_t most_row_parts =
+      std::min<int64_t>(threads, std::max<int64_t>(1, ceil_div(m, step)));
+  for (int64_t row_parts = 1; row_parts <= most_row_parts; ++row_parts) {
     const int64_t strip_parts = threads / row_parts;
     // The slowest task: its rows x columns of arithmetic, plus what it reads of weights and codes
     // from afar. The microkernel's area stands for the products it does while a byte arrives.
-    const int64_t rows = std::min(m, ceil_div(ceil_div(m, row_step), row_parts) * row_step);
+    const int64_t rows = std::min(m, ceil_div(ceil_div(m, step), row_parts) * step);
     const int64_t columns = ceil_div(strips, strip_parts) * kStripColumns;
     const double area = kernel.rows * kernel.strips;
     const double read = rows + double(columns) * ceil_div(rows, kBlockOfRows);
     const double cost = double(rows) * columns + area * read;
     if (least < 0 || cost < least) {
       least = cost;
-      best = {row_parts, strip_parts, near_equal(rows, row_step, kBlockOfRows), 0, 0, 0, 0};
+      best = {row_parts, strip_parts, near_equal(rows, step, kBlockOfRows), 1, 0, 0, 0, 0};
     }
   }
   const int64_t task_strips = ceil_div(strips, best.strip_parts);
+  // Whole panels, and whole cache lines of y, where that leaves the tasks near equal.
+  if (task_strips >= 4 * kernel.strips) best.strip_step = kernel.strips;
   // A task's first panel is not fetched ahead. With one group of rows, which waits for memory, it
   // should be a small part of the task's.
   best.panel_strips = m > kernel.rows
@@ -168,7 +174,7 @@ int64_t workspace_sums(const Microkernel& kernel, const Blocking& blocking, int6
 
 int64_t rows_per_pass(int64_t m, int64_t k) {
   const int64_t rows = kWorkspaceBytes / std::max<int64_t>(k, 1) / kBlockRows * kBlockRows;
-  return std::clamp<int64_t>(rows, kBlockRows, std::max<int64_t>(m, 1));
+  return std::min(std::max(rows, kBlockRows), std::max<int64_t>(m, 1));
 }
 
 }  // namespace sq_cpu

@@ -33,6 +33,9 @@ const Microkernel& choose_microkernel(Isa isa, int max_code, int64_t m);
 
 const RowKernels& row_kernels(Isa isa);
 
+// Rows are cut at multiples of this: whole blocks of codes, whole groups.
+int64_t row_step(const Microkernel& kernel);
+
 // Threads worth starting: each should stream at least 128 KB of weights or do as much arithmetic
 // as that costs; a fork and join takes as long as about half of that.
 int useful_threads(int64_t m, int64_t n, int64_t k, int available);
@@ -48,11 +51,12 @@ int useful_threads(int64_t m, int64_t n, int64_t k, int available);
 struct Blocking {
   int64_t row_parts;
   int64_t strip_parts;
-  int64_t rows;          // a multiple of kBlockRows and of Microkernel::rows where that is more
-  int64_t panel_strips;  // 1 .. Microkernel::strips
+  int64_t rows;          // MC; a multiple of row_step()
+  int64_t strip_step;    // strips are dealt out to tasks in multiples of this
+  int64_t panel_strips;  // NR / 16: 1 .. Microkernel::strips
   int64_t unit_strips;   // a multiple of panel_strips, as `strips` is
-  int64_t strips;
-  int64_t k_blocks;
+  int64_t strips;        // NC / 16
+  int64_t k_blocks;      // KC / 64
 };
 
 Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, int64_t k_blocks,

@@ -7,7 +7,7 @@ namespace {
 
 // What a task will read next, from beyond L2: `pieces` of a panel of weights. The calls of the
 // microkernel before it each ask for their share, none for parts of two pieces.
-struct Ahead {
+struct Prefetch {
   const std::byte* base = nullptr;  // null: nothing
   int64_t lines = 0;                // of a piece
   int64_t stride = 0;               // bytes between pieces
@@ -53,7 +53,7 @@ class Worker {
   }
 
   void end() {
-    finish_waiting();
+    finish_epilogue();
     if (kernel_.end != nullptr) kernel_.end(state_);
   }
 
@@ -82,17 +82,17 @@ class Worker {
     const int64_t group_count = groups(rows);
     const int64_t cuts = std::max<int64_t>(1, ceil_div(k_blocks_, blocking_.k_blocks));
     const bool one_panel = strips.size() <= blocking_.panel_strips;
-    finish_waiting();  // its sums are about to be written over
+    finish_epilogue();  // its sums are about to be written over
     for (int64_t cut = 0; cut < cuts; ++cut) {
       const int64_t k0 = cut * blocking_.k_blocks;
       const int64_t depth = std::min(blocking_.k_blocks, k_blocks_ - k0);
       int32_t* c = sums_;
       for (int64_t s = strips.begin; s < strips.end; s += blocking_.panel_strips) {
         const int width = static_cast<int>(std::min(blocking_.panel_strips, strips.end - s));
-        const Ahead ahead = one_panel || cuts == 1 ? panel(s + width, last_strip)
-                            : s + width < strips.end
-                                ? slice(s + width, strips.end, k0, depth)
-                                : slice(strips.begin, strips.end, k0 + depth, depth);
+        const Prefetch ahead = one_panel || cuts == 1 ? panel(s + width, last_strip)
+                               : s + width < strips.end
+                                   ? slice(s + width, strips.end, k0, depth)
+                                   : slice(strips.begin, strips.end, k0 + depth, depth);
         for (int64_t index = 0; index < group_count; ++index) {
           const Range r = group(rows, index);
           TileArgs tile;
@@ -112,9 +112,9 @@ class Worker {
           tile.waiting = waiting_.row < waiting_.rows ? &waiting_ : nullptr;
           tile.epilogue = epilogue_;
           kernel_.run(tile);
-          finish_waiting();
-          if (cut + 1 == cuts) await(r, s, width, c);
-          if (!kernel_.waits) finish_waiting();
+          finish_epilogue();
+          if (cut + 1 == cuts) defer_epilogue(r, s, width, c);
+          if (!kernel_.overlaps_epilogue) finish_epilogue();
           // Whole products swap two places: the other one's epilogue is still waiting.
           c = cuts > 1 ? c + group_sums_ : c == sums_ ? sums_ + group_sums_ : sums_;
         }
@@ -123,23 +123,23 @@ class Worker {
   }
 
   // The panel from strip s on, whole: contiguous.
-  Ahead panel(int64_t s, int64_t end) const {
+  Prefetch panel(int64_t s, int64_t end) const {
     const int64_t width = std::min(blocking_.panel_strips, end - s);
     if (width <= 0) return {};
-    return {args_.weight.data + s * stride_, width * stride_ / Ahead::kLineBytes, 0, 1};
+    return {args_.weight.data + s * stride_, width * stride_ / Prefetch::kLineBytes, 0, 1};
   }
 
   // The same of a panel cut in k: a piece of each strip.
-  Ahead slice(int64_t s, int64_t end, int64_t k0, int64_t depth) const {
+  Prefetch slice(int64_t s, int64_t end, int64_t k0, int64_t depth) const {
     depth = std::min(depth, k_blocks_ - k0);
     if (depth <= 0) return {};
     return {args_.weight.data + s * stride_ + k0 * kTileBytes,
-            depth * kTileBytes / Ahead::kLineBytes, stride_,
+            depth * kTileBytes / Prefetch::kLineBytes, stride_,
             std::min(blocking_.panel_strips, end - s)};
   }
 
   // The epilogue of a finished product waits for the next call of the microkernel.
-  void await(Range rows, int64_t s, int width, const int32_t* c) {
+  void defer_epilogue(Range rows, int64_t s, int width, const int32_t* c) {
     EpilogueArgs& e = waiting_;
     e.c = c;
     e.ldc = width * kStripColumns;
@@ -168,7 +168,7 @@ class Worker {
     }
   }
 
-  void finish_waiting() {
+  void finish_epilogue() {
     if (waiting_.row < waiting_.rows) epilogue_(waiting_);
     waiting_.row = waiting_.rows;
   }
@@ -218,19 +218,19 @@ CodeLayout::CodeLayout(int64_t m, int64_t k)
       block(tile * k_block_count(k)) {}
 
 void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
-               const Blocking& blocking, Taken* taken, int32_t* sums, int thread) {
+               const Blocking& blocking, WorkCounter* counters, int32_t* sums, int thread) {
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
-  const int64_t row_step = std::max<int64_t>(kernel.rows, kBlockRows);
   Worker worker(args, kernel, rows, blocking, sums);
   worker.begin();
   for (int64_t i = 0; i < tasks; ++i) {
     const int64_t task = (thread + i) % tasks;
-    const Range r = part(args.x.m, row_step, blocking.row_parts, task / blocking.strip_parts);
-    const Range s =
-        part(strip_count(args.weight.n), 1, blocking.strip_parts, task % blocking.strip_parts);
+    const Range r =
+        part(args.x.m, row_step(kernel), blocking.row_parts, task / blocking.strip_parts);
+    const Range s = part(strip_count(args.weight.n), blocking.strip_step, blocking.strip_parts,
+                         task % blocking.strip_parts);
     const int64_t across = ceil_div(s.size(), blocking.unit_strips);
     const int64_t units = ceil_div(r.size(), blocking.rows) * across;
-    for (int64_t unit; (unit = taken[task].take()) < units;) {
+    for (int64_t unit; (unit = counters[task].take(units)) < units;) {
       const int64_t row = r.begin + unit / across * blocking.rows;
       const int64_t strip = s.begin + unit % across * blocking.unit_strips;
       worker.run({row, std::min(row + blocking.rows, r.end)},

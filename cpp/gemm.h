@@ -37,17 +37,22 @@ struct CodeLayout {
 
 // How many units of a task have been taken. One cache line each: threads count without disturbing
 // each other.
-struct alignas(64) Taken {
-  std::atomic<int64_t> units{0};
-  int64_t take() { return units.fetch_add(1, std::memory_order_relaxed); }
+struct alignas(64) WorkCounter {
+  std::atomic<int64_t> taken{0};
+
+  // The next unit; `units` or more when none is left, which is seen without writing.
+  int64_t take(int64_t units) {
+    const int64_t seen = taken.load(std::memory_order_relaxed);
+    return seen < units ? taken.fetch_add(1, std::memory_order_relaxed) : seen;
+  }
 };
 
 // This thread's part of the whole product: the units of its own task, so that it reads the same
 // weights at every call, then what the others have left. Cores are not equally fast: hyperthreads
-// and virtual machines see to that. `taken`: one for each task of the blocking, all 0 at first;
+// and virtual machines see to that. `counters`: one for each task of the blocking, all 0 at first;
 // `sums`: workspace_sums() ints of this thread's own, 64-byte aligned. Never throws, never
 // allocates.
 void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
-               const Blocking& blocking, Taken* taken, int32_t* sums, int thread);
+               const Blocking& blocking, WorkCounter* counters, int32_t* sums, int thread);
 
 }  // namespace sq_cpu

@@ -80,6 +80,7 @@ std::string grant(Isa isa) {
     case Isa::kAvx512Vnni:
       return saves({1, 2, 5, 6, 7}) ? "" : "the operating system does not save AVX-512 registers";
     case Isa::kAmxInt8:
+      if (!saves({1, 2, 5, 6, 7})) return "the operating system does not save AVX-512 registers";
       if (!saves({17, 18})) return "the operating system does not save AMX tiles";
       return request_tiles();
   }

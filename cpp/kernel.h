@@ -109,7 +109,7 @@ struct Microkernel {
   int max_code;  // largest u for which it is exact
   int from_m;    // fewest rows of the whole product for which it is preferred
   PanelHome home;
-  bool waits;  // it works on a waiting epilogue: TileArgs::waiting
+  bool overlaps_epilogue;  // it works on TileArgs::waiting
   void (*run)(const TileArgs&);
   void (*begin)(TaskState&);  // at the start and the end of each thread's task; may be null
   void (*end)(TaskState&);

@@ -1,6 +1,4 @@
 // The public ops: check the arguments, quantize rows, run the product.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,6 +10,7 @@
 #include "scratch.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
+#include "team.h"
 
 namespace sq_cpu {
 namespace {
@@ -58,8 +57,9 @@ RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
 
 void check_quantizer(const ActivationQuantizer& q) {
   if (q.granularity != Granularity::kStatic) return;
-  SQ_CHECK(std::isfinite(q.scale) && q.scale > 0.0f, "static activation scale is ", q.scale,
-           "; it must be positive and finite");
+  SQ_CHECK(std::isfinite(q.scale) && std::isfinite(1.0f / q.scale), "static activation scale is ",
+           q.scale, "; it and its reciprocal must be finite");
+  SQ_CHECK(q.scale > 0.0f, "static activation scale is ", q.scale, "; it must be positive");
   const int centre = q.reduce_range ? 64 : 128;
   SQ_CHECK(q.symmetric ? q.zero_point == centre : q.zero_point >= 0 && q.zero_point <= q.max_code(),
            "static zero point is ", q.zero_point, "; this grid needs ",
@@ -107,20 +107,6 @@ void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& 
     out.scale[row] = code.scale;
     out.zero_point[row] = code.grid.zero_point;
   }
-}
-
-// Calls task(thread, threads) in each thread of a team. The runtime may give fewer than asked for.
-// Alone without a parallel region: opening one takes as long as a small layer.
-template <typename Task>
-void run_team(int team, Task task) {
-  if (team == 1) return task(0, 1);
-#pragma omp parallel num_threads(team)
-  task(omp_get_thread_num(), omp_get_num_threads());
-}
-
-// Serial inside another parallel region: the team's other threads are busy there.
-int team_size(int64_t m, int64_t n, int64_t k) {
-  return omp_in_parallel() ? 1 : useful_threads(m, n, k, omp_get_max_threads());
 }
 
 void check_matrix(const char* name, const void* data, int64_t rows, int64_t columns, int64_t ld) {
@@ -189,14 +175,14 @@ void run_product(const GemmArgs& args, Prepare prepare) {
       ceil_div(workspace_sums(kernel, blocking, k_blocks), kPageInts) * kPageInts;
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
   thread_local Scratch<int32_t> sums_scratch;
-  thread_local Scratch<Taken> taken_scratch;
+  thread_local Scratch<WorkCounter> counter_scratch;
   int32_t* const sums = sums_scratch.get(own_sums * team);
-  Taken* const taken = taken_scratch.get(tasks);
-  std::uninitialized_default_construct_n(taken, tasks);
+  WorkCounter* const counters = counter_scratch.get(tasks);
+  std::uninitialized_default_construct_n(counters, tasks);
   run_team(team, [&](int thread, int threads) {
     GemmArgs own = args;
     prepare(own, thread, threads);
-    run_tasks(own, kernel, rows, blocking, taken, sums + own_sums * thread, thread);
+    run_tasks(own, kernel, rows, blocking, counters, sums + own_sums * thread, thread);
   });
 }
 

@@ -23,6 +23,9 @@ void ask_for_huge_pages(std::byte* data, int64_t bytes) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
+// Serial inside another parallel region: the team's other threads are busy there.
+int own_team() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
 // Offset of W[16s + c][k] within strip s.
 int64_t element_offset(int64_t c, int64_t k) {
   return k / kTileDepth * kTileBytes + k % kTileDepth / 4 * 64 + 4 * c + k % 4;
@@ -66,8 +69,9 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
   const int64_t bytes = packed_bytes(n, k);
   SQ_CHECK((weight != nullptr || n * k == 0) && (scale != nullptr || n == 0),
            "weight or scale is null");
+  SQ_CHECK(packed != nullptr || bytes == 0, "packed is null");
   bool out_of_range = false;
-#pragma omp parallel for schedule(static) reduction(|| : out_of_range)
+#pragma omp parallel for num_threads(own_team()) schedule(static) reduction(|| : out_of_range)
   for (int64_t row = 0; row < n; ++row) {
     out_of_range = out_of_range || (k > 0 && std::memchr(weight + row * k, -128, k) != nullptr);
   }
@@ -75,8 +79,8 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
 
   ask_for_huge_pages(packed, bytes);
   const int64_t strips = strip_count(n);
-  // Static contiguous shares, as the product's: the thread that will read a strip touches it first.
-#pragma omp parallel for schedule(static)
+  // Contiguous shares, as those of a product of few rows: who will read a strip touches it first.
+#pragma omp parallel for num_threads(own_team()) schedule(static)
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t n0 = s * kStripColumns;
     pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
@@ -88,7 +92,7 @@ void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, flo
   check_shape(packed.n, packed.k);
   SQ_CHECK(packed.data != nullptr || packed.n == 0, "the packed weight is null");
   const int64_t tiles = k_block_count(packed.k) * kTileBytes;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for num_threads(own_team()) schedule(static)
   for (int64_t n = 0; n < packed.n; ++n) {
     const std::byte* strip = packed.data + n / kStripColumns * strip_bytes(packed.k);
     const int64_t c = n % kStripColumns;

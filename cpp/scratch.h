@@ -17,6 +17,7 @@ class Scratch {
     if (count > capacity_) {
       const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
       capacity_ = 0;  // stands if the allocation fails
+      data_.reset();  // never both at once
       data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
       if (data_ == nullptr) throw std::bad_alloc();
       capacity_ = count;

@@ -131,8 +131,8 @@ inline void pack_kn(const StripArgs& a) {
   const int64_t k_blocks = (a.k + kTileDepth - 1) / kTileDepth;
   const int64_t stride = k_blocks * kTileBytes + kTrailerBytes;
   for (int64_t g = 0; g < k_blocks * 16; ++g) {
-    const int8_t* w = a.w + 4 * g * a.ld;
     const int64_t depth = at_most(a.k - 4 * g, 4);
+    const int8_t* w = depth > 0 ? a.w + 4 * g * a.ld : a.w;
     std::byte* out = a.packed + 64 * g;
     for (int64_t n0 = 0; n0 < a.n; n0 += kStripColumns, out += stride) {
       const int64_t columns = at_most(a.n - n0, kStripColumns);

@@ -132,7 +132,7 @@ bool run(const Problem& p, const Microkernel& kernel, Buffers& buffers, bool at_
                       nullptr};
   const int64_t k_blocks = k_block_count(p.k);
   const Blocking blocking = choose_blocking(kernel, p.m, strip_count(p.n), k_blocks, threads);
-  std::vector<Taken> taken(blocking.row_parts * blocking.strip_parts);
+  std::vector<WorkCounter> taken(blocking.row_parts * blocking.strip_parts);
   const int64_t own = workspace_sums(kernel, blocking, k_blocks) + 16;
   std::vector<int32_t> sums(own * threads + 16);
 #pragma omp parallel num_threads(threads)

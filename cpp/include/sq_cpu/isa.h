@@ -2,7 +2,7 @@
 //
 // An ISA is usable when it is built (the compiler knew its flags), detected (cpuid), and granted
 // (the operating system saves its registers: XCR0; for AMX also arch_prctl). Usable ISAs are tried
-// from the last enumerator down, so each failure falls back one step, and status() says why.
+// from the last enumerator down, so each failure falls back one step, and isa_status() says why.
 #pragma once
 
 #include <cstdint>

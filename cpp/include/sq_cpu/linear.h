@@ -14,9 +14,10 @@
 // absolute maximum below 1e-30 counts as 1e-30.
 //
 // Pointers need no alignment (64 bytes is fastest). Inputs and outputs must not overlap. Every
-// function may be called from several threads at once, runs on the caller's OpenMP threads, alone
-// when it is called inside a parallel region, and throws std::invalid_argument on bad arguments;
-// the message names them.
+// function may be called from several threads at once and runs on the caller's OpenMP threads,
+// alone when it is called inside a parallel region. Denormal numbers count, whatever the caller's
+// floating-point mode. Errors: std::invalid_argument on bad arguments, whose message names them;
+// std::runtime_error where SQ_CPU_ISA cannot be met; std::bad_alloc.
 #pragma once
 
 #include <cstddef>
@@ -93,7 +94,8 @@ struct ActivationQuantizer {
   float scale = 0.0f;      // kStatic only: > 0 and finite
   int32_t zero_point = 0;  // kStatic only: within the grid
   // fp32 [k] or null. x is multiplied by it first, in fp32: 1 / s, the reciprocal of the smoothing
-  // scale (SmoothQuant, arXiv 2211.10438, eq. 3), where s cannot be folded into another layer.
+  // scale (SmoothQuant, arXiv 2211.10438, eq. 3), where s cannot be folded into another layer. A
+  // product that overflows makes its row one that is not finite.
   const float* inverse_smoothing = nullptr;
 
   int max_code() const { return reduce_range ? 127 : 255; }
@@ -128,7 +130,7 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, D
 
 // The second half with int8 out, so that int8 layers chain (the paper's W8A8B8O8): y becomes u8 by
 // y_quantizer, which must be kStatic and without smoothing. Writes y's three arrays; y is
-// [x.m, weight.n].
+// [x.m, weight.n]. Where a row's value before quantization is not finite, y.scale is NaN.
 void linear(const QuantizedActivation& x, const PackedWeight& weight,
             const ActivationQuantizer& y_quantizer, const QuantizedActivation& y,
             const Epilogue& epilogue = {});
