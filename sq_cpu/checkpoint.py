@@ -49,9 +49,8 @@ from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 __all__ = ["load", "save"]
 
 FORMAT_VERSION = 2
-_UNSMOOTHED_VERSION = (
-    1  # what a checkpoint without L.smoothing says, so that older releases read it
-)
+# What a checkpoint without L.smoothing says, so that older releases read it.
+_UNSMOOTHED_VERSION = 1
 QUANT_METHOD = "sq_cpu"
 _CONFIG = "config.json"
 _CONFIG_DIGEST = "config_sha256"

@@ -9,6 +9,7 @@ with one scale and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -83,6 +84,21 @@ def linear_reference(
     return y.to(x.dtype)
 
 
+_HUGE_PAGE = 2 << 20
+
+
+def _untouched_zeros(size: int) -> Tensor:
+    """Return uint8 zeros whose pages no thread has touched.
+
+    The kernels pack into them: huge pages can be asked for, and each page lies near the thread that
+    will read it. torch.zeros writes the zeros.
+    """
+    if size < _HUGE_PAGE:
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
 class QuantLinear(nn.Module):
     """A linear layer with int8 weights and int8 activations, for inference.
 
@@ -117,9 +133,7 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.has_bias = bias
         self.scheme = scheme
-        size = _core.packed_bytes(out_features, in_features)
-        # Zeros from the allocator: no page is touched before its strip is packed.
-        packed = torch.zeros(size, dtype=torch.uint8, device="cpu")
+        packed = _untouched_zeros(_core.packed_bytes(out_features, in_features))
         self.register_buffer("packed", packed, persistent=False)
         static = None if scheme.activations != "static" else (1.0, scheme.zero_point)
         smoothing = torch.ones(in_features, dtype=torch.float32, device="cpu") if smoothed else None
@@ -292,12 +306,16 @@ class QuantLinear(nn.Module):
             residual=residual,
         )
 
-    def count_saturation(self, x: Tensor) -> tuple[int, int]:
+    def count_saturation(self, x: Tensor | QuantizedActivation) -> tuple[int, int]:
         """Return how many pairs of products `forward` adds for `x`, and how many leave int16.
 
         A pair is u[2j] w[2j] + u[2j+1] w[2j+1] of the codes and the weights; raises as `forward`.
         """
-        codes = self.quantize_input(x.detach())
+        if isinstance(x, QuantizedActivation):
+            self._check_quantized(x)
+            codes = x
+        else:
+            codes = self.quantize_input(x.detach())
         return _core.count_saturation(
             codes.codes.data_ptr(),
             codes.zero_point.data_ptr(),
@@ -359,7 +377,9 @@ class QuantLinear(nn.Module):
                 f"int8 linear: weights are on {self.packed.device}; sq_cpu runs on the CPU only"
             )
 
-    def _set_quantizer(self, static: tuple[float, int] | None, smoothing: Tensor | None) -> None:
+    def _make_quantizer(
+        self, static: tuple[float, int] | None, smoothing: Tensor | None
+    ) -> _core.ActivationQuantizer:
         if static is not None:
             scale, zero_point = static
             symmetric = zero_point == self.scheme.zero_point
@@ -374,7 +394,7 @@ class QuantLinear(nn.Module):
                 f"the smoothing scale is {list(smoothing.shape)}, the layer needs "
                 f"[{self.in_features}]"
             )
-        quantizer = ops.make_quantizer(
+        return ops.make_quantizer(
             self.scheme.activations,
             self.scheme.symmetric,
             self.scheme.qmax == 63,
@@ -382,6 +402,14 @@ class QuantLinear(nn.Module):
             0 if static is None else static[1],
             smoothing,
         )
+
+    def _set_quantizer(
+        self,
+        static: tuple[float, int] | None,
+        smoothing: Tensor | None,
+        quantizer: _core.ActivationQuantizer | None = None,
+    ) -> None:
+        quantizer = quantizer or self._make_quantizer(static, smoothing)
         # Neither parameters nor buffers: .to(bfloat16) must not round them.
         self.input_scale = None if static is None else static[0]
         self.input_zero_point = 0 if static is None else static[1]
@@ -396,6 +424,7 @@ class QuantLinear(nn.Module):
             raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
         weight, scale = weight.contiguous(), scale.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
+        torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
         _core.pack_weight(
             weight.data_ptr(),
             scale.data_ptr(),
@@ -481,11 +510,12 @@ class QuantLinear(nn.Module):
             ]
         if len(found) < len(entries):
             return
-        # The small ones first: what they refuse leaves the layer as it was.
+        # Checked before, taken over after the weight: a refusal leaves the layer as it was.
         static = None
         if "input_scale" in found:
             static = float(found["input_scale"]), int(found["input_zero_point"])
         smoothing = found.get("smoothing")
-        if static is not None or smoothing is not None:
-            self._set_quantizer(static, None if smoothing is None else smoothing.cpu().clone())
+        smoothing = None if smoothing is None else smoothing.cpu().clone()
+        quantizer = self._make_quantizer(static, smoothing)
         self._pack(found["weight"], found["weight_scale"], found.get("bias"))
+        self._set_quantizer(static, smoothing, quantizer)

@@ -48,7 +48,7 @@ _NO_STEPS = (_core.Activation.none, 0, 0)
 _NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad()"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedActivation:
     """Activations [*leading, in_features] as u8 codes, ready for several int8 linears.
 

@@ -63,7 +63,8 @@ def count_saturation(
 
     A linear of [out_features, in_features] has out_features * ceil(in_features / 2) pairs for every
     row of its input, rows of padding included. The counts are exact and the same on every
-    processor; a layer that no batch reaches has none. Batches, `progress` and the model's state
+    processor; a layer that no batch reaches through its call has none (`forward_int8` is not
+    watched). Batches, `progress` and the model's state
     are as in `calibrate`.
 
     Raises `SqCpuError` when the model has no int8 linear, and for batches that `calibrate` refuses.

@@ -199,6 +199,48 @@ def test_packed_weight_is_the_only_copy_and_small() -> None:
     assert layer.nbytes <= 0.27 * linear.weight.nbytes
 
 
+def _kilobytes(field: str) -> int:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(field + ":"))
+
+
+def test_a_new_layer_touches_no_page_and_packs_into_huge_ones() -> None:
+    before = _kilobytes("Rss")
+    layer = QuantLinear(4096, 16384, Scheme(), bias=False)
+    assert layer.nbytes > 64 << 20
+    assert _kilobytes("Rss") - before < 8 << 10
+    state = {
+        "weight": torch.ones(16384, 4096, dtype=torch.int8),
+        "weight_scale": torch.ones(16384),
+    }
+    huge = _kilobytes("AnonHugePages")
+    layer.load_state_dict(state)
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    if "[never]" not in enabled:
+        assert _kilobytes("AnonHugePages") - huge > 48 << 10
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin.packed, layer.packed)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_denormals_count_whatever_the_callers_float_mode(
+    threads: Callable[[int], None], flush: bool
+) -> None:
+    linear = nn.Linear(640, 304, bias=False)
+    linear.weight.mul_(1e-20)
+    layer = QuantLinear.from_float(linear, Scheme())
+    x = torch.randn(40, 640) * 1e-19
+    expected = layer.reference(x)
+    assert 0 < expected.abs().max() < 2**-126
+    threads(3)
+    torch.set_flush_denormal(flush)
+    try:
+        y = layer(x)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
 def test_state_dict_round_trip(scheme: Scheme) -> None:
     layer = make(70, 20, scheme)
@@ -330,7 +372,7 @@ def test_other_devices_are_refused_or_ignored() -> None:
 def test_a_refused_state_dict_leaves_the_layer_as_it_was() -> None:
     layer = make(8, 4, Scheme.of("O3"))
     packed, scale = layer.packed.clone(), layer.input_scale
-    state = layer.state_dict()
+    state = layer.state_dict() | {"input_scale": torch.tensor(0.5)}
     state["weight"][1, 2] = -128
     with pytest.raises(SqCpuError, match="a weight is -128"):
         layer.load_state_dict(state)

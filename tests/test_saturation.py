@@ -40,6 +40,26 @@ class Chain(nn.Module):
         return self.second(torch.cat([y, -y]))  # type: ignore[no-any-return]
 
 
+def test_inputs_quantized_once_count_for_each_layer_they_feed() -> None:
+    scheme = Scheme(symmetric=False)
+    layers = nn.ModuleList(QuantLinear.from_float(nn.Linear(64, 32), scheme) for _ in range(2))
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            codes = self.layers[0].quantize_input(x)  # type: ignore[operator]
+            return [layer(codes) for layer in self.layers]
+
+    x = torch.rand(3, 64) ** 0.1
+    found = sq_cpu.count_saturation(Shared(), [x])
+    for i, layer in enumerate(layers):
+        assert isinstance(layer, QuantLinear)
+        assert found.layers[f"layers.{i}"] == plain_count(layer, x)
+
+
 @pytest.mark.usefixtures("each_isa")
 @pytest.mark.parametrize("features", [2, 67])
 @pytest.mark.parametrize("activations", ["per_token", "per_tensor", "static"])
