@@ -142,10 +142,10 @@ void fuzz(Bench& bench, const Seeds& seeds) {
     const int64_t k = rng.below(size == 0 ? 1501 : size < 15 ? 401 : 130);
     const int max_code = rng.coin() ? 255 : 127;
     const auto fill = static_cast<Fill>(rng.below(kFills));
+    const int threads = rng.threads();  // of all kernels: a new team costs more than the product
     const Problem p = make_problem(m, n, k, max_code, fill, rng);
     bench.load(p, rng.coin());
     for (const Microkernel* kernel : kernels_here()) {
-      const int threads = rng.threads();
       const Blocking blocking = random_blocking(*kernel, k_block_count(k), rng);
       const int64_t ldy = n + rng.below(4);
       if (kernel->max_code < max_code || (!seeds.chosen && !worth_it(*kernel, p, seed, 10))) {

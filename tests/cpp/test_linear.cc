@@ -1,0 +1,235 @@
+// The float side of the library: quantization, the epilogue, every type in and out, on every ISA
+// against a plain scalar layer, bit for bit, with guard pages at both ends of every buffer.
+//
+//   test_linear [SEED [COUNT]]    all of it, or some of the random layers
+#include "plain_layer.h"
+
+namespace {
+
+using namespace sq_cpu;
+using namespace sq_cpu::testing;
+
+struct Outputs {
+  Guarded codes, scale, zero_point, t, y, y_scale, y_zero_point, sums;
+};
+
+// Every way to compute the layer, on the ISA in use.
+void check_layer(const Layer& layer, int threads, Outputs& out, const std::string& what, Rng& rng) {
+  const bool at_end = layer.at_end;
+  const QuantizedActivation q = place_activation(layer.m, layer.k, layer.quantizer.max_code(),
+                                                 out.codes, out.scale, out.zero_point, at_end);
+  quantize_activations(layer.x, layer.x_type, layer.ldx, layer.quantizer, q);
+  check(rows_are_right(layer, layer.codes, gather_codes(q.codes, q.m, q.k).data()),
+        what + ": the codes");
+  check(std::equal(layer.scale.begin(), layer.scale.end(), q.scale, same), what + ": the scales");
+  check(rows_are_right(layer, layer.zero_point, q.zero_point), what + ": the zero points");
+
+  auto* t = out.t.place_filled<int32_t>(layer.m * layer.n, at_end);
+  gemm(q, layer.weight, t, layer.n);
+  check(rows_are_right(layer, layer.t, t), what + ": gemm");
+
+  const Microkernel& kernel = choose_microkernel(active_isa(), q.max_code, q.m);
+  const Blocking blocking = random_blocking(kernel, k_block_count(layer.k), rng);
+  const Epilogue& e = layer.epilogue;
+  EpilogueSteps steps{e.activation,  e.other,        e.ld_other, e.residual,
+                      e.ld_residual, e.operand_type, {},         nullptr};
+  if (layer.to_codes) {
+    const QuantizedActivation y = place_activation(layer.m, layer.n, layer.y_quantizer.max_code(),
+                                                   out.y, out.y_scale, out.y_zero_point, at_end);
+    linear(q, layer.weight, layer.y_quantizer, y, e);
+    check(codes_are_right(layer, y), what + ": int8 out");
+    const Grid grid = plain_grid(layer.y_quantizer, 0.0f, 0.0f);
+    steps.grid = {grid.inverse, static_cast<float>(grid.low), static_cast<float>(grid.high),
+                  grid.zero_point};
+    steps.code_scale = y.scale;
+    std::memset(y.codes, Guarded::kFiller, codes_bytes(y.m, y.k));
+    std::fill_n(y.scale, y.m, grid.scale);
+    run_blocked({q, layer.weight, y.codes, Output::kCode, CodeLayout(y.m, y.k).tile, &steps},
+                kernel, blocking, threads, out.sums, at_end);
+    check(codes_are_right(layer, y), what + ": int8 out, " + describe(blocking));
+    return;
+  }
+  const int64_t bytes = y_bytes(layer);
+  auto* y = out.y.place_filled<char>(bytes, at_end);
+  linear(layer.x, layer.x_type, layer.m, layer.ldx, layer.weight, layer.quantizer, y, layer.y_type,
+         layer.ldy, e);
+  check(y_is_right(layer, y), what + ": linear");
+  const std::vector<char> first(y, y + bytes);
+  std::fill_n(y, bytes, Guarded::kFiller);
+  linear(q, layer.weight, y, layer.y_type, layer.ldy, e);
+  check(std::equal(first.begin(), first.end(), y), what + ": linear of codes");
+  std::fill_n(y, bytes, Guarded::kFiller);
+  run_blocked({q, layer.weight, y, static_cast<Output>(layer.y_type), layer.ldy, &steps}, kernel,
+              blocking, threads, out.sums, at_end);
+  check(std::equal(first.begin(), first.end(), y), what + ": " + describe(blocking));
+}
+
+void fuzz(const std::vector<Isa>& isas, const Seeds& seeds) {
+  Part part("random layers");
+  Inputs in;
+  Outputs out;
+  for (uint64_t seed = seeds.first; seed < seeds.first + seeds.count; ++seed) {
+    Rng rng(seed);
+    const Layer layer = random_layer(seed, in, rng);
+    const int threads = rng.threads();
+    for (Isa isa : isas) {
+      use(isa);
+      const std::string what = join("seed ", seed, ": ", isa_name(isa), " ", describe(layer));
+      check_layer(layer, threads, out, what, rng);
+    }
+  }
+}
+
+// All 65,536 half-precision values in, and a sweep of fp32 out, against the compiler's conversions.
+void test_half(Isa isa) {
+  use(isa);
+  std::vector<uint16_t> halves(65536);
+  for (size_t i = 0; i < halves.size(); ++i) halves[i] = static_cast<uint16_t>(i);
+  std::vector<uint8_t> u(codes_bytes(65536, 1));
+  std::vector<float> scale(65536);
+  std::vector<int32_t> zero_point(65536);
+  quantize_activations(halves.data(), DType::kFloat16, 1, {},
+                       {u.data(), scale.data(), zero_point.data(), 65536, 1, 255});
+  bool same = true;
+  for (size_t i = 0; i < halves.size(); ++i) {
+    _Float16 half;
+    std::memcpy(&half, &halves[i], 2);
+    const double value = std::fabs(static_cast<double>(half));
+    const auto expected = static_cast<float>(std::max(1e-30, value) / 127);
+    same &= std::isfinite(value) ? scale[i] == expected : std::isnan(scale[i]);
+  }
+  check(same, isa_name(isa) + " reads every half");
+
+  // k = 0 turns the layer into y = bias: the bias sweeps every fp32 exponent and rounding case.
+  std::vector<float> bias;
+  for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 0x3fff1) {
+    const auto word = static_cast<uint32_t>(bits);
+    float value;
+    std::memcpy(&value, &word, 4);
+    if (!std::isnan(value)) bias.push_back(value);
+  }
+  for (int i = 0; i < 2048; ++i) {  // ties between two halves, subnormal ones included
+    bias.push_back(std::ldexp(2 * i + 1, -25));
+    bias.push_back(std::ldexp(2049 + 2 * i, -10));
+  }
+  const auto n = static_cast<int64_t>(bias.size());
+  const std::vector<float> ones(n, 1.0f);
+  std::vector<std::byte> packed(packed_bytes(n, 0));
+  pack_weight(nullptr, ones.data(), bias.data(), n, 0, packed.data());
+  std::vector<uint16_t> y(n);
+  const float x = 0;
+  linear(&x, DType::kFloat32, 1, 0, {packed.data(), n, 0}, {}, y.data(), DType::kFloat16, n);
+  same = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto half = static_cast<_Float16>(bias[i] + 0.0f);
+    same &= std::memcmp(&half, &y[i], 2) == 0;
+  }
+  check(same, isa_name(isa) + " rounds to half once, to nearest even");
+}
+
+// So deep and long that it takes two passes: the operands and y move on with the rows.
+void test_passes(Isa isa) {
+  use(isa);
+  Part part("two passes on " + isa_name(isa));
+  const int64_t n = 3, k = kMaxDepth, pass = rows_per_pass(int64_t{1} << 30, k), m = pass + 5;
+  Rng rng(6);
+  std::vector<uint16_t> x(m * k);  // bf16
+  for (auto& v : x) v = static_cast<uint16_t>(0x3f80 | (rng() & 0x8000) | rng.below(64));
+  const Problem p = make_problem(0, n, k, 255, Fill::kUniform, rng);
+  const std::vector<float> scale{1e-4f, 2e-4f, 3e-4f};
+  std::vector<std::byte> packed(packed_bytes(n, k));
+  pack_weight(p.w.data(), scale.data(), nullptr, n, k, packed.data());
+  const PackedWeight weight{packed.data(), n, k};
+  std::vector<float> operand(m * n);
+  for (auto& v : operand) v = 1.0f + rng.below(100);
+  const Epilogue epilogue{Activation::kSilu, operand.data(), n, operand.data(), n, DType::kFloat32};
+  ActivationQuantizer quantizer;
+  quantizer.symmetric = false;
+  std::vector<float> y(m * n), one(n);
+  linear(x.data(), DType::kBFloat16, m, k, weight, quantizer, y.data(), DType::kFloat32, n,
+         epilogue);
+  for (int64_t row : {int64_t{0}, pass - 1, pass, m - 1}) {
+    Epilogue here = epilogue;
+    here.other = here.residual = operand.data() + row * n;
+    linear(x.data() + row * k, DType::kBFloat16, 1, k, weight, quantizer, one.data(),
+           DType::kFloat32, n, here);
+    check(std::equal(one.begin(), one.end(), y.begin() + row * n), join("row ", row));
+  }
+}
+
+void test_refusals() {
+  Part part("refusals");
+  float f[4] = {};
+  int32_t z[4] = {};
+  uint8_t u[4096] = {};
+  std::byte packed[4096] = {};
+  const PackedWeight weight{packed, 4, 4};
+  const QuantizedActivation x{u, f, z, 1, 4, 255};
+  const auto fp32 = DType::kFloat32;
+  const auto call = [&](const void* x, int64_t ldx, const PackedWeight& w, void* y, int64_t ldy,
+                        const Epilogue& e = {}) {
+    linear(x, fp32, 1, ldx, w, {}, y, fp32, ldy, e);
+  };
+  check_refused("x is null", [&] { call(nullptr, 4, weight, f, 4); });
+  check_refused("y is null", [&] { call(f, 4, weight, nullptr, 4); });
+  check_refused("the packed weight is null", [&] { call(f, 4, {nullptr, 4, 4}, f, 4); });
+  check_refused("x has rows of 4 elements only 3 apart", [&] { call(f, 3, weight, f, 4); });
+  check_refused("y has rows of 4 elements only 3 apart", [&] { call(f, 4, weight, f, 3); });
+  check_refused("x has -1 rows", [&] { linear(f, fp32, -1, 4, weight, {}, f, fp32, 4); });
+  Epilogue narrow;
+  narrow.other = f, narrow.ld_other = 3;
+  check_refused("epilogue.other has rows of 4", [&] { call(f, 4, weight, f, 4, narrow); });
+  narrow = {};
+  narrow.residual = f, narrow.ld_residual = 3;
+  check_refused("epilogue.residual has rows of 4", [&] { call(f, 4, weight, f, 4, narrow); });
+
+  ActivationQuantizer fixed;
+  fixed.granularity = Granularity::kStatic;
+  fixed.zero_point = 128;
+  for (float scale : {0.0f, -1.0f, std::numeric_limits<float>::quiet_NaN(),
+                      std::numeric_limits<float>::infinity()}) {
+    fixed.scale = scale;
+    check_refused("must be positive and finite",
+                  [&] { quantize_activations(f, fp32, 4, fixed, x); });
+  }
+  fixed.scale = 1.0f;
+  fixed.zero_point = 127;
+  check_refused("this grid needs 128", [&] { quantize_activations(f, fp32, 4, fixed, x); });
+  fixed.symmetric = false;
+  fixed.zero_point = 256;
+  check_refused("this grid needs 0 .. 255", [&] { quantize_activations(f, fp32, 4, fixed, x); });
+  fixed.zero_point = 0;
+
+  QuantizedActivation bad = x;
+  bad.k = 5;
+  check_refused("x has 5 columns, the weight takes 4", [&] { gemm(bad, weight, z, 4); });
+  bad = x;
+  bad.max_code = 200;
+  check_refused("x.max_code is 200", [&] { gemm(bad, weight, z, 4); });
+  bad.max_code = 127;
+  check_refused("out.max_code is 127", [&] { quantize_activations(f, fp32, 4, fixed, bad); });
+  check_refused("y.max_code is 127", [&] { linear(x, weight, fixed, bad); });
+  bad = x;
+  bad.scale = nullptr;
+  check_refused("x.scale is null", [&] { linear(bad, weight, f, fp32, 4); });
+  bad = x;
+  bad.m = 2;
+  check_refused("y is [2, 4], the product [1, 4]", [&] { linear(x, weight, fixed, bad); });
+  check_refused("needs a static quantizer", [&] { linear(x, weight, {}, x); });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Seeds fuzzed = seeds(argc, argv, 1200);
+  start();
+  const std::vector<Isa> isas = isas_here();
+  if (!fuzzed.chosen) {
+    test_refusals();
+    for (Isa isa : isas) test_half(isa);
+    // What cuts the rows is the same on all: the quickest that is not emulated.
+    test_passes(emulated(isas.back()) ? isas[isas.size() - 2] : isas.back());
+  }
+  fuzz(isas, fuzzed);
+  return finish();
+}
