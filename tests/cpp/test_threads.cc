@@ -1,0 +1,141 @@
+// linear() gives the same bits whatever the team: any number of threads, fewer than asked for, a
+// caller that is itself in a parallel region, several callers at once. AMX under the emulator
+// counts the threads that worked: each puts back the tile configuration it found, once.
+#include <thread>
+
+#include "harness.h"
+
+namespace {
+
+using namespace sq_cpu;
+using namespace sq_cpu::testing;
+
+// Enough work for seven threads, in every regime: codes that each thread makes for itself, codes
+// that they share; one row block, several.
+struct Layer {
+  int64_t m, n, k;
+  Granularity granularity;
+};
+constexpr Layer kLayers[] = {
+    {1, 900, 1100, Granularity::kPerToken},  {1, 900, 1100, Granularity::kPerTensor},
+    {4, 600, 1700, Granularity::kPerToken},  {16, 400, 1000, Granularity::kPerToken},
+    {17, 500, 500, Granularity::kPerTensor}, {70, 200, 400, Granularity::kPerToken},
+    {400, 40, 300, Granularity::kStatic},
+};
+
+std::string describe(const Layer& l) { return join("m=", l.m, " n=", l.n, " k=", l.k); }
+
+class Caller {
+ public:
+  explicit Caller(const Layer& layer)
+      : layer_(layer),
+        x_(layer.m * layer.k),
+        operand_(layer.m * layer.n),
+        packed_(packed_bytes(layer.n, layer.k)) {
+    Rng rng(7);
+    for (auto& v : x_) v = static_cast<float>(rng.below(2001) - 1000) / 1000.0f;
+    x_[layer.k / 2] = 77.0f;
+    for (auto& v : operand_) v = static_cast<float>(rng.below(100));
+    const Problem p = make_problem(0, layer.n, layer.k, 255, Fill::kUniform, rng);
+    std::vector<float> scale(layer.n);
+    for (auto& v : scale) v = 1e-4f * static_cast<float>(1 + rng.below(50));
+    pack_weight(p.w.data(), scale.data(), operand_.data(), layer.n, layer.k, packed_.data());
+    quantizer_.granularity = layer.granularity;
+    quantizer_.scale = 0.01f;
+    quantizer_.zero_point = 128;
+  }
+
+  std::vector<float> run() const {
+    std::vector<float> y(layer_.m * layer_.n);
+    const Epilogue epilogue{Activation::kSilu, operand_.data(), layer_.n,
+                            operand_.data(),   layer_.n,        DType::kFloat32};
+    linear(x_.data(), DType::kFloat32, layer_.m, layer_.k, {packed_.data(), layer_.n, layer_.k},
+           quantizer_, y.data(), DType::kFloat32, layer_.n, epilogue);
+    return y;
+  }
+
+ private:
+  const Layer layer_;
+  std::vector<float> x_, operand_;
+  std::vector<std::byte> packed_;
+  ActivationQuantizer quantizer_;
+};
+
+// How many threads took part in products of the emulated AMX kernel since the last call.
+class Team {
+ public:
+  Team(Isa isa, const Layer& layer)
+      : counted_(isa == Isa::kAmxInt8 && emulated(isa) &&
+                 choose_microkernel(isa, 255, layer.m).isa == isa) {
+    reset_amx_counters();
+  }
+  void check_size(int64_t least, int64_t most, const std::string& what) const {
+    if (!counted_) return;
+    const auto size = static_cast<int64_t>(amx_counters().releases);
+    check(least <= size && size <= most, join(what, ": ", size, " threads worked"));
+    reset_amx_counters();
+  }
+
+ private:
+  const bool counted_;
+};
+
+void test_teams(Isa isa, const Layer& layer) {
+  use(isa);
+  const std::string what = join(isa_name(isa), " ", describe(layer));
+  const Caller caller(layer);
+  omp_set_num_threads(1);
+  const std::vector<float> expected = caller.run();
+  const Team team(isa, layer);
+  for (int threads : {2, 3, 7}) {
+    omp_set_num_threads(threads);
+    check(caller.run() == expected, join(what, " threads=", threads));
+    team.check_size(threads, threads, what);
+  }
+
+  omp_set_dynamic(1);  // the runtime looks at the machine's load
+  check(caller.run() == expected, what + ", a dynamic team");
+  omp_set_dynamic(0);
+  team.check_size(1, 7, what);
+
+#pragma omp teams num_teams(1) thread_limit(2)
+  check(caller.run() == expected, what + ", 2 of 7 threads");
+  team.check_size(1, 2, what + ", of at most 2");
+
+  // Nested teams are allowed, and yet each call is its thread's own.
+  std::vector<std::vector<float>> found(3);
+  omp_set_max_active_levels(2);
+#pragma omp parallel num_threads(3)
+  found[omp_get_thread_num()] = caller.run();
+  omp_set_max_active_levels(1);
+  for (const auto& y : found) check(y == expected, what + ", inside a parallel region");
+  team.check_size(3, 3, what + ", three serial calls");
+
+  std::vector<std::thread> threads;
+  for (auto& y : found) {
+    threads.emplace_back([&] {
+      omp_set_num_threads(2);
+      for (int i = 0; i < 3; ++i) y = caller.run();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const auto& y : found) check(y == expected, what + ", several callers");
+}
+
+}  // namespace
+
+int main() {
+  start();
+  std::vector<std::vector<float>> reference;
+  for (Isa isa : isas_here()) {
+    Part part("teams on " + isa_name(isa));
+    for (const Layer& layer : kLayers) test_teams(isa, layer);
+    for (size_t i = 0; i < std::size(kLayers); ++i) {
+      omp_set_num_threads(3);
+      const std::vector<float> y = Caller(kLayers[i]).run();
+      if (isa == Isa::kReference) reference.push_back(y);
+      check(y == reference[i], join(isa_name(isa), " ", describe(kLayers[i]), ": the reference"));
+    }
+  }
+  return finish();
+}
