@@ -57,9 +57,9 @@ RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
 
 void check_quantizer(const ActivationQuantizer& q) {
   if (q.granularity != Granularity::kStatic) return;
-  SQ_CHECK(std::isfinite(q.scale) && std::isfinite(1.0f / q.scale), "static activation scale is ",
-           q.scale, "; it and its reciprocal must be finite");
-  SQ_CHECK(q.scale > 0.0f, "static activation scale is ", q.scale, "; it must be positive");
+  SQ_CHECK(q.scale > 0.0f && std::isfinite(q.scale) && std::isfinite(1.0f / q.scale),
+           "static activation scale is ", q.scale,
+           "; it must be positive and finite, and its reciprocal too");
   const int centre = q.reduce_range ? 64 : 128;
   SQ_CHECK(q.symmetric ? q.zero_point == centre : q.zero_point >= 0 && q.zero_point <= q.max_code(),
            "static zero point is ", q.zero_point, "; this grid needs ",

@@ -279,20 +279,22 @@ inline std::byte* place_weight(const Problem& p, Guarded& memory, bool at_end) {
 
 // Any blocking within what blocking.h demands.
 inline Blocking random_blocking(const Microkernel& kernel, int64_t k_blocks, Rng& rng) {
-  const int64_t row_step = std::max<int64_t>(kernel.rows, kBlockRows);
   Blocking b;
   b.row_parts = rng.between(1, 4);
   b.strip_parts = rng.between(1, 4);
-  b.rows = rng.between(1, 3) * row_step;
+  b.rows = rng.between(1, 3) * row_step(kernel);
+  b.strip_step = rng.coin() ? kernel.strips : 1;
+  b.panel_strips = rng.between(1, kernel.strips);
   const int64_t unit_panels = rng.between(1, 4);
-  b.unit_strips = unit_panels * kernel.strips;
-  b.strips = rng.between(1, unit_panels) * kernel.strips;
+  b.unit_strips = unit_panels * b.panel_strips;
+  b.strips = rng.between(1, unit_panels) * b.panel_strips;
   b.k_blocks = std::max<int64_t>(1, rng.coin() ? k_blocks : rng.between(1, k_blocks + 1));
   return b;
 }
 
 inline std::string describe(const Blocking& b) {
   return join("blocking ", b.row_parts, "x", b.strip_parts, " rows=", b.rows,
+              " strip_step=", b.strip_step, " panel_strips=", b.panel_strips,
               " unit_strips=", b.unit_strips, " strips=", b.strips, " k_blocks=", b.k_blocks);
 }
 
@@ -300,13 +302,13 @@ inline std::string describe(const Blocking& b) {
 // threads than there are tasks.
 inline void run_blocked(const GemmArgs& args, const Microkernel& kernel, const Blocking& blocking,
                         int threads, Guarded& memory, bool at_end) {
-  std::vector<Taken> taken(blocking.row_parts * blocking.strip_parts);
+  std::vector<WorkCounter> counters(blocking.row_parts * blocking.strip_parts);
   const int64_t own = workspace_sums(kernel, blocking, k_block_count(args.x.k));
   int32_t* const sums = memory.place_filled<int32_t>(own * threads, at_end);
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    run_tasks(args, kernel, row_kernels(kernel.isa), blocking, taken.data(), sums + own * thread,
+    run_tasks(args, kernel, row_kernels(kernel.isa), blocking, counters.data(), sums + own * thread,
               thread);
   }
 }

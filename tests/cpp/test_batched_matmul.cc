@@ -11,22 +11,13 @@
 #include <string>
 #include <vector>
 
-#include "amx_emulator.h"
-#include "guarded.h"
+#include "harness.h"
 #include "sq_cpu/batched_matmul.h"
-#include "sq_cpu/isa.h"
 
 namespace {
 
 using namespace sq_cpu;
-using testing::Guarded;
-
-int g_passed = 0, g_failed = 0;
-
-void check(bool ok, const std::string& what) {
-  ++(ok ? g_passed : g_failed);
-  if (!ok && g_failed <= 20) std::printf("FAILED: %s\n", what.c_str());
-}
+using namespace sq_cpu::testing;
 
 enum class Fill { kRandom, kHigh, kLow, kAlternating };
 enum class Layout { kHeadsFirst, kRowsFirst };  // [B, H, L, D], or [B, L, H, D] seen as that
@@ -178,7 +169,7 @@ std::vector<char> expected(const Case& c, const Operands& o) {
 }
 
 struct Buffers {
-  Guarded a{4 << 20}, b{4 << 20}, y{8 << 20};
+  Guarded a, b, y;
 };
 
 std::vector<char> run(const Case& c, const Operands& o, Buffers& buffers, bool at_end) {
@@ -375,28 +366,17 @@ void test_refusals() {
 }  // namespace
 
 int main() {
-  bool amx_native = false;
-  for (const IsaStatus& s : isa_status()) amx_native |= s.isa == Isa::kAmxInt8 && s.usable();
-  if (!amx_native) testing::install_amx_emulator();
+  start();
   Buffers buffers;
   test_refusals();
-  for (const IsaStatus& s : isa_status()) {
-    const bool emulated = !s.usable() && s.isa == Isa::kAmxInt8 && s.built &&
-                          isa_status()[static_cast<int>(Isa::kAvx512Vnni)].usable();
-    if (!s.usable() && !emulated) {
-      std::printf("%-12s not run: %s\n", s.name.c_str(), s.reason.c_str());
-      continue;
-    }
-    const int before = g_failed;
-    use_isa(s.isa, emulated);
+  for (Isa isa : isas_here()) {
+    Part part("batched matmul on " + isa_name(isa));
+    use(isa);
     test_shapes(buffers);
     test_groups(buffers);
     test_threads(buffers);
     test_deepest(buffers);
     test_not_finite(buffers);
-    std::printf("%-12s %s%s\n", s.name.c_str(), g_failed == before ? "ok" : "FAILED",
-                emulated ? ", emulated" : "");
   }
-  std::printf("%d passed, %d failed\n", g_passed, g_failed);
-  return g_failed ? 1 : 0;
+  return finish();
 }

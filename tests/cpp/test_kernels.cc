@@ -190,7 +190,7 @@ void test_tile_reuse(Bench& bench) {
   const Problem p = make_problem(64, 64, 640, 255, Fill::kUniform, rng);
   bench.load(p, true);
   const Microkernel& amx = choose_microkernel(Isa::kAmxInt8, 255, p.m);
-  constexpr Blocking kUncut{1, 1, 64, 4, 4, 10};
+  constexpr Blocking kUncut{1, 1, 64, 1, 2, 4, 4, 10};
   const AmxCounters before = amx_counters();
   check(bench.run(amx, kUncut, 1, p.n), "a product of whole 2 x 2 tiles");
   const AmxCounters after = amx_counters();
