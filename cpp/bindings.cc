@@ -1,9 +1,11 @@
-// _core: the C++ library under Python's names. Built without torch headers: tensors come as
-// addresses and sizes, checked before by linear.py, so one binary serves every torch.
+// _core: the C++ library under Python's names. Built without torch headers, so one binary serves
+// every torch: tensors come as addresses and sizes, checked before by ops.py; linear_tensor asks
+// the tensors themselves, as Python would.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -52,21 +54,26 @@ void translate(std::exception_ptr raised) {
 
 // METH_FASTCALL: a layer's call costs 0.1 us to get here, through pybind11's dispatcher 0.5 us.
 template <typename... Args, size_t... I>
-void call(void (*function)(Args...), PyObject* const* args, std::index_sequence<I...>) {
+py::object call(void (*function)(Args...), PyObject* const* args, std::index_sequence<I...>) {
   function(py::handle(args[I]).cast<Args>()...);
+  return py::none();
 }
 
-template <typename... Args>
-void call(void (*function)(Args...), PyObject* const* args, Py_ssize_t count) {
+template <typename... Args, size_t... I>
+py::object call(py::object (*function)(Args...), PyObject* const* args, std::index_sequence<I...>) {
+  return function(py::handle(args[I]).cast<Args>()...);
+}
+
+template <typename Result, typename... Args>
+py::object call(Result (*function)(Args...), PyObject* const* args, Py_ssize_t count) {
   SQ_CHECK(count == sizeof...(Args), count, " arguments given, ", sizeof...(Args), " needed");
-  call(function, args, std::index_sequence_for<Args...>());
+  return call(function, args, std::index_sequence_for<Args...>());
 }
 
 template <auto kFunction>
 PyObject* fastcall(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
-    call(kFunction, args, count);
-    Py_RETURN_NONE;
+    return call(kFunction, args, count).release().ptr();
   } catch (py::error_already_set& e) {
     e.restore();
   } catch (const std::bad_alloc&) {
@@ -145,11 +152,112 @@ void linear_requantized(Address codes, Address scale, Address zero_point, int64_
                  epilogue(activation, other, residual, operand_type, n));
 }
 
+// What torch calls its things, looked up once.
+struct Torch {
+  py::object torch = py::module_::import("torch");
+  py::object tensor = torch.attr("Tensor");
+  std::array<std::pair<py::object, DType>, 3> dtypes{{{torch.attr("float32"), DType::kFloat32},
+                                                      {torch.attr("bfloat16"), DType::kBFloat16},
+                                                      {torch.attr("float16"), DType::kFloat16}}};
+  py::object get_num_threads = torch.attr("get_num_threads");
+  py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");
+  py::object dispatch_modes = torch.attr("_C").attr("_len_torch_dispatch_stack");
+  py::object functorch_active = torch.attr("_C").attr("_are_functorch_transforms_active");
+  // Descriptors: x.name would look each up.
+  py::object data_ptr = tensor.attr("data_ptr");
+  py::object dtype = tensor.attr("dtype");
+  py::object is_contiguous = tensor.attr("is_contiguous");
+  py::object is_cpu = tensor.attr("is_cpu");
+  py::object is_neg = tensor.attr("is_neg");
+  py::object new_empty = tensor.attr("new_empty");
+  py::object requires_grad = tensor.attr("requires_grad");
+  py::object shape = tensor.attr("shape");
+
+  static const Torch& get() {
+    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> torch;
+    return torch.call_once_and_store_result([] { return Torch(); }).get_stored();
+  }
+};
+
+py::object owned(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+py::object get(py::handle object, py::handle descriptor) {
+  return owned(Py_TYPE(descriptor.ptr())
+                   ->tp_descr_get(descriptor.ptr(), object.ptr(),
+                                  reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))));
+}
+
+py::object invoke(py::handle function, PyObject* const* arguments, size_t count) {
+  return owned(PyObject_Vectorcall(function.ptr(), arguments, count, nullptr));
+}
+
+py::object invoke(py::handle function) { return invoke(function, nullptr, 0); }
+
+py::object invoke(py::handle function, py::handle argument) {
+  return invoke(function, &argument.ptr(), 1);
+}
+
+bool truth(const py::object& object) {
+  const int value = PyObject_IsTrue(object.ptr());
+  if (value < 0) throw py::error_already_set();
+  return value != 0;
+}
+
+Address address(py::handle tensor) { return invoke(Torch::get().data_ptr, tensor).cast<Address>(); }
+
+// An ordinary tensor that nothing traces or transforms; torch.compile's tracer is not seen here.
+bool is_plain(py::handle x) {
+  const Torch& torch = Torch::get();
+  return Py_TYPE(x.ptr()) == reinterpret_cast<PyTypeObject*>(torch.tensor.ptr()) &&
+         invoke(torch.tracing_state).is_none() && !truth(invoke(torch.dispatch_modes)) &&
+         !truth(invoke(torch.functorch_active));
+}
+
+// y of a call that needs nothing changed or explained; None leaves the others to ops.py.
+py::object linear_tensor(py::handle x, py::handle weight, int64_t k, int64_t n,
+                         const Quantizer& quantizer) {
+  constexpr size_t kMaxRank = 8;
+  if (!is_plain(x)) return py::none();
+  const Torch& torch = Torch::get();
+  const py::object dtype = get(x, torch.dtype);
+  const auto known = std::find_if(torch.dtypes.begin(), torch.dtypes.end(),
+                                  [&](const auto& each) { return each.first.is(dtype); });
+  if (known == torch.dtypes.end()) return py::none();
+
+  const auto shape = get(x, torch.shape).cast<py::tuple>();
+  const size_t rank = shape.size();
+  if (rank < 1 || rank > kMaxRank) return py::none();
+  std::array<PyObject*, kMaxRank + 1> y_arguments{x.ptr()};
+  int64_t m = 1;
+  for (size_t i = 0; i + 1 < rank; ++i) {
+    y_arguments[i + 1] = PyTuple_GET_ITEM(shape.ptr(), i);
+    m *= py::handle(y_arguments[i + 1]).cast<int64_t>();
+  }
+  if (py::handle(PyTuple_GET_ITEM(shape.ptr(), rank - 1)).cast<int64_t>() != k ||
+      !truth(get(x, torch.is_cpu)) || !truth(get(weight, torch.is_cpu)) ||
+      truth(get(x, torch.requires_grad)) || truth(invoke(torch.is_neg, x)) ||
+      !truth(invoke(torch.is_contiguous, x))) {
+    return py::none();
+  }
+
+  const py::int_ columns(n);
+  y_arguments[rank] = columns.ptr();
+  py::object y = invoke(torch.new_empty, y_arguments.data(), rank + 1);
+  invoke(torch.get_num_threads);  // torch sets OpenMP's count for this thread only when it is asked
+  linear(address(x), known->second, m, address(weight), n, k, quantizer, address(y),
+         Activation::kNone, 0, 0);
+  return y;
+}
+
 PyMethodDef fast_functions[] = {
 #define SQ_FAST(name, arguments)                                                        \
   {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fastcall<&name>)), \
    METH_FASTCALL, #name arguments}
     SQ_FAST(linear, "(x, x_type, m, packed, n, k, quantizer, y, activation, other, residual)"),
+    SQ_FAST(linear_tensor, "(x, packed, in_features, out_features, quantizer)"),
     SQ_FAST(quantize_activations, "(x, x_type, m, k, quantizer, codes, scale, zero_point)"),
     SQ_FAST(linear_quantized,
             "(codes, scale, zero_point, m, max_code, packed, n, k, y, y_type, activation, other, "
@@ -236,6 +344,7 @@ PYBIND11_MODULE(_core, m) {
                              t[5].cast<std::vector<float>>()};
           }));
 
+  m.def("is_plain", &is_plain, py::arg("x"));
   m.attr("MAX_DEPTH") = sq_cpu::kMaxDepth;
   m.def("isa", &isa);
   m.def("microkernel_name", &sq_cpu::microkernel_name, py::arg("max_code"), py::arg("m"));

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 MAX_DEPTH: int
 
 class DType:
@@ -35,6 +37,8 @@ class ActivationQuantizer:
     @property
     def max_code(self) -> int: ...
 
+# Blind to torch.compile's tracer; see ops.is_plain.
+def is_plain(x: object) -> bool: ...
 def isa() -> dict[str, Any]: ...
 def microkernel_name(max_code: int, m: int) -> str: ...
 def use_isa(name: str, emulated: bool = False) -> None: ...
@@ -58,6 +62,16 @@ def linear(
     residual: int,
     /,
 ) -> None: ...
+
+# Of x [..., in_features]; None for a call that ops.linear must prepare or refuse, or torch sees.
+def linear_tensor(
+    x: object,
+    packed: Tensor,
+    in_features: int,
+    out_features: int,
+    quantizer: ActivationQuantizer,
+    /,
+) -> Tensor | None: ...
 def quantize_activations(
     x: int,
     x_type: DType,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from sq_cpu import _core, ops
 from sq_cpu.errors import SqCpuError
@@ -206,6 +207,10 @@ class QuantLinear(nn.Module):
         steps = None
         if activation is not None or other is not None or residual is not None:
             steps = Epilogue(activation, other, residual)
+        elif not is_compiling():
+            y = _core.linear_tensor(x, packed, self.in_features, self.out_features, self._quantizer)
+            if y is not None:
+                return y
         if isinstance(x, QuantizedActivation):
             self._check_quantized(x)
             return ops.linear_quantized(x, packed, self.out_features, steps or Epilogue())

@@ -38,11 +38,6 @@ _DTYPES = {
 _ACTIVATIONS = {None: _core.Activation.none} | {
     name: getattr(_core.Activation, name) for name in get_args(Activation)
 }
-# Bound once: each dotted name would cost a call of a layer some 20 ns.
-_tracing_state = torch._C._get_tracing_state
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_functorch_active = torch._C._are_functorch_transforms_active
-
 _NO_STEPS = (_core.Activation.none, 0, 0)
 
 _NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad()"
@@ -120,13 +115,7 @@ def make_quantizer(
 
 def is_plain(x: object) -> bool:
     """Tell whether `x` is an ordinary tensor that nothing traces or transforms."""
-    return (
-        type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and _tracing_state() is None
-        and not _dispatch_modes()
-        and not _functorch_active()
-    )
+    return not torch.compiler.is_compiling() and _core.is_plain(x)
 
 
 class Epilogue(NamedTuple):

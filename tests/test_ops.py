@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
-from sq_cpu import QuantLinear, Scheme, SqCpuError
+from sq_cpu import QuantLinear, Scheme, SqCpuError, _core, ops
 from sq_cpu.ops import Activation, QuantizedActivation
 from sq_cpu.rounding import quantize_rows
 
@@ -361,3 +363,71 @@ def test_a_decoder_block_of_a_real_model(
     assert (
         (fused - exact).abs() <= 1.01 * (ROUNDING[dtype] + 2.0**-24) * exact.abs() + SMALLEST[dtype]
     ).all()
+
+
+def fast(layer: QuantLinear, x: object) -> Tensor | None:
+    sizes = layer.in_features, layer.out_features
+    return _core.linear_tensor(x, layer.packed, *sizes, layer._quantizer)
+
+
+@each_scheme
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_short_way_gives_the_same_bits(scheme: Scheme, dtype: torch.dtype) -> None:
+    layer = make(65, 33, scheme, scales(65))
+    for leading in ((), (0,), (1,), (17,), (2, 3), (2, 0, 3), (1,) * 7):
+        x = torch.randn(*leading, 65).to(dtype)
+        y = fast(layer, x)
+        assert y is not None
+        assert (y.shape, y.dtype) == ((*leading, 33), dtype)
+        assert torch.equal(y, ops.linear(x, layer.packed, 65, 33, layer._quantizer))
+        assert torch.equal(y, layer(x))
+
+
+def test_the_short_way_leaves_what_is_irregular() -> None:
+    layer = make(8, 4, Scheme())
+    x = torch.randn(5, 8)
+    irregular: list[object] = [
+        x.double(),
+        x[:, :7].contiguous(),
+        torch.tensor(1.0),
+        torch.zeros(2, 8, device="meta"),
+        torch.zeros(2, 8, requires_grad=True),
+        torch._neg_view(x),
+        torch.randn(8, 5).T,
+        torch.randn((1,) * 8 + (8,)),
+        nn.Parameter(x, requires_grad=False),
+        None,
+    ]
+    assert [fast(layer, each) for each in irregular] == [None] * len(irregular)
+    assert fast(layer, x) is not None
+    layer.to("meta")
+    assert fast(layer, x) is None
+    with pytest.raises(SqCpuError, match="weights on meta"):
+        layer(x)
+
+
+def test_the_short_way_counts_its_references() -> None:
+    class NoMemory(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is Tensor.new_empty:
+                raise MemoryError("no memory for y")
+            return func(*args, **(kwargs or {}))
+
+    layer = make(2000, 3000, Scheme())
+    x, wrong = torch.randn(1000, 2000)[:1], torch.randn(2, 1999)
+    held = (x, wrong, layer.packed, layer._quantizer, x.dtype)
+    other = x.new_empty(1, 3000)
+
+    def counts() -> list[int]:
+        return [sys.getrefcount(each) for each in held]
+
+    before = counts()
+    for _ in range(100):
+        y = fast(layer, x)
+        assert sys.getrefcount(y) == sys.getrefcount(other)
+        assert fast(layer, wrong) is None
+        with NoMemory(), pytest.raises(MemoryError, match="no memory for y"):
+            fast(layer, x)
+    assert counts() == before
