@@ -78,8 +78,12 @@ PyObject* fastcall(PyObject*, PyObject* const* args, Py_ssize_t count) {
     e.restore();
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
-  } catch (...) {
-    translate(std::current_exception());
+  } catch (const std::exception& e) {
+    try {
+      translate(std::current_exception());
+    } catch (...) {  // nothing may pass through Python's own frames
+      PyErr_SetString(PyExc_RuntimeError, e.what());
+    }
   }
   return nullptr;
 }

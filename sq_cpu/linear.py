@@ -214,7 +214,8 @@ class QuantLinear(nn.Module):
         if isinstance(x, QuantizedActivation):
             self._check_quantized(x)
             return ops.linear_quantized(x, packed, self.out_features, steps or Epilogue())
-        if ops.is_plain(x):
+        operands = [operand for operand in (other, residual) if operand is not None]
+        if ops.is_plain(x) and all(ops.is_plain(operand) for operand in operands):
             return ops.linear(
                 x, packed, self.in_features, self.out_features, self._quantizer, steps
             )
