@@ -39,10 +39,6 @@ constexpr int64_t kPanels = 8;
 // With no more groups of rows than this, a panel is hardly read again from L1.
 constexpr int64_t kFewGroups = 2;
 
-// Rows that a panel of weights serves before it is read again. From 256 rows on, what is read for
-// them takes a tenth of the arithmetic's time or less, on every machine measured.
-constexpr int64_t kBlockOfRows = 256;
-
 int64_t cache_bytes(int level, int64_t otherwise) {
   const long reported = sysconf(level);
   return reported > 0 ? reported : otherwise;
@@ -124,11 +120,11 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
     const int64_t rows = std::min(m, ceil_div(ceil_div(m, step), row_parts) * step);
     const int64_t columns = ceil_div(strips, strip_parts) * kStripColumns;
     const double area = kernel.rows * kernel.strips;
-    const double read = rows + double(columns) * ceil_div(rows, kBlockOfRows);
+    const double read = rows + double(columns) * ceil_div(rows, kMostRows);
     const double cost = double(rows) * columns + area * read;
     if (least < 0 || cost < least) {
       least = cost;
-      best = {row_parts, strip_parts, near_equal(rows, step, kBlockOfRows), 1, 0, 0, 0, 0};
+      best = {row_parts, strip_parts, near_equal(rows, step, kMostRows), 1, 0, 0, 0, 0};
     }
   }
   const int64_t task_strips = ceil_div(strips, best.strip_parts);
