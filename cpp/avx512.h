@@ -60,6 +60,13 @@ void register_block(const TileArgs& t) {
         }
       }
     }
+    if constexpr (kRows > kStreamingRows) {
+      // The next group's codes, from L2: mostly the rows that follow in the block.
+#pragma GCC unroll 6
+      for (int row = kRows; row < 2 * kRows; ++row) {
+        _mm_prefetch(reinterpret_cast<const char*>(u + row * kTileDepth), _MM_HINT_T0);
+      }
+    }
     u += t.u_tile;
 #pragma GCC unroll 4
     for (int s = 0; s < kStrips; ++s) w[s] += kTileBytes;

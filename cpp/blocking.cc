@@ -143,8 +143,8 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
   if (m <= kFewGroups * kernel.rows) {
     // The panel passes by too: to cut k would only make it pass in pieces.
   } else if (kernel.home == PanelHome::kL1) {
-    // Two thirds of L1 for the panel; the rest for codes and sums passing by.
-    deepest = l1_bytes() * 2 / 3 / (best.panel_strips * kTileBytes);
+    // Five sixths of L1 for the panel; the rest for codes and sums passing by.
+    deepest = l1_bytes() * 5 / 6 / (best.panel_strips * kTileBytes);
   } else {
     // Half of L2 for the codes; the other half for two panels, in use and next, and the sums.
     deepest = l2_bytes() / 2 / (best.rows * kTileDepth);
