@@ -139,7 +139,7 @@ struct StripArgs {
   bool column_sums;  // else zeros
 };
 
-// What is beside the product, compiled once per vector width from rows.h, saturation.h and
+// What is beside the product, compiled once per vector width from rows.h, count_saturated.h and
 // strips.h.
 struct RowKernels {
   RowStats (*stats[3])(const RowArgs&);  // by DType of x

@@ -5,7 +5,7 @@
 
 #include "activations.h"
 #include "kernel.h"
-#include "saturation.h"
+#include "count_saturated.h"
 #include "strips.h"
 #include "vec.h"
 
