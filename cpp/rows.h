@@ -4,8 +4,8 @@
 #pragma once
 
 #include "activations.h"
-#include "kernel.h"
 #include "count_saturated.h"
+#include "kernel.h"
 #include "strips.h"
 #include "vec.h"
 
