@@ -1,4 +1,3 @@
-#include <omp.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -8,6 +7,7 @@
 #include "check.h"
 #include "gemm.h"
 #include "sq_cpu/linear.h"
+#include "team.h"
 
 namespace sq_cpu {
 namespace {
@@ -22,9 +22,6 @@ void ask_for_huge_pages(std::byte* data, int64_t bytes) {
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
-
-// Serial inside another parallel region: the team's other threads are busy there.
-int own_team() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
 // Offset of W[16s + c][k] within strip s.
 int64_t element_offset(int64_t c, int64_t k) {
@@ -71,7 +68,7 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
            "weight or scale is null");
   SQ_CHECK(packed != nullptr || bytes == 0, "packed is null");
   bool out_of_range = false;
-#pragma omp parallel for num_threads(own_team()) schedule(static) reduction(|| : out_of_range)
+#pragma omp parallel for num_threads(whole_team()) schedule(static) reduction(|| : out_of_range)
   for (int64_t row = 0; row < n; ++row) {
     out_of_range = out_of_range || (k > 0 && std::memchr(weight + row * k, -128, k) != nullptr);
   }
@@ -80,7 +77,7 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
   ask_for_huge_pages(packed, bytes);
   const int64_t strips = strip_count(n);
   // Contiguous shares, as those of a product of few rows: who will read a strip touches it first.
-#pragma omp parallel for num_threads(own_team()) schedule(static)
+#pragma omp parallel for num_threads(whole_team()) schedule(static)
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t n0 = s * kStripColumns;
     pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
@@ -92,7 +89,7 @@ void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, flo
   check_shape(packed.n, packed.k);
   SQ_CHECK(packed.data != nullptr || packed.n == 0, "the packed weight is null");
   const int64_t tiles = k_block_count(packed.k) * kTileBytes;
-#pragma omp parallel for num_threads(own_team()) schedule(static)
+#pragma omp parallel for num_threads(whole_team()) schedule(static)
   for (int64_t n = 0; n < packed.n; ++n) {
     const std::byte* strip = packed.data + n / kStripColumns * strip_bytes(packed.k);
     const int64_t c = n % kStripColumns;

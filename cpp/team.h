@@ -23,10 +23,12 @@ class DefaultFloatMode {
   unsigned saved_;
 };
 
-// Threads for a product of [m, k] and [n, k]. Serial inside another parallel region: the team's
-// other threads are busy there.
+// The threads there are. Serial inside another parallel region: the team's others are busy there.
+inline int whole_team() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+
+// Those worth starting for a product of [m, k] and [n, k].
 inline int team_size(int64_t m, int64_t n, int64_t k) {
-  return omp_in_parallel() ? 1 : useful_threads(m, n, k, omp_get_max_threads());
+  return useful_threads(m, n, k, whole_team());
 }
 
 // Calls task(thread, threads) in each thread of a team. The runtime may give fewer than asked for.

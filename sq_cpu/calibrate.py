@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,15 @@ from sq_cpu.families import check_ignore, quantizable_linears
 from sq_cpu.files import replacing
 from sq_cpu.progress import track
 
-__all__ = ["Batch", "Calibration", "calibrate", "check_length", "evaluating", "model_inputs"]
+__all__ = [
+    "Batch",
+    "Calibration",
+    "calibrate",
+    "check_length",
+    "evaluating",
+    "model_inputs",
+    "watching_inputs",
+]
 
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 1
@@ -152,7 +160,11 @@ def calibrate(
     ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
     recent = _Recent()
     count = 0
-    with evaluating(model), _hooked(linears, ranges, recent):
+
+    def see(name: str, x: Tensor) -> None:
+        ranges[name].add(x, recent)
+
+    with evaluating(model), watching_inputs(linears, "input", see):
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
             recent.begin(count, kwargs.get("attention_mask"))
             model(*args, **kwargs)
@@ -304,15 +316,17 @@ class _ChannelRange:
 
 
 @contextmanager
-def _hooked(
-    linears: Mapping[str, nn.Linear], ranges: Mapping[str, _ChannelRange], recent: _Recent
+def watching_inputs(
+    modules: Mapping[str, nn.Module], argument: str, see: Callable[[str, Any], None]
 ) -> Iterator[None]:
-    def watch(seen: _ChannelRange) -> Any:
-        return lambda _module, args, kwargs: seen.add(args[0] if args else kwargs["input"], recent)
+    """Call see(name, input) before every call of a module; `argument` names its input."""
+
+    def hook(name: str) -> Any:
+        return lambda _module, args, kwargs: see(name, args[0] if args else kwargs[argument])
 
     handles = [
-        linear.register_forward_pre_hook(watch(ranges[name]), with_kwargs=True)
-        for name, linear in linears.items()
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
     ]
     try:
         yield

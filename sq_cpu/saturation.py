@@ -7,16 +7,16 @@ for 7-bit activations only, whose sums fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from sq_cpu.calibrate import Batch, evaluating, model_inputs
+from sq_cpu.calibrate import Batch, evaluating, model_inputs, watching_inputs
 from sq_cpu.errors import SqCpuError
 from sq_cpu.linear import QuantLinear
+from sq_cpu.ops import QuantizedActivation
 
 __all__ = ["Saturation", "SaturationCount", "count_saturation"]
 
@@ -73,30 +73,13 @@ def count_saturation(
     if not linears:
         raise SqCpuError("no int8 linear in the model: quantize it first")
     counts = dict.fromkeys(linears, (0, 0))
-    with evaluating(model), _hooked(linears, counts):
+
+    def see(name: str, x: Tensor | QuantizedActivation) -> None:
+        pairs, saturated = linears[name].count_saturation(x)
+        before = counts[name]
+        counts[name] = (before[0] + pairs, before[1] + saturated)
+
+    with evaluating(model), watching_inputs(linears, "x", see):
         for args, kwargs in model_inputs(model, batches, "saturation", "counting", progress):
             model(*args, **kwargs)
     return Saturation({name: SaturationCount(*count) for name, count in counts.items()})
-
-
-@contextmanager
-def _hooked(
-    linears: Mapping[str, QuantLinear], counts: dict[str, tuple[int, int]]
-) -> Iterator[None]:
-    def watch(name: str) -> Any:
-        def count(linear: QuantLinear, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            pairs, saturated = linear.count_saturation(args[0] if args else kwargs["x"])
-            before = counts[name]
-            counts[name] = (before[0] + pairs, before[1] + saturated)
-
-        return count
-
-    handles = [
-        linear.register_forward_pre_hook(watch(name), with_kwargs=True)
-        for name, linear in linears.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
