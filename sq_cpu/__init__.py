@@ -12,6 +12,7 @@ from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity
+from sq_cpu.families import Family, Group, Stack, register_family
 from sq_cpu.linear import QuantLinear
 from sq_cpu.ops import QuantizedActivation
 from sq_cpu.quantize import quantize
@@ -25,6 +26,8 @@ __version__ = _version("sq_cpu")
 
 __all__ = [
     "Calibration",
+    "Family",
+    "Group",
     "QuantLinear",
     "QuantizedActivation",
     "Saturation",
@@ -32,12 +35,14 @@ __all__ = [
     "Scheme",
     "SmoothPlan",
     "SqCpuError",
+    "Stack",
     "calibrate",
     "count_saturation",
     "isa",
     "load",
     "perplexity",
     "quantize",
+    "register_family",
     "save",
     "tune",
 ]

@@ -21,8 +21,8 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import check_ignore, quantizable_linears
 from sq_cpu.files import replacing
+from sq_cpu.linears import check_ignore, linearized, quantizable_linears
 from sq_cpu.progress import track
 
 __all__ = [
@@ -36,9 +36,12 @@ __all__ = [
 ]
 
 _FORMAT = "sq_cpu.calibration"
-_VERSION = 1
+_VERSION = 2
+_EXAMPLE_TOKENS = 32
+_PLAIN = (bool, int, float, str, type(None))
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,8 @@ class Calibration:
     batches: int
     unreached: tuple[str, ...] = field(default=())
     """Linears that no batch reached; they have no ranges."""
+    example: Example | None = None
+    """The first batch, sequences of token ids cut to their first 32: what folds are proven with."""
 
     def absmax(self, name: str) -> Tensor:
         """Return max|X_j| of a linear's input, fp32 [in_features]."""
@@ -89,6 +94,8 @@ class Calibration:
         tensors = {f"channel_min.{name}": value for name, value in self.channel_min.items()}
         tensors |= {f"channel_max.{name}": value for name, value in self.channel_max.items()}
         tensors |= {f"rows.{name}": value for name, value in self.rows.items()}
+        given, plain = _split_example(self.example)
+        tensors |= {f"example.{key}": value for key, value in given.items()}
         header = {
             "format": _FORMAT,
             "format_version": _VERSION,
@@ -96,6 +103,7 @@ class Calibration:
             "batches": self.batches,
             "unreached": list(self.unreached),
             "fingerprints": self.fingerprints,
+            "example": plain,
         }
         with replacing(path) as temporary:
             temporary.write_bytes(safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
@@ -112,9 +120,9 @@ class Calibration:
             raise SqCpuError(f"cannot read the calibration {path}: {error}") from error
         if header is None:
             raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
-        low, high, rows = (
+        low, high, rows, given = (
             {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in ("channel_min.", "channel_max.", "rows.")
+            for kind in ("channel_min.", "channel_max.", "rows.", "example.")
         )
         try:
             if header["format_version"] > _VERSION:
@@ -124,11 +132,33 @@ class Calibration:
                 )
             tokens, batches = int(header["tokens"]), int(header["batches"])
             unreached, fingerprints = tuple(header["unreached"]), dict(header["fingerprints"])
+            example = _join_example(given, header.get("example"))
         except (KeyError, TypeError) as error:
             raise SqCpuError(
                 f"the header of {path} is not one that sq_cpu writes: calibrate again"
             ) from error
-        return cls(low, high, rows, fingerprints, tokens, batches, unreached)
+        return cls(low, high, rows, fingerprints, tokens, batches, unreached, example)
+
+
+def _split_example(example: Example | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return an example's tensors and the rest by position or keyword; None: JSON cannot say it."""
+    args, kwargs = example or ((), {})
+    values = {str(index): value for index, value in enumerate(args)} | kwargs
+    given = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    plain = {key: value for key, value in values.items() if key not in given}
+    if example is None or not all(isinstance(value, _PLAIN) for value in plain.values()):
+        return {}, None
+    return {key: value.contiguous() for key, value in given.items()}, plain
+
+
+def _join_example(given: dict[str, Tensor], plain: dict[str, Any] | None) -> Example | None:
+    """Put together what `Calibration.save` took apart; None of a file without an example."""
+    if plain is None:
+        return None
+    values = given | plain
+    positions = sorted(int(key) for key in values if key.isdigit())
+    args = tuple(values[str(index)] for index in positions)
+    return args, {key: value for key, value in values.items() if not key.isdigit()}
 
 
 def calibrate(
@@ -153,6 +183,17 @@ def calibrate(
     the model's context, when an activation is NaN or infinite, when the model has no linear, and
     for an entry of `ignore` that matches none.
     """
+    with linearized(model):
+        return _calibrate(model, batches, ignore, rows, progress)
+
+
+def _calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    ignore: tuple[str, ...],
+    rows: int,
+    progress: bool | None,
+) -> Calibration:
     check_ignore(model, ignore)
     linears = quantizable_linears(model, ignore)
     if not linears:
@@ -160,12 +201,14 @@ def calibrate(
     ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
     recent = _Recent()
     count = 0
+    example: Example | None = None
 
     def see(name: str, x: Tensor) -> None:
         ranges[name].add(x, recent)
 
     with evaluating(model), watching_inputs(linears, "input", see):
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
+            example = example or _example_of(args, kwargs)
             recent.begin(count, kwargs.get("attention_mask"))
             model(*args, **kwargs)
             recent.forget()
@@ -180,7 +223,24 @@ def calibrate(
         tokens=max((seen.rows for seen in reached.values()), default=0),
         batches=count,
         unreached=tuple(name for name in ranges if name not in reached),
+        example=example,
     )
+
+
+def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """Copy a batch; if its token ids and masks are all of one length, its first tokens only."""
+
+    def is_ids(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+    lengths = {value.shape[1] for value in (*args, *kwargs.values()) if is_ids(value)}
+
+    def cut(value: Any) -> Any:
+        if is_ids(value) and len(lengths) == 1:
+            return value[:, :_EXAMPLE_TOKENS].clone()
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
 
 
 def model_inputs(

@@ -44,6 +44,7 @@ from transformers.initialization import no_init_weights
 
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.linear import QuantLinear
+from sq_cpu.linears import linearize
 from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 
 __all__ = ["load", "save"]
@@ -489,6 +490,7 @@ def restore(
     Each tensor is read, converted to ``dtype`` (None: as stored) or packed, and released before
     the next. ``SqCpuError`` names a layer or tensor that is missing, unexpected or misshapen.
     """
+    linearize(model)
     replace_linears(model, _empty_layers(folder, model, record))
     _fill(model, folder, files, dtype)
     mark_quantized(model, record)

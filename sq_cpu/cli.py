@@ -33,7 +33,6 @@ from sq_cpu import checkpoint, demo, hf, texts
 from sq_cpu.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
-from sq_cpu.families import smoothing_groups
 from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import quantize as quantize_model
 from sq_cpu.runtime import isa
@@ -172,8 +171,6 @@ def quantize_command(
 
     start = time.perf_counter()
     loaded, tokenizer = _load(model, dtype)
-    if smooth:
-        _check_smoothable(loaded)
     float_bytes = demo.linear_bytes(loaded, settings.ignore)
     calibration = None
     if smooth or settings.activations == "static":
@@ -444,14 +441,6 @@ def _check_output(folder: Path, overwrite: bool) -> None:
         raise SqCpuError(
             f"cannot write to {place} ({error.strerror}); give -o another folder"
         ) from error
-
-
-def _check_smoothable(model: nn.Module) -> None:
-    """Refuse a model of no known family, before the long work."""
-    try:
-        smoothing_groups(model)
-    except SqCpuError as error:
-        raise SqCpuError(str(error).replace("smooth=False", "--no-smooth")) from error
 
 
 def _check_finite(value: float, what: str) -> None:

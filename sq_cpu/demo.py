@@ -18,8 +18,8 @@ from sq_cpu import checkpoint, texts
 from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
-from sq_cpu.families import quantizable_linears
 from sq_cpu.linear import QuantLinear
+from sq_cpu.linears import linearized, quantizable_linears
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import isa
 from sq_cpu.scheme import Scheme
@@ -193,8 +193,9 @@ def answer_ids(tokenizer: Any, question: str, *, chat: bool) -> Tensor:
 def linear_bytes(model: nn.Module, ignore: tuple[str, ...] = _IGNORE) -> int:
     """Return the resident bytes of a model's linears, int8 or float, biases and scales included."""
     total = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
-    for linear in quantizable_linears(model, ignore).values():
-        total += sum(parameter.nbytes for parameter in linear.parameters())
+    with linearized(model):
+        for linear in quantizable_linears(model, ignore).values():
+            total += sum(parameter.nbytes for parameter in linear.parameters())
     return total
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +13,19 @@ from torch.nn.utils.parametrize import is_parametrized
 from sq_cpu import _core
 from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import check_ignore, is_ignored, quantizable_linears
-from sq_cpu.folding import apply_scales
 from sq_cpu.linear import QuantLinear
+from sq_cpu.linears import (
+    check_ignore,
+    float_linears,
+    is_ignored,
+    linearize,
+    quantizable_linears,
+    restore_modules,
+)
 from sq_cpu.progress import track
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan, consumer_scales, plan_scales
+from sq_cpu.smooth import Smoothed, SmoothPlan, consumer_scales, fold_scales, plan_scales
 
 __all__ = ["QuantizationRecord", "mark_quantized", "quantize", "replace_linears"]
 
@@ -30,11 +36,13 @@ class QuantizationRecord:
 
     scheme: Scheme
     plan: SmoothPlan | None
-    """None for a model that was not smoothed."""
+    """As it was carried out; None for a model that was not smoothed."""
     layers: tuple[str, ...]
     """Full names of the quantized linears."""
     smoothed: tuple[str, ...] = ()
     """Full names of those that divide their input by a smoothing scale of their own."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Linears left in float, by full name, and why."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON types; `smoothed` only where there are such layers."""
@@ -45,6 +53,7 @@ class QuantizationRecord:
             "plan": plan,
             "layers": list(self.layers),
             **smoothed,
+            "kept": dict(self.kept),
         }
 
     @classmethod
@@ -59,6 +68,7 @@ class QuantizationRecord:
             plan=None if plan is None else SmoothPlan.from_dict(plan),
             layers=tuple(layers),
             smoothed=tuple(values.get("smoothed", ())),
+            kept=dict(values.get("kept", {})),
         )
 
 
@@ -73,47 +83,60 @@ def quantize(
 ) -> nn.Module:
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
 
-    With `plan=None` every group with a linear to quantize is smoothed at alpha 0.5. `smooth=False`
-    leaves the weights as they are (naive W8A8) and takes any module that calls its linears; only
-    there, and with a scheme that is not static, may the calibration be omitted. Afterwards the
-    model is in evaluation mode, has no gradients, and carries a `QuantizationRecord` as
-    `model.sq_cpu_config`. Extra memory is that of `apply_scales`, then that of one linear.
+    With `plan=None` every linear to quantize is smoothed at alpha 0.5. `smooth=False` leaves the
+    weights as they are (naive W8A8); only there, and with a scheme that is not static, may the
+    calibration be omitted. Linears that no batch reached (an expert that no token was routed to)
+    stay in float where the scheme is static, and are not smoothed otherwise.
 
-    Raises `SqCpuError` before anything is changed: for an unknown scheme or family, an entry of
-    `ignore` that matches no linear, a model that is quantized already or has no linear, linears
-    with hooks or parametrizations or in a module that reads their weight itself, weights that are
-    NaN, Inf or too long for int32 sums, a calibration that misses a layer, is older than its
-    weights or not finite, and a fold that would change the model's function.
+    Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
+    as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
+    why. transformers' Conv1D, FalconLinear and 3-D experts are then linears of their own (see
+    `sq_cpu.linears`). Extra memory is that of the proof of the folds, then that of one linear.
+
+    Raises `SqCpuError` before anything is changed: for an unknown scheme, an entry of `ignore` that
+    matches no linear, a model that is quantized already or has no linear, linears with hooks or
+    parametrizations or in a module that reads their weight itself, weights that are NaN, Inf or
+    too long for int32 sums, and a calibration that is older than the weights or not finite.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())
-    check_ignore(model, scheme.ignore)
-    linears = quantizable_linears(model, scheme.ignore)
-    _check_model(model, linears)
-    _check_replaceable(model, scheme.ignore)
-    _check_calibration(linears, calibration, needed=smooth or scheme.activations == "static")
     if plan is not None and not smooth:
         raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
-
-    scales: dict[str, Tensor] = {}
-    by_linear: dict[str, Tensor] = {}
-    if smooth:
-        assert calibration is not None  # _check_calibration raised otherwise
-        plan = plan or SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
-        scales = plan_scales(model, plan, calibration)
-        by_linear = consumer_scales(model, scales)
-    ranges: dict[str, tuple[float, float]] = {}
-    if calibration is not None and scheme.activations == "static":
-        ranges = _input_ranges(calibration, tuple(linears), by_linear)
-    if smooth:
-        apply_scales(model, scales)
+    replaced = linearize(model)
+    try:
+        check_ignore(model, scheme.ignore)
+        linears = quantizable_linears(model, scheme.ignore)
+        kept = float_linears(model, scheme.ignore)
+        _check_model(model, linears)
+        _check_replaceable(model, scheme.ignore)
+        _check_calibration(linears, calibration, needed=smooth or scheme.activations == "static")
+        smoothed = Smoothed(SmoothPlan(()), {}, frozenset())
+        if smooth:
+            assert calibration is not None  # _check_calibration raised otherwise
+            plan = plan or SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
+            scales = plan_scales(model, plan, calibration)
+            ranges = _input_ranges(scheme, calibration, linears, consumer_scales(scales))
+            smoothed = fold_scales(model, plan, scales, calibration.example)
+            plan = smoothed.plan
+        else:
+            ranges = _input_ranges(scheme, calibration, linears, {})
+    except BaseException:
+        restore_modules(replaced)
+        raise
+    if scheme.activations == "static":
+        unreached = [name for name in linears if name not in ranges]
+        kept |= dict.fromkeys(unreached, "no calibration batch reached it")
+        linears = {name: linear for name, linear in linears.items() if name in ranges}
 
     layers = tuple(linears)
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
         _untie(model, linear)
-        replace_linears(model, {name: QuantLinear.from_float(linear, scheme, ranges.get(name))})
-    mark_quantized(model, QuantizationRecord(scheme, plan, layers))
+        s = smoothed.scales[name] if name in smoothed.in_pass else None
+        layer = QuantLinear.from_float(linear, scheme, ranges.get(name), smoothing=s)
+        replace_linears(model, {name: layer})
+    in_pass = tuple(name for name in layers if name in smoothed.in_pass)
+    mark_quantized(model, QuantizationRecord(scheme, plan, layers, in_pass, kept))
     return model
 
 
@@ -166,7 +189,7 @@ def _check_model(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 def _check_replaceable(model: nn.Module, ignore: tuple[str, ...]) -> None:
     """Raise for a linear that does more than its forward, or whose parent never calls it."""
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or is_ignored(name, ignore):
+        if not isinstance(module, nn.Linear) or is_ignored(model, name, ignore):
             continue
         if is_parametrized(module):
             raise SqCpuError(
@@ -196,15 +219,28 @@ def _check_calibration(
             "or a dynamic scheme with smooth=False"
         )
     for name, linear in linears.items():
-        calibration.check_weight(name, linear)
+        if name not in calibration.unreached:
+            calibration.check_weight(name, linear)
+    if calibration.unreached and not set(linears).difference(calibration.unreached):
+        raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
 
 
 def _input_ranges(
-    calibration: Calibration, names: tuple[str, ...], scales: Mapping[str, Tensor]
+    scheme: Scheme,
+    calibration: Calibration | None,
+    names: Iterable[str],
+    scales: Mapping[str, Tensor],
 ) -> dict[str, tuple[float, float]]:
-    """Return the range of each linear's smoothed input: exact, for s > 0 keeps the order."""
-    ranges = {}
+    """Return the range of each linear's smoothed input: exact, for s > 0 keeps the order.
+
+    Only a static scheme needs them; a linear that no batch reached has none.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+    if calibration is None or scheme.activations != "static":
+        return ranges
     for name in names:
+        if name in calibration.unreached:
+            continue
         low, high = calibration.channels(name)
         if name in scales:
             low, high = low / scales[name], high / scales[name]

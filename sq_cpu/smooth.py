@@ -1,7 +1,8 @@
 """SmoothQuant: X W^T = (X / s) (W s)^T, with the division folded into whatever makes X.
 
 `smoothing_scales` is the rule, `SmoothPlan` says which group gets it and with which alpha, and
-`fold` applies the plan to the weights.
+`fold` applies the plan: to the weights where that is proven to keep the function, and otherwise to
+the pass that quantizes the input, which divides it by s.
 """
 
 from __future__ import annotations
@@ -10,24 +11,28 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from sq_cpu.calibrate import Calibration
+from sq_cpu.calibrate import Calibration, Example, evaluating
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import SmoothingGroup, is_ignored, smoothing_groups
 from sq_cpu.files import replacing
-from sq_cpu.folding import apply_scales
+from sq_cpu.folding import apply_folds, refused_folds
+from sq_cpu.groups import SmoothingGroup, smoothing_groups
+from sq_cpu.linears import is_ignored, linearized
 
 __all__ = [
     "GroupPlan",
     "SmoothPlan",
+    "Smoothed",
     "consumer_scales",
     "fold",
+    "fold_scales",
     "plan_scales",
     "smoothing_scales",
 ]
@@ -66,7 +71,10 @@ class GroupPlan:
     name: str
     rule: str = "smoothquant"
     alpha: float = 0.5
+    fold: bool = True
+    """Folded into the producer; or s divides the input while that is quantized."""
     note: str = ""
+    """Why it is not folded, or how alpha was chosen."""
 
     def __post_init__(self) -> None:
         if self.rule != "smoothquant":
@@ -97,16 +105,20 @@ class SmoothPlan:
     ) -> SmoothPlan:
         """Plan one alpha for every group with a consumer that is calibrated and not ignored.
 
-        Raises `SqCpuError` on an unknown family, and on weights that changed since the calibration.
+        Raises `SqCpuError` on weights that changed since the calibration.
         """
-        planned = []
-        for group in smoothing_groups(model):
-            covered = _covered(group, calibration)
-            for name in covered:
-                calibration.check_weight(name, model.get_submodule(name))
-            if not all(is_ignored(name, ignore) for name in covered):
-                planned.append(GroupPlan(name=group.name, alpha=alpha))
-        return cls(tuple(planned))
+        with linearized(model):
+            planned = []
+            for group in smoothing_groups(model):
+                covered = _covered(group, calibration)
+                for name in covered:
+                    calibration.check_weight(name, model.get_submodule(name))
+                if not all(is_ignored(model, name, ignore) for name in covered):
+                    folded = group.producer is not None
+                    planned.append(
+                        GroupPlan(name=group.name, alpha=alpha, fold=folded, note=group.reason)
+                    )
+            return cls(tuple(planned))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
@@ -148,45 +160,99 @@ class SmoothPlan:
             raise SqCpuError(f"cannot read the smoothing plan {path}: {error}") from error
 
 
-def plan_scales(model: nn.Module, plan: SmoothPlan, calibration: Calibration) -> dict[str, Tensor]:
-    """Return s of every planned group, by group name, fp32 [the producer's output channels].
+def plan_scales(
+    model: nn.Module, plan: SmoothPlan, calibration: Calibration
+) -> dict[SmoothingGroup, Tensor]:
+    """Return s of every planned group, fp32 [its entries], of a linearized model.
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
+    What the plan does not fold has no producer here.
 
-    Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, and on
-    weights that changed since the calibration.
+    Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, for one
+    to be folded that cannot be, and on weights that changed since the calibration.
     """
     groups = {group.name: group for group in smoothing_groups(model)}
+    scales = {}
     for planned in plan.groups:
-        if planned.name not in groups:
+        group = groups.get(planned.name)
+        if group is None:
             raise SqCpuError(
                 f"the model has no smoothing group {planned.name}; plan for this very model"
             )
-    return {
-        planned.name: _group_scales(model, groups[planned.name], planned.alpha, calibration)
-        for planned in plan.groups
-    }
+        s = _group_scales(model, group, planned.alpha, calibration)
+        if planned.fold and group.producer is None:
+            raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
+        scales[group if planned.fold else group.in_pass(planned.note)] = s
+    return scales
 
 
-def fold(model: nn.Module, plan: SmoothPlan, calibration: Calibration) -> dict[str, Tensor]:
-    """Smooth `model` in place by `plan`; return s of every consumer, fp32 [in_features].
+@dataclass(frozen=True)
+class Smoothed:
+    """What `fold` did."""
 
-    Afterwards the calibration no longer fits the model. Raises `SqCpuError`, with the model
-    unchanged, where `plan_scales` or `apply_scales` does.
+    plan: SmoothPlan
+    """The plan as it was carried out: a fold that was refused has `fold=False` and the reason."""
+    scales: dict[str, Tensor]
+    """s of every consumer, by its full name, fp32 [in_features]."""
+    in_pass: frozenset[str]
+    """Consumers whose weights are as they were: they and their input are still to be scaled."""
+
+
+def fold(model: nn.Module, plan: SmoothPlan, calibration: Calibration) -> Smoothed:
+    """Fold into `model`, in place, what the plan says and `refused_folds` proves.
+
+    Afterwards the calibration no longer fits the model. The proof runs the model on the
+    calibration's example, a few times in all. Raises `SqCpuError`, with the model unchanged, where
+    `plan_scales` or `refused_folds` does.
     """
-    scales = plan_scales(model, plan, calibration)
-    apply_scales(model, scales)
-    return consumer_scales(model, scales)
+    with linearized(model):
+        scales = plan_scales(model, plan, calibration)
+        return fold_scales(model, plan, scales, calibration.example)
 
 
-def consumer_scales(model: nn.Module, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return s of every consumer linear, fp32 [in_features], for the s of groups (by name)."""
-    return {
-        name: group.widen(scales[group.name])
-        for group in smoothing_groups(model)
-        if group.name in scales
-        for name in group.consumers
-    }
+def fold_scales(
+    model: nn.Module,
+    plan: SmoothPlan,
+    scales: Mapping[SmoothingGroup, Tensor],
+    example: Example | None,
+) -> Smoothed:
+    """Do what `fold` does for the s that `plan_scales` gave, to a linearized model."""
+    folds = {group: s for group, s in scales.items() if group.producer is not None}
+    refused = dict.fromkeys(folds, "the calibration holds no example to prove it with")
+    if example is not None:
+        args, kwargs = example
+
+        def run() -> list[Tensor]:
+            output = model(*args, **kwargs)
+            first = output if isinstance(output, Tensor) else output[0]
+            return [leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)]
+
+        with evaluating(model):
+            refused = refused_folds(model, folds, run)
+    apply_folds(model, {group: s for group, s in folds.items() if group not in refused})
+    reasons = {group.name: reason for group, reason in refused.items()}
+    return Smoothed(
+        plan=SmoothPlan(
+            tuple(
+                replace(group, fold=False, note=reasons[group.name])
+                if group.name in reasons
+                else group
+                for group in plan.groups
+            )
+        ),
+        scales=consumer_scales(scales),
+        in_pass=frozenset(
+            name
+            for group in scales
+            if group.producer is None or group in refused
+            for name in group.consumers
+        ),
+    )
+
+
+def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor]:
+    """Return s of every consumer, by full name, fp32 [in_features]."""
+    return {name: group.layout.widen(s) for group, s in scales.items() for name in group.consumers}
 
 
 def _group_scales(
@@ -200,7 +266,7 @@ def _group_scales(
     weights = [model.get_parameter(f"{name}.weight") for name in group.consumers]
     weight = torch.stack([w.detach().abs().amax(dim=0).float() for w in weights]).amax(dim=0)
     try:
-        return smoothing_scales(group.narrow(act), group.narrow(weight), alpha)
+        return smoothing_scales(group.layout.narrow(act), group.layout.narrow(weight), alpha)
     except SqCpuError as error:
         raise SqCpuError(f"group {group.name}: {error}") from None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import SmoothingGroup, is_ignored, smoothing_groups
+from sq_cpu.groups import SmoothingGroup
+from sq_cpu.linears import is_ignored, linearized
 from sq_cpu.progress import track
 from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.runtime import has_vnni
@@ -47,22 +49,17 @@ def tune(
     if not alphas:
         raise SqCpuError("tune got no alphas; leave the argument out for 0, .05, ... 1")
     uniform = SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
-    planned = {group.name for group in uniform.groups}
-    groups = [group for group in smoothing_groups(model) if group.name in planned]
-    best: dict[str, tuple[float, float]] = {}
-    for alpha in track(list(alphas), "tuning alpha", progress):
-        plan = SmoothPlan(tuple(GroupPlan(name=g.name, alpha=alpha) for g in groups))
-        scales = plan_scales(model, plan, calibration)
-        for group in groups:
-            loss = _loss(model, group, scales[group.name], calibration, scheme)
-            if group.name not in best or loss < best[group.name][0]:
-                best[group.name] = (loss, alpha)
-    return SmoothPlan(
-        tuple(
-            GroupPlan(name=name, alpha=alpha, note=f"normalized output error {loss:.3g}")
-            for name, (loss, alpha) in best.items()
-        )
-    )
+    best: dict[str, tuple[float, GroupPlan]] = {}
+    with linearized(model):
+        for alpha in track(list(alphas), "tuning alpha", progress):
+            plan = SmoothPlan(tuple(replace(group, alpha=alpha) for group in uniform.groups))
+            scales = plan_scales(model, plan, calibration)
+            for planned, (group, s) in zip(plan.groups, scales.items(), strict=True):
+                loss = _loss(model, group, s, calibration, scheme)
+                if group.name not in best or loss < best[group.name][0]:
+                    note = "; ".join(filter(None, [planned.note, f"output error {loss:.3g}"]))
+                    best[group.name] = loss, replace(planned, note=note)
+    return SmoothPlan(tuple(planned for _, planned in best.values()))
 
 
 @torch.no_grad()
@@ -70,9 +67,9 @@ def _loss(
     model: nn.Module, group: SmoothingGroup, s: Tensor, calibration: Calibration, scheme: Scheme
 ) -> float:
     total, linears = 0.0, 0
-    s = group.widen(s)
+    s = group.layout.widen(s)
     for name in group.consumers:
-        if name not in calibration.channel_min or is_ignored(name, scheme.ignore):
+        if name not in calibration.channel_min or is_ignored(model, name, scheme.ignore):
             continue  # it stays in float
         if name not in calibration.rows:
             raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")

@@ -1,0 +1,243 @@
+"""Every linear layer of a model as an `nn.Linear`, whatever the model's code makes of it.
+
+transformers has linears that are not `nn.Linear`: Conv1D (GPT-2) keeps its weight transposed,
+FalconLinear is a subclass, and the experts of a mixture are slices of one 3-D parameter.
+`linearize` puts an `nn.Linear` in the place of each; the weights stay where they are, seen through
+views, so that what is folded into one is folded into the other. Later stages know `nn.Linear`
+alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sq_cpu.errors import SqCpuError
+
+__all__ = [
+    "LINEAR_TYPES",
+    "Experts",
+    "check_ignore",
+    "float_linears",
+    "is_ignored",
+    "linearize",
+    "linearized",
+    "quantizable_linears",
+    "restore_modules",
+]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a linear over these very tensors, weight [out_features, in_features]."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear.eval()
+
+
+def _of_conv1d(module: Any) -> nn.Linear:
+    return _linear(module.weight.T, module.bias)
+
+
+def _of_subclass(module: Any) -> nn.Linear:
+    return _linear(module.weight, module.bias)
+
+
+# By the class's full name, so that no model's code is imported for it.
+LINEAR_TYPES: dict[str, Callable[[Any], nn.Linear]] = {
+    "transformers.pytorch_utils.Conv1D": _of_conv1d,
+    "transformers.models.falcon.modeling_falcon.FalconLinear": _of_subclass,
+}
+"""Classes that compute x W^T + b under another name, and how to see them as an `nn.Linear`."""
+
+
+class _Expert(nn.Module):
+    """One expert: down(gate(up(x))), or down(act(up(x))) without a gate."""
+
+    def __init__(self, up: nn.Linear, up_name: str, down: nn.Linear) -> None:
+        super().__init__()
+        self.up_name = up_name
+        self.add_module(up_name, up)
+        self.down_proj = down
+
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        result: Tensor = self.down_proj(activation(self.get_submodule(self.up_name)(x)))
+        return result
+
+
+class Experts(nn.ModuleList):
+    """The experts of a mixture, each with linears of its own, called as transformers calls its own.
+
+    Children "0", "1", ... have `gate_up_proj` (`up_proj` where there is no gate) and `down_proj`.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+        ups, downs = getattr(experts, up_name), experts.down_proj
+        up_biases = getattr(experts, f"{up_name}_bias", None)
+        down_biases = getattr(experts, "down_proj_bias", None)
+
+        def linear(weights: Tensor, bias: Tensor | None, index: int) -> nn.Linear:
+            weight = weights[index].T if experts.is_transposed else weights[index]
+            return _linear(weight, None if bias is None else bias[index])
+
+        super().__init__(
+            _Expert(linear(ups, up_biases, i), up_name, linear(downs, down_biases, i))
+            for i in range(len(downs))
+        )
+        # The class's own gating, without a hold on the 3-D weights.
+        shell = copy.copy(experts)
+        shell._parameters = {}
+        self.__dict__["_activation"] = shell._apply_gate if experts.has_gate else shell.act_fn
+        self.eval()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts, [tokens, hidden].
+
+        `top_k_index` and `top_k_weights` are [tokens, k]; an index past the last expert is none.
+        """
+        result = torch.zeros_like(hidden_states)
+        for index in torch.unique(top_k_index).tolist():
+            if index >= len(self):
+                continue
+            token, choice = torch.where(top_k_index == index)
+            y = self[index](hidden_states[token], self._activation)
+            y = y * top_k_weights[token, choice, None]
+            result.index_add_(0, token, y.to(result.dtype))
+        return result
+
+
+def _is_experts(module: Any) -> bool:
+    """Say whether transformers' `use_experts_implementation` made this class."""
+    # A norm after each expert is not in the forward above.
+    names = ("has_gate", "is_transposed", "_apply_gate", "down_proj")
+    return (
+        not isinstance(module, Experts)
+        and all(hasattr(module, name) for name in names)
+        and isinstance(module.down_proj, nn.Parameter)
+        and module.down_proj.dim() == 3
+        and not getattr(module, "has_post_expert_norm", False)
+    )
+
+
+def _as_linears(module: nn.Module) -> nn.Module | None:
+    """Return what replaces `module`, or None where nothing has to."""
+    convert = LINEAR_TYPES.get(f"{type(module).__module__}.{type(module).__qualname__}")
+    if convert is None and not _is_experts(module):
+        return None
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise SqCpuError(
+            f"a {type(module).__name__} of the model has forward hooks, which int8 would lose: "
+            "remove them"
+        )
+    return Experts(module) if convert is None else convert(module)
+
+
+def linearize(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Module]:
+    """Put linears in the place of every module that hides some; return what stood where.
+
+    The function of the model stays, up to rounding in the order of sums. A module that the model
+    holds twice is replaced by one. On an error the model is as it was.
+    """
+    new: dict[nn.Module, nn.Module | None] = {}
+    places = [
+        (parent, key, child)
+        for parent in list(model.modules())
+        for key, child in parent._modules.items()
+        if child is not None
+    ]
+    for _, _, child in places:
+        if child not in new:
+            new[child] = _as_linears(child)
+    replaced: dict[tuple[nn.Module, str], nn.Module] = {}
+    for parent, key, child in places:
+        replacement = new[child]
+        if replacement is not None:
+            setattr(parent, key, replacement)
+            replaced[parent, key] = child
+    return replaced
+
+
+@contextmanager
+def linearized(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model linearized; afterwards its own modules are back."""
+    replaced = linearize(model)
+    try:
+        yield
+    finally:
+        restore_modules(replaced)
+
+
+def restore_modules(replaced: Mapping[tuple[nn.Module, str], nn.Module]) -> None:
+    """Put back what `linearize` replaced."""
+    for (parent, key), child in replaced.items():
+        setattr(parent, key, child)
+
+
+def quantizable_linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
+    """Return the linears of a linearized model by full name; one held twice, by its first name.
+
+    Left out are those that `is_ignored` says. Only `nn.Linear` itself: a subclass may compute
+    something else, or (the output projection of `nn.MultiheadAttention`) never be called.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and not is_ignored(model, name, ignore)
+    }
+
+
+def float_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, str]:
+    """Return, of a linearized model, what `quantizable_linears` leaves out: name -> reason."""
+    kept = {}
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, nn.Linear) and is_ignored(model, name, ignore):
+            kept[name] = "ignored"
+        elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            kept[name] = f"a {kind}, which may compute something else"
+        elif "Experts" in kind and any(p.dim() == 3 for p in module.parameters(recurse=False)):
+            kept[name] = f"{kind} keeps its weights in a layout that sq_cpu does not know"
+    return kept
+
+
+def check_ignore(model: nn.Module, ignore: tuple[str, ...]) -> None:
+    """Raise `SqCpuError` for an entry that ignores no linear, which is most likely a typo.
+
+    The default is let through: it stands for a head where there is one.
+    """
+    if ignore == ("lm_head",):
+        return
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for entry in ignore:
+        if not any(is_ignored(model, name, (entry,)) for name in names):
+            # An entry can be any end of a name: offer those of as many parts.
+            parts = entry.count(".") + 1
+            ends = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names)
+            close = " or ".join(get_close_matches(entry, ends)) or "the end of a linear's name"
+            raise SqCpuError(f"ignore has {entry!r}, which matches no linear: use {close}")
+
+
+def is_ignored(model: nn.Module, name: str, ignore: tuple[str, ...]) -> bool:
+    """Say whether a full name is an entry of `ignore`, or ends with a dot and an entry.
+
+    "lm_head" also stands for the model's output embeddings, whatever their name.
+    """
+    if any(name == entry or name.endswith(f".{entry}") for entry in ignore):
+        return True
+    return "lm_head" in ignore and model.get_submodule(name) is _head(model)
+
+
+def _head(model: Any) -> nn.Module | None:
+    try:
+        head: nn.Module | None = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return head
