@@ -246,10 +246,10 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
         outputs.append(output)
 
     def take(name: str) -> Any:
-        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor) and any(_same_memory(tensor, o) for o in outputs):
-                    readers.append(name)
+                    readers.append(f"{name} ({type(module).__name__})")
 
         return hook
 
@@ -265,7 +265,7 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
         for handle in handles:
             handle.remove()
     if readers:
-        return f"{readers[0]} also takes the output of {group.producer}"
+        return f"{readers[0]} takes the output of {group.producer}"
     return f"something else uses the output of {group.producer}, or is not linear in it"
 
 

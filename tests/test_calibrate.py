@@ -164,6 +164,37 @@ def test_saved_calibrations_load_equal(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.safetensors"]
 
 
+def test_the_example_is_the_first_batch_cut_short(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    ids = torch.randint(64, (1, 50))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    found = calibrate(model, [batch])
+    loaded = Calibration.load(found.save(tmp_path / "calibration"))
+    for calibration in (found, loaded):
+        assert calibration.example is not None
+        args, kwargs = calibration.example
+        assert args == ()
+        assert torch.equal(kwargs["input_ids"], ids[:, :32])
+        assert kwargs["attention_mask"].shape == (1, 32)
+        assert kwargs["use_cache"] is False
+    assert calibrate(Two(), [X]).example[0][0].equal(X)  # not token ids: whole
+
+
+def test_an_example_that_no_file_can_hold_is_left_out(tmp_path: Path) -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, options: dict[str, int]) -> Tensor:
+            result: Tensor = self.linear(x) * options["scale"]
+            return result
+
+    found = calibrate(Nested(), [(torch.ones(2, 4), {"scale": 2})])
+    assert found.example is not None
+    assert Calibration.load(found.save(tmp_path / "calibration")).example is None
+
+
 def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = calibrate(Two(), [X])
     with pytest.raises(SqCpuError, match=r"cannot write .*No such file or directory"):
@@ -181,8 +212,8 @@ def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(found.save(path).read_bytes()[:-8])
     with pytest.raises(SqCpuError, match="cannot read the calibration"):
         Calibration.load(path)
-    monkeypatch.setattr(sys.modules["sq_cpu.calibrate"], "_VERSION", 2)
+    monkeypatch.setattr(sys.modules["sq_cpu.calibrate"], "_VERSION", 3)
     found.save(path)
     monkeypatch.undo()
-    with pytest.raises(SqCpuError, match="format 2, newer than this sq_cpu reads"):
+    with pytest.raises(SqCpuError, match="format 3, newer than this sq_cpu reads"):
         Calibration.load(path)

@@ -189,19 +189,6 @@ def test_more_windows_than_the_shipped_text_has(folder: Path, tmp_path: Path) ->
     assert "--text" in error_of("eval", folder, "--windows", 21)
 
 
-def test_unknown_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=1, n_head=2, n_positions=128)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
-    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
-    out = tmp_path / "out"
-    monkeypatch.setattr(cli, "calibrate", lambda *_, **__: pytest.fail("calibrated first"))
-    error = error_of("quantize", tmp_path / "gpt2", "-o", out, *small())
-    assert "quantize it unsmoothed with --no-smooth" in error
-    assert not out.exists()
-
-
 def test_missing_model(tmp_path: Path) -> None:
     for command in (["eval"], ["generate"], ["quantize", "-o", tmp_path / "out"]):
         prompt = ["x"] if command == ["generate"] else []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sq_cpu
 from sq_cpu import Calibration, QuantLinear, SmoothPlan, texts
 from sq_cpu.evaluate import token_windows
-from sq_cpu.families import quantizable_linears
+from sq_cpu.linears import quantizable_linears
 from sq_cpu.smooth import fold
 
 pytestmark = pytest.mark.slow

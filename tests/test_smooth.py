@@ -139,7 +139,7 @@ def test_scales_follow_the_rule_over_all_consumers_and_heads(
     ).amax(0)
     name = "model.layers.1.mlp.up_proj"
     norm_s = smoothing_scales(found.absmax(name), absmax.detach(), 0.5)
-    scales = fold(model, SmoothPlan.uniform(model, found), found)
+    scales = fold(model, SmoothPlan.uniform(model, found), found).scales
     torch.testing.assert_close(scales[name], norm_s)
     assert torch.equal(scales[name], scales["model.layers.1.mlp.gate_proj"])
     heads = scales["model.layers.1.self_attn.o_proj"].reshape(2, 2, 12)
