@@ -1,7 +1,8 @@
 """The int8 linear layer: `QuantLinear` runs the kernels, `linear_reference` defines their result.
 
-Weights are int8 with one fp32 scale per output channel (or per tensor), activations become u8 codes
-with one scale and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 2):
+Weights are int8 with one fp32 scale per output channel (the same for all of a
+tensor or group of channels, where the scheme says so), activations become u8 codes with one scale
+and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 2):
 
     y = (codes - zero_point) @ weight.T * row_scale * weight_scale + bias
 """
@@ -175,7 +176,7 @@ class QuantLinear(nn.Module):
         if smoothing is not None:
             weight = weight.float() * smoothing
         layer._pack(
-            *quantize_weight(weight, scheme.weights),
+            *quantize_weight(weight, scheme.weights, scheme.weight_group_rows),
             None if linear.bias is None else linear.bias.detach(),
         )
         return layer

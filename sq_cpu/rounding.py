@@ -16,13 +16,16 @@ __all__ = ["quantize_rows", "quantize_weight", "static_code"]
 _FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
 
 
-def quantize_weight(weight: Tensor, granularity: str = "per_channel") -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, granularity: str = "per_channel", group_rows: int = 64
+) -> tuple[Tensor, Tensor]:
     """Quantize to int8, symmetric, rounding half to even.
 
     Parameters
     ----------
     weight : floating point [out_features, in_features]
-    granularity : "per_channel" (one scale per row) or "per_tensor"
+    granularity : "per_channel" (one scale per row), "per_tensor" or "per_group"
+    group_rows : consecutive rows that share a scale "per_group"; the last group may have less
 
     Returns
     -------
@@ -31,14 +34,18 @@ def quantize_weight(weight: Tensor, granularity: str = "per_channel") -> tuple[T
     Raises
     ------
     SqCpuError
-        When the weight holds NaN or Inf.
+        When the weight holds NaN or Inf, and for another granularity.
     """
+    sizes = {"per_channel": 1, "per_tensor": len(weight), "per_group": group_rows}
+    if granularity not in sizes:
+        raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
     weight = weight.detach().float()
     # Row by row: an absolute copy of a large weight would double its memory.
     low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
     absmax = torch.maximum(-low, high)
-    if granularity == "per_tensor" and len(absmax):
-        absmax = absmax.max().expand_as(absmax)
+    if sizes[granularity] > 1 and len(absmax):
+        groups = torch.split(absmax, sizes[granularity])
+        absmax = torch.cat([group.max().expand_as(group) for group in groups])
     if not torch.isfinite(absmax).all():
         raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
     scale = (absmax.double().clamp_min(_FLOOR) / 127).float()

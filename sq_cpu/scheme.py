@@ -11,7 +11,8 @@ from sq_cpu.errors import SqCpuError
 __all__ = ["Scheme"]
 
 Activations = Literal["per_token", "per_tensor", "static"]
-Weights = Literal["per_channel", "per_tensor"]
+Weights = Literal["per_channel", "per_tensor", "per_group"]
+StaticRange = Literal["minmax", "percentile", "mse"]
 
 # SmoothQuant (arXiv 2211.10438), table 2. Its O1..O3 differ in the activations alone.
 _PRESETS: dict[str, Activations] = {"O1": "per_token", "O2": "per_tensor", "O3": "static"}
@@ -28,13 +29,22 @@ class Scheme:
     """Granularity of the activation scale: one per row or one per call (both found while running),
     or one per layer, fixed by calibration."""
     weights: Weights = "per_channel"
-    """Granularity of the weight scale: one per output channel, or one per weight matrix."""
+    """Granularity of the weight scale: one per output channel, one per weight matrix, or one per
+    group of consecutive output channels (ZeroQuant, arXiv 2206.01861)."""
+    weight_group_rows: int = 64
+    """Output channels that share a scale, for `"per_group"` weights; the last group may have less.
+    """
     symmetric: bool = True
     """Activations: a range centred on 0 with a fixed zero point, or min..max with its own."""
     reduce_range: bool | Literal["auto"] = False
     """7-bit activations, so that the saturating int16 pair sums of AVX2 and AVX-512 BW stay exact
     (`count_saturation` counts those that would not). `"auto"`: only where the processor has no
     VNNI; `resolve` decides."""
+    static_range: StaticRange = "minmax"
+    """What static activations cover: all that calibration saw, a percentile of the sampled values,
+    or the clip with the least squared error on them (see `sq_cpu.ranges`)."""
+    percentile: float = 99.99
+    """Share of the values, in percent, that a `"percentile"` range keeps; in (50, 100]."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Linears left alone: those whose full name is an entry, or ends with a dot and an entry."""
 
@@ -43,12 +53,41 @@ class Scheme:
         _check("weights", self.weights, get_args(Weights))
         _check("symmetric", self.symmetric, (True, False))
         _check("reduce_range", self.reduce_range, (False, True, "auto"))
+        _check("static_range", self.static_range, get_args(StaticRange))
+        self._check_group_rows()
+        self._check_static_range()
         names = self.ignore if isinstance(self.ignore, tuple | list) else (None,)
         if not all(isinstance(name, str) for name in names):
             raise SqCpuError(
                 f"scheme: ignore is a tuple of layer names, as in ('lm_head',); not {self.ignore!r}"
             )
         object.__setattr__(self, "ignore", tuple(names))
+
+    def _check_group_rows(self) -> None:
+        rows = self.weight_group_rows
+        if type(rows) is not int or rows < 1:
+            raise SqCpuError(f"scheme: weight_group_rows={rows!r} is not a positive integer")
+        if self.weights != "per_group" and rows != Scheme.weight_group_rows:
+            raise SqCpuError(
+                f"scheme: weight_group_rows={rows} has no effect on {self.weights} weights; "
+                "drop it or set weights='per_group'"
+            )
+
+    def _check_static_range(self) -> None:
+        percentile = self.percentile
+        if type(percentile) not in (int, float) or not 50 < percentile <= 100:
+            raise SqCpuError(f"scheme: percentile={percentile!r} is not a number in (50, 100]")
+        object.__setattr__(self, "percentile", float(percentile))
+        if self.static_range != "minmax" and self.activations != "static":
+            raise SqCpuError(
+                f"scheme: static_range={self.static_range!r} has no effect on "
+                f"{self.activations} activations; drop it or set activations='static'"
+            )
+        if self.static_range != "percentile" and percentile != Scheme.percentile:
+            raise SqCpuError(
+                f"scheme: percentile={percentile} has no effect on a {self.static_range} range; "
+                "drop it or set static_range='percentile'"
+            )
 
     @classmethod
     def of(cls, scheme: str | Scheme, **overrides: Any) -> Scheme:

@@ -31,10 +31,47 @@ def test_of_takes_a_scheme_and_overrides() -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"weights": "per_tensor"},
+        {"weights": "per_group"},
+        {"weights": "per_group", "weight_group_rows": 128},
+        {"static_range": "mse"},
+        {"static_range": "percentile"},
+        {"static_range": "percentile", "percentile": 99},
+    ],
+)
+def test_every_other_field_makes_a_preset_custom(fields: dict[str, Any]) -> None:
+    scheme = Scheme.of("O3", **fields)
+    assert scheme.name == "custom"
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"activations": "per_row"}, "activations='per_row' is not one of 'per_token'"),
-        ({"weights": "per_group"}, "weights='per_group' is not one of"),
+        ({"weights": "per_row"}, "weights='per_row' is not one of"),
+        ({"weights": "per_group", "weight_group_rows": 0}, "=0 is not a positive integer"),
+        ({"weights": "per_group", "weight_group_rows": 8.0}, "=8.0 is not a positive integer"),
+        ({"weights": "per_group", "weight_group_rows": True}, "=True is not a positive integer"),
+        ({"weight_group_rows": 32}, "weight_group_rows=32 has no effect on per_channel weights"),
+        ({"static_range": "max"}, "static_range='max' is not one of 'minmax', 'percentile', 'mse'"),
+        ({"static_range": "mse"}, "static_range='mse' has no effect on per_token activations"),
+        (
+            {"activations": "per_tensor", "static_range": "percentile"},
+            "static_range='percentile' has no effect on per_tensor activations",
+        ),
+        ({"percentile": 99.9}, r"percentile=99.9 has no effect on a minmax range"),
+        (
+            {"activations": "static", "static_range": "mse", "percentile": 99},
+            "percentile=99 has no effect on a mse range",
+        ),
+        ({"percentile": 50}, r"percentile=50 is not a number in \(50, 100\]"),
+        ({"percentile": 100.1}, r"percentile=100.1 is not a number in \(50, 100\]"),
+        ({"percentile": float("nan")}, "percentile=nan is not a number"),
+        ({"percentile": "99"}, "percentile='99' is not a number"),
+        ({"percentile": True}, "percentile=True is not a number"),
         ({"symmetric": 1}, "symmetric=1 is not one of True, False"),
         ({"reduce_range": "yes"}, "reduce_range='yes' is not one of"),
         ({"ignore": "lm_head"}, "ignore is a tuple of layer names"),
@@ -43,8 +80,9 @@ def test_of_takes_a_scheme_and_overrides() -> None:
     ],
 )
 def test_bad_fields_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(SqCpuError, match=message):
+    with pytest.raises(SqCpuError, match=message) as caught:
         Scheme(**fields)
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_names_are_refused() -> None:
@@ -61,6 +99,22 @@ def test_unknown_names_are_refused() -> None:
 def test_json_round_trip() -> None:
     scheme = Scheme(activations="static", symmetric=False, reduce_range="auto", ignore=("a", "b.c"))
     assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
+
+
+def test_the_fields_of_the_first_checkpoints_are_enough() -> None:
+    old = {
+        "activations": "static",
+        "weights": "per_channel",
+        "symmetric": True,
+        "reduce_range": False,
+        "ignore": ["lm_head"],
+    }
+    assert Scheme.from_dict(old) == Scheme.of("O3")
+    assert Scheme.of("O3").to_dict() == old | {
+        "weight_group_rows": 64,
+        "static_range": "minmax",
+        "percentile": 99.99,
+    }
 
 
 def test_auto_range_is_resolved_by_the_processor() -> None:
