@@ -13,6 +13,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup
 from sq_cpu.linears import is_ignored, linearized
 from sq_cpu.progress import track
+from sq_cpu.ranges import static_range
 from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
@@ -78,10 +79,12 @@ def _loss(
         static = None
         if scheme.activations == "static":
             low, high = calibration.channels(name)
-            static = static_code(scheme, float((low / s).min()), float((high / s).max()))
+            static = static_code(scheme, *static_range(low / s, high / s, x / s, scheme))
         codes, row_scale, zero_point = quantize_rows(x / s, scheme, static)
         x_hat = (codes.float() - zero_point[:, None]) * row_scale[:, None]
-        weight_codes, weight_scale = quantize_weight(weight * s, scheme.weights)
+        weight_codes, weight_scale = quantize_weight(
+            weight * s, scheme.weights, scheme.weight_group_rows
+        )
         y = x @ weight.T
         error = x_hat @ weight_codes.float().T * weight_scale - y
         total += float(error.square().sum() / y.square().sum().clamp_min(1e-30))

@@ -1,5 +1,7 @@
 """Alpha per group: the least output error, found from one calibration."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import batches, tiny_model
@@ -85,6 +87,17 @@ def test_only_what_is_quantized_is_scored() -> None:
     }
     alone = sq_cpu.calibrate(model, batches(3), ignore=scheme.ignore)
     assert plan == sq_cpu.tune(model, alone, scheme=scheme)
+
+
+@pytest.mark.parametrize("kind", ["percentile", "mse"])
+def test_alpha_is_scored_with_the_range_of_the_scheme(kind: Any) -> None:
+    model = planted("llama")
+    calibration = sq_cpu.calibrate(model, batches(3))
+    # Seven bits per tensor and a long tail: the clip decides.
+    minmax = Scheme.of("O3", reduce_range=True)
+    clipped = Scheme.of("O3", reduce_range=True, static_range=kind)
+    plans = [sq_cpu.tune(model, calibration, scheme=s, alphas=(0.2,)) for s in (minmax, clipped)]
+    assert plans[0] != plans[1]
 
 
 def test_weights_that_changed_are_refused() -> None:
