@@ -23,6 +23,7 @@ from sq_cpu.linears import (
     restore_modules,
 )
 from sq_cpu.progress import track
+from sq_cpu.ranges import static_range
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import Smoothed, SmoothPlan, consumer_scales, fold_scales, plan_scales
@@ -96,7 +97,8 @@ def quantize(
     Raises `SqCpuError` before anything is changed: for an unknown scheme, an entry of `ignore` that
     matches no linear, a model that is quantized already or has no linear, linears with hooks or
     parametrizations or in a module that reads their weight itself, weights that are NaN, Inf or
-    too long for int32 sums, and a calibration that is older than the weights or not finite.
+    too long for int32 sums, and a calibration that is older than the weights, not finite, or
+    without the rows that the scheme's range needs.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())
     if plan is not None and not smooth:
@@ -231,7 +233,7 @@ def _input_ranges(
     names: Iterable[str],
     scales: Mapping[str, Tensor],
 ) -> dict[str, tuple[float, float]]:
-    """Return the range of each linear's smoothed input: exact, for s > 0 keeps the order.
+    """Return the range of each linear's smoothed input; s > 0 keeps the order of its values.
 
     Only a static scheme needs them; a linear that no batch reached has none.
     """
@@ -242,13 +244,15 @@ def _input_ranges(
         if name in calibration.unreached:
             continue
         low, high = calibration.channels(name)
+        rows = calibration.rows.get(name)
         if name in scales:
             low, high = low / scales[name], high / scales[name]
+            rows = None if rows is None else rows / scales[name]
         if not (low.isfinite().all() and high.isfinite().all()):
             raise SqCpuError(
                 f"the calibrated range of {name} is not finite: calibrate again, or ignore it"
             )
-        ranges[name] = (float(low.min()), float(high.max()))
+        ranges[name] = static_range(low, high, rows, scheme)
     return ranges
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,10 +17,13 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from sq_cpu import _core
 from sq_cpu.calibrate import Calibration, calibrate
+from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import QuantizationRecord, quantize, replace_linears
-from sq_cpu.scheme import Scheme
+from sq_cpu.ranges import static_range
+from sq_cpu.rounding import static_code
+from sq_cpu.scheme import Activations, Scheme, StaticRange, Weights
 from sq_cpu.smooth import SmoothPlan, fold
 
 TYPES = ["llama", "qwen2", "opt"]
@@ -54,6 +59,72 @@ def test_the_kernels_equal_the_reference(scheme: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(QuantLinear, "forward", QuantLinear.reference)
     # The linears agree bit for bit; the float operations between them are the same ones.
     torch.testing.assert_close(logits(model), kernels, rtol=0, atol=2.0**-20)
+
+
+EVERY_SCHEME = [
+    Scheme(
+        activations=activations,
+        weights=weights,
+        symmetric=symmetric,
+        reduce_range=reduce_range,
+        static_range=static_range,
+        # Groups of 5 leave a shorter one at the end of each of the model's widths.
+        **({"weight_group_rows": 5} if weights == "per_group" else {}),
+        **({"percentile": 99.0} if static_range == "percentile" else {}),
+    )
+    for activations, weights, symmetric, reduce_range, static_range in itertools.product(
+        get_args(Activations),
+        get_args(Weights),
+        (True, False),
+        (False, True),
+        get_args(StaticRange),
+    )
+    if activations == "static" or static_range == "minmax"
+]
+
+
+@pytest.fixture(scope="module")
+def one_block() -> tuple[Any, Calibration]:
+    return calibrated("llama", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    "scheme", EVERY_SCHEME, ids=lambda s: "-".join(map(str, s.to_dict().values()))
+)
+def test_every_scheme_runs_as_its_reference_and_is_saved(
+    scheme: Scheme,
+    one_block: tuple[Any, Calibration],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, found = copy.deepcopy(one_block[0]), one_block[1]
+    before = logits(model)
+    kernels = logits(quantize(model, found, scheme=scheme))
+    # A scale for many rows, or 7 bits, costs up to twice as much as one for each in 8.
+    assert 0 < relative_error(kernels, before) < 0.16
+    loaded = load(save(model, tmp_path / "out"))
+    assert loaded.sq_cpu_config.scheme == scheme
+    assert torch.equal(logits(loaded), kernels)
+    rows = {"per_channel": 1, "per_group": 5, "per_tensor": 32}[scheme.weights]
+    scale = loaded.model.layers[0].mlp.down_proj.weight_scale
+    assert len(scale.unique_consecutive()) == -(-32 // rows)
+    monkeypatch.setattr(QuantLinear, "forward", QuantLinear.reference)
+    torch.testing.assert_close(logits(model), kernels, rtol=0, atol=2.0**-20)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["percentile", "mse"])
+def test_clipped_ranges_are_those_of_the_smoothed_rows(kind: Any, symmetric: bool) -> None:
+    model, found = calibrated("opt")
+    plan = SmoothPlan.uniform(model, found, alpha=0.8)
+    scales = fold(copy.deepcopy(model), plan, found)
+    scheme = Scheme.of("O3", static_range=kind, symmetric=symmetric)
+    quantize(model, found, plan, scheme=scheme)
+    for name, s in scales.items():
+        low, high = found.channels(name)
+        ends = static_range(low / s, high / s, found.rows[name] / s, scheme)
+        layer = model.get_submodule(name)
+        assert (layer.input_scale, layer.input_zero_point) == static_code(scheme, *ends)
 
 
 def test_static_ranges_are_the_calibrated_ones_divided_by_s() -> None:
@@ -210,6 +281,15 @@ def test_wrong_arguments_are_refused() -> None:
     refuse(model, "need a calibration", scheme="O3", smooth=False)
     plan = SmoothPlan.uniform(model, found)
     refuse(model, "a plan and smooth=False; drop one", found, plan, smooth=False)
+
+
+@pytest.mark.parametrize("kind", ["percentile", "mse"])
+def test_ranges_that_need_rows_are_refused_without(kind: Any) -> None:
+    model = tiny_model("llama")
+    found = calibrate(model, batches(), rows=0)
+    quantize(copy.deepcopy(model), found, scheme="O3")
+    scheme = Scheme.of("O3", static_range=kind)
+    refuse(model, "needs sampled rows: calibrate with rows=64", found, scheme=scheme)
 
 
 def test_models_that_cannot_be_quantized_are_refused() -> None:
