@@ -85,7 +85,11 @@ class _Scheme(str, Enum):
 
 
 class _Weights(str, Enum):
-    per_channel, per_tensor = "per_channel", "per_tensor"
+    per_channel, per_tensor, per_group = "per_channel", "per_tensor", "per_group"
+
+
+class _Range(str, Enum):
+    minmax, percentile, mse = "minmax", "percentile", "mse"
 
 
 class _ReduceRange(str, Enum):
@@ -141,6 +145,16 @@ def quantize_command(
         bool, typer.Option("--symmetric/--asymmetric", help="Activation range.")
     ] = True,
     weights: Annotated[_Weights, typer.Option(help="Weight scales.")] = _Weights.per_channel,
+    weight_group_rows: Annotated[
+        int, typer.Option(help="Output channels that share a scale, with per_group weights.")
+    ] = Scheme.weight_group_rows,
+    static_range: Annotated[
+        _Range,
+        typer.Option("--range", help="What O3's scale covers: all, a percentile, the least error."),
+    ] = _Range.minmax,
+    percentile: Annotated[
+        float, typer.Option(help="Percentage of the values that --range percentile keeps.")
+    ] = Scheme.percentile,
     reduce_range: Annotated[
         _ReduceRange,
         typer.Option(help="7-bit activations; auto: on processors without VNNI."),
@@ -159,6 +173,9 @@ def quantize_command(
     overrides: dict[str, Any] = {
         "symmetric": symmetric,
         "weights": weights.value,
+        "weight_group_rows": weight_group_rows,
+        "static_range": static_range.value,
+        "percentile": percentile,
         "reduce_range": reduce_range.setting(),
     }
     if ignore:
