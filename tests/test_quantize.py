@@ -70,7 +70,7 @@ EVERY_SCHEME = [
         static_range=static_range,
         # Groups of 5 leave a shorter one at the end of each of the model's widths.
         **({"weight_group_rows": 5} if weights == "per_group" else {}),
-        **({"percentile": 99.0} if static_range == "percentile" else {}),
+        **({"percentile": 99.9} if static_range == "percentile" else {}),
     )
     for activations, weights, symmetric, reduce_range, static_range in itertools.product(
         get_args(Activations),
@@ -100,8 +100,9 @@ def test_every_scheme_runs_as_its_reference_and_is_saved(
     model, found = copy.deepcopy(one_block[0]), one_block[1]
     before = logits(model)
     kernels = logits(quantize(model, found, scheme=scheme))
-    # A scale for many rows, or 7 bits, costs up to twice as much as one for each in 8.
-    assert 0 < relative_error(kernels, before) < 0.16
+    # 8 bits give each product about 1 % noise and 7 bits 2 %; one block of random weights stays
+    # below 6.
+    assert 0 < relative_error(kernels, before) < 0.06
     loaded = load(save(model, tmp_path / "out"))
     assert loaded.sq_cpu_config.scheme == scheme
     assert torch.equal(logits(loaded), kernels)
