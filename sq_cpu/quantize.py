@@ -115,7 +115,7 @@ def quantize(
         if smooth:
             assert calibration is not None  # _check_calibration raised otherwise
             plan = plan or SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
-            scales = plan_scales(model, plan, calibration)
+            scales = plan_scales(model, plan, calibration, scheme=scheme)
             ranges = _input_ranges(scheme, calibration, linears, consumer_scales(scales))
             smoothed = fold_scales(model, plan, scales, calibration.example)
             plan = smoothed.plan

@@ -1,7 +1,6 @@
 """SmoothQuant: X W^T = (X / s) (W s)^T, with the division folded into whatever makes X.
 
-`smoothing_scales` is the rule, `SmoothPlan` says which group gets it and with which alpha, and
-`fold` applies the plan: to the weights where that is proven to keep the function, and otherwise to
+`rules.RULES` has the rules, `SmoothPlan` says which group gets which, and `fold` applies it: to the weights where that is proven to keep the function, and otherwise to
 the pass that quantizes the input, which divides it by s.
 """
 
@@ -25,6 +24,8 @@ from sq_cpu.files import replacing
 from sq_cpu.folding import apply_folds, refused_folds
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import is_ignored, linearized
+from sq_cpu.rules import GroupStatistics, LinearSample, check_rule, smoothing_scale
+from sq_cpu.scheme import Scheme
 
 __all__ = [
     "GroupPlan",
@@ -33,35 +34,9 @@ __all__ = [
     "consumer_scales",
     "fold",
     "fold_scales",
+    "group_statistics",
     "plan_scales",
-    "smoothing_scales",
 ]
-
-# Far beyond any useful s, and far within fp32: W * s and gamma / s stay finite.
-_S_LIMIT = 2.0**30
-
-
-def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
-    """Return s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, eq. 4).
-
-    `act_absmax` and `weight_absmax` are [in_features], >= 0 and finite; the weights' maximum is
-    taken over all linears that share the input. The result is fp32 [in_features], positive and
-    finite. A dead channel, whose activations or weights are all zero, keeps s = 1.
-
-    Raises `SqCpuError` on alpha outside [0, 1], on other shapes, and on NaN or Inf.
-    """
-    if not 0.0 <= alpha <= 1.0:
-        raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
-    if act_absmax.dim() != 1 or act_absmax.shape != weight_absmax.shape:
-        raise SqCpuError(
-            "smoothing needs one absmax per channel on both sides, not "
-            f"{tuple(act_absmax.shape)} and {tuple(weight_absmax.shape)}"
-        )
-    x, w = act_absmax.double(), weight_absmax.double()
-    if not (x.isfinite().all() and w.isfinite().all()):
-        raise SqCpuError("smoothing got an absmax that is NaN or Inf; check weights and batches")
-    s = (x**alpha / w ** (1.0 - alpha)).clamp(1.0 / _S_LIMIT, _S_LIMIT)
-    return torch.where((x > 0) & (w > 0), s, 1.0).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +45,19 @@ class GroupPlan:
 
     name: str
     rule: str = "smoothquant"
+    """A key of `rules.RULES`."""
     alpha: float = 0.5
+    """The migration strength, for the rule that has one."""
     fold: bool = True
     """Folded into the producer; or s divides the input while that is quantized."""
     note: str = ""
     """Why it is not folded, or how alpha was chosen."""
 
     def __post_init__(self) -> None:
-        if self.rule != "smoothquant":
-            raise SqCpuError(f"group {self.name}: unknown rule {self.rule!r}; use 'smoothquant'")
+        try:
+            check_rule(self.rule)
+        except SqCpuError as error:
+            raise SqCpuError(f"group {self.name}: {error}") from None
         if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"group {self.name}: alpha is {self.alpha}; it lies in [0, 1]")
 
@@ -101,24 +80,36 @@ class SmoothPlan:
         calibration: Calibration,
         alpha: float = 0.5,
         *,
+        rule: str = "smoothquant",
         ignore: tuple[str, ...] = (),
     ) -> SmoothPlan:
-        """Plan one alpha for every group with a consumer that is calibrated and not ignored.
+        """Plan one rule for every group with a consumer that is calibrated and not ignored.
 
-        Raises `SqCpuError` on weights that changed since the calibration.
+        "outlier_suppression" is planned only for the groups behind a norm: it has no scale for
+        others. Raises `SqCpuError` on an unknown rule, and on weights that changed since the
+        calibration.
         """
+        check_rule(rule)
+        planned = []
         with linearized(model):
-            planned = []
             for group in smoothing_groups(model):
                 covered = _covered(group, calibration)
                 for name in covered:
                     calibration.check_weight(name, model.get_submodule(name))
-                if not all(is_ignored(model, name, ignore) for name in covered):
-                    folded = group.producer is not None
-                    planned.append(
-                        GroupPlan(name=group.name, alpha=alpha, fold=folded, note=group.reason)
+                if all(is_ignored(model, name, ignore) for name in covered):
+                    continue
+                if rule == "outlier_suppression" and _norm_weight(model, group) is None:
+                    continue
+                planned.append(
+                    GroupPlan(
+                        name=group.name,
+                        rule=rule,
+                        alpha=alpha,
+                        fold=group.producer is not None,
+                        note=group.reason,
                     )
-            return cls(tuple(planned))
+                )
+        return cls(tuple(planned))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
@@ -161,15 +152,21 @@ class SmoothPlan:
 
 
 def plan_scales(
-    model: nn.Module, plan: SmoothPlan, calibration: Calibration
+    model: nn.Module,
+    plan: SmoothPlan,
+    calibration: Calibration,
+    *,
+    scheme: Scheme | None = None,
 ) -> dict[SmoothingGroup, Tensor]:
     """Return s of every planned group, fp32 [its entries], of a linearized model.
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
-    What the plan does not fold has no producer here.
+    What the plan does not fold has no producer here. `scheme`, resolved, is what the rule "aqas"
+    minimizes the error of; other rules need none.
 
     Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, for one
-    to be folded that cannot be, and on weights that changed since the calibration.
+    to be folded that cannot be, on weights that changed since the calibration, and where
+    `smoothing_scale` does.
     """
     groups = {group.name: group for group in smoothing_groups(model)}
     scales = {}
@@ -179,7 +176,7 @@ def plan_scales(
             raise SqCpuError(
                 f"the model has no smoothing group {planned.name}; plan for this very model"
             )
-        s = _group_scales(model, group, planned.alpha, calibration)
+        s = _group_scales(model, group, planned, calibration, scheme)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
         scales[group if planned.fold else group.in_pass(planned.note)] = s
@@ -198,7 +195,13 @@ class Smoothed:
     """Consumers whose weights are as they were: they and their input are still to be scaled."""
 
 
-def fold(model: nn.Module, plan: SmoothPlan, calibration: Calibration) -> Smoothed:
+def fold(
+    model: nn.Module,
+    plan: SmoothPlan,
+    calibration: Calibration,
+    *,
+    scheme: Scheme | None = None,
+) -> Smoothed:
     """Fold into `model`, in place, what the plan says and `refused_folds` proves.
 
     Afterwards the calibration no longer fits the model. The proof runs the model on the
@@ -206,7 +209,7 @@ def fold(model: nn.Module, plan: SmoothPlan, calibration: Calibration) -> Smooth
     `plan_scales` or `refused_folds` does.
     """
     with linearized(model):
-        scales = plan_scales(model, plan, calibration)
+        scales = plan_scales(model, plan, calibration, scheme=scheme)
         return fold_scales(model, plan, scales, calibration.example)
 
 
@@ -255,20 +258,56 @@ def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor
     return {name: group.layout.widen(s) for group, s in scales.items() for name in group.consumers}
 
 
-def _group_scales(
-    model: nn.Module, group: SmoothingGroup, alpha: float, calibration: Calibration
-) -> Tensor:
+def group_statistics(
+    model: nn.Module,
+    group: SmoothingGroup,
+    calibration: Calibration,
+    scheme: Scheme | None = None,
+) -> GroupStatistics:
+    """Return what the smoothing rules look at; weights and rows are not copied.
+
+    Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.
+    """
     # An uncovered group fails here, by the name of its first consumer.
     covered = _covered(group, calibration) or group.consumers[:1]
     for name in covered:
         calibration.check_weight(name, model.get_submodule(name))
-    act = calibration.absmax(covered[0])
-    weights = [model.get_parameter(f"{name}.weight") for name in group.consumers]
-    weight = torch.stack([w.detach().abs().amax(dim=0).float() for w in weights]).amax(dim=0)
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in group.consumers}
+    absmax = torch.stack([weight.abs().amax(dim=0).float() for weight in weights.values()])
+    return GroupStatistics(
+        act_absmax=group.layout.narrow(calibration.absmax(covered[0])),
+        weight_absmax=group.layout.narrow(absmax.amax(dim=0)),
+        norm_weight=_norm_weight(model, group),
+        samples=tuple(
+            LinearSample(weights[name], calibration.rows.get(name), *calibration.channels(name))
+            for name in covered
+            if scheme is not None and not is_ignored(model, name, scheme.ignore)
+        ),
+        scheme=scheme,
+        widen=group.layout.widen,
+    )
+
+
+def _group_scales(
+    model: nn.Module,
+    group: SmoothingGroup,
+    planned: GroupPlan,
+    calibration: Calibration,
+    scheme: Scheme | None,
+) -> Tensor:
+    statistics = group_statistics(model, group, calibration, scheme)
     try:
-        return smoothing_scales(group.layout.narrow(act), group.layout.narrow(weight), alpha)
+        return smoothing_scale(planned.rule, statistics, planned.alpha)
     except SqCpuError as error:
         raise SqCpuError(f"group {group.name}: {error}") from None
+
+
+def _norm_weight(model: nn.Module, group: SmoothingGroup) -> Tensor | None:
+    """Return gamma of the norm that makes the group's input; None if a linear or no one does."""
+    if group.producer is None:
+        return None
+    weight = model.get_parameter(f"{group.producer}.weight").detach().float()
+    return weight + group.norm_offset if weight.dim() == 1 else None
 
 
 def _covered(group: SmoothingGroup, calibration: Calibration) -> tuple[str, ...]:

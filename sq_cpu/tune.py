@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.groups import SmoothingGroup
-from sq_cpu.linears import is_ignored, linearized
+from sq_cpu.groups import smoothing_groups
+from sq_cpu.linears import linearized
 from sq_cpu.progress import track
-from sq_cpu.ranges import static_range
-from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
+from sq_cpu.rules import ALPHAS, GroupStatistics, output_errors, smoothing_scale
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import GroupPlan, SmoothPlan, plan_scales
+from sq_cpu.smooth import SmoothPlan, group_statistics
 
 __all__ = ["tune"]
-
-_ALPHAS = tuple(step / 20 for step in range(21))
 
 
 def tune(
@@ -29,7 +25,7 @@ def tune(
     calibration: Calibration,
     *,
     scheme: str | Scheme = "O3",
-    alphas: Sequence[float] = _ALPHAS,
+    alphas: Sequence[float] = ALPHAS,
     progress: bool | None = None,
 ) -> SmoothPlan:
     """Return the plan whose alphas give each group's linears the least output error.
@@ -50,43 +46,19 @@ def tune(
     if not alphas:
         raise SqCpuError("tune got no alphas; leave the argument out for 0, .05, ... 1")
     uniform = SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
-    best: dict[str, tuple[float, GroupPlan]] = {}
+    tuned = []
     with linearized(model):
-        for alpha in track(list(alphas), "tuning alpha", progress):
-            plan = SmoothPlan(tuple(replace(group, alpha=alpha) for group in uniform.groups))
-            scales = plan_scales(model, plan, calibration)
-            for planned, (group, s) in zip(plan.groups, scales.items(), strict=True):
-                loss = _loss(model, group, s, calibration, scheme)
-                if group.name not in best or loss < best[group.name][0]:
-                    note = "; ".join(filter(None, [planned.note, f"output error {loss:.3g}"]))
-                    best[group.name] = loss, replace(planned, note=note)
-    return SmoothPlan(tuple(planned for _, planned in best.values()))
+        groups = {group.name: group for group in smoothing_groups(model)}
+        for planned in track(uniform.groups, "tuning alpha", progress):
+            statistics = group_statistics(model, groups[planned.name], calibration, scheme)
+            losses = [_loss(statistics, alpha) for alpha in alphas]
+            loss = min(losses)
+            note = "; ".join(filter(None, [planned.note, f"normalized output error {loss:.3g}"]))
+            tuned.append(replace(planned, alpha=alphas[losses.index(loss)], note=note))
+    return SmoothPlan(tuple(tuned))
 
 
-@torch.no_grad()
-def _loss(
-    model: nn.Module, group: SmoothingGroup, s: Tensor, calibration: Calibration, scheme: Scheme
-) -> float:
-    total, linears = 0.0, 0
-    s = group.layout.widen(s)
-    for name in group.consumers:
-        if name not in calibration.channel_min or is_ignored(model, name, scheme.ignore):
-            continue  # it stays in float
-        if name not in calibration.rows:
-            raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
-        x = calibration.rows[name].float()
-        weight = model.get_parameter(f"{name}.weight").float()
-        static = None
-        if scheme.activations == "static":
-            low, high = calibration.channels(name)
-            static = static_code(scheme, *static_range(low / s, high / s, x / s, scheme))
-        codes, row_scale, zero_point = quantize_rows(x / s, scheme, static)
-        x_hat = (codes.float() - zero_point[:, None]) * row_scale[:, None]
-        weight_codes, weight_scale = quantize_weight(
-            weight * s, scheme.weights, scheme.weight_group_rows
-        )
-        y = x @ weight.T
-        error = x_hat @ weight_codes.float().T * weight_scale - y
-        total += float(error.square().sum() / y.square().sum().clamp_min(1e-30))
-        linears += 1
-    return total / linears
+def _loss(statistics: GroupStatistics, alpha: float) -> float:
+    s = smoothing_scale("smoothquant", statistics, alpha)
+    errors, outputs = output_errors(statistics, s)
+    return float((errors / outputs.clamp_min(1e-30)).mean())

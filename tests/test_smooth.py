@@ -1,4 +1,4 @@
-"""Smoothing: the rule, plans as values, and the scales that a plan gives."""
+"""Smoothing: plans as values, and the scales that a plan gives."""
 
 from __future__ import annotations
 
@@ -11,51 +11,8 @@ from tiny import batches, tiny_model
 
 from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.errors import SqCpuError
-from sq_cpu.smooth import GroupPlan, SmoothPlan, fold, smoothing_scales
-
-# --- the rule -----------------------------------------------------------------------------------
-
-
-def test_the_rule_by_hand() -> None:
-    act, weight = torch.tensor([16.0, 1.0, 0.25]), torch.tensor([4.0, 0.25, 0.0625])
-    # 16^.5 / 4^.5 = 2, 1 / .25^.5 = 2, .25^.5 / .0625^.5 = 2
-    assert smoothing_scales(act, weight, 0.5).tolist() == [2, 2, 2]
-    assert smoothing_scales(act, weight, 1.0).tolist() == act.tolist()
-    assert smoothing_scales(act, weight, 0.0).tolist() == [0.25, 4, 16]
-    # 16^.75 / 4^.25 = 8 / sqrt(2)
-    torch.testing.assert_close(smoothing_scales(act, weight, 0.75)[0].item(), 32**0.5)
-
-
-def test_half_way_balances_both_sides() -> None:
-    act, weight = torch.rand(50) * 100, torch.rand(50)
-    s = smoothing_scales(act, weight, 0.5)
-    torch.testing.assert_close(act / s, weight * s)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_dead_and_extreme_channels_keep_s_finite(alpha: float) -> None:
-    act = torch.tensor([0.0, 5.0, 0.0, 3e38, 1e-45, 3e38, 1e-45])
-    weight = torch.tensor([2.0, 0.0, 0.0, 1e-45, 3e38, 3e38, 1e-45])
-    s = smoothing_scales(act, weight, alpha)
-    assert s.dtype == torch.float32
-    assert s[:3].tolist() == [1, 1, 1]
-    assert (s.isfinite() & (s > 0)).all()
-
-
-@pytest.mark.parametrize("alpha", [-0.01, 1.01, float("nan")])
-def test_alpha_outside_its_range_is_refused(alpha: float) -> None:
-    with pytest.raises(SqCpuError, match=r"lies in \[0, 1\]"):
-        smoothing_scales(torch.ones(2), torch.ones(2), alpha)
-    with pytest.raises(SqCpuError, match=r"group a: alpha is .* lies in \[0, 1\]"):
-        GroupPlan(name="a", alpha=alpha)
-
-
-def test_bad_absmax_is_refused() -> None:
-    with pytest.raises(SqCpuError, match=r"not \(2,\) and \(3,\)"):
-        smoothing_scales(torch.ones(2), torch.ones(3), 0.5)
-    with pytest.raises(SqCpuError, match="NaN or Inf"):
-        smoothing_scales(torch.tensor([torch.nan]), torch.ones(1), 0.5)
-
+from sq_cpu.rules import smoothing_scales
+from sq_cpu.smooth import GroupPlan, SmoothPlan, fold
 
 # --- plans --------------------------------------------------------------------------------------
 
@@ -80,8 +37,10 @@ def test_bad_plans_are_refused(llama: tuple[Any, Calibration], tmp_path: Path) -
         fold(llama[0], SmoothPlan((group,)), llama[1])
     with pytest.raises(SqCpuError, match="2 entries for group nowhere"):
         SmoothPlan((group, group))
-    with pytest.raises(SqCpuError, match="unknown rule 'spiq'"):
-        GroupPlan(name="a", rule="spiq")
+    with pytest.raises(SqCpuError, match="group a: unknown rule 'awq'; known are smooth"):
+        GroupPlan(name="a", rule="awq")
+    with pytest.raises(SqCpuError, match=r"group a: alpha is .* lies in \[0, 1\]"):
+        GroupPlan(name="a", alpha=1.01)
     with pytest.raises(SqCpuError, match="not JSON"):
         SmoothPlan.from_json("{")
     for text in ("[]", "{}", '{"groups": [{"beta": 1}]}'):

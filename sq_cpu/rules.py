@@ -1,0 +1,253 @@
+"""Smoothing rules: how a group's statistics become its scale s.
+
+`RULES` is the list of them; `smoothing_scale` applies one. Nothing here knows of models. All is
+computed in fp32 or better, whatever the dtype of rows and weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.ranges import static_range
+from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
+from sq_cpu.scheme import Scheme
+
+__all__ = [
+    "ALPHAS",
+    "RULES",
+    "GroupStatistics",
+    "LinearSample",
+    "check_rule",
+    "output_errors",
+    "smoothing_scale",
+    "smoothing_scales",
+]
+
+# Far beyond any useful s, and far within fp32: W * s and gamma / s stay finite.
+_S_LIMIT = 2.0**30
+
+ALPHAS = tuple(step / 20 for step in range(21))
+"""The grid on which the migration strength is searched."""
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSample:
+    """What a search needs to know of one linear that will be quantized."""
+
+    weight: Tensor
+    """Floating point [out_features, in_features]; may be the model's own."""
+    rows: Tensor | None
+    """A sample of the linear's input, floating point [rows, in_features]; None if none was kept."""
+    low: Tensor
+    high: Tensor
+    """Range of every input channel, fp32 [in_features] each."""
+
+    @cached_property
+    def output(self) -> Tensor:
+        """What the float linear gives for `rows`, without bias: fp32 [rows, out_features]."""
+        return self.inputs() @ self.weight.detach().float().T
+
+    def inputs(self) -> Tensor:
+        """Return `rows` in fp32; `SqCpuError` when there are none."""
+        if self.rows is None or not len(self.rows):
+            raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
+        return self.rows.float()
+
+
+@dataclass(frozen=True, eq=False)
+class GroupStatistics:
+    """What the rules may look at: a group of linears with one input X, before smoothing.
+
+    Channels are those of the group's producer; `widen` repeats them to the linears' input
+    channels, where grouped-query attention has fewer of the former.
+    """
+
+    act_absmax: Tensor
+    """max|X_j|, fp32 [channels]."""
+    weight_absmax: Tensor
+    """max|W_j| over all linears of the group, fp32 [channels]."""
+    norm_weight: Tensor | None = None
+    """gamma of the norm that makes X, any offset added, fp32 [channels]; None without a norm."""
+    samples: tuple[LinearSample, ...] = ()
+    """The linears of the group that will be quantized."""
+    scheme: Scheme | None = None
+    """How they will be, resolved."""
+    widen: Callable[[Tensor], Tensor] = lambda s: s
+    """[channels] -> [in_features]."""
+
+
+def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
+    """Return s_j = max|X_j|^alpha / max|W_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, eq. 4).
+
+    `act_absmax` and `weight_absmax` are [in_features], >= 0 and finite; the weights' maximum is
+    taken over all linears that share the input. The result is fp32 [in_features], positive and
+    finite. A dead channel, whose activations or weights are all zero, keeps s = 1.
+
+    Raises `SqCpuError` on alpha outside [0, 1], on other shapes, and on NaN or Inf.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
+    if act_absmax.dim() != 1 or act_absmax.shape != weight_absmax.shape:
+        raise SqCpuError(
+            "smoothing needs one absmax per channel on both sides, not "
+            f"{tuple(act_absmax.shape)} and {tuple(weight_absmax.shape)}"
+        )
+    x, w = _finite(act_absmax), _finite(weight_absmax)
+    return _bounded(x**alpha / w ** (1.0 - alpha), alive=(x > 0) & (w > 0))
+
+
+def _smoothquant(statistics: GroupStatistics, alpha: float) -> Tensor:
+    return smoothing_scales(statistics.act_absmax, statistics.weight_absmax, alpha)
+
+
+def _spiq(statistics: GroupStatistics, _: float) -> Tensor:
+    """s_j = max|X_j| (SPIQ, arXiv 2203.14642): one activation scale per input channel.
+
+    The paper's 1 / 127 is left out. A common factor changes no code, as the scales of weight and
+    activation take it up; but a dead channel keeps s = 1, and its weights would then be 127 times
+    those of the others in the row's absmax.
+    """
+    x = _finite(statistics.act_absmax)
+    return _bounded(x, alive=x > 0)
+
+
+def _outlier_suppression(statistics: GroupStatistics, _: float) -> Tensor:
+    """s_j = |gamma_j| (Outlier Suppression, arXiv 2209.13325, "gamma migration")."""
+    if statistics.norm_weight is None:
+        raise SqCpuError(
+            "outlier_suppression takes the weight of the norm before, and there is none: plan "
+            "another rule for this group, or leave it out"
+        )
+    gamma = _finite(statistics.norm_weight.abs())
+    return _bounded(gamma, alive=gamma > 0)
+
+
+def _aqas(statistics: GroupStatistics, _: float) -> Tensor:
+    """argmin_s E|Q(W diag s) Q(diag(s)^-1 X) - W X|^2 (AQAS, arXiv 2311.05161).
+
+    s is sought among those of SmoothQuant: alpha on a grid, then by golden section around the
+    best. The expectation is over the sampled rows, the norm over all quantized linears.
+    """
+    best = _least(lambda alpha: _squared_error(statistics, _smoothquant(statistics, alpha)), ALPHAS)
+    return _smoothquant(statistics, best)
+
+
+RULES: Mapping[str, Callable[[GroupStatistics, float], Tensor]] = {
+    "smoothquant": _smoothquant,
+    "spiq": _spiq,
+    "outlier_suppression": _outlier_suppression,
+    "aqas": _aqas,
+}
+"""Each takes the statistics and alpha, which only smoothquant reads, and returns s."""
+
+
+def check_rule(rule: str) -> None:
+    """Raise `SqCpuError` unless `rule` is a key of `RULES`."""
+    if rule not in RULES:
+        raise SqCpuError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
+
+
+def smoothing_scale(rule: str, statistics: GroupStatistics, alpha: float = 0.5) -> Tensor:
+    """Return s of a group by a rule: fp32 [channels], positive and finite.
+
+    Raises `SqCpuError` for an unknown rule, statistics that are NaN or Inf or of different shapes,
+    alpha outside [0, 1] (smoothquant), a group without a norm before it (outlier_suppression), and
+    a group without scheme, quantized linears or sampled rows (aqas).
+    """
+    check_rule(rule)
+    return RULES[rule](statistics, alpha)
+
+
+@torch.no_grad()
+def output_errors(statistics: GroupStatistics, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what smoothing by s and quantizing do to the outputs, in the kernels' numerics.
+
+    Parameters
+    ----------
+    s : fp32 [channels]
+
+    Returns
+    -------
+    |Q(X / s) Q(W s)^T - X W^T|^2 and |X W^T|^2 over the sampled rows, fp64 [samples] each
+
+    Raises
+    ------
+    SqCpuError
+        When the statistics have no scheme, no linear that is quantized, or no sampled rows.
+    """
+    scheme = statistics.scheme
+    if scheme is None or not statistics.samples:
+        raise SqCpuError(
+            "the output error needs a scheme and linears that it quantizes: pass the scheme, and "
+            "leave out groups that it ignores"
+        )
+    s = statistics.widen(s)
+    pairs = [
+        (_quantized_output(sample, s, scheme) - sample.output, sample.output)
+        for sample in statistics.samples
+    ]
+    errors, outputs = zip(*pairs, strict=True)
+    return _squares(errors), _squares(outputs)
+
+
+def _quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
+    low, high = sample.low / s, sample.high / s
+    static = None
+    if scheme.activations == "static":
+        static = static_code(scheme, *static_range(low, high, sample.inputs() / s, scheme))
+    codes, row_scale, zero_point = quantize_rows(sample.inputs() / s, scheme, static)
+    x = (codes.float() - zero_point[:, None]) * row_scale[:, None]
+    weight_codes, weight_scale = quantize_weight(sample.weight.float() * s, scheme.weights)
+    return x @ weight_codes.float().T * weight_scale
+
+
+def _squared_error(statistics: GroupStatistics, s: Tensor) -> float:
+    return float(output_errors(statistics, s)[0].sum())
+
+
+def _least(f: Callable[[float], float], grid: tuple[float, ...], steps: int = 8) -> float:
+    """Return where f is least, of a sorted grid and a golden-section search around its best.
+
+    f is a step function with noise: the search may end in a worse place than where it has been, so
+    the best of all that was seen is returned.
+    """
+    seen = {x: f(x) for x in grid}
+    best = min(seen, key=seen.__getitem__)
+    at = grid.index(best)
+    low, high = grid[max(0, at - 1)], grid[min(len(grid) - 1, at + 1)]
+    ratio = (math.sqrt(5) - 1) / 2
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    for _ in range(steps):
+        for x in (left, right):
+            if x not in seen:
+                seen[x] = f(x)
+        if seen[left] <= seen[right]:
+            high, right = right, left
+            left = high - ratio * (high - low)
+        else:
+            low, left = left, right
+            right = low + ratio * (high - low)
+    return min(seen, key=seen.__getitem__)
+
+
+def _squares(tensors: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([tensor.double().square().sum() for tensor in tensors])
+
+
+def _finite(values: Tensor) -> Tensor:
+    values = values.double()
+    if not values.isfinite().all():
+        raise SqCpuError("smoothing got an absmax that is NaN or Inf; check weights and batches")
+    return values
+
+
+def _bounded(s: Tensor, alive: Tensor) -> Tensor:
+    """Return fp32 s within its limits where `alive`, and 1 elsewhere."""
+    return torch.where(alive, s.clamp(1.0 / _S_LIMIT, _S_LIMIT), 1.0).float()
