@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -36,6 +37,10 @@ class Scheme:
     """
     symmetric: bool = True
     """Activations: a range centred on 0 with a fixed zero point, or min..max with its own."""
+    outlier_threshold: float | None = None
+    """Input channels whose absmax reaches this stay in float, the others are int8: the
+    decomposition of LLM.int8() (arXiv 2208.07339), which takes 6.0. For symmetric per-token
+    activations; None decomposes nothing."""
     reduce_range: bool | Literal["auto"] = False
     """7-bit activations, so that the saturating int16 pair sums of AVX2 and AVX-512 BW stay exact
     (`count_saturation` counts those that would not). `"auto"`: only where the processor has no
@@ -52,6 +57,7 @@ class Scheme:
         _check("activations", self.activations, get_args(Activations))
         _check("weights", self.weights, get_args(Weights))
         _check("symmetric", self.symmetric, (True, False))
+        _check_threshold(self)
         _check("reduce_range", self.reduce_range, (False, True, "auto"))
         _check("static_range", self.static_range, get_args(StaticRange))
         self._check_group_rows()
@@ -157,6 +163,22 @@ def _check(field: str, value: object, allowed: tuple[object, ...]) -> None:
     # By type too: 1 == True, and a Scheme that says 1 would not equal its own JSON.
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise SqCpuError(f"scheme: {field}={value!r} is not one of {', '.join(map(repr, allowed))}")
+
+
+def _check_threshold(scheme: Scheme) -> None:
+    threshold = scheme.outlier_threshold
+    if threshold is None:
+        return
+    if type(threshold) not in (int, float) or not 0 < threshold < math.inf:
+        raise SqCpuError(
+            f"scheme: outlier_threshold={threshold!r} is not a positive number, as in 6.0, or None"
+        )
+    if scheme.activations != "per_token" or not scheme.symmetric:
+        raise SqCpuError(
+            "scheme: outlier_threshold is for symmetric per_token activations; drop it, or set "
+            "activations='per_token' and symmetric=True"
+        )
+    object.__setattr__(scheme, "outlier_threshold", float(threshold))
 
 
 def _check_fields(values: Mapping[str, Any]) -> None:

@@ -74,6 +74,14 @@ def test_every_other_field_makes_a_preset_custom(fields: dict[str, Any]) -> None
         ({"percentile": True}, "percentile=True is not a number"),
         ({"symmetric": 1}, "symmetric=1 is not one of True, False"),
         ({"reduce_range": "yes"}, "reduce_range='yes' is not one of"),
+        ({"outlier_threshold": 0.0}, "outlier_threshold=0.0 is not a positive number"),
+        ({"outlier_threshold": float("nan")}, "outlier_threshold=nan is not a positive number"),
+        ({"outlier_threshold": float("inf")}, "outlier_threshold=inf is not a positive number"),
+        ({"outlier_threshold": True}, "outlier_threshold=True is not a positive number"),
+        ({"outlier_threshold": "6"}, "outlier_threshold='6' is not a positive number"),
+        ({"outlier_threshold": 6, "symmetric": False}, "is for symmetric per_token"),
+        ({"outlier_threshold": 6, "activations": "static"}, "is for symmetric per_token"),
+        ({"outlier_threshold": 6, "activations": "per_tensor"}, "is for symmetric per_token"),
         ({"ignore": "lm_head"}, "ignore is a tuple of layer names"),
         ({"ignore": (1,)}, "ignore is a tuple of layer names"),
         ({"ignore": None}, "ignore is a tuple of layer names"),
@@ -114,7 +122,15 @@ def test_the_fields_of_the_first_checkpoints_are_enough() -> None:
         "weight_group_rows": 64,
         "static_range": "minmax",
         "percentile": 99.99,
+        "outlier_threshold": None,
     }
+
+
+def test_a_decomposition_is_no_preset_and_survives_json() -> None:
+    scheme = Scheme.of("O1", outlier_threshold=6)
+    assert scheme.name == "custom"
+    assert type(scheme.outlier_threshold) is float
+    assert Scheme.from_dict(json.loads(json.dumps(scheme.to_dict()))) == scheme
 
 
 def test_auto_range_is_resolved_by_the_processor() -> None:

@@ -1,0 +1,230 @@
+"""LLM.int8(): outlier channels in float beside int8 ones, one layer and whole models."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sq_cpu import QuantLinear, Scheme, SqCpuError
+from sq_cpu.decomposition import DecomposedLinear, decomposed_reference, outlier_columns
+from sq_cpu.rounding import quantize_weight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+K, N = 70, 20
+COUNTS = {"none": [], "one": [69], "some": [0, 3, 17, 64], "all": list(range(K))}
+LLM_INT8 = Scheme(outlier_threshold=6.0)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def integers(*shape: int) -> torch.Tensor:
+    return torch.randint(-3, 4, shape).float()
+
+
+def make(
+    columns: list[int], dtype: torch.dtype, *, bias: bool = True, scheme: Scheme = LLM_INT8
+) -> tuple[DecomposedLinear, nn.Linear, torch.Tensor]:
+    """Give a layer, what it was made of, and an input whose outliers give exact float products.
+
+    Products of integers up to 3 sum to at most 70 * 9 = 630 < 2^11: exact in fp16, and in fp32
+    before the one rounding to bf16.
+    """
+    linear = nn.Linear(K, N, bias=bias)
+    x = torch.randn(9, K)
+    linear.weight[:, columns] = integers(N, len(columns))
+    x[:, columns] = integers(9, len(columns))
+    linear = linear.to(dtype)
+    layer = DecomposedLinear.from_float(linear, scheme, torch.tensor(columns, dtype=torch.int64))
+    return layer, linear, x.to(dtype)
+
+
+# --- one layer ----------------------------------------------------------------------------------
+
+
+def test_channels_are_outliers_from_the_threshold_on() -> None:
+    absmax = torch.tensor([5.9, 6.0, 0.0, 100.0])
+    assert outlier_columns(absmax, 6.0).tolist() == [1, 3]
+    assert outlier_columns(absmax, 1e9).tolist() == []
+
+
+def test_the_reference_by_hand() -> None:
+    # Column 1 is float: 10 * 0.5. The rest: codes 127 and 64 (63.5 to even) of 1 and 0.5.
+    x = torch.tensor([[1.0, 10.0, 0.5]])
+    weight = torch.tensor([[2, 0, 1]], dtype=torch.int8)
+    y = decomposed_reference(
+        x,
+        weight,
+        torch.ones(1),
+        torch.tensor([3.0]),
+        torch.tensor([1]),
+        torch.tensor([[0.5]]),
+        Scheme(),
+    )
+    assert y.item() == pytest.approx((2 * 127 + 64) / 127 + 3 + 5, rel=2**-23)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", COUNTS.values(), ids=COUNTS)
+def test_the_layer_equals_the_reference(
+    each_isa: str, columns: list[int], dtype: torch.dtype, bias: bool
+) -> None:
+    for scheme in (LLM_INT8, Scheme(outlier_threshold=6, reduce_range=True, weights="per_tensor")):
+        layer, linear, x = make(columns, dtype, bias=bias, scheme=scheme)
+        assert torch.equal(layer(x), layer.reference(x))
+        assert torch.equal(layer(x[0]), layer.reference(x[0]))
+        # From the definition: the codes are those of a weight without the outlier columns.
+        rest = linear.weight.float().index_fill(1, layer.columns, 0)
+        codes, scale = quantize_weight(rest, scheme.weights)
+        y = decomposed_reference(
+            x, codes, scale, layer.regular.bias, layer.columns, linear.weight[:, columns], scheme
+        )
+        assert torch.equal(layer(x), y)
+        assert (layer.regular.bias is None) == (not bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_outliers_it_is_the_int8_layer(dtype: torch.dtype) -> None:
+    layer, linear, x = make([], dtype)
+    assert torch.equal(layer(x), QuantLinear.from_float(linear, Scheme())(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_with_outliers_alone_it_is_the_float_layer(dtype: torch.dtype) -> None:
+    layer, linear, x = make(COUNTS["all"], dtype)
+    assert torch.equal(layer(x), (x.float() @ linear.weight.float().T).to(dtype) + linear.bias)
+
+
+@pytest.mark.parametrize("size", [2.0**-66, 1.0, 2.0**10, 2.0**98])
+def test_outliers_of_any_size_leave_the_others_codes(size: float) -> None:
+    layer, _, x = make(COUNTS["some"], torch.float32)
+    x[:, layer.columns] *= size
+    regular = layer.regular
+    hidden = regular.quantize_input(x)
+    assert torch.equal(
+        hidden.scale, regular.quantize_input(x.index_fill(1, layer.columns, 0)).scale
+    )
+    assert torch.equal(layer(x), layer.reference(x))  # powers of two: exact products
+
+
+def test_it_errs_less_than_int8_where_there_are_outliers() -> None:
+    linear = nn.Linear(256, 64)
+    x = torch.randn(40, 256)
+    x[:, [3, 100]] *= 60
+    columns = outlier_columns(x.abs().amax(0), 6.0)
+    assert columns.tolist() == [3, 100]
+    y = linear(x)
+    decomposed = DecomposedLinear.from_float(linear, LLM_INT8, columns)(x) - y
+    naive = QuantLinear.from_float(linear, Scheme())(x) - y
+    # The step of a row's codes falls from about 120 / 127 to 3 / 127.
+    assert decomposed.norm() < naive.norm() / 20
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_smoothing_divides_the_channels_that_are_int8(dtype: torch.dtype) -> None:
+    linear = nn.Linear(K, N).to(dtype)
+    columns = torch.tensor(COUNTS["some"])
+    s = 2.0 ** torch.randint(-4, 5, (K,))
+    layer = DecomposedLinear.from_float(linear, LLM_INT8, columns, smoothing=s)
+    folded = nn.Linear(K, N).to(dtype)
+    # Powers of two: exact. The outlier channels are not smoothed.
+    here = s.index_fill(0, columns, 1)
+    folded.weight.copy_(linear.weight * here.to(dtype))
+    folded.bias.copy_(linear.bias)
+    x = torch.randn(9, K).to(dtype)
+    expected = DecomposedLinear.from_float(folded, LLM_INT8, columns)(x / here.to(dtype))
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_are_not_finite(dtype: torch.dtype) -> None:
+    layer, _, x = make(COUNTS["some"], dtype)
+    x[1, 3] = float("nan")  # an outlier channel
+    x[2, 3] = float("inf")
+    x[3, 4] = -float("inf")
+    x[5] = 0
+    y = layer(x)
+    bad = torch.tensor([False, True, True, True] + 5 * [False])
+    assert y[bad].isnan().all()
+    assert torch.equal(y[~bad], layer(x[~bad]))
+    assert torch.equal(y.nan_to_num(), layer.reference(x).nan_to_num())
+
+
+def test_shapes_and_strides() -> None:
+    layer, _, x = make(COUNTS["some"], torch.float32)
+    y = layer(x)
+    assert layer(x[:0]).shape == (0, N)
+    assert torch.equal(layer(x.reshape(3, 3, K)), y.reshape(3, 3, N))
+    assert torch.equal(layer(torch.cat([x, x], 1)[:, :K]), y)
+    assert torch.equal(layer(x.T.contiguous().T), y)
+    assert (layer.in_features, layer.out_features) == (K, N)
+    traced: Any = make_fx(layer)(x)
+    assert torch.equal(traced(x), y)
+
+
+def test_another_float_dtype_than_its_own() -> None:
+    layer, _, x = make(COUNTS["some"], torch.float32)
+    for dtype in DTYPES:  # integers: what is cast is exact
+        assert torch.equal(layer(x.to(dtype)), layer.reference(x.to(dtype)))
+        assert torch.equal(copy.deepcopy(layer).to(dtype)(x), layer(x))
+
+
+def test_state_dict_round_trip_and_copies() -> None:
+    layer, _, x = make(COUNTS["some"], torch.float32)
+    state = layer.state_dict()
+    assert set(state) == {
+        "columns",
+        "outlier_weight",
+        "regular.weight",
+        "regular.weight_scale",
+        "regular.bias",
+        "regular.smoothing",
+    }
+    assert not state["regular.weight"][:, layer.columns].any()
+    other = DecomposedLinear.empty(K, N, LLM_INT8, 4, bias=True)
+    other.load_state_dict(state)
+    other.check()
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x))
+    assert layer.nbytes == layer.regular.nbytes + 4 * 8 + 4 * N * 4
+    assert "outliers=4" in repr(layer)
+
+
+def test_columns_that_the_int8_part_does_not_leave_out_are_refused() -> None:
+    layer, _, _ = make(COUNTS["some"], torch.float32)
+    layer.check()
+    layer.columns[1] = 4
+    with pytest.raises(SqCpuError, match="columns are not those that smoothing hides"):
+        layer.check()
+
+
+@pytest.mark.parametrize("columns", [[3, 1], [1, 1], [-1, 2], [K], [[1]], [0.5]])
+def test_bad_columns_are_refused(columns: list[Any]) -> None:
+    with pytest.raises(SqCpuError, match="ascending channels, int64, of 70"):
+        DecomposedLinear.from_float(nn.Linear(K, N), LLM_INT8, torch.tensor(columns))
+
+
+def test_bad_input_is_one_clear_line() -> None:
+    layer, linear, _ = make(COUNTS["some"], torch.float32)
+    with pytest.raises(SqCpuError, match=r"input is torch.float64; use float32"):
+        layer(torch.zeros(2, K, dtype=torch.float64))
+    with pytest.raises(SqCpuError, match=r"input is \[2, 7\], the layer needs \[..., 70\]"):
+        layer(torch.zeros(2, 7))
+    with torch.enable_grad(), pytest.raises(SqCpuError, match=r"torch.no_grad"):
+        layer(torch.zeros(2, K, requires_grad=True))
+    for column in (3, 4):
+        broken = copy.deepcopy(linear)
+        broken.weight[0, column] = float("nan")
+        with pytest.raises(SqCpuError, match="a weight holds NaN or Inf"):
+            DecomposedLinear.from_float(broken, LLM_INT8, layer.columns)
