@@ -199,13 +199,19 @@ def output_errors(statistics: GroupStatistics, s: Tensor) -> tuple[Tensor, Tenso
 
 def _quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
     low, high = sample.low / s, sample.high / s
+    x, weight = sample.inputs() / s, sample.weight.float() * s
     static = None
     if scheme.activations == "static":
-        static = static_code(scheme, *static_range(low, high, sample.inputs() / s, scheme))
-    codes, row_scale, zero_point = quantize_rows(sample.inputs() / s, scheme, static)
+        static = static_code(scheme, *static_range(low, high, x, scheme))
+    y = torch.zeros(())
+    if scheme.outlier_threshold is not None:
+        outliers = torch.maximum(-low, high) >= scheme.outlier_threshold
+        y = x[:, outliers] @ weight[:, outliers].T
+        x, weight = x[:, ~outliers], weight[:, ~outliers]
+    codes, row_scale, zero_point = quantize_rows(x, scheme, static)
+    weight_codes, weight_scale = quantize_weight(weight, scheme.weights, scheme.weight_group_rows)
     x = (codes.float() - zero_point[:, None]) * row_scale[:, None]
-    weight_codes, weight_scale = quantize_weight(sample.weight.float() * s, scheme.weights)
-    return x @ weight_codes.float().T * weight_scale
+    return y + x @ weight_codes.float().T * weight_scale
 
 
 def _squared_error(statistics: GroupStatistics, s: Tensor) -> float:

@@ -10,6 +10,7 @@ from tiny import batches, logits, tiny_model
 
 import sq_cpu
 from sq_cpu.calibrate import calibrate
+from sq_cpu.decomposition import DecomposedLinear, outlier_columns
 from sq_cpu.errors import SqCpuError
 from sq_cpu.families import smoothing_groups
 from sq_cpu.linear import QuantLinear
@@ -158,6 +159,23 @@ def test_the_output_error_is_that_of_the_layer(scheme: Scheme, dtype: torch.dtyp
         # codes of 2^-7, so the errors agree to 32 * 2^-17; their squares to twice that.
         torch.testing.assert_close(error, expected, rtol=2**-11, atol=0)
         torch.testing.assert_close(output, y.square().sum(), rtol=2**-18, atol=0)
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 2.0, 6.0, 1e3])
+def test_the_output_error_knows_of_channels_in_float(threshold: float) -> None:
+    scheme = Scheme(outlier_threshold=threshold)
+    found = sampled(scheme)
+    s = smoothing_scale("smoothquant", found, 0.2)
+    errors, _ = output_errors(found, s)
+    for sample, error in zip(found.samples, errors, strict=True):
+        linear = torch.nn.Linear(32, 24, bias=False)
+        linear.weight.data = sample.weight * s
+        x = sample.rows / s
+        columns = outlier_columns(x.abs().amax(0), threshold)
+        layer = DecomposedLinear.from_float(linear, scheme, columns)
+        expected = (layer(x) - x.double() @ linear.weight.T.double()).square().sum()
+        # As above; with every channel in float both are sums of squared fp32 roundings.
+        torch.testing.assert_close(error, expected, rtol=2**-11, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
