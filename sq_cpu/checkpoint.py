@@ -9,14 +9,17 @@ A checkpoint is a folder as transformers writes it, with int8 weights where a li
 A quantized linear ``L`` of shape [N, K] is stored unpacked, so that a file serves every machine:
 ``L.weight`` int8 [N, K], ``L.weight_scale`` fp32 [N], ``L.bias`` fp32 [N] if it has one, and for
 static schemes ``L.input_scale`` fp32 [] and ``L.input_zero_point`` int32 []; where the smoothing
-scale was not folded into another layer, ``L.smoothing`` fp32 [K]. Everything else is stored under
-its own name in its own dtype; tied weights are stored once.
+scale was not folded into another layer, ``L.smoothing`` fp32 [K]. A linear that keeps O outlier
+channels in float has these entries as ``L.regular.weight`` and so on, with a ``smoothing`` of 2^126
+in those channels, and beside them ``L.columns`` int64 [O] and ``L.outlier_weight`` [N, O] in the
+model's dtype. Everything else is stored under its own name in its own dtype; tied weights are
+stored once.
 
 ``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
-:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and ``smoothed``, the layers with a
-``smoothing``, if any: since format version 2), ``files`` (name -> SHA-256 of every
-safetensors file), ``companions`` (the same of the other files that :func:`save` wrote) and
-``config_sha256`` (of config.json itself, see :func:`config_digest`).
+:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and since format version 2, if any:
+``smoothed``, the layers with a ``smoothing``, and ``decomposed``, layer -> O), ``files`` (name ->
+SHA-256 of every safetensors file), ``companions`` (the same of the other files that :func:`save`
+wrote) and ``config_sha256`` (of config.json itself, see :func:`config_digest`).
 """
 
 from __future__ import annotations
@@ -42,6 +45,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import linearize
@@ -50,8 +54,8 @@ from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 __all__ = ["load", "save"]
 
 FORMAT_VERSION = 2
-# What a checkpoint without L.smoothing says, so that older releases read it.
-_UNSMOOTHED_VERSION = 1
+# What a checkpoint without L.smoothing and L.columns says, so that older releases read it.
+_PLAIN_VERSION = 1
 QUANT_METHOD = "sq_cpu"
 _CONFIG = "config.json"
 _CONFIG_DIGEST = "config_sha256"
@@ -181,10 +185,11 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
             f"{architecture} is not a class of transformers, so load could not rebuild it; "
             "keep its state_dict() with safetensors instead"
         )
+    layers = set(record.layers)  # the int8 part of a DecomposedLinear is not one of its own
     smoothed = (
         name
         for name, module in model.named_modules()
-        if isinstance(module, QuantLinear) and module.smoothing is not None
+        if isinstance(module, QuantLinear) and module.smoothing is not None and name in layers
     )
     return replace(record, smoothed=tuple(smoothed))
 
@@ -243,9 +248,10 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     files = _write_tensors(model, folder, max_shard_size)
+    new = record.smoothed or record.decomposed
     settings = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION if record.smoothed else _UNSMOOTHED_VERSION,
+        "format_version": FORMAT_VERSION if new else _PLAIN_VERSION,
         **record.to_dict(),
         "files": files,
         "companions": {
@@ -407,8 +413,14 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
             names = settings.get(key, None if key == "layers" else [])
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise SqCpuError(f"{key} is not a list of names")
-        if unknown := sorted(set(settings.get("smoothed", ())) - set(settings["layers"])):
-            raise SqCpuError(f"smoothed names {unknown[0]}, which is not one of layers")
+        decomposed = settings.get("decomposed", {})
+        if not isinstance(decomposed, dict) or not all(
+            type(count) is int and count > 0 for count in decomposed.values()
+        ):
+            raise SqCpuError("decomposed is not a table of layers and positive counts")
+        for key in ("smoothed", "decomposed"):
+            if unknown := sorted(set(settings.get(key, ())) - set(settings["layers"])):
+                raise SqCpuError(f"{key} names {unknown[0]}, which is not one of layers")
         return QuantizationRecord.from_dict(settings)
     except (KeyError, TypeError, ValueError) as error:
         raise SqCpuError(
@@ -493,11 +505,16 @@ def restore(
     linearize(model)
     replace_linears(model, _empty_layers(folder, model, record))
     _fill(model, folder, files, dtype)
+    for name in record.decomposed:
+        try:
+            model.get_submodule(name).check()
+        except SqCpuError as error:
+            raise SqCpuError(f"{folder}: layer {name}: {error}") from error
     mark_quantized(model, record)
 
 
-def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[str, QuantLinear]:
-    layers = {}
+def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
     modules = dict(model.named_modules())
     for name in record.layers:
         linear = modules.get(name)
@@ -507,13 +524,16 @@ def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[
                 "save the model again"
             )
         shape = linear.in_features, linear.out_features
+        bias = linear.bias is not None
         try:
-            layers[name] = QuantLinear(
-                *shape,
-                record.scheme,
-                bias=linear.bias is not None,
-                smoothed=name in record.smoothed,
-            )
+            if name in record.decomposed:
+                layers[name] = DecomposedLinear.empty(
+                    *shape, record.scheme, record.decomposed[name], bias=bias
+                )
+            else:
+                layers[name] = QuantLinear(
+                    *shape, record.scheme, bias=bias, smoothed=name in record.smoothed
+                )
         except Exception as error:  # also a size that no memory holds
             raise SqCpuError(
                 f"{folder / _CONFIG}: layer {name} cannot be made ({first_line(error)}); "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sq_cpu import checkpoint, texts
 from sq_cpu.calibrate import Calibration, calibrate
+from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
 from sq_cpu.linear import QuantLinear
@@ -193,6 +194,9 @@ def answer_ids(tokenizer: Any, question: str, *, chat: bool) -> Tensor:
 def linear_bytes(model: nn.Module, ignore: tuple[str, ...] = _IGNORE) -> int:
     """Return the resident bytes of a model's linears, int8 or float, biases and scales included."""
     total = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
+    for module in model.modules():
+        if isinstance(module, DecomposedLinear):
+            total += module.columns.nbytes + module.outlier_weight.nbytes
     with linearized(model):
         for linear in quantizable_linears(model, ignore).values():
             total += sum(parameter.nbytes for parameter in linear.parameters())

@@ -12,7 +12,9 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from sq_cpu import _core
 from sq_cpu.calibrate import Calibration
+from sq_cpu.decomposition import DecomposedLinear, outlier_columns
 from sq_cpu.errors import SqCpuError
+from sq_cpu.groups import SmoothingGroup
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import (
     check_ignore,
@@ -26,7 +28,7 @@ from sq_cpu.progress import track
 from sq_cpu.ranges import static_range
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import Smoothed, SmoothPlan, consumer_scales, fold_scales, plan_scales
+from sq_cpu.smooth import SmoothPlan, consumer_scales, fold_scales, plan_scales
 
 __all__ = ["QuantizationRecord", "mark_quantized", "quantize", "replace_linears"]
 
@@ -42,19 +44,25 @@ class QuantizationRecord:
     """Full names of the quantized linears."""
     smoothed: tuple[str, ...] = ()
     """Full names of those that divide their input by a smoothing scale of their own."""
+    decomposed: Mapping[str, int] = field(default_factory=dict)
+    """Full names of those that are a `DecomposedLinear`, and how many channels each has in float.
+    """
     kept: Mapping[str, str] = field(default_factory=dict)
     """Linears left in float, by full name, and why."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types; `smoothed` only where there are such layers."""
+        """Return the record as JSON types; the last two only where there are such layers."""
         plan = None if self.plan is None else self.plan.to_dict()
-        smoothed = {"smoothed": list(self.smoothed)} if self.smoothed else {}
+        tables: dict[str, Any] = {
+            "smoothed": list(self.smoothed),
+            "decomposed": dict(self.decomposed),
+            "kept": dict(self.kept),
+        }
         return {
             "scheme": self.scheme.to_dict(),
             "plan": plan,
             "layers": list(self.layers),
-            **smoothed,
-            "kept": dict(self.kept),
+            **{name: table for name, table in tables.items() if table},
         }
 
     @classmethod
@@ -69,6 +77,7 @@ class QuantizationRecord:
             plan=None if plan is None else SmoothPlan.from_dict(plan),
             layers=tuple(layers),
             smoothed=tuple(values.get("smoothed", ())),
+            decomposed=dict(values.get("decomposed", {})),
             kept=dict(values.get("kept", {})),
         )
 
@@ -85,9 +94,11 @@ def quantize(
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
 
     With `plan=None` every linear to quantize is smoothed at alpha 0.5. `smooth=False` leaves the
-    weights as they are (naive W8A8); only there, and with a scheme that is not static, may the
-    calibration be omitted. Linears that no batch reached (an expert that no token was routed to)
-    stay in float where the scheme is static, and are not smoothed otherwise.
+    weights as they are (naive W8A8); only there, and with a scheme that is neither static nor
+    decomposing, may the calibration be omitted. Linears that no batch reached (an expert that no
+    token was routed to) stay in float where the scheme is static, and are not smoothed otherwise.
+    With `scheme.outlier_threshold`, a linear whose smoothed input reaches it in some channels
+    becomes a `DecomposedLinear`.
 
     Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
     as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
@@ -110,17 +121,21 @@ def quantize(
         kept = float_linears(model, scheme.ignore)
         _check_model(model, linears)
         _check_replaceable(model, scheme.ignore)
-        _check_calibration(linears, calibration, needed=smooth or scheme.activations == "static")
-        smoothed = Smoothed(SmoothPlan(()), {}, frozenset())
+        decompose = scheme.outlier_threshold is not None
+        needed = smooth or decompose or scheme.activations == "static"
+        _check_calibration(linears, calibration, needed=needed)
+        scales: dict[SmoothingGroup, Tensor] = {}
         if smooth:
             assert calibration is not None  # _check_calibration raised otherwise
             plan = plan or SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
             scales = plan_scales(model, plan, calibration, scheme=scheme)
-            ranges = _input_ranges(scheme, calibration, linears, consumer_scales(scales))
+        by_linear = consumer_scales(scales)
+        ranges = _input_ranges(scheme, calibration, linears, by_linear)
+        outliers = _outliers(scheme, calibration, linears, by_linear)
+        in_pass: frozenset[str] = frozenset()
+        if plan is not None and calibration is not None:
             smoothed = fold_scales(model, plan, scales, calibration.example)
-            plan = smoothed.plan
-        else:
-            ranges = _input_ranges(scheme, calibration, linears, {})
+            plan, in_pass = smoothed.plan, smoothed.in_pass
     except BaseException:
         restore_modules(replaced)
         raise
@@ -134,11 +149,22 @@ def quantize(
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
         _untie(model, linear)
-        s = smoothed.scales[name] if name in smoothed.in_pass else None
-        layer = QuantLinear.from_float(linear, scheme, ranges.get(name), smoothing=s)
+        s = by_linear[name] if name in in_pass else None
+        layer: nn.Module
+        if name in outliers:
+            layer = DecomposedLinear.from_float(linear, scheme, outliers[name], smoothing=s)
+        else:
+            layer = QuantLinear.from_float(linear, scheme, ranges.get(name), smoothing=s)
         replace_linears(model, {name: layer})
-    in_pass = tuple(name for name in layers if name in smoothed.in_pass)
-    mark_quantized(model, QuantizationRecord(scheme, plan, layers, in_pass, kept))
+    record = QuantizationRecord(
+        scheme,
+        plan,
+        layers,
+        smoothed=tuple(name for name in layers if name in in_pass and name not in outliers),
+        decomposed={name: len(columns) for name, columns in outliers.items()},
+        kept=kept,
+    )
+    mark_quantized(model, record)
     return model
 
 
@@ -217,8 +243,8 @@ def _check_calibration(
         return
     if calibration is None:
         raise SqCpuError(
-            "smoothing and static activation scales need a calibration; pass calibrate(...), "
-            "or a dynamic scheme with smooth=False"
+            "smoothing, static activation scales and outlier_threshold need a calibration; pass "
+            "calibrate(...), or a dynamic scheme without threshold and smooth=False"
         )
     for name, linear in linears.items():
         if name not in calibration.unreached:
@@ -254,6 +280,26 @@ def _input_ranges(
             )
         ranges[name] = static_range(low, high, rows, scheme)
     return ranges
+
+
+def _outliers(
+    scheme: Scheme,
+    calibration: Calibration | None,
+    names: Iterable[str],
+    scales: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the channels of each linear's smoothed input that stay in float, where there are any.
+    """
+    outliers: dict[str, Tensor] = {}
+    if calibration is None or scheme.outlier_threshold is None:
+        return outliers
+    for name in names:
+        if name not in calibration.unreached:
+            absmax = calibration.absmax(name) / scales.get(name, torch.ones(1))
+            columns = outlier_columns(absmax, scheme.outlier_threshold)
+            if len(columns):
+                outliers[name] = columns
+    return outliers
 
 
 def _untie(model: nn.Module, linear: nn.Linear) -> None:

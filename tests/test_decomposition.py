@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import batches, change_config, logits, tiny_model
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import AutoModelForCausalLM
 
-from sq_cpu import QuantLinear, Scheme, SqCpuError
+import sq_cpu
+from sq_cpu import QuantLinear, Scheme, SmoothPlan, SqCpuError
 from sq_cpu.decomposition import DecomposedLinear, decomposed_reference, outlier_columns
+from sq_cpu.demo import linear_bytes
+from sq_cpu.families import smoothing_groups
 from sq_cpu.rounding import quantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -228,3 +235,114 @@ def test_bad_input_is_one_clear_line() -> None:
         broken.weight[0, column] = float("nan")
         with pytest.raises(SqCpuError, match="a weight holds NaN or Inf"):
             DecomposedLinear.from_float(broken, LLM_INT8, layer.columns)
+
+
+# --- whole models -------------------------------------------------------------------------------
+
+
+def planted(model_type: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """Give a tiny model with two channels of outliers behind every norm, planted exactly."""
+    model = tiny_model(model_type, dtype=dtype)
+    for group in smoothing_groups(model):
+        if "norm" in group.producer:
+            for parameter in model.get_submodule(group.producer).parameters():
+                parameter[[3, 17]] *= 64
+            for consumer in group.consumers:
+                model.get_submodule(consumer).weight[:, [3, 17]] /= 64
+    return model
+
+
+def decomposed(model_type: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    model = planted(model_type, dtype)
+    calibration = sq_cpu.calibrate(model, batches())
+    return sq_cpu.quantize(model, calibration, scheme=LLM_INT8, smooth=False)
+
+
+def test_only_linears_with_outliers_are_decomposed() -> None:
+    float_model, model = planted(), decomposed()
+    record = model.sq_cpu_config
+    behind_norms = {f"model.layers.{i}.{name}" for i in (0, 1) for name in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"
+    )}  # fmt: skip
+    assert behind_norms <= set(record.decomposed)
+    calibration = sq_cpu.calibrate(float_model, batches())
+    for name in record.layers:
+        layer, expected = model.get_submodule(name), calibration.absmax(name) >= 6
+        assert isinstance(layer, DecomposedLinear) == (name in record.decomposed) == expected.any()
+        if isinstance(layer, DecomposedLinear):
+            assert layer.columns.tolist() == expected.nonzero().flatten().tolist()
+            assert record.decomposed[name] == len(layer.columns)
+    naive = sq_cpu.quantize(planted(), scheme="O1", smooth=False)
+    y = logits(float_model)
+    assert (logits(model) - y).norm() < 0.5 * (logits(naive) - y).norm()
+
+
+def test_outliers_are_those_of_the_smoothed_input() -> None:
+    model = planted()
+    calibration = sq_cpu.calibrate(model, batches())
+    plan = SmoothPlan.uniform(model, calibration, 1.0)
+    sq_cpu.quantize(model, calibration, plan, scheme=LLM_INT8)
+    # At alpha = 1 every smoothed channel has an absmax of 1.
+    assert model.sq_cpu_config.decomposed == {}
+
+
+def test_the_threshold_needs_a_calibration() -> None:
+    with pytest.raises(SqCpuError, match="outlier_threshold need a calibration"):
+        sq_cpu.quantize(planted(), scheme=LLM_INT8, smooth=False)
+
+
+def test_float_columns_count_as_bytes() -> None:
+    model = decomposed()
+    layers = [m for m in model.modules() if isinstance(m, DecomposedLinear)]
+    inner = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    parts = sum(m.nbytes - m.regular.nbytes for m in layers) + sum(m.nbytes for m in inner)
+    head = model.lm_head.weight.nbytes
+    assert linear_bytes(model, ignore=()) == parts + head
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_models_are_saved_and_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = decomposed("opt", dtype)  # no rotary buffers, which tiny_model casts too
+    folder = sq_cpu.save(model, tmp_path / "out")
+    for loaded in (
+        sq_cpu.load(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
+        sq_cpu.load(sq_cpu.save(sq_cpu.load(folder), tmp_path / "again")),
+    ):
+        assert torch.equal(logits(loaded), logits(model))
+        assert loaded.sq_cpu_config == model.sq_cpu_config
+    half = sq_cpu.load(folder, dtype=torch.float16).get_submodule("model.decoder.layers.0.fc1")
+    assert half.outlier_weight.dtype == torch.float16
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["format_version"] == 2
+    assert "smoothed" not in settings
+
+
+def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
+    folder = sq_cpu.save(decomposed(), tmp_path / "out")
+    name = "model.layers.0.mlp.up_proj"
+    good = (folder / "config.json").read_text()
+
+    def fails(match: str, decomposed: Any) -> None:
+        change_config(folder, lambda c: c["quantization_config"].update(decomposed=decomposed))
+        with pytest.raises(SqCpuError, match=match) as caught:
+            sq_cpu.load(folder)
+        assert "\n" not in str(caught.value)
+        (folder / "config.json").write_text(good)
+
+    fails("decomposed is not a table", [name])
+    fails("decomposed is not a table", {name: 0})
+    fails("decomposed is not a table", {name: "2"})
+    fails("decomposed names nowhere, which is not one of layers", {"nowhere": 2})
+    table = json.loads(good)["quantization_config"]["decomposed"]
+    fails(r"tensor .*up_proj\.columns is int64 \[2\], expected int64 \[3\]", table | {name: 3})
+    fails(r"3 tensors .*up_proj\.bias.* missing", {k: v for k, v in table.items() if k != name})
+
+
+def test_columns_that_do_not_fit_the_int8_part_are_refused(tmp_path: Path) -> None:
+    model = decomposed()
+    name = "model.layers.0.mlp.up_proj"
+    model.get_submodule(name).columns[0] = 0
+    folder = sq_cpu.save(model, tmp_path / "out")
+    with pytest.raises(SqCpuError, match=rf"layer {name}: columns are not those that smoothing"):
+        sq_cpu.load(folder)
