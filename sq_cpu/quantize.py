@@ -288,8 +288,7 @@ def _outliers(
     names: Iterable[str],
     scales: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Return the channels of each linear's smoothed input that stay in float, where there are any.
-    """
+    """Return which channels of a linear's smoothed input stay in float, if there are any."""
     outliers: dict[str, Tensor] = {}
     if calibration is None or scheme.outlier_threshold is None:
         return outliers

@@ -1,7 +1,8 @@
 """SmoothQuant: X W^T = (X / s) (W s)^T, with the division folded into whatever makes X.
 
-`rules.RULES` has the rules, `SmoothPlan` says which group gets which, and `fold` applies it: to the weights where that is proven to keep the function, and otherwise to
-the pass that quantizes the input, which divides it by s.
+`rules.RULES` has the rules, `SmoothPlan` says which group gets which, and `fold` applies it: to the
+weights where that is proven to keep the function, and otherwise to the pass that quantizes the
+input, which divides it by s.
 """
 
 from __future__ import annotations

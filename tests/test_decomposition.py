@@ -19,7 +19,7 @@ import sq_cpu
 from sq_cpu import QuantLinear, Scheme, SmoothPlan, SqCpuError
 from sq_cpu.decomposition import DecomposedLinear, decomposed_reference, outlier_columns
 from sq_cpu.demo import linear_bytes
-from sq_cpu.families import smoothing_groups
+from sq_cpu.groups import smoothing_groups
 from sq_cpu.rounding import quantize_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -244,8 +244,8 @@ def planted(model_type: str = "llama", dtype: torch.dtype = torch.float32) -> An
     """Give a tiny model with two channels of outliers behind every norm, planted exactly."""
     model = tiny_model(model_type, dtype=dtype)
     for group in smoothing_groups(model):
-        if "norm" in group.producer:
-            for parameter in model.get_submodule(group.producer).parameters():
+        if "norm" in group.name:
+            for parameter in model.get_submodule(group.name).parameters():
                 parameter[[3, 17]] *= 64
             for consumer in group.consumers:
                 model.get_submodule(consumer).weight[:, [3, 17]] /= 64

@@ -12,7 +12,7 @@ import sq_cpu
 from sq_cpu.calibrate import calibrate
 from sq_cpu.decomposition import DecomposedLinear, outlier_columns
 from sq_cpu.errors import SqCpuError
-from sq_cpu.families import smoothing_groups
+from sq_cpu.groups import smoothing_groups
 from sq_cpu.linear import QuantLinear
 from sq_cpu.rules import (
     ALPHAS,
@@ -226,7 +226,7 @@ def test_every_rule_is_planned_folded_and_keeps_the_function(model_type: str, ru
     plan = SmoothPlan.uniform(model, found, rule=rule)
     assert SmoothPlan.from_json(plan.to_json()) == plan
     assert all(group.rule == rule for group in plan.groups)
-    norms = {g.name for g in smoothing_groups(model) if "norm" in g.producer}
+    norms = {g.name for g in smoothing_groups(model) if "norm" in g.name}
     planned = {group.name for group in plan.groups}
     assert norms <= planned
     assert (planned == norms) == (rule == "outlier_suppression")
@@ -256,7 +256,9 @@ def test_rules_look_at_the_calibrated_group() -> None:
     assert sample.rows is found.rows[group.consumers[0]]
     weight = model.get_parameter(f"{group.consumers[0]}.weight").detach()
     expected = smoothing_scales(
-        group.narrow(found.absmax(group.consumers[0])), group.narrow(weight.abs().amax(0)), 0.5
+        group.layout.narrow(found.absmax(group.consumers[0])),
+        group.layout.narrow(weight.abs().amax(0)),
+        0.5,
     )
     [s] = plan_scales(model, SmoothPlan((GroupPlan(name=group.name),)), found).values()
     assert torch.equal(s, expected)

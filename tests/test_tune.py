@@ -19,9 +19,9 @@ def planted(model_type: str) -> torch.nn.Module:
     scale[[3, 17]] = 1 / 64
     with torch.no_grad():
         for group in smoothing_groups(model):
-            if group.producer is None or "norm" not in group.producer:
+            if "norm" not in group.name:
                 continue
-            producer = model.get_submodule(group.producer)
+            producer = model.get_submodule(group.name)
             for parameter in producer.parameters():
                 parameter.div_(scale)
             for consumer in group.consumers:
