@@ -15,13 +15,13 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.rounding import static_code
 from sq_cpu.scheme import Scheme
+from sq_cpu.search import argmin
 
 __all__ = ["static_range"]
 
 # Where one of n values is far beyond the rest, the best clip is at about 12 qmax^2 / n of it (its
 # error against n * step^2 / 12): ten octaves suffice for 2e8 values on the 8-bit grid.
 _FRACTIONS: tuple[float, ...] = tuple(2.0 ** (-step / 10) for step in range(101))
-_GOLDEN = (math.sqrt(5) - 1) / 2
 _GOLDEN_STEPS = 16  # a bracket of two grid steps, 14 %, shrinks to 0.006 %: less than a code
 
 
@@ -92,35 +92,14 @@ def _least_error(
     values: Tensor, least: float, greatest: float, scheme: Scheme
 ) -> tuple[float, float]:
     error = _squared_error(values, scheme)
-    clip = _search(lambda f: error(f * least, f * greatest))
+    clip = argmin(lambda f: error(f * least, f * greatest), _FRACTIONS, _GOLDEN_STEPS)
     if scheme.symmetric:
         return clip * least, clip * greatest
     # The two ends share the codes, but outliers may be at one of them alone.
-    low = _search(lambda f: error(f * least, clip * greatest), clip)
-    high = _search(lambda f: error(low * least, f * greatest), clip)
+    grid = (clip, *_FRACTIONS)
+    low = argmin(lambda f: error(f * least, clip * greatest), grid, _GOLDEN_STEPS)
+    high = argmin(lambda f: error(low * least, f * greatest), grid, _GOLDEN_STEPS)
     return low * least, high * greatest
-
-
-def _search(loss: Callable[[float], float], start: float = 1.0) -> float:
-    """Return the fraction of least loss: never one worse than `start`, of equals the largest."""
-    tried = {f: loss(f) for f in (start, *_FRACTIONS)}
-
-    def best() -> float:
-        return min(tried, key=lambda f: (tried[f], -f))
-
-    low, high = best() * _FRACTIONS[1], min(1.0, best() / _FRACTIONS[1])
-    inner, outer = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-    tried[inner], tried[outer] = loss(inner), loss(outer)
-    for _ in range(_GOLDEN_STEPS):
-        if tried[inner] < tried[outer]:
-            high, outer = outer, inner
-            inner = high - _GOLDEN * (high - low)
-            tried[inner] = loss(inner)
-        else:
-            low, inner = inner, outer
-            outer = low + _GOLDEN * (high - low)
-            tried[outer] = loss(outer)
-    return best()
 
 
 def _squared_error(values: Tensor, scheme: Scheme) -> Callable[[float, float], float]:

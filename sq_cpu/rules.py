@@ -6,7 +6,6 @@ computed in fp32 or better, whatever the dtype of rows and weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.ranges import static_range
 from sq_cpu.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.scheme import Scheme
+from sq_cpu.search import argmin
 
 __all__ = [
     "ALPHAS",
@@ -135,8 +135,11 @@ def _aqas(statistics: GroupStatistics, _: float) -> Tensor:
     s is sought among those of SmoothQuant: alpha on a grid, then by golden section around the
     best. The expectation is over the sampled rows, the norm over all quantized linears.
     """
-    best = _least(lambda alpha: _squared_error(statistics, _smoothquant(statistics, alpha)), ALPHAS)
-    return _smoothquant(statistics, best)
+
+    def error(alpha: float) -> float:
+        return _squared_error(statistics, _smoothquant(statistics, alpha))
+
+    return _smoothquant(statistics, argmin(error, ALPHAS, steps=8))
 
 
 RULES: Mapping[str, Callable[[GroupStatistics, float], Tensor]] = {
@@ -216,31 +219,6 @@ def _quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor
 
 def _squared_error(statistics: GroupStatistics, s: Tensor) -> float:
     return float(output_errors(statistics, s)[0].sum())
-
-
-def _least(f: Callable[[float], float], grid: tuple[float, ...], steps: int = 8) -> float:
-    """Return where f is least, of a sorted grid and a golden-section search around its best.
-
-    f is a step function with noise: the search may end in a worse place than where it has been, so
-    the best of all that was seen is returned.
-    """
-    seen = {x: f(x) for x in grid}
-    best = min(seen, key=seen.__getitem__)
-    at = grid.index(best)
-    low, high = grid[max(0, at - 1)], grid[min(len(grid) - 1, at + 1)]
-    ratio = (math.sqrt(5) - 1) / 2
-    left, right = high - ratio * (high - low), low + ratio * (high - low)
-    for _ in range(steps):
-        for x in (left, right):
-            if x not in seen:
-                seen[x] = f(x)
-        if seen[left] <= seen[right]:
-            high, right = right, left
-            left = high - ratio * (high - low)
-        else:
-            low, left = left, right
-            right = low + ratio * (high - low)
-    return min(seen, key=seen.__getitem__)
 
 
 def _squares(tensors: tuple[Tensor, ...]) -> Tensor:

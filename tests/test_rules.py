@@ -19,7 +19,6 @@ from sq_cpu.rules import (
     RULES,
     GroupStatistics,
     LinearSample,
-    _least,
     output_errors,
     smoothing_scale,
     smoothing_scales,
@@ -192,15 +191,6 @@ def test_aqas_is_never_worse_than_the_grid(scheme: Scheme) -> None:
     # That it is refined: here the best alpha lies between those of the grid.
     assert best < min(grid)
     assert torch.equal(smoothing_scale("aqas", found), smoothing_scale("aqas", found, 0.9))
-
-
-def test_the_search_finds_a_minimum_between_the_grids_points_and_at_its_ends() -> None:
-    # Golden section leaves .618^8 of an interval of .1.
-    assert abs(_least(lambda x: (x - 0.337) ** 2, ALPHAS) - 0.337) < 0.1 * 0.618**8
-    assert _least(lambda x: x, ALPHAS) == 0.0
-    assert _least(lambda x: -x, ALPHAS) == 1.0
-    # A dip that only the grid sees is kept.
-    assert _least(lambda x: 0.0 if x == 0.5 else 1.0 + x, ALPHAS) == 0.5
 
 
 def test_a_search_without_what_it_needs_says_so() -> None:
