@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sq_cpu.families import Family, Group, Rows, family_of
+from sq_cpu.families import Family, Group, Rows, Stack, family_of
 from sq_cpu.linears import quantizable_linears
 
 __all__ = ["Layout", "SmoothingGroup", "smoothing_groups"]
@@ -88,11 +88,10 @@ def smoothing_groups(model: nn.Module) -> tuple[SmoothingGroup, ...]:
     family = family_of(model)
     blocks = _blocks(model, family) if family else {}
     rows = [
-        _resolve(model, family, paired, name, linears)
-        for name, (block, groups) in blocks.items()
-        for group in groups
+        _resolve(model, stack, paired, name, linears)
+        for name, (block, stack) in blocks.items()
+        for group in stack.groups
         for paired in _paired(group, block)
-        if family
     ]
     found: dict[str, SmoothingGroup] = {}
     # Folds first: conditions may choose between two rows for the same linears.
@@ -115,8 +114,8 @@ def _without_producer(
     return SmoothingGroup(f"{consumers[0]}.input", consumers, layout, reason=reason, block=block)
 
 
-def _blocks(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, tuple[Group, ...]]]:
-    """Return every block by full name, with the groups of its stack."""
+def _blocks(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, Stack]]:
+    """Return every block by full name, with the stack that it is of."""
     base = getattr(model, "base_model", model)
     prefix = next(name for name, module in model.named_modules() if module is base)
     blocks = {}
@@ -124,7 +123,7 @@ def _blocks(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, tupl
         path = f"{prefix}.{stack.blocks}".removeprefix(".")
         modules = _module(model, path)
         for key, block in modules.named_children() if modules else ():
-            blocks[f"{path}.{key}"] = (block, stack.groups)
+            blocks[f"{path}.{key}"] = (block, stack)
     return blocks
 
 
@@ -143,7 +142,7 @@ def _paired(group: Group, block: nn.Module) -> Iterator[Group]:
 
 def _resolve(
     model: nn.Module,
-    family: Family,
+    stack: Stack,
     group: Group,
     block: str,
     linears: Mapping[str, nn.Linear],
@@ -163,7 +162,7 @@ def _resolve(
     if group.producer is None:
         return refused("no exact fold is known for it")
     for attribute, required in group.when.items():
-        actual = getattr(_text_config(model), attribute, None)
+        actual = _config_value(model, attribute)
         if actual != required:
             return refused(f"{attribute} is {actual!r}, and the fold needs {required!r}")
     for name in names:
@@ -181,7 +180,7 @@ def _resolve(
         consumers,
         layout,
         producer=producer,
-        norm_offset=family.norm_offset if weight.dim() == 1 else 0.0,
+        norm_offset=stack.norm_offset if weight.dim() == 1 else 0.0,
         block=block,
     )
 
@@ -212,6 +211,13 @@ def _layout(model: nn.Module, rows: Rows, outputs: int, inputs: int) -> Layout |
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _config_value(model: nn.Module, path: str) -> Any:
+    value = _text_config(model)
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _head_count(model: nn.Module) -> int:
