@@ -10,7 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,12 @@ from sq_cpu.progress import track
 __all__ = [
     "Batch",
     "Calibration",
+    "Example",
+    "InputRanges",
     "calibrate",
     "check_length",
     "evaluating",
+    "example_of",
     "model_inputs",
     "watching_inputs",
 ]
@@ -198,36 +201,17 @@ def _calibrate(
     linears = quantizable_linears(model, ignore)
     if not linears:
         raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
-    ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
-    recent = _Recent()
-    count = 0
+    ranges = InputRanges(linears, rows)
     example: Example | None = None
-
-    def see(name: str, x: Tensor) -> None:
-        ranges[name].add(x, recent)
-
-    with evaluating(model), watching_inputs(linears, "input", see):
+    with evaluating(model), ranges.watching():
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
-            example = example or _example_of(args, kwargs)
-            recent.begin(count, kwargs.get("attention_mask"))
-            model(*args, **kwargs)
-            recent.forget()
-            count += 1
-
-    reached = {name: seen for name, seen in ranges.items() if seen.rows}
-    return Calibration(
-        channel_min={name: seen.low for name, seen in reached.items()},
-        channel_max={name: seen.high for name, seen in reached.items()},
-        rows={name: seen.sample.rows for name, seen in reached.items() if rows},
-        fingerprints={name: _fingerprint(linears[name]) for name in reached},
-        tokens=max((seen.rows for seen in reached.values()), default=0),
-        batches=count,
-        unreached=tuple(name for name in ranges if name not in reached),
-        example=example,
-    )
+            example = example or example_of(args, kwargs)
+            with ranges.batch(kwargs.get("attention_mask")):
+                model(*args, **kwargs)
+    return ranges.calibration(example)
 
 
-def _example_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+def example_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
     """Copy a batch; if its token ids and masks are all of one length, its first tokens only."""
 
     def is_ids(value: Any) -> bool:
@@ -373,6 +357,46 @@ class _ChannelRange:
         torch.maximum(self.high, recent.high, out=self.high)
         self.rows += len(recent.rows)
         self.sample.add(recent.rows)
+
+
+class InputRanges:
+    """Gathers a `Calibration` of linears, batch by batch, from whatever runs them."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear], rows: int) -> None:
+        self._linears = linears
+        self._ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
+        self._keep_rows = bool(rows)
+        self._recent = _Recent()
+        self._batches = 0
+
+    def _see(self, name: str, x: Tensor) -> None:
+        self._ranges[name].add(x, self._recent)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Return a context in which the inputs of the linears are seen."""
+        return watching_inputs(self._linears, "input", self._see)
+
+    @contextmanager
+    def batch(self, mask: Any) -> Iterator[None]:
+        """Run one batch; `mask`, if it is a tensor [batch, tokens], has 0 for padding."""
+        self._recent.begin(self._batches, mask)
+        yield
+        self._recent.forget()
+        self._batches += 1
+
+    def calibration(self, example: Example | None = None) -> Calibration:
+        """Return what was seen so far."""
+        reached = {name: seen for name, seen in self._ranges.items() if seen.rows}
+        return Calibration(
+            channel_min={name: seen.low for name, seen in reached.items()},
+            channel_max={name: seen.high for name, seen in reached.items()},
+            rows={name: seen.sample.rows for name, seen in reached.items() if self._keep_rows},
+            fingerprints={name: _fingerprint(self._linears[name]) for name in reached},
+            tokens=max((seen.rows for seen in reached.values()), default=0),
+            batches=self._batches,
+            unreached=tuple(name for name in self._ranges if name not in reached),
+            example=example,
+        )
 
 
 @contextmanager

@@ -30,7 +30,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +102,7 @@ def save(
         The model is not one of ours, ``path`` holds something else, or writing failed.
     """
     record = _record_of(model)
+    check_architecture(model)
     target = Path(os.path.realpath(path))
     check_replaceable(target)
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -110,7 +111,7 @@ def save(
     try:
         staging.mkdir(parents=True)
         _write(cast(Any, model), record, tokenizer, staging, max_shard_size)
-        _move_into_place(staging, target)
+        move_into_place(staging, target)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):
@@ -162,12 +163,17 @@ def load(
     record = record_of_settings(settings, folder / _CONFIG)
     model = _skeleton(folder, dtype)
     restore(model, folder, record, files, dtype)
+    read_generation_config(model, folder)
+    return cast(nn.Module, model)
+
+
+def read_generation_config(model: Any, folder: Path) -> None:
+    """Give a model what ``folder`` says about generating, if anything."""
     if (path := folder / "generation_config.json").exists():
         try:
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         except Exception as error:
             raise SqCpuError(f"cannot load {path}: {first_line(error)}; repair it") from error
-    return cast(nn.Module, model)
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -179,12 +185,6 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
         raise SqCpuError(
             f"{type(model).__name__} is not quantized by sq_cpu; call sq_cpu.quantize before save"
         )
-    architecture = type(model).__name__
-    if getattr(transformers, architecture, None) is not type(model):
-        raise SqCpuError(
-            f"{architecture} is not a class of transformers, so load could not rebuild it; "
-            "keep its state_dict() with safetensors instead"
-        )
     layers = set(record.layers)  # the int8 part of a DecomposedLinear is not one of its own
     smoothed = (
         name
@@ -192,6 +192,16 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
         if isinstance(module, QuantLinear) and module.smoothing is not None and name in layers
     )
     return replace(record, smoothed=tuple(smoothed))
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Raise ``SqCpuError`` for a model that ``load`` could not rebuild."""
+    architecture = type(model).__name__
+    if getattr(transformers, architecture, None) is not type(model):
+        raise SqCpuError(
+            f"{architecture} is not a class of transformers, so load could not rebuild it; "
+            "keep its state_dict() with safetensors instead"
+        )
 
 
 def check_replaceable(target: Path) -> None:
@@ -238,6 +248,13 @@ def _write(
     model: Any, record: QuantizationRecord, tokenizer: Any, folder: Path, max_shard_size: int | str
 ) -> None:
     # Small files first: what can be refused is refused before gigabytes are written.
+    write_companions(model, tokenizer, folder)
+    files = _write_tensors(model, folder, max_shard_size)
+    write_settings(folder, record, files)
+
+
+def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write what is beside the tensors: the configs and the tokenizer's files."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -247,15 +264,18 @@ def _write(
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    files = _write_tensors(model, folder, max_shard_size)
+
+
+def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:
+    """Complete config.json, when all else is written; ``files`` is name -> SHA-256."""
     new = record.smoothed or record.decomposed
     settings = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION if new else _PLAIN_VERSION,
         **record.to_dict(),
-        "files": files,
+        "files": dict(files),
         "companions": {
-            name: _sha256(folder / name) for name in sorted(_contents(folder) - {_CONFIG, *files})
+            name: sha256(folder / name) for name in sorted(_contents(folder) - {_CONFIG, *files})
         },
     }
     content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
@@ -266,44 +286,65 @@ def _write(
 
 def _write_tensors(model: Any, folder: Path, max_shard_size: int | str) -> dict[str, str]:
     """Write the safetensors files (and an index if there are several); name -> SHA-256."""
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = float_entries(model, model)
     layer_of: dict[str, tuple[str, QuantLinear]] = {}
-    ties: dict[str, str] = model.all_tied_weights_keys
-    storages: set[int] = set()
     for prefix, module in model.named_modules():
         if isinstance(module, QuantLinear):
             # Only shapes now: each weight is unpacked when its file is written.
             entries = _layer_entries(module, prefix)
             stored |= entries
             layer_of |= dict.fromkeys(entries, (prefix, module))
-            continue
-        for name, tensor in _own_entries(module, prefix).items():
-            if not _is_tied(model, name, ties):
-                storage = tensor.untyped_storage().data_ptr()
-                stored[name] = tensor.clone() if storage in storages else tensor
-                storages.add(storage)
     split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
     digests = {}
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
         for name in names:
             if name not in layer_of:
-                shard[name] = stored[name].contiguous()
+                shard[name] = stored[name]
             elif name not in shard:
                 prefix, module = layer_of[name]
-                entries = _own_entries(module, prefix)
+                entries = own_entries(module, prefix)
                 shard.update({key: entries[key] for key in entries if key in names})
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; give them the umask's mode.
-        shutil.copymode(folder / _CONFIG, folder / file)
-        digests[file] = _sha256(folder / file)
+        digests[file] = write_shard(folder / file, shard)
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(folder, split.tensor_to_filename, split.metadata)
     return digests
 
 
-def _own_entries(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+def float_entries(model: Any, part: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """Give what ``part``, called ``prefix`` in ``model``, stores beside its quantized linears.
+
+    Tied weights are under one name only; no two of the tensors share memory.
+    """
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for path, module in part.named_modules(prefix=prefix):
+        if isinstance(module, QuantLinear):
+            continue
+        for name, tensor in own_entries(module, path).items():
+            if not _is_tied(model, name, model.all_tied_weights_keys):
+                storage = tensor.untyped_storage().data_ptr()
+                stored[name] = tensor.clone() if storage in storages else tensor
+                storages.add(storage)
+    return stored
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file beside config.json and give its SHA-256."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read; give them the umask's mode.
+    shutil.copymode(path.parent / _CONFIG, path)
+    return sha256(path)
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
+    """Write the index that tells which file holds which tensor."""
+    index = {"metadata": dict(metadata), "weight_map": dict(file_of)}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def own_entries(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     """Give the state_dict entries of this module alone, children left out."""
     entries: dict[str, Tensor] = {}
     module._save_to_state_dict(entries, f"{prefix}." if prefix else "", keep_vars=False)
@@ -320,7 +361,8 @@ def _hidden(target: Path, *, inside: bool = False) -> Path:
     return (target if inside else target.parent) / f".{target.name}.{secrets.token_hex(6)}"
 
 
-def _move_into_place(staging: Path, target: Path) -> None:
+def move_into_place(staging: Path, target: Path) -> None:
+    """Make ``staging`` the folder ``target``, which ``check_replaceable`` let through."""
     if staging.parent == target:
         _move_out(staging, target)
         return
@@ -454,7 +496,7 @@ def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> l
             raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
     for name, digest in (files | companions).items() if verify else ():
         if os.path.isfile(folder / name):
-            _check_digest(folder / name, _sha256(folder / name), digest)
+            _check_digest(folder / name, sha256(folder / name), digest)
     return list(files)
 
 
@@ -475,14 +517,20 @@ def _check_digest(path: Path, found: str, stored: object) -> None:
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
-    """Build the model with parameters on the meta device and buffers in memory."""
+    def make(config: Any) -> Any:
+        del config.quantization_config
+        model_class = getattr(transformers, config.architectures[0])
+        return model_class._from_config(config, dtype=dtype or config.dtype)
+
+    return skeleton(folder, make)
+
+
+def skeleton(folder: Path, make: Callable[[Any], Any]) -> Any:
+    """Build a model from its config, with parameters on the meta device and buffers in memory."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        del config.quantization_config
-        architecture = config.architectures[0]
-        model_class = getattr(transformers, architecture)
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            return model_class._from_config(config, dtype=dtype or config.dtype)
+            return make(config)
     except Exception as error:  # a config may be wrong in any way, and raise anything
         raise SqCpuError(
             f"{folder / _CONFIG}: transformers {transformers.__version__} cannot build this model "
@@ -573,7 +621,7 @@ def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None)
         expected = {
             prefix: _layer_entries(module, prefix)
             if isinstance(module, QuantLinear)
-            else _own_entries(module, prefix)
+            else own_entries(module, prefix)
             for prefix, module in modules.items()
         }
         quantized = {
@@ -636,7 +684,8 @@ def _read_tensor(
     return value
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Give a file's SHA-256; ``SqCpuError`` where it cannot be read."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     try:

@@ -22,7 +22,7 @@ from sq_cpu.evaluate import perplexity, token_windows
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import linearized, quantizable_linears
 from sq_cpu.quantize import quantize
-from sq_cpu.runtime import isa
+from sq_cpu.runtime import available_memory, isa
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
 
@@ -141,7 +141,7 @@ def run(
     batches = token_windows(tokenizer, texts.calibration(), window=WINDOW, windows=16)
     calibration = calibrate(base, batches, ignore=_IGNORE, progress=progress)
     plan = SmoothPlan.uniform(base, calibration, ALPHA)
-    interleaved = _memory_available() > _memory_needed(base)
+    interleaved = available_memory() > _memory_needed(base)
 
     rows: list[Row] = []
     for group in [_VARIANTS] if interleaved else [(variant,) for variant in _VARIANTS]:
@@ -291,10 +291,3 @@ def _memory_needed(base: nn.Module) -> int:
     """Bytes beyond `base` itself: three int8 variants, one of them still as a float copy."""
     whole = sum(parameter.nbytes for parameter in base.parameters())
     return whole + 3 * (whole - linear_bytes(base) * 3 // 4)
-
-
-def _memory_available() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0

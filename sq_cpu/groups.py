@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sq_cpu.families import Family, Group, Rows, Stack, family_of
 from sq_cpu.linears import quantizable_linears
 
-__all__ = ["Layout", "SmoothingGroup", "smoothing_groups"]
+__all__ = ["Layout", "SmoothingGroup", "smoothing_groups", "stack_paths"]
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,17 @@ def _without_producer(
     return SmoothingGroup(f"{consumers[0]}.input", consumers, layout, reason=reason, block=block)
 
 
-def _blocks(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, Stack]]:
-    """Return every block by full name, with the stack that it is of."""
+def stack_paths(model: nn.Module, family: Family) -> list[str]:
+    """Return the full name of each of the family's lists of blocks."""
     base = getattr(model, "base_model", model)
     prefix = next(name for name, module in model.named_modules() if module is base)
+    return [f"{prefix}.{stack.blocks}".removeprefix(".") for stack in family.stacks]
+
+
+def _blocks(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, Stack]]:
+    """Return every block by full name, with the stack that it is of."""
     blocks = {}
-    for stack in family.stacks:
-        path = f"{prefix}.{stack.blocks}".removeprefix(".")
+    for stack, path in zip(family.stacks, stack_paths(model, family), strict=True):
         modules = _module(model, path)
         for key, block in modules.named_children() if modules else ():
             blocks[f"{path}.{key}"] = (block, stack)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sq_cpu import checkpoint
 from sq_cpu.errors import SqCpuError, first_line
 
-__all__ = ["is_checkpoint", "load_source"]
+__all__ = ["check_float", "is_checkpoint", "load_source", "load_tokenizer"]
 
 # "gpt2", "owner/name": what can be a repository on the hub.
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -49,8 +49,8 @@ def load_source(
     path = Path(source).expanduser()
     if path.is_dir():
         if is_checkpoint(path):
-            return checkpoint.load(path, dtype=dtype), _tokenizer(path, f"checkpoint {path}")
-        _check_float(path)
+            return checkpoint.load(path, dtype=dtype), load_tokenizer(path, f"checkpoint {path}")
+        check_float(path)
         return _load(path, dtype or "auto", f"model folder {path}")
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -74,7 +74,8 @@ def _quant_method(folder: Path) -> str | None:
         return None  # not there or not readable: what loads the model says so, with the reason
 
 
-def _check_float(folder: Path) -> None:
+def check_float(folder: Path) -> None:
+    """Raise `SqCpuError` for a folder whose model is quantized already."""
     method = _quant_method(folder)
     if method is not None:
         raise SqCpuError(
@@ -107,10 +108,11 @@ def _load(
             f"cannot load {what}: the weights lack {missing[0]} (and {len(missing) - 1} more); "
             "get the whole model"
         )
-    return model.eval(), _tokenizer(source, what, **options)
+    return model.eval(), load_tokenizer(source, what, **options)
 
 
-def _tokenizer(source: str | Path, what: str, **options: Any) -> Any:
+def load_tokenizer(source: str | Path, what: str, **options: Any) -> Any:
+    """Load the tokenizer of `what`, or raise `SqCpuError`."""
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from sq_cpu import _core
 from sq_cpu.calibrate import Calibration
 from sq_cpu.decomposition import DecomposedLinear, outlier_columns
 from sq_cpu.errors import SqCpuError
-from sq_cpu.groups import SmoothingGroup
+from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import (
     check_ignore,
@@ -28,9 +28,24 @@ from sq_cpu.progress import track
 from sq_cpu.ranges import static_range
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan, consumer_scales, fold_scales, plan_scales
+from sq_cpu.smooth import (
+    Run,
+    SmoothPlan,
+    consumer_scales,
+    fold_scales,
+    plan_scales,
+    running,
+    uniform_plan,
+)
 
-__all__ = ["QuantizationRecord", "mark_quantized", "quantize", "replace_linears"]
+__all__ = [
+    "QuantizationRecord",
+    "QuantizedPart",
+    "mark_quantized",
+    "quantize",
+    "quantize_part",
+    "replace_linears",
+]
 
 
 @dataclass(frozen=True)
@@ -119,53 +134,136 @@ def quantize(
         check_ignore(model, scheme.ignore)
         linears = quantizable_linears(model, scheme.ignore)
         kept = float_linears(model, scheme.ignore)
-        _check_model(model, linears)
         _check_replaceable(model, scheme.ignore)
-        decompose = scheme.outlier_threshold is not None
-        needed = smooth or decompose or scheme.activations == "static"
-        _check_calibration(linears, calibration, needed=needed)
-        scales: dict[SmoothingGroup, Tensor] = {}
-        if smooth:
-            assert calibration is not None  # _check_calibration raised otherwise
-            plan = plan or SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
-            scales = plan_scales(model, plan, calibration, scheme=scheme)
-        by_linear = consumer_scales(scales)
-        ranges = _input_ranges(scheme, calibration, linears, by_linear)
-        outliers = _outliers(scheme, calibration, linears, by_linear)
-        in_pass: frozenset[str] = frozenset()
-        if plan is not None and calibration is not None:
-            smoothed = fold_scales(model, plan, scales, calibration.example)
-            plan, in_pass = smoothed.plan, smoothed.in_pass
+        example = None if calibration is None else calibration.example
+        run = running(model, example)
+        prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, run)
     except BaseException:
         restore_modules(replaced)
         raise
-    if scheme.activations == "static":
-        unreached = [name for name in linears if name not in ranges]
-        kept |= dict.fromkeys(unreached, "no calibration batch reached it")
-        linears = {name: linear for name, linear in linears.items() if name in ranges}
+    part = _swap(model, linears, prepared, scheme, progress)
+    mark_quantized(model, part.record(scheme, kept))
+    return model
 
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """What was done to some of a model's linears."""
+
+    plan: SmoothPlan | None
+    layers: tuple[str, ...]
+    smoothed: tuple[str, ...]
+    decomposed: Mapping[str, int]
+    unreached: tuple[str, ...]
+
+    def record(self, scheme: Scheme, kept: Mapping[str, str]) -> QuantizationRecord:
+        """Return the record of a model of which this is all."""
+        unreached = dict.fromkeys(self.unreached, "no calibration batch reached it")
+        return QuantizationRecord(
+            scheme=scheme,
+            plan=self.plan,
+            layers=self.layers,
+            smoothed=self.smoothed,
+            decomposed=self.decomposed,
+            kept={**kept, **unreached},
+        )
+
+
+def quantize_part(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    calibration: Calibration | None,
+    plan: SmoothPlan | None,
+    scheme: Scheme,
+    groups: Sequence[SmoothingGroup],
+    run: Run | None,
+) -> QuantizedPart:
+    """Quantize some linears of a linearized model as `quantize` does all of them.
+
+    `groups` and `plan` (None: no smoothing) are those of these linears, `run` calls what holds
+    them and returns its outputs. `linears` is emptied, so that each can be freed.
+    """
+    smooth = plan is not None
+    prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, run)
+    return _swap(model, linears, prepared, scheme, progress=False)
+
+
+_Ranges = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What `_swap` needs beside the folded linears."""
+
+    plan: SmoothPlan | None
+    scales: Mapping[str, Tensor]
+    in_pass: frozenset[str]
+    ranges: _Ranges
+    outliers: Mapping[str, Tensor]
+
+
+def _prepare(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    calibration: Calibration | None,
+    plan: SmoothPlan | None,
+    scheme: Scheme,
+    smooth: bool,
+    groups: Sequence[SmoothingGroup] | None,
+    run: Run | None,
+) -> _Prepared:
+    """Check, find all scales, and fold last: what raises leaves the weights as they were."""
+    _check_model(model, linears)
+    needed = smooth or scheme.outlier_threshold is not None or scheme.activations == "static"
+    _check_calibration(linears, calibration, needed=needed)
+    scales: dict[SmoothingGroup, Tensor] = {}
+    if smooth:
+        assert calibration is not None  # _check_calibration raised otherwise
+        groups = smoothing_groups(model) if groups is None else groups
+        plan = plan or uniform_plan(model, groups, calibration, ignore=scheme.ignore)
+        scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups)
+    by_linear = consumer_scales(scales)
+    ranges = _input_ranges(scheme, calibration, linears, by_linear)
+    outliers = _outliers(scheme, calibration, linears, by_linear)
+    in_pass: frozenset[str] = frozenset()
+    if plan is not None:
+        smoothed = fold_scales(model, plan, scales, run)
+        plan, in_pass = smoothed.plan, smoothed.in_pass
+    return _Prepared(plan, by_linear, in_pass, ranges, outliers)
+
+
+def _swap(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    prepared: _Prepared,
+    scheme: Scheme,
+    progress: bool | None,
+) -> QuantizedPart:
+    ranges, outliers = prepared.ranges, prepared.outliers
+    is_static = scheme.activations == "static"
+    unreached = tuple(name for name in linears if is_static and name not in ranges)
+    for name in unreached:
+        del linears[name]
     layers = tuple(linears)
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
         _untie(model, linear)
-        s = by_linear[name] if name in in_pass else None
+        s = prepared.scales[name] if name in prepared.in_pass else None
         layer: nn.Module
         if name in outliers:
             layer = DecomposedLinear.from_float(linear, scheme, outliers[name], smoothing=s)
         else:
             layer = QuantLinear.from_float(linear, scheme, ranges.get(name), smoothing=s)
         replace_linears(model, {name: layer})
-    record = QuantizationRecord(
-        scheme,
-        plan,
-        layers,
-        smoothed=tuple(name for name in layers if name in in_pass and name not in outliers),
+    in_pass = prepared.in_pass.difference(outliers)
+    return QuantizedPart(
+        plan=prepared.plan,
+        layers=layers,
+        smoothed=tuple(name for name in layers if name in in_pass),
         decomposed={name: len(columns) for name, columns in outliers.items()},
-        kept=kept,
+        unreached=unreached,
     )
-    mark_quantized(model, record)
-    return model
 
 
 def mark_quantized(model: Any, record: QuantizationRecord) -> None:
@@ -258,12 +356,12 @@ def _input_ranges(
     calibration: Calibration | None,
     names: Iterable[str],
     scales: Mapping[str, Tensor],
-) -> dict[str, tuple[float, float]]:
+) -> _Ranges:
     """Return the range of each linear's smoothed input; s > 0 keeps the order of its values.
 
     Only a static scheme needs them; a linear that no batch reached has none.
     """
-    ranges: dict[str, tuple[float, float]] = {}
+    ranges: _Ranges = {}
     if calibration is None or scheme.activations != "static":
         return ranges
     for name in names:

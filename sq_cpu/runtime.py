@@ -9,7 +9,7 @@ import torch
 
 from sq_cpu import _core
 
-__all__ = ["has_vnni", "isa"]
+__all__ = ["available_memory", "has_vnni", "isa"]
 
 
 def isa() -> dict[str, Any]:
@@ -32,6 +32,14 @@ def isa() -> dict[str, Any]:
 def has_vnni() -> bool:
     """Return whether the kernels in use multiply u8 by s8 without int16 saturation (VNNI, AMX)."""
     return bool(_core.isa()["vnni"])
+
+
+def available_memory() -> int:
+    """Return the bytes that a process can get without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _cpu_name() -> str:

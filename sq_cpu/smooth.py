@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from sq_cpu.scheme import Scheme
 
 __all__ = [
     "GroupPlan",
+    "Run",
     "SmoothPlan",
     "Smoothed",
     "consumer_scales",
@@ -37,7 +38,11 @@ __all__ = [
     "fold_scales",
     "group_statistics",
     "plan_scales",
+    "running",
+    "uniform_plan",
 ]
+
+Run = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,27 +95,9 @@ class SmoothPlan:
         others. Raises `SqCpuError` on an unknown rule, and on weights that changed since the
         calibration.
         """
-        check_rule(rule)
-        planned = []
         with linearized(model):
-            for group in smoothing_groups(model):
-                covered = _covered(group, calibration)
-                for name in covered:
-                    calibration.check_weight(name, model.get_submodule(name))
-                if all(is_ignored(model, name, ignore) for name in covered):
-                    continue
-                if rule == "outlier_suppression" and _norm_weight(model, group) is None:
-                    continue
-                planned.append(
-                    GroupPlan(
-                        name=group.name,
-                        rule=rule,
-                        alpha=alpha,
-                        fold=group.producer is not None,
-                        note=group.reason,
-                    )
-                )
-        return cls(tuple(planned))
+            groups = smoothing_groups(model)
+            return uniform_plan(model, groups, calibration, alpha, rule=rule, ignore=ignore)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON types."""
@@ -152,14 +139,49 @@ class SmoothPlan:
             raise SqCpuError(f"cannot read the smoothing plan {path}: {error}") from error
 
 
+def uniform_plan(
+    model: nn.Module,
+    groups: Iterable[SmoothingGroup],
+    calibration: Calibration,
+    alpha: float = 0.5,
+    *,
+    rule: str = "smoothquant",
+    ignore: tuple[str, ...],
+) -> SmoothPlan:
+    """Do what `SmoothPlan.uniform` does, for these groups of a linearized model."""
+    check_rule(rule)
+    planned = []
+    for group in groups:
+        covered = _covered(group, calibration)
+        for name in covered:
+            calibration.check_weight(name, model.get_submodule(name))
+        if all(is_ignored(model, name, ignore) for name in covered):
+            continue
+        if rule == "outlier_suppression" and _norm_weight(model, group) is None:
+            continue
+        planned.append(
+            GroupPlan(
+                name=group.name,
+                rule=rule,
+                alpha=alpha,
+                fold=group.producer is not None,
+                note=group.reason,
+            )
+        )
+    return SmoothPlan(tuple(planned))
+
+
 def plan_scales(
     model: nn.Module,
     plan: SmoothPlan,
     calibration: Calibration,
     *,
     scheme: Scheme | None = None,
+    among: Iterable[SmoothingGroup] | None = None,
 ) -> dict[SmoothingGroup, Tensor]:
     """Return s of every planned group, fp32 [its entries], of a linearized model.
+
+    `among` are the model's groups; None: `smoothing_groups` finds them.
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
     What the plan does not fold has no producer here. `scheme`, resolved, is what the rule "aqas"
@@ -169,7 +191,8 @@ def plan_scales(
     to be folded that cannot be, on weights that changed since the calibration, and where
     `smoothing_scale` does.
     """
-    groups = {group.name: group for group in smoothing_groups(model)}
+    among = smoothing_groups(model) if among is None else among
+    groups = {group.name: group for group in among}
     scales = {}
     for planned in plan.groups:
         group = groups.get(planned.name)
@@ -211,26 +234,36 @@ def fold(
     """
     with linearized(model):
         scales = plan_scales(model, plan, calibration, scheme=scheme)
-        return fold_scales(model, plan, scales, calibration.example)
+        return fold_scales(model, plan, scales, running(model, calibration.example))
+
+
+def running(model: nn.Module, example: Example | None) -> Run | None:
+    """Return what calls the model with an example and gives its outputs; None without one."""
+    if example is None:
+        return None
+    args, kwargs = example
+
+    def run() -> list[Tensor]:
+        output = model(*args, **kwargs)
+        first = output if isinstance(output, Tensor) else output[0]
+        return [leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)]
+
+    return run
 
 
 def fold_scales(
     model: nn.Module,
     plan: SmoothPlan,
     scales: Mapping[SmoothingGroup, Tensor],
-    example: Example | None,
+    run: Run | None,
 ) -> Smoothed:
-    """Do what `fold` does for the s that `plan_scales` gave, to a linearized model."""
+    """Do what `fold` does for the s that `plan_scales` gave, to a linearized model.
+
+    `run` is what `refused_folds` needs; without it nothing is folded.
+    """
     folds = {group: s for group, s in scales.items() if group.producer is not None}
     refused = dict.fromkeys(folds, "the calibration holds no example to prove it with")
-    if example is not None:
-        args, kwargs = example
-
-        def run() -> list[Tensor]:
-            output = model(*args, **kwargs)
-            first = output if isinstance(output, Tensor) else output[0]
-            return [leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)]
-
+    if run is not None:
         with evaluating(model):
             refused = refused_folds(model, folds, run)
     apply_folds(model, {group: s for group, s in folds.items() if group not in refused})
