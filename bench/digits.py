@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 TRAINING = 1500  # of 1797 images; the rest is for evaluation
-_PATCH, _WIDTH, _HEADS, _LAYERS = 2, 128, 4, 4
+_PATCH, _WIDTH, _HEADS, _LAYERS = 2, 64, 4, 4
 _PATCHES = (8 // _PATCH) ** 2
 
 
@@ -60,6 +60,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(_WIDTH, 6 * _WIDTH)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Return the next x, both [images, patches, width]; condition: [images, 1, width]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
         qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(-1, (3, _HEADS, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -86,6 +87,7 @@ class Denoiser(nn.Module):
         self.register_buffer("frequencies", torch.pi * 2.0 ** torch.linspace(0, 6, 16))
 
     def forward(self, noisy: Tensor, level: Tensor) -> Tensor:
+        """Return the predicted noise."""
         angles = level[:, None] * self.frequencies
         condition = self.time(torch.cat([angles.sin(), angles.cos()], dim=-1))[:, None]
         x = self.embed(F.unfold(noisy, _PATCH, stride=_PATCH).transpose(1, 2)) + self.position

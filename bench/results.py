@@ -36,13 +36,16 @@ def record(stats: Mapping[str, Stats], operations: float, facts: Mapping[str, An
     }
 
 
-class Results:
-    """Rows of `record` and this machine's peaks, in a file that is written after every row.
+class ResultFile:
+    """Rows, and facts about the run, in a file that is written whole after every row.
 
-    Raises `SqCpuError` when `path` exists and is not to be resumed, or is of another machine.
+    `sections` are the file's other parts, as they are at first. Raises `SqCpuError` when `path`
+    exists and is not to be resumed, or is of another machine.
     """
 
-    def __init__(self, benchmark: str, path: Path | None = None, *, resume: bool = False) -> None:
+    def __init__(
+        self, benchmark: str, path: Path | None, *, resume: bool, sections: Mapping[str, Any]
+    ) -> None:
         now = datetime.datetime.now().astimezone()
         facts = machine.facts()
         slug = re.sub(r"[^a-z0-9]+", "-", facts["cpu"].lower()).strip("-")
@@ -51,8 +54,7 @@ class Results:
             "benchmark": benchmark,
             "date": now.isoformat(),
             "machine": facts,
-            "peaks": {},  # threads -> what peak.measure gives
-            "summary": [],
+            **sections,
             "rows": [],
         }
         if self.path.exists():
@@ -82,6 +84,19 @@ class Results:
         self.rows.append(row)
         self.write()
 
+    def write(self) -> None:
+        """Write the file."""
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+class Results(ResultFile):
+    """Rows of `record` and this machine's peaks."""
+
+    def __init__(self, benchmark: str, path: Path | None = None, *, resume: bool = False) -> None:
+        # peaks: threads -> what peak.measure gives
+        super().__init__(benchmark, path, resume=resume, sections={"peaks": {}, "summary": []})
+
     def measure_peaks(self, threads: Iterable[int]) -> None:
         """Measure the peaks, at the start of a run and at its end; the best of both counts."""
         peaks = self.content["peaks"]
@@ -93,8 +108,7 @@ class Results:
         for row in self.rows:
             _compare_with_peaks(row, self.content["peaks"][str(row["threads"])])
         self.content["summary"] = summarize(self.rows)
-        with replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        super().write()
 
     def print_tables(self) -> None:
         """Print the peaks, the shapes, a line for every row, and the summary."""

