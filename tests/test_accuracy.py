@@ -1,0 +1,51 @@
+"""Real models: smoothed int8 is not worse than what the kept results say, by 1 % of perplexity.
+
+Models whose packages are not installed are skipped; SQ_CPU_CACHE is the benchmarks' cache folder
+and SQ_CPU_TRAINED that of the trained models.
+"""
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import run_accuracy
+import zoo
+
+import sq_cpu
+from sq_cpu import Scheme, SqCpuError
+
+KEPT = Path(__file__).parent.parent / "bench/results/xeon-vnni-2-cores/accuracy.json"
+# Trained on the machine that measures them, so not the same everywhere.
+MADE_HERE = ("vit-digits", "dit-digits")
+
+
+def kept_rows() -> dict[str, list[dict[str, Any]]]:
+    rows = json.loads(KEPT.read_text())["rows"]
+    smoothed = [r for r in rows if r["alpha"] is not None and r["model"] not in MADE_HERE]
+    return {name: list(group) for name, group in itertools.groupby(smoothed, lambda r: r["model"])}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", kept_rows())
+def test_smoothed_models_have_not_become_worse(name: str) -> None:
+    trained = os.environ.get("SQ_CPU_TRAINED")
+    cache = Path(os.environ.get("SQ_CPU_CACHE", zoo.CACHE))
+    try:
+        subject = zoo.load(name, zoo.Places(cache, Path(trained) if trained else None))
+    except SqCpuError as error:
+        pytest.skip(str(error))
+    calibration = sq_cpu.calibrate(subject.model, subject.batches, ignore=subject.ignore)
+    worse = {}
+    for row in kept_rows()[name]:
+        scheme = Scheme.from_dict(row["scheme"])
+        variant = run_accuracy.Variant(row["variant"], scheme, row["alpha"])
+        now = run_accuracy.measure(subject, variant, calibration)
+        metric, was = next(iter(row["metrics"].items()))
+        value = now["metrics"][metric]
+        if value < was - 0.01 if metric in zoo.HIGHER else value > 1.01 * was:
+            worse[variant.name] = f"{metric} {was} -> {value}"
+    assert not worse
