@@ -67,7 +67,8 @@ class Block(nn.Module):
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + gate1 * self.proj(attended)
         hidden = self.fc1(self.norm2(x) * (1 + scale2) + shift2)
-        return x + gate2 * self.fc2(F.gelu(hidden))
+        x = x + gate2 * self.fc2(F.gelu(hidden))
+        return x
 
 
 class Denoiser(nn.Module):
@@ -78,6 +79,7 @@ class Denoiser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.frequencies: Tensor
         self.embed = nn.Linear(_PATCH**2, _WIDTH)
         self.position = nn.Parameter(0.02 * torch.randn(_PATCHES, _WIDTH))
         self.time = nn.Sequential(nn.Linear(32, _WIDTH), nn.SiLU(), nn.Linear(_WIDTH, _WIDTH))
@@ -116,7 +118,7 @@ def train(model: nn.Module, loss: Callable[[nn.Module, Tensor], Tensor], epochs:
     model.train()
     try:
         for _ in range(epochs):
-            for indices in torch.randperm(TRAINING, generator=generator).split(batch):
+            for indices in torch.split(torch.randperm(TRAINING, generator=generator), batch):
                 value: Any = loss(model, indices)
                 optimizer.zero_grad()
                 value.backward()

@@ -65,7 +65,7 @@ def _fuse_all(config: Any, block: State) -> State:
 
 def _interleave(weight: Tensor, head_dim: int) -> Tensor:
     """Bring row i + head_dim / 2 of every head behind row i."""
-    heads = weight.unflatten(0, (-1, 2, head_dim // 2))
+    heads = weight.view(-1, 2, head_dim // 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
@@ -121,11 +121,13 @@ def rehost(llama: nn.Module, model_type: str) -> nn.Module:
     if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
         raise SqCpuError(f"rehost takes a llama model without biases, not a {config.model_type}")
     host = _HOSTS[model_type]
-    settings = {name: getattr(config, name) for name in _CARRIED} | host.config
+    settings = {name: getattr(config, name) for name in _CARRIED} | dict(host.config)
     settings["rope_parameters"] = {**config.rope_parameters, **host.rope}
     if host.query_scale:
         settings[host.query_scale] = config.head_dim**-0.5
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    model: nn.Module = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **settings)
+    )
 
     state: State = {}
     blocks: dict[str, State] = {}
@@ -139,7 +141,7 @@ def rehost(llama: nn.Module, model_type: str) -> nn.Module:
     for prefix, block in blocks.items():
         state |= {prefix + name: tensor for name, tensor in host.block(config, block).items()}
     model.load_state_dict(state)
-    return model.to(llama.dtype).eval()
+    return model.to(next(llama.parameters()).dtype).eval()
 
 
 NORMS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
@@ -169,9 +171,9 @@ NORMS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 """Model type -> its blocks, and each norm in a block with every linear that reads it."""
 
 
-def norm_consumers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+def norm_consumers(model: Any) -> dict[str, tuple[str, ...]]:
     """Return every norm in a model's blocks with its consumers, by their full names."""
-    blocks, norms = NORMS[model.config.model_type]  # type: ignore[union-attr]
+    blocks, norms = NORMS[model.config.model_type]
     return {
         f"{blocks}.{index}.{norm}": tuple(f"{blocks}.{index}.{name}" for name in consumers)
         for index, _ in model.get_submodule(blocks).named_children()

