@@ -341,6 +341,16 @@ class QuantLinear(nn.Module):
         return weight
 
     @property
+    def weight(self) -> Tensor:
+        """Return the weight's shape and dtype, on the meta device: int8 [out, in], no values.
+
+        For models that look at their linears' weights before they call them (T5's dtype). Who
+        computes with it gets an error or a meta tensor; `weight_int8` has the values.
+        """
+        shape = (self.out_features, self.in_features)
+        return torch.empty(shape, dtype=torch.int8, device="meta")
+
+    @property
     def weight_scale(self) -> Tensor:
         """Return the weight's scales, fp32 [out_features]."""
         scale = torch.empty(self.out_features, dtype=torch.float32, device="cpu")

@@ -490,3 +490,13 @@ def test_the_environment_forces_an_isa() -> None:
 
 def test_an_unknown_isa_is_an_error() -> None:
     assert "SQ_CPU_ISA=avx9 is not an ISA of sq_cpu" in _run_isa("avx9").stderr
+
+
+def test_models_may_look_at_the_weight_but_not_compute_with_it() -> None:
+    layer = QuantLinear.from_float(nn.Linear(6, 4), Scheme.of("O1").resolve(True))
+    weight = layer.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((4, 6), torch.int8, "meta")
+    with pytest.raises(RuntimeError):
+        nn.functional.linear(torch.ones(1, 6), weight)
+    assert not list(layer.parameters())
+    assert torch.equal(layer.state_dict()["weight"], layer.weight_int8())
