@@ -20,7 +20,8 @@ _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _GATED = _SIZES | {"num_key_value_heads": 2}
 _GPT = {"n_embd": 32, "n_inner": 48, "n_head": 4, "n_layer": 2, "n_positions": 64}
 _FALCON = {"hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "bias": True}
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+# Three of four: a batch of random tokens reaches every expert.
+_EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 16}
 _MLA = _SIZES | _EXPERTS
 _MLA |= {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
 _MLA |= {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
@@ -40,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3": _GATED | {"head_dim": 12},
     "smollm3": _GATED,
     "granite": _GATED | {"residual_multiplier": 0.5, "attention_multiplier": 0.25},
-    "mixtral": _GATED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": _GATED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 3},
     "qwen2_moe": _GATED
     | _EXPERTS
     | {"num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},
