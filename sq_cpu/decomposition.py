@@ -143,6 +143,11 @@ class DecomposedLinear(nn.Module):
         """Output channels."""
         return self.regular.out_features
 
+    @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the int8 part's weight, no values (see `QuantLinear.weight`)."""
+        return self.regular.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] for x [..., in_features], both fp32, bf16 or fp16.
 

@@ -327,6 +327,10 @@ def _check_replaceable(model: nn.Module, ignore: tuple[str, ...]) -> None:
                 f"{name} has forward hooks, which int8 would lose: remove them or ignore it"
             )
         parent = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(parent, "base_layer") and hasattr(parent, "unmerge"):  # peft's adapters
+            raise SqCpuError(
+                f"{name} has an adapter beside it: merge that first (model.merge_and_unload())"
+            )
         if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
             raise SqCpuError(
                 f"{name} is in a {type(parent).__name__}, which may read its weight without "

@@ -359,6 +359,17 @@ def test_layers_that_read_weights_themselves_are_refused(kind: Any) -> None:
     assert quantize(model, scheme=scheme, smooth=False).sq_cpu_config.layers == ("head",)
 
 
+def test_an_adapter_that_is_not_merged_is_refused() -> None:
+    class Lora(nn.Module):  # as peft's: the base layer, and what merges into it
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(8, 8)
+
+        def unmerge(self) -> None: ...
+
+    refuse(nn.Sequential(Lora()), r"0\.base_layer has an adapter beside it: merge", smooth=False)
+
+
 def test_linears_with_hooks_or_parametrizations_are_refused() -> None:
     model = Twice()
     handle = model.rest[2].register_forward_hook(lambda *_: None)
