@@ -101,6 +101,22 @@ def _untouched_zeros(size: int) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
+class _Unreadable(Tensor):
+    """A tensor without values; one on the meta device is no safe one, as products take it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise SqCpuError(
+            f"{func} needs the values of a QuantLinear's weight, which is packed: call the layer, "
+            "or read weight_int8()"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<packed weight {list(self.shape)}, {self.dtype}>"
+
+
 class QuantLinear(nn.Module):
     """A linear layer with int8 weights and int8 activations, for inference.
 
@@ -342,13 +358,15 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return the weight's shape and dtype, on the meta device: int8 [out, in], no values.
+        """Return the weight's shape, dtype and device, int8 [out_features, in_features], no values.
 
-        For models that look at their linears' weights before they call them (T5's dtype). Who
-        computes with it gets an error or a meta tensor; `weight_int8` has the values.
+        For models that look at their linears' weights before they call them (T5 does). Whatever
+        reads or computes with it raises `SqCpuError`; `weight_int8` has the values.
         """
         shape = (self.out_features, self.in_features)
-        return torch.empty(shape, dtype=torch.int8, device="meta")
+        return Tensor._make_wrapper_subclass(
+            _Unreadable, shape, dtype=torch.int8, device=self.packed.device
+        )
 
     @property
     def weight_scale(self) -> Tensor:

@@ -494,9 +494,20 @@ def test_an_unknown_isa_is_an_error() -> None:
 
 def test_models_may_look_at_the_weight_but_not_compute_with_it() -> None:
     layer = QuantLinear.from_float(nn.Linear(6, 4), Scheme.of("O1").resolve(True))
-    weight = layer.weight
-    assert (weight.shape, weight.dtype, weight.device.type) == ((4, 6), torch.int8, "meta")
-    with pytest.raises(RuntimeError):
-        nn.functional.linear(torch.ones(1, 6), weight)
+    weight, x = layer.weight, torch.ones(1, 6)
+    assert isinstance(weight, torch.Tensor)
+    assert (weight.shape, weight.dtype, weight.device) == ((4, 6), torch.int8, x.device)
+    assert repr(weight) == "<packed weight [4, 6], torch.int8>"
+    uses: list[Callable[[], object]] = [
+        lambda: nn.functional.linear(x, weight),
+        lambda: x @ weight.T,
+        lambda: weight.float(),
+        lambda: weight.clone(),
+        lambda: weight[0],
+        lambda: nn.init.normal_(weight),
+    ]
+    for use in uses:
+        with pytest.raises(SqCpuError, match=r"weight_int8\(\)"):
+            use()
     assert not list(layer.parameters())
     assert torch.equal(layer.state_dict()["weight"], layer.weight_int8())
