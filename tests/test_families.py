@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 import sq_cpu
 from sq_cpu import families
-from sq_cpu.calibrate import Calibration, calibrate, evaluating
+from sq_cpu.calibrate import calibrate, evaluating
 from sq_cpu.errors import SqCpuError
 from sq_cpu.families import FAMILIES, Family, Group, Stack, family_of, register_family
 from sq_cpu.folding import apply_folds, refused_folds
@@ -120,7 +119,9 @@ EXPECTED = {
         "fc2",
         matrices="embed_tokens embed_positions conv1 conv2",
     ),
-    "vit": expected(6, "mlp.fc2", "classifier", matrices="cls_token projection position_embeddings"),
+    "vit": expected(
+        6, "mlp.fc2", "classifier", matrices="cls_token projection position_embeddings"
+    ),
     "clip": expected(
         2 * 6,
         "mlp.fc2",
@@ -233,3 +234,115 @@ def test_every_preset_runs_and_comes_back_from_disk(name: str, tmp_path: Path) -
         assert torch.equal(first_output(loaded, data[0]), first_output(quantized, data[0]))
     naive = quantize(copy.deepcopy(model), found, scheme="O3", smooth=False)
     assert error(quantized) < error(naive) / 4
+
+
+# --- what a row resolves to ---------------------------------------------------------------------
+
+
+def test_base_models_and_other_heads_resolve_too() -> None:
+    model = tiny_model("llama")
+    whole, base = smoothing_groups(model), smoothing_groups(model.model)
+    assert [g.name for g in whole[:-1]] == [f"model.{g.name}" for g in base]
+    assert whole[-1].consumers == ("lm_head",)
+
+
+def test_grouped_query_heads_share_their_scale() -> None:
+    groups = smoothing_groups(tiny_model("llama"))
+    value = next(g for g in groups if g.name.endswith("v_proj")).layout
+    assert (value.channels, value.kv_heads, value.repeats) == (24, 2, 2)
+    falcon = tiny_model("falcon-new")
+    linearize(falcon)
+    fused = next(g for g in smoothing_groups(falcon) if g.name.endswith("value"))
+    # Two of [q, q, k, v], 8 channels each.
+    layout = fused.layout
+    assert (layout.parts, layout.start, layout.stop, layout.repeats) == (2, 24, 32, 2)
+    s = torch.arange(1.0, 17.0)
+    assert layout.spread(s, 64).reshape(2, 4, 8)[:, :3].eq(1).all()
+    assert layout.spread(s, 64).reshape(2, 4, 8)[:, 3].flatten().equal(s)
+
+
+def test_an_unmet_condition_is_the_reason_in_the_plan() -> None:
+    groups = smoothing_groups(tiny_model("opt-350m"))
+    block = [g for g in groups if g.block == "model.decoder.layers.1"]
+    reasons = {g.consumers[0].rpartition(".")[2]: g.reason for g in block}
+    condition = "do_layer_norm_before is False, and the fold needs True"
+    assert reasons == {"q_proj": condition, "out_proj": "", "fc1": condition, "fc2": ""}
+    clipped = tiny_model("mpt-clipped")
+    assert "attn_config.clip_qkv is 100.0, and the fold needs None" in {
+        g.reason for g in smoothing_groups(clipped)
+    }
+
+
+def test_what_shares_an_input_shares_its_scale() -> None:
+    model = tiny_model("olmo2")
+    data = inputs("olmo2")
+    found = calibrate(model, data)
+    scales = fold(model, SmoothPlan.uniform(model, found), found).scales
+    names = [f"model.layers.1.self_attn.{kind}_proj" for kind in "qkv"]
+    assert all(torch.equal(scales[names[0]], scales[name]) for name in names[1:])
+
+
+def test_a_group_needs_consumers() -> None:
+    with pytest.raises(SqCpuError, match="group norm: needs consumers"):
+        Group(producer="norm", consumers=())
+    with pytest.raises(SqCpuError, match="takes a Family, not a dict"):
+        register_family({})  # type: ignore[arg-type]
+
+
+# --- a user's own family ------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.key_value = nn.Linear(16, 32)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.key_value(self.norm(x)).chunk(2, dim=-1)
+        result: Tensor = x + self.out(torch.sigmoid(gate) * value)
+        return result
+
+
+class MyMixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        result: Tensor = self.head(x)
+        return result
+
+
+def test_a_new_family_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "FAMILIES", list(FAMILIES))
+    torch.manual_seed(0)
+    model = MyMixer().eval()
+    assert all(g.reason == "no family row for 'MyMixer'" for g in smoothing_groups(model))
+
+    groups = (
+        Group(producer="norm", consumers=("key_value",)),
+        Group(producer="key_value", consumers=("out",), rows="second_half"),
+    )
+    stacks = (Stack(blocks="blocks", groups=groups),)
+    register_family(Family(model_types=("MyMixer",), stacks=stacks))
+    assert family_of(model) is families.FAMILIES[0]
+
+    x = torch.randn(2, 5, 16)
+    data = [torch.randn(4, 9, 16) for _ in range(3)]
+    found = calibrate(model, data, ignore=("head",))
+    smoothed = copy.deepcopy(model)
+    done = fold(smoothed, SmoothPlan.uniform(model, found, ignore=("head",)), found)
+    assert [group.fold for group in done.plan.groups] == [True] * 6
+    torch.testing.assert_close(smoothed(x), model(x))
+
+    before = model(x)
+    quantize(model, found, scheme=sq_cpu.Scheme(ignore=("head",)))
+    record: Any = model.sq_cpu_config
+    assert len(record.layers) == 6
+    assert record.kept == {"head": "ignored"}
+    assert (model(x) - before).norm() < 0.02 * before.norm()

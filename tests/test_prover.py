@@ -1,0 +1,178 @@
+"""Wrong folds, as other implementations make them, are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import inputs, tiny_model
+from torch import Tensor
+
+from sq_cpu.calibrate import evaluating
+from sq_cpu.folding import refused_folds
+from sq_cpu.groups import Layout, SmoothingGroup, smoothing_groups
+from sq_cpu.linears import linearized
+
+
+def claim(model: Any, producer: str, *consumers: str, offset: float = 0.0) -> SmoothingGroup:
+    """Give the group that says so, every output of the producer being an input of the consumers."""
+    layout = Layout(1, 0, len(model.get_parameter(f"{producer}.weight")))
+    return SmoothingGroup(producer, consumers, layout=layout, producer=producer, norm_offset=offset)
+
+
+def refusal(name: str, model: Any, group: SmoothingGroup, s: Tensor | None = None) -> str:
+    """Give why the proof refuses the group, "" if it does not."""
+    (batch,) = inputs(name, 1)
+    batch = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    generator = torch.Generator().manual_seed(4)
+    if s is None:
+        s = torch.exp(0.1 * torch.randn(group.layout.channels, generator=generator))
+    with evaluating(model):
+        found = refused_folds(model, {group: s}, lambda: [model(**batch)[0]])
+    return found.get(group, "")
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_BERT_QKV = ("attention.self.query", "attention.self.key", "attention.self.value")
+_GPTJ_QKV = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj")
+_FALCON_QKV = "self_attention.query_key_value"
+_NORM_1, _NORM_2 = "input_layernorm", "post_attention_layernorm"
+_BERT_NORM = "attention.output.LayerNorm"
+_NEXT_BERT_QKV = tuple(f"layer.1.{name}" for name in _BERT_QKV)
+_EXPERTS = tuple(f"mlp.experts.{index}.gate_up_proj" for index in range(4))
+_DOWN = ("mlp.down_proj",)
+_USED = "something else uses"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "block", "producer", "consumers", "reason"),
+    [
+        # Post-norm: the norm's output is the residual too.
+        ("opt-350m", "model.decoder.layers.1", "self_attn_layer_norm", _QKV, "fc1 (Linear)"),
+        ("opt-350m", "model.decoder.layers.1", "self_attn_layer_norm", ("fc1",), _USED),
+        ("bloom-postnorm", "transformer.h.1", "input_layernorm", (_FALCON_QKV,), _USED),
+        ("bert", "bert.encoder.layer.1", _BERT_NORM, _BERT_QKV, "intermediate.dense (Linear)"),
+        ("bert", "bert.encoder.layer.1", _BERT_NORM, ("intermediate.dense",), _USED),
+        ("bert", "bert.encoder", "layer.0.output.LayerNorm", _NEXT_BERT_QKV, _USED),
+        # A norm of attention's output, which goes to the residual.
+        ("gemma2", "model.layers.1", _NORM_2, _MLP, _USED),
+        ("gemma3_text", "model.layers.1", _NORM_2, _MLP, _USED),
+        ("glm4", "model.layers.1", "post_self_attn_layernorm", ("mlp.gate_up_proj",), _USED),
+        ("olmo2", "model.layers.1", _NORM_2, _MLP, _USED),
+        # Parallel residual: one norm for both attention and MLP.
+        ("gptj", "transformer.h.1", "ln_1", _GPTJ_QKV, "mlp.fc_in (Linear)"),
+        ("gptj", "transformer.h.1", "ln_1", ("mlp.fc_in",), "_proj (Linear)"),
+        ("phi", "model.layers.1", _NORM_1, _QKV, "mlp.fc1 (Linear)"),
+        ("phi", "model.layers.1", _NORM_1, ("mlp.fc1",), "_proj (Linear)"),
+        ("falcon", "transformer.h.1", _NORM_1, (_FALCON_QKV,), "mlp.dense_h_to_4h (Linear)"),
+        ("stablelm-parallel", "model.layers.1", _NORM_1, _MLP, "_proj (Linear)"),
+        # One consumer of three is missing.
+        ("llama", "model.layers.1", _NORM_1, _QKV[:2], "v_proj (Linear)"),
+        # The router reads the norm's output too.
+        ("mixtral", "model.layers.1", _NORM_2, _EXPERTS, "mlp.gate (MixtralTopKRouter)"),
+        # No activation function but ReLU commutes with s.
+        ("gpt2", "transformer.h.1", "mlp.c_fc", ("mlp.c_proj",), "act (NewGELUActivation)"),
+        ("phi", "model.layers.1", "mlp.fc1", ("mlp.fc2",), "_fn (NewGELUActivation)"),
+        ("whisper", "model.encoder.layers.1", "fc1", ("fc2",), "_fn (GELUActivation)"),
+        # Not the linear half of a gated MLP.
+        ("llama", "model.layers.1", "mlp.gate_proj", _DOWN, "act_fn (SiLUActivation)"),
+        # Not what attention averages.
+        ("stablelm", "model.layers.1", "self_attn.q_proj", ("self_attn.o_proj",), "not linear"),
+    ],
+)
+def test_a_wrong_row_is_refused(
+    name: str,
+    block: str,
+    producer: str,
+    consumers: tuple[str, ...],
+    reason: str,
+    dtype: torch.dtype,
+) -> None:
+    model = tiny_model(name, dtype=dtype)
+    with linearized(model):
+        paths = (f"{block}.{path}" for path in (producer, *consumers))
+        offset = 1.0 if name.startswith("gemma") else 0.0
+        assert reason in refusal(name, model, claim(model, *paths, offset=offset))
+
+
+@pytest.mark.parametrize(
+    ("name", "producer", "consumer", "layout"),
+    [
+        # Query heads 0 and 1 read key-value head 0: not heads 0 and 2.
+        (
+            "llama",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            Layout(1, 0, 24, kv_heads=1, repeats=2),
+        ),
+        # Phi-3 and GLM keep [gate; up].
+        ("phi3", "mlp.gate_up_proj", "mlp.down_proj", Layout(1, 0, 48)),
+        # v is last, not k.
+        (
+            "phi3",
+            "self_attn.qkv_proj",
+            "self_attn.o_proj",
+            Layout(1, 32, 48, kv_heads=2, repeats=2),
+        ),
+        # [q, k, v] of each head; or of all heads.
+        ("gpt_neox", "attention.query_key_value", "attention.dense", Layout(1, 64, 96)),
+        ("mpt", "attn.Wqkv", "attn.out_proj", Layout(4, 16, 24)),
+        # [k; v] of each head of latent attention: not all k before all v.
+        ("deepseek_v3", "self_attn.kv_b_proj", "self_attn.o_proj", Layout(1, 32, 80)),
+    ],
+)
+def test_a_wrong_layout_is_refused(name: str, producer: str, consumer: str, layout: Layout) -> None:
+    model = tiny_model(name)
+    with linearized(model):
+        right = next(g for g in smoothing_groups(model) if (g.producer or "").endswith(producer))
+        assert right.consumers[0].endswith(consumer)
+        wrong = SmoothingGroup("wrong", right.consumers, layout, producer=right.producer)
+        assert refusal(name, model, right) == ""
+        assert f"the output of {right.producer}" in refusal(name, model, wrong)
+
+
+def test_shared_parameters_are_refused() -> None:
+    tied = tiny_model("gemma")
+    group = claim(tied, "model.norm", "lm_head", offset=1.0)
+    assert "are the same parameter" in refusal("gemma", tied, group)
+    untied = tiny_model("gemma", tie_word_embeddings=False)
+    assert refusal("gemma", untied, group) == ""
+
+    model = tiny_model("llama")
+    first, second = model.model.layers
+    second.input_layernorm.weight = first.input_layernorm.weight
+    group = smoothing_groups(model)[0]
+    assert refusal("llama", model, group) == (
+        "model.layers.0.input_layernorm.weight and model.layers.1.input_layernorm.weight "
+        "are the same parameter"
+    )
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text"])
+def test_an_offset_norm_is_not_a_plain_one(name: str) -> None:
+    model = tiny_model(name)
+    group = smoothing_groups(model)[0]
+    plain = claim(model, group.name, *group.consumers, offset=0.0)
+    assert (refusal(name, model, group), group.norm_offset) == ("", 1.0)
+    assert "more than rounding in float32 away" in refusal(name, model, plain)
+    llama = tiny_model("llama")
+    group = smoothing_groups(llama)[0]
+    offset = claim(llama, group.name, *group.consumers, offset=1.0)
+    assert "more than rounding in float32 away" in refusal("llama", llama, offset)
+
+
+def test_what_bf16_cannot_hold_is_refused() -> None:
+    # (1 + w) / s is near 0 and w near -1, where bf16 has steps of 2^-8: it says -1 or 2^-8 more.
+    s = torch.ones(32)
+    s[3] = 1024.0
+    model = tiny_model("gemma")
+    group = smoothing_groups(model)[0]
+    assert refusal("gemma", model, group, s) == ""
+    reason = f"{group.producer} with folded weights is more than rounding in bfloat16 away"
+    assert refusal("gemma", model.bfloat16(), group, s) == reason
+    # A plain norm holds any s.
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    assert refusal("llama", model, smoothing_groups(model)[0], s) == ""
