@@ -107,7 +107,7 @@ class _Unreadable(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
         raise SqCpuError(
             f"{func} needs the values of a QuantLinear's weight, which is packed: call the layer, "
             "or read weight_int8()"
