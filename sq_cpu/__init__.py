@@ -20,6 +20,7 @@ from sq_cpu.runtime import isa
 from sq_cpu.saturation import Saturation, SaturationCount, count_saturation
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
+from sq_cpu.streaming import QuantizedCheckpoint, quantize_checkpoint
 from sq_cpu.tune import tune
 
 __version__ = _version("sq_cpu")
@@ -30,6 +31,7 @@ __all__ = [
     "Group",
     "QuantLinear",
     "QuantizedActivation",
+    "QuantizedCheckpoint",
     "Saturation",
     "SaturationCount",
     "Scheme",
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "perplexity",
     "quantize",
+    "quantize_checkpoint",
     "register_family",
     "save",
     "tune",

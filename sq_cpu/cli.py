@@ -16,7 +16,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,16 +29,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
-from sq_cpu import checkpoint, demo, hf, texts
+from sq_cpu import checkpoint, demo, hf, streaming, texts
 from sq_cpu.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
 from sq_cpu.linear import QuantLinear
 from sq_cpu.quantize import quantize as quantize_model
-from sq_cpu.runtime import isa
+from sq_cpu.runtime import available_memory, isa
 from sq_cpu.saturation import Saturation, count_saturation
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
+from sq_cpu.streaming import QuantizedCheckpoint
 
 __all__ = ["app", "main"]
 
@@ -111,6 +112,9 @@ _TORCH_DTYPES = {
 }
 
 
+# What quantizing a model in memory needs, over its size in float.
+_SLACK = 1.3
+
 _Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the name of a hub model."),
@@ -164,7 +168,18 @@ def quantize_command(
         typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
     ] = None,
     dtype: Annotated[_Dtype, typer.Option(help="What is not int8 is kept in this.")] = _Dtype.fp32,
-    overwrite: Annotated[bool, typer.Option(help="Replace an sq_cpu checkpoint in OUT.")] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="One decoder block in memory at a time; interrupted, the same command resumes. "
+            "[default: when MODEL, a folder, does not fit]",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(help="Replace an sq_cpu checkpoint in OUT; discard unfinished other work."),
+    ] = False,
     as_json: _Json = False,
 ) -> None:
     """Quantize MODEL to int8 and save it to OUT."""
@@ -187,33 +202,32 @@ def quantize_command(
     calibration_texts = _read_all(calib or [])
 
     start = time.perf_counter()
-    loaded, tokenizer = _load(model, dtype)
-    float_bytes = demo.linear_bytes(loaded, settings.ignore)
-    calibration = None
-    if smooth or settings.activations == "static":
+    strength = 0.5 if alpha is None else alpha
+
+    def batches_of(tokenizer: Any) -> list[Tensor] | None:
+        if not smooth and settings.activations != "static":
+            return None
         batches = _calibration_batches(tokenizer, calibration_texts, window, windows)
         _say(f"calibrating on {len(batches)} windows of {window} tokens")
-        calibration = calibrate(loaded, batches, ignore=settings.ignore)
-    plan = None
-    if smooth and calibration is not None:
-        plan = SmoothPlan.uniform(loaded, calibration, 0.5 if alpha is None else alpha)
-    _say(f"quantizing with {settings.name}")
-    quantize_model(loaded, calibration, plan, scheme=settings, smooth=smooth)
-    _say(f"saving {out}")
-    checkpoint.save(loaded, out, tokenizer)
+        return batches
 
-    record: Any = loaded.sq_cpu_config
+    stream = _fits_not(model, out, dtype) if stream is None else stream
+    if stream:
+        made = _stream(model, out, settings, batches_of, strength, smooth, dtype, overwrite)
+    else:
+        made = _quantize_whole(model, out, settings, batches_of, strength, smooth, dtype)
+    sizes = {"float": made.float_bytes, "int8": made.int8_bytes}
     result = {
         "output": str(out),
-        "scheme": record.scheme.to_dict(),
+        "scheme": made.record.scheme.to_dict(),
         "smooth": smooth,
-        "alpha": (0.5 if alpha is None else alpha) if smooth else None,
-        "layers": len(record.layers),
-        "calibration_tokens": calibration.tokens if calibration else 0,
-        "linear_bytes": {"float": float_bytes, "int8": demo.linear_bytes(loaded, settings.ignore)},
+        "alpha": strength if smooth else None,
+        "layers": len(made.record.layers),
+        "calibration_tokens": made.calibration_tokens,
+        "linear_bytes": sizes,
+        "streamed": stream,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    sizes = result["linear_bytes"]
     _emit(
         result,
         as_json,
@@ -441,6 +455,85 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:.1f}"
 
 
+def _quantize_whole(
+    model: str,
+    out: Path,
+    scheme: Scheme,
+    batches_of: Callable[[Any], list[Tensor] | None],
+    alpha: float,
+    smooth: bool,
+    dtype: _Dtype,
+) -> QuantizedCheckpoint:
+    loaded, tokenizer = _load(model, dtype)
+    float_bytes = demo.linear_bytes(loaded, scheme.ignore)
+    calibration, plan = None, None
+    batches = batches_of(tokenizer)
+    if batches is not None:
+        calibration = calibrate(loaded, batches, ignore=scheme.ignore)
+    if smooth and calibration is not None:
+        plan = SmoothPlan.uniform(loaded, calibration, alpha)
+    _say(f"quantizing with {scheme.name}")
+    quantize_model(loaded, calibration, plan, scheme=scheme, smooth=smooth)
+    _say(f"saving {out}")
+    checkpoint.save(loaded, out, tokenizer)
+    record: Any = loaded.sq_cpu_config
+    tokens = calibration.tokens if calibration else 0
+    int8_bytes = demo.linear_bytes(loaded, scheme.ignore)
+    return QuantizedCheckpoint(out, record, tokens, float_bytes, int8_bytes)
+
+
+def _stream(
+    model: str,
+    out: Path,
+    scheme: Scheme,
+    batches_of: Callable[[Any], list[Tensor] | None],
+    alpha: float,
+    smooth: bool,
+    dtype: _Dtype,
+    overwrite: bool,
+) -> QuantizedCheckpoint:
+    folder = Path(model).expanduser()
+    streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
+    _quiet()
+    tokenizer = hf.load_tokenizer(folder, f"model folder {folder}")
+    batches = batches_of(tokenizer)
+    _say(f"quantizing with {scheme.name}, one block at a time")
+    try:
+        return streaming.quantize_checkpoint(
+            folder,
+            out,
+            batches,
+            scheme=scheme,
+            alpha=alpha,
+            smooth=smooth,
+            dtype=_TORCH_DTYPES[dtype],
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            say=_say,
+        )
+    except KeyboardInterrupt:
+        if work := streaming.unfinished(out):
+            _say(f"finished blocks are kept in {work}; the same command resumes")
+        raise
+
+
+def _fits_not(model: str, out: Path, dtype: _Dtype) -> bool:
+    """Say whether to stream: to resume, or where the float model would not fit in memory."""
+    folder = Path(model).expanduser()
+    if streaming.unfinished(out):
+        return True
+    if not any(folder.glob("*.safetensors")):
+        return False
+    needed = streaming.float_bytes(folder, _TORCH_DTYPES[dtype]) * _SLACK
+    available = available_memory()
+    if needed > available:
+        _say(
+            f"{model} needs {needed / 1e9:.1f} GB of memory in {dtype.value}, and "
+            f"{available / 1e9:.1f} GB are available: streaming"
+        )
+    return needed > available
+
+
 def _check_output(folder: Path, overwrite: bool) -> None:
     """Refuse what cannot be written, before the long work."""
     checkpoint.check_replaceable(folder)
@@ -512,13 +605,17 @@ def _calibration_batches(
 
 
 def _load(source: str | Path, dtype: _Dtype | None) -> tuple[nn.Module, Any]:
-    # Keep the libraries' own chatter off the terminal: ours says what a user can act on.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quiet()
     _say(f"loading {source}")
     # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
     with contextlib.redirect_stderr(io.StringIO()):
         return hf.load_source(source, dtype=_TORCH_DTYPES[dtype])
+
+
+def _quiet() -> None:
+    # Keep the libraries' own chatter off the terminal: ours says what a user can act on.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _new_tokens(

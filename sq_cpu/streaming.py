@@ -1,0 +1,755 @@
+"""Quantizing a checkpoint that memory cannot hold: one decoder block at a time.
+
+Only one block's weights are in memory; the activations of the calibration batches are carried from
+block to block. Resident are at most three times the largest block as bf16, and these activations.
+What is outside of the blocks (embeddings, the last norm, the head) is copied to its file piece by
+piece and mapped from there.
+
+The result is, bit for bit, what `calibrate`, `quantize` and `save` make of the whole model. Work in
+progress is kept in a hidden folder beside the output, from which a later call goes on:
+
+    .OUT.partial/state.json             settings, and a record of every finished part
+    .OUT.partial/carried-K.safetensors  the activations that block K takes
+    .OUT.partial/checkpoint/            the finished files
+"""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import inspect
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sq_cpu import checkpoint, hf
+from sq_cpu.calibrate import (
+    Batch,
+    Calibration,
+    InputRanges,
+    evaluating,
+    example_of,
+    model_inputs,
+)
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.families import family_of
+from sq_cpu.files import replacing
+from sq_cpu.groups import smoothing_groups, stack_paths
+from sq_cpu.linear import QuantLinear
+from sq_cpu.linears import (
+    check_ignore,
+    float_linears,
+    is_ignored,
+    linearize,
+    linearized,
+    quantizable_linears,
+)
+from sq_cpu.progress import track
+from sq_cpu.quantize import QuantizationRecord, QuantizedPart, quantize_part
+from sq_cpu.runtime import has_vnni
+from sq_cpu.scheme import Scheme
+from sq_cpu.smooth import Run, SmoothPlan, running, uniform_plan
+from sq_cpu.stored import (
+    WHOLE,
+    Loader,
+    Stored,
+    copy_tensors,
+    file_tensors,
+    stored_dtype,
+    stored_tensors,
+)
+
+__all__ = ["QuantizedCheckpoint", "float_bytes", "quantize_checkpoint", "unfinished"]
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """What `quantize_checkpoint` made."""
+
+    path: Path
+    record: QuantizationRecord
+    calibration_tokens: int
+    """Rows that the busiest linear saw, padding not counted; 0 without a calibration."""
+    float_bytes: int
+    int8_bytes: int
+    """Resident bytes of all linears that are not ignored, before and after."""
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    batches: Iterable[Batch] | None = None,
+    *,
+    scheme: str | Scheme = "O1",
+    plan: SmoothPlan | None = None,
+    alpha: float = 0.5,
+    smooth: bool = True,
+    dtype: torch.dtype | None = torch.float32,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+    say: Callable[[str], object] = lambda _: None,
+) -> QuantizedCheckpoint:
+    """Quantize a causal language model from folder to folder, one decoder block at a time.
+
+    The checkpoint is, bit for bit, the one of `calibrate`, `quantize` and `save` on the same
+    batches. A call that was interrupted, in whatever way, is resumed by the same call: finished
+    blocks are kept in the hidden folder `.OUT.partial` beside `out`, whose name `out` gives.
+
+    Parameters
+    ----------
+    source : path-like
+        A folder with config.json and safetensors files, of a model with one stack of blocks.
+    out : path-like
+        Folder to write, as for `save`.
+    batches : iterable, optional
+        As for `calibrate`. Needed to smooth and for a static scheme.
+    scheme, plan, smooth
+        As for `quantize`.
+    alpha : float
+        Migration strength of every group, where there is no plan.
+    dtype : torch.dtype, optional
+        fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
+        as stored.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Saved into the same folder.
+    overwrite : bool
+        Discard unfinished work of other settings.
+    progress : bool, optional
+        Show a bar over the blocks; None: when stderr is a terminal.
+    say : callable
+        Told, in a line, where an interrupted call is resumed.
+
+    Raises
+    ------
+    SqCpuError
+        What `calibrate`, `quantize` and `save` refuse; no folder of safetensors files, or a
+        missing or damaged one; a model whose blocks are not one stack, or that does not hand the
+        hidden states alone from block to block; unfinished work of other settings.
+    """
+    scheme = Scheme.of(scheme).resolve(has_vnni())
+    if plan is not None and not smooth:
+        raise SqCpuError("quantize_checkpoint got a plan and smooth=False; drop one of them")
+    if not 0.0 <= alpha <= 1.0:
+        raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
+    checkpoint.check_dtype(dtype)
+    calibrated = smooth or scheme.activations == "static"
+    if calibrated and batches is None:
+        raise SqCpuError("smoothing and static activation scales need batches to calibrate on")
+    target = Path(os.path.realpath(out))
+    _check_target(target)
+    folder = Path(source)
+    weights = stored_tensors(folder)
+    hf.check_float(folder)
+    dtype = dtype or stored_dtype(folder, weights)
+
+    model = _skeleton(folder, dtype)
+    blocks = _block_names(model)
+    inputs: list[_Arguments] = []
+    if calibrated and batches is not None:
+        for given in model_inputs(model, batches, "calibration", "reading batches", False):
+            inputs.append(given)
+    settings = {
+        **{package: version(package) for package in ("sq_cpu", "torch", "transformers")},
+        "source": _source_digest(folder),
+        "batches": _batches_digest(inputs),
+        "scheme": scheme.to_dict(),
+        "plan": None if plan is None else plan.to_dict(),
+        "alpha": alpha if smooth and plan is None else None,
+        "smooth": smooth,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    work = _work_folder(target)
+    try:
+        with _claimed(work), evaluating(model):
+            state = _State.open(work, settings, overwrite)
+            if state.parts:
+                say(f"resuming: {state.blocks} of {len(blocks)} blocks are finished")
+            try:
+                stream = _Stream(model, blocks, weights, folder, work, state, scheme, plan, alpha)
+                record = stream.run(inputs, smooth, calibrated, tokenizer, progress)
+                checkpoint.move_into_place(work / "checkpoint", target)
+            except BaseException:
+                if not state.blocks:
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise SqCpuError(
+            f"cannot write checkpoint {target}: {first_line(error)}; "
+            "choose a writable folder with enough free space"
+        ) from error
+    finally:
+        with suppress(OSError):
+            for parent in new_parents:  # nearest first; stops at one that is in use
+                parent.rmdir()
+    return QuantizedCheckpoint(
+        path=Path(out),
+        record=record,
+        calibration_tokens=state.tokens,
+        float_bytes=sum(part.float_bytes for part in state.parts),
+        int8_bytes=sum(part.int8_bytes for part in state.parts),
+    )
+
+
+def unfinished(out: str | os.PathLike[str]) -> Path | None:
+    """Return the folder from which `quantize_checkpoint` would resume writing `out`, if any."""
+    work = _work_folder(Path(os.path.realpath(out)))
+    return work if (work / "state.json").exists() else None
+
+
+def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> int:
+    """Return the bytes of a folder's tensors in `dtype`; None: as stored."""
+    stored = stored_tensors(Path(source)).values()
+    return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in stored)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
+    def make(config: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    model = checkpoint.skeleton(folder, make)
+    checkpoint.check_architecture(model)
+    checkpoint.read_generation_config(model, folder)
+    return model.requires_grad_(False)
+
+
+def _block_names(model: nn.Module) -> list[str]:
+    """Return the blocks' full names, of the family's stack or else of the largest list of likes."""
+    family = family_of(model)
+    if family is not None:
+        paths = stack_paths(model, family)
+        if len(paths) != 1:
+            raise SqCpuError(f"{type(model).__name__} has {len(paths)} stacks of blocks; {WHOLE}")
+        path = paths[0]
+    else:
+        lists = {
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        }
+        if not lists:
+            raise SqCpuError(f"{type(model).__name__} has no list of like blocks; {WHOLE}")
+        path = max(lists, key=lambda name: lists[name])
+    return [f"{path}.{key}" for key, _ in model.get_submodule(path).named_children()]
+
+
+# --- the work folder ----------------------------------------------------------------------------
+
+
+def _check_target(target: Path) -> None:
+    checkpoint.check_replaceable(target)
+    parent = next(parent for parent in target.parents if parent.exists())
+    if not target.exists():
+        return
+    if target.stat().st_dev != parent.stat().st_dev or os.path.samefile(target, os.curdir):
+        raise SqCpuError(
+            f"{target} is a mount point or the current folder, which cannot be replaced; "
+            "choose another folder"
+        )
+
+
+def _work_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextmanager
+def _claimed(work: Path) -> Iterator[None]:
+    """Keep every other process out of the work folder; a killed one leaves no claim behind."""
+    (work / "checkpoint").mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise SqCpuError(f"another process is at work in {work}; wait for it") from error
+        yield
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A finished file and what was done to its linears."""
+
+    file: str
+    sha256: str
+    plan: dict[str, Any] | None = None
+    layers: tuple[str, ...] = ()
+    smoothed: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
+    tokens: int = 0
+    float_bytes: int = 0
+    int8_bytes: int = 0
+
+
+@dataclass
+class _State:
+    """What state.json holds."""
+
+    work: Path
+    settings: dict[str, Any]
+    parts: list[_Part] = field(default_factory=list)
+    """What is outside of the blocks, then the blocks."""
+    outputs: int = 0
+    """Length of the tuple that a block returns; 0: a tensor."""
+
+    @property
+    def blocks(self) -> int:
+        """Finished blocks."""
+        return max(len(self.parts) - 1, 0)
+
+    @property
+    def tokens(self) -> int:
+        return max((part.tokens for part in self.parts), default=0)
+
+    @classmethod
+    def open(cls, work: Path, settings: dict[str, Any], overwrite: bool) -> _State:
+        """Read the state of an interrupted call, or begin."""
+        settings = json.loads(json.dumps(settings))
+        path = work / "state.json"
+        if not path.exists():
+            return cls.anew(work, settings)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            state = cls(work, content["settings"], outputs=content["outputs"])
+            state.parts = [_Part(**part) for part in content["parts"]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise SqCpuError(f"{path} is damaged ({first_line(error)}); remove {work}") from error
+        changed = [key for key in settings if state.settings.get(key) != settings[key]]
+        if changed and not overwrite:
+            raise SqCpuError(
+                f"{work} holds {state.blocks} finished blocks made with another "
+                f"{' and '.join(changed)}; repeat that call to resume it, or discard them with "
+                "--overwrite (overwrite=True)"
+            )
+        if changed:
+            return cls.anew(work, settings)
+        for part in state.parts:
+            file = work / "checkpoint" / part.file
+            if not file.exists() or checkpoint.sha256(file) != part.sha256:
+                raise SqCpuError(f"{file} is missing or damaged; remove {work} and start anew")
+        return state
+
+    @classmethod
+    def anew(cls, work: Path, settings: dict[str, Any]) -> _State:
+        for entry in work.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != "lock":
+                entry.unlink()
+        (work / "checkpoint").mkdir()
+        return cls(work, settings)
+
+    def finish(self, part: _Part, hidden: Sequence[Tensor]) -> None:
+        """Note a finished part and the activations that the next block takes."""
+        done = len(self.parts)
+        carried = self.work / f"carried-{done}.safetensors"
+        tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(hidden)}
+        with replacing(carried) as temporary:
+            save_file(tensors, temporary)
+        self.parts.append(part)
+        content = {
+            "settings": self.settings,
+            "outputs": self.outputs,
+            "parts": [asdict(part) for part in self.parts],
+        }
+        with replacing(self.work / "state.json") as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+        (self.work / f"carried-{done - 1}.safetensors").unlink(missing_ok=True)
+
+    def carried(self) -> list[Tensor]:
+        """Return the activations that the first unfinished block takes."""
+        path = self.work / f"carried-{self.blocks}.safetensors"
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise SqCpuError(
+                f"{path} is missing or damaged; remove {self.work} and start anew"
+            ) from error
+        return [tensors[str(index)] for index in range(len(tensors))]
+
+
+def _source_digest(folder: Path) -> str:
+    """Digest config.json, and of each safetensors file its name, size, time and header."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        status = path.stat()
+        with path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+        digest.update(hashlib.sha256(header).digest())
+    return digest.hexdigest()
+
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _batches_digest(batches: Sequence[_Arguments]) -> str:
+    digest = hashlib.sha256()
+    for args, kwargs in batches:
+        for key, value in (*enumerate(args), *kwargs.items()):
+            digest.update(repr(key).encode())
+            if isinstance(value, Tensor):
+                digest.update(repr((value.dtype, value.shape)).encode())
+                digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+# --- block after block --------------------------------------------------------------------------
+
+
+class _Captured(Exception):  # noqa: N818  ends a forward whose rest is not needed
+    """All that was asked of a forward is known."""
+
+
+@dataclass
+class _Calls:
+    """What one batch calls each block with, beside the hidden states."""
+
+    arguments: _Arguments
+    """Of the model."""
+    mask: Any
+    hidden: Tensor
+    """What the first block takes."""
+    blocks: list[_Arguments] = field(default_factory=list)
+
+
+class _Stream:
+    """The work on one checkpoint."""
+
+    def __init__(
+        self,
+        model: Any,
+        blocks: list[str],
+        weights: Mapping[str, Stored],
+        folder: Path,
+        work: Path,
+        state: _State,
+        scheme: Scheme,
+        plan: SmoothPlan | None,
+        alpha: float,
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.work = work
+        self.state = state
+        self.scheme = scheme
+        self.plan = plan
+        self.alpha = alpha
+        self.loader = Loader(model, weights, folder)
+        with linearized(model):
+            check_ignore(model, scheme.ignore)
+            self.names = list(quantizable_linears(model, scheme.ignore))
+            self.kept = float_linears(model, scheme.ignore)
+            self.groups = smoothing_groups(model)
+        if not self.names:
+            raise SqCpuError("nothing to quantize: the model has no Linear that is not ignored")
+        known = {group.name for group in self.groups}
+        for planned in plan.groups if plan else ():
+            if planned.name not in known:
+                raise SqCpuError(
+                    f"the model has no smoothing group {planned.name}; plan for this very model"
+                )
+        stacks = tuple(f"{block}." for block in blocks)
+        self.outer = [name for name in self.names if not name.startswith(stacks)]
+
+    def run(
+        self,
+        batches: Sequence[_Arguments],
+        smooth: bool,
+        calibrated: bool,
+        tokenizer: Any,
+        progress: bool | None,
+    ) -> QuantizationRecord:
+        """Do what is not done yet; afterwards the folder `checkpoint` is complete."""
+        state, done = self.state, self.work / "checkpoint"
+        checkpoint.write_companions(self.model, tokenizer, done)  # also makes the files' mode
+        with ExitStack() as files:
+            self.open_outside(files)
+            # The last is the example that folds are proven with.
+            calls: list[_Calls] = []
+            hidden: list[Tensor] = []
+            if calibrated:
+                calls, hidden = self.capture([*batches, example_of(*batches[0])])
+                if state.blocks:
+                    hidden = state.carried()
+            for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
+                state.finish(self.block(index, calls, hidden, smooth), hidden)
+            parts = list(state.parts)
+            if self.outer:
+                parts.append(self.quantize_outer(calls, hidden, smooth))
+                state.parts.append(parts[-1])
+        return self.seal(parts, tokenizer)
+
+    def file(self, index: int) -> Path:
+        """Return where a part goes: 0 is what is outside of the blocks, then come these."""
+        total = len(self.blocks) + 1 + bool(self.outer)
+        name = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+        return self.work / "checkpoint" / name
+
+    def open_outside(self, files: ExitStack) -> None:
+        """Map what is outside of the blocks into the model, from a copy of the right dtype."""
+        found, ties = self.loader.outside(self.blocks)
+        dtypes = {name: (tensor, self.loader.dtype_of(name)) for name, tensor in found.items()}
+        # A linear that becomes int8 is in a file of its own, unless an embedding shares it.
+        own = {
+            name
+            for name in found
+            if name.rpartition(".")[0] in self.outer and name not in ties.values()
+        }
+        final, floats = self.file(0), self.work / "outer.safetensors"
+        if not self.state.parts:
+            copy_tensors(final, {name: t for name, t in dtypes.items() if name not in own})
+            copy_tensors(floats, {name: t for name, t in dtypes.items() if name in own})
+            self.state.finish(_Part(final.name, checkpoint.sha256(final)), [])
+        for path in (final, floats):
+            file = files.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping
+                self.put(name, file.get_tensor(name))
+        for target, source in ties.items():
+            parent, _, key = target.rpartition(".")
+            setattr(self.model.get_submodule(parent), key, self.model.get_parameter(source))
+
+    def put(self, name: str, value: Tensor) -> None:
+        parent, _, key = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        is_parameter = key in module._parameters
+        setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+    def capture(self, batches: Sequence[_Arguments]) -> tuple[list[_Calls], list[Tensor]]:
+        """Run what precedes the blocks; return each batch's calls and what block 0 takes."""
+        calls = []
+        for args, kwargs in batches:
+            if "use_cache" in inspect.signature(self.model.forward).parameters:
+                kwargs = kwargs | {"use_cache": False}
+            call = _Calls((args, kwargs), kwargs.get("attention_mask"), torch.empty(0))
+            calls.append(call)
+        if not self.state.blocks:
+            # Whether a block returns a tensor or a tuple is seen by calling one.
+            with self.loaded(0) as block:
+                self.forward(calls[-1], stop=1)
+                args, kwargs = calls[-1].blocks[0]
+                output = block(calls[-1].hidden, *args, **kwargs)
+                self.state.outputs = len(output) if isinstance(output, tuple) else 0
+        for call in calls:
+            call.blocks.clear()
+            self.forward(call, stop=len(self.blocks))
+            if len(call.blocks) != len(self.blocks):
+                raise self.not_a_chain()
+        return calls, [call.hidden for call in calls]
+
+    def not_a_chain(self) -> SqCpuError:
+        return SqCpuError(
+            f"{type(self.model).__name__} does not hand the hidden states from each block to the "
+            f"next and nothing else; {WHOLE}"
+        )
+
+    def forward(self, call: _Calls, stop: int) -> None:
+        """Run the model up to a block, the blocks before handing on what they get."""
+
+        def take(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if index == 0:
+                call.hidden = hidden
+            if index != len(call.blocks) or hidden is not call.hidden:
+                raise self.not_a_chain()
+            call.blocks.append((args, kwargs))
+            if len(call.blocks) == stop:
+                raise _Captured
+            return hidden
+
+        with self.replaced_blocks(take):
+            args, kwargs = call.arguments
+            with suppress(_Captured):
+                self.model(*args, **kwargs)
+
+    @contextmanager
+    def replaced_blocks(self, take: Callable[..., Tensor]) -> Iterator[None]:
+        """Have take(index, hidden, args, kwargs) in the place of every block."""
+
+        def stub(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if args:
+                    hidden = take(index, args[0], args[1:], kwargs)
+                else:
+                    hidden = take(index, kwargs.pop("hidden_states"), (), kwargs)
+                if not self.state.outputs:
+                    return hidden
+                return (hidden, *[None] * (self.state.outputs - 1))
+
+            return forward
+
+        blocks = [self.model.get_submodule(name) for name in self.blocks]
+        for index, block in enumerate(blocks):
+            block.forward = stub(index)
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Have a block's float weights in the model, which then has a bare one again."""
+        name = self.blocks[index]
+        parent, _, key = name.rpartition(".")
+        block = self.model.get_submodule(name)
+        bare = copy.deepcopy(block)
+        try:
+            self.loader.load(name)
+            linearize(block)
+            yield block
+        finally:
+            setattr(self.model.get_submodule(parent), key, bare)
+
+    def block(
+        self, index: int, calls: Sequence[_Calls], hidden: list[Tensor], smooth: bool
+    ) -> _Part:
+        """Quantize and write a block; `hidden` becomes what its float weights make of it."""
+        name = self.blocks[index]
+        with self.loaded(index) as block:
+            linears = {
+                path: linear
+                for path, linear in quantizable_linears(block).items()
+                if not is_ignored(self.model, f"{name}.{path}", self.scheme.ignore)
+            }
+            linears = {f"{name}.{path}": linear for path, linear in linears.items()}
+
+            def call(batch: int, states: Tensor) -> Tensor:
+                args, kwargs = calls[batch].blocks[index]
+                output = block(states, *args, **kwargs)
+                result: Tensor = output[0] if isinstance(output, tuple) else output
+                return result
+
+            calibration, run = None, None
+            if calls:
+                ranges = InputRanges(linears, rows=0)
+                with ranges.watching():
+                    for batch in range(len(calls) - 1):
+                        with ranges.batch(calls[batch].mask):
+                            hidden[batch] = call(batch, hidden[batch])
+                calibration = ranges.calibration()
+                example, hidden[-1] = hidden[-1], call(-1, hidden[-1])
+
+                def run() -> list[Tensor]:
+                    return [call(-1, example)]
+
+            return self.part(index + 1, [name], linears, calibration, smooth, run)
+
+    def quantize_outer(
+        self, calls: Sequence[_Calls], hidden: Sequence[Tensor], smooth: bool
+    ) -> _Part:
+        """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
+        linearize(self.model)
+        linears = {name: self.model.get_submodule(name) for name in self.outer}
+        current = 0
+
+        def take(index: int, before: Tensor, *_: Any) -> Tensor:
+            return hidden[current] if index == len(self.blocks) - 1 else before
+
+        calibration, run = None, None
+        with self.replaced_blocks(take):
+            if calls:
+                ranges = InputRanges(linears, rows=0)
+                with ranges.watching():
+                    for current, call in enumerate(calls[:-1]):  # noqa: B007  `take` reads it
+                        args, kwargs = call.arguments
+                        with ranges.batch(call.mask):
+                            self.model(*args, **kwargs)
+                calibration = ranges.calibration()
+                current = len(calls) - 1
+                run = running(self.model, calls[-1].arguments)
+            index = len(self.blocks) + 1
+            return self.part(index, self.outer, linears, calibration, smooth, run)
+
+    def part(
+        self,
+        index: int,
+        modules: Sequence[str],
+        linears: dict[str, nn.Linear],
+        calibration: Calibration | None,
+        smooth: bool,
+        run: Run | None,
+    ) -> _Part:
+        """Quantize linears and write the modules, by full name, that are or hold them."""
+        names = set(linears)
+        before = sum(p.nbytes for linear in linears.values() for p in linear.parameters())
+        groups = [group for group in self.groups if group.consumers[0] in names]
+        plan = None
+        if smooth and self.plan is not None:
+            own = {group.name for group in groups}
+            plan = SmoothPlan(tuple(group for group in self.plan.groups if group.name in own))
+        elif smooth:
+            assert calibration is not None  # quantize_checkpoint asked for batches
+            plan = uniform_plan(self.model, groups, calibration, self.alpha, self.scheme.ignore)
+        done = quantize_part(self.model, linears, calibration, plan, self.scheme, groups, run)
+        after = 0
+        for name in names:
+            layer = self.model.get_submodule(name)
+            sizes = [p.nbytes for p in layer.parameters()]
+            after += layer.nbytes if isinstance(layer, QuantLinear) else sum(sizes)
+        entries: dict[str, Tensor] = {}
+        for name in modules:
+            module = self.model.get_submodule(name)
+            entries |= checkpoint.float_entries(self.model, module, name)
+            for path, layer in module.named_modules(prefix=name):
+                if isinstance(layer, QuantLinear):
+                    entries |= checkpoint.own_entries(layer, path)
+        path = self.file(index)
+        return _Part(
+            file=path.name,
+            sha256=checkpoint.write_shard(path, entries),
+            plan=None if done.plan is None else done.plan.to_dict(),
+            layers=done.layers,
+            smoothed=done.smoothed,
+            unreached=done.unreached,
+            tokens=calibration.tokens if calibration else 0,
+            float_bytes=before,
+            int8_bytes=after,
+        )
+
+    def seal(self, parts: Sequence[_Part], tokenizer: Any) -> QuantizationRecord:
+        """Write what describes the finished files."""
+        folder = self.work / "checkpoint"
+        layers = {name for part in parts for name in part.layers}
+        if not layers:
+            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
+        smoothed = {name for part in parts for name in part.smoothed}
+        plans = [SmoothPlan.from_dict(part.plan) for part in parts if part.plan is not None]
+        groups = {group.name: group for plan in plans for group in plan.groups}
+        done = QuantizedPart(
+            plan=SmoothPlan(tuple(groups[g.name] for g in self.groups if g.name in groups))
+            if plans
+            else None,
+            layers=tuple(name for name in self.names if name in layers),
+            smoothed=tuple(name for name in self.names if name in smoothed),
+            unreached=tuple(name for part in parts for name in part.unreached),
+        )
+        record = done.record(self.scheme, self.kept)
+        file_of, size = {}, 0
+        for part in parts:
+            for name, tensor in file_tensors(folder / part.file).items():
+                file_of[name] = part.file
+                size += prod(tensor.shape) * tensor.dtype.itemsize
+        checkpoint.write_index(folder, file_of, {"total_size": size})
+        # Again: a quantized head is no longer tied.
+        checkpoint.write_companions(self.model, tokenizer, folder)
+        checkpoint.write_settings(folder, record, {part.file: part.sha256 for part in parts})
+        return record
