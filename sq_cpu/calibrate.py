@@ -41,6 +41,7 @@ __all__ = [
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 2
 _EXAMPLE_TOKENS = 32
+SAMPLED_ROWS = 64
 _PLAIN = (bool, int, float, str, type(None))
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -169,7 +170,7 @@ def calibrate(
     batches: Iterable[Batch],
     *,
     ignore: tuple[str, ...] = ("lm_head",),
-    rows: int = 64,
+    rows: int = SAMPLED_ROWS,
     progress: bool | None = None,
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.

@@ -22,7 +22,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from sq_cpu import checkpoint, hf
 from sq_cpu.calibrate import (
+    SAMPLED_ROWS,
     Batch,
     Calibration,
     InputRanges,
@@ -60,13 +61,13 @@ from sq_cpu.linears import (
 )
 from sq_cpu.progress import track
 from sq_cpu.quantize import QuantizationRecord, QuantizedPart, quantize_part
+from sq_cpu.rules import check_rule
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import Run, SmoothPlan, running, uniform_plan
 from sq_cpu.stored import (
     WHOLE,
     Loader,
-    Stored,
     copy_tensors,
     file_tensors,
     stored_dtype,
@@ -97,6 +98,7 @@ def quantize_checkpoint(
     scheme: str | Scheme = "O1",
     plan: SmoothPlan | None = None,
     alpha: float = 0.5,
+    rule: str = "smoothquant",
     smooth: bool = True,
     dtype: torch.dtype | None = torch.float32,
     tokenizer: Any = None,
@@ -117,11 +119,11 @@ def quantize_checkpoint(
     out : path-like
         Folder to write, as for `save`.
     batches : iterable, optional
-        As for `calibrate`. Needed to smooth and for a static scheme.
+        As for `calibrate`. Needed to smooth, for a static scheme and an outlier threshold.
     scheme, plan, smooth
         As for `quantize`.
-    alpha : float
-        Migration strength of every group, where there is no plan.
+    alpha, rule
+        Migration strength and rule of every group, where there is no plan.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
         as stored.
@@ -147,9 +149,13 @@ def quantize_checkpoint(
     if not 0.0 <= alpha <= 1.0:
         raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
     checkpoint.check_dtype(dtype)
-    calibrated = smooth or scheme.activations == "static"
+    check_rule(rule)
+    decomposed = scheme.outlier_threshold is not None
+    calibrated = smooth or decomposed or scheme.activations == "static"
     if calibrated and batches is None:
-        raise SqCpuError("smoothing and static activation scales need batches to calibrate on")
+        raise SqCpuError(
+            "smoothing, static scales and an outlier threshold need batches to calibrate on"
+        )
     target = Path(os.path.realpath(out))
     _check_target(target)
     folder = Path(source)
@@ -170,6 +176,7 @@ def quantize_checkpoint(
         "scheme": scheme.to_dict(),
         "plan": None if plan is None else plan.to_dict(),
         "alpha": alpha if smooth and plan is None else None,
+        "rule": rule if smooth and plan is None else None,
         "smooth": smooth,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -181,7 +188,8 @@ def quantize_checkpoint(
             if state.parts:
                 say(f"resuming: {state.blocks} of {len(blocks)} blocks are finished")
             try:
-                stream = _Stream(model, blocks, weights, folder, work, state, scheme, plan, alpha)
+                loader = Loader(model, weights, folder)
+                stream = _Stream(loader, blocks, work, state, scheme, plan, alpha, rule)
                 record = stream.run(inputs, smooth, calibrated, tokenizer, progress)
                 checkpoint.move_into_place(work / "checkpoint", target)
             except BaseException:
@@ -292,6 +300,7 @@ class _Part:
     plan: dict[str, Any] | None = None
     layers: tuple[str, ...] = ()
     smoothed: tuple[str, ...] = ()
+    decomposed: dict[str, int] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     tokens: int = 0
     float_bytes: int = 0
@@ -437,24 +446,24 @@ class _Stream:
 
     def __init__(
         self,
-        model: Any,
+        loader: Loader,
         blocks: list[str],
-        weights: Mapping[str, Stored],
-        folder: Path,
         work: Path,
         state: _State,
         scheme: Scheme,
         plan: SmoothPlan | None,
         alpha: float,
+        rule: str,
     ) -> None:
-        self.model = model
+        self.loader = loader
+        self.model = model = loader.model
         self.blocks = blocks
         self.work = work
         self.state = state
         self.scheme = scheme
         self.plan = plan
         self.alpha = alpha
-        self.loader = Loader(model, weights, folder)
+        self.rule = rule
         with linearized(model):
             check_ignore(model, scheme.ignore)
             self.names = list(quantizable_linears(model, scheme.ignore))
@@ -640,7 +649,7 @@ class _Stream:
 
             calibration, run = None, None
             if calls:
-                ranges = InputRanges(linears, rows=0)
+                ranges = InputRanges(linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for batch in range(len(calls) - 1):
                         with ranges.batch(calls[batch].mask):
@@ -667,7 +676,7 @@ class _Stream:
         calibration, run = None, None
         with self.replaced_blocks(take):
             if calls:
-                ranges = InputRanges(linears, rows=0)
+                ranges = InputRanges(linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for current, call in enumerate(calls[:-1]):  # noqa: B007  `take` reads it
                         args, kwargs = call.arguments
@@ -698,13 +707,22 @@ class _Stream:
             plan = SmoothPlan(tuple(group for group in self.plan.groups if group.name in own))
         elif smooth:
             assert calibration is not None  # quantize_checkpoint asked for batches
-            plan = uniform_plan(self.model, groups, calibration, self.alpha, self.scheme.ignore)
+            plan = uniform_plan(
+                self.model,
+                groups,
+                calibration,
+                self.alpha,
+                rule=self.rule,
+                ignore=self.scheme.ignore,
+            )
         done = quantize_part(self.model, linears, calibration, plan, self.scheme, groups, run)
         after = 0
         for name in names:
-            layer = self.model.get_submodule(name)
-            sizes = [p.nbytes for p in layer.parameters()]
-            after += layer.nbytes if isinstance(layer, QuantLinear) else sum(sizes)
+            for module in self.model.get_submodule(name).modules():
+                if isinstance(module, QuantLinear):
+                    after += module.nbytes
+                else:  # kept in float, or a DecomposedLinear's channels that are
+                    after += sum(t.nbytes for t in module.state_dict().values())
         entries: dict[str, Tensor] = {}
         for name in modules:
             module = self.model.get_submodule(name)
@@ -719,6 +737,7 @@ class _Stream:
             plan=None if done.plan is None else done.plan.to_dict(),
             layers=done.layers,
             smoothed=done.smoothed,
+            decomposed=dict(done.decomposed),
             unreached=done.unreached,
             tokens=calibration.tokens if calibration else 0,
             float_bytes=before,
@@ -740,6 +759,7 @@ class _Stream:
             else None,
             layers=tuple(name for name in self.names if name in layers),
             smoothed=tuple(name for name in self.names if name in smoothed),
+            decomposed={name: n for part in parts for name, n in part.decomposed.items()},
             unreached=tuple(name for part in parts for name in part.unreached),
         )
         record = done.record(self.scheme, self.kept)
