@@ -7,16 +7,16 @@ stderr.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import io
 import json
 import math
 import os
+import re
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,17 +29,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
-from sq_cpu import checkpoint, demo, hf, streaming, texts
-from sq_cpu.calibrate import calibrate
+from sq_cpu import checkpoint, demo, hf, texts
+from sq_cpu.convert import Job, convert, load
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
 from sq_cpu.linear import QuantLinear
-from sq_cpu.quantize import quantize as quantize_model
-from sq_cpu.runtime import available_memory, isa
+from sq_cpu.quantize import QuantizationRecord
+from sq_cpu.runtime import isa
 from sq_cpu.saturation import Saturation, count_saturation
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan
-from sq_cpu.streaming import QuantizedCheckpoint
 
 __all__ = ["app", "main"]
 
@@ -93,6 +91,11 @@ class _Range(str, Enum):
     minmax, percentile, mse = "minmax", "percentile", "mse"
 
 
+class _Rule(str, Enum):
+    smoothquant, spiq = "smoothquant", "spiq"
+    outlier_suppression, aqas = "outlier_suppression", "aqas"
+
+
 class _ReduceRange(str, Enum):
     no, yes, auto = "no", "yes", "auto"
 
@@ -104,6 +107,8 @@ class _Dtype(str, Enum):
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
 
 
+_BLOCK = re.compile(r"\.\d+\.")
+
 _TORCH_DTYPES = {
     _Dtype.fp32: torch.float32,
     _Dtype.bf16: torch.bfloat16,
@@ -111,9 +116,6 @@ _TORCH_DTYPES = {
     None: None,  # as stored
 }
 
-
-# What quantizing a model in memory needs, over its size in float.
-_SLACK = 1.3
 
 _Model = Annotated[
     str,
@@ -137,6 +139,10 @@ def quantize_command(
     alpha: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Migration strength. [default: 0.5]"),
+    ] = None,
+    rule: Annotated[
+        _Rule | None,
+        typer.Option(help="Smoothing rule. [default: smoothquant, the one that takes --alpha]"),
     ] = None,
     smooth: Annotated[bool, typer.Option(help="Smooth before quantizing.")] = True,
     calib: Annotated[
@@ -185,6 +191,12 @@ def quantize_command(
     """Quantize MODEL to int8 and save it to OUT."""
     if alpha is not None and not smooth:
         raise typer.BadParameter("--alpha has no effect with --no-smooth; drop one of them")
+    if rule is not None and not smooth:
+        raise typer.BadParameter("--rule has no effect with --no-smooth; drop one of them")
+    if rule not in (None, _Rule.smoothquant) and alpha is not None:
+        raise typer.BadParameter(
+            f"--alpha has no effect with --rule {rule.value}; drop one of them"
+        )
     overrides: dict[str, Any] = {
         "symmetric": symmetric,
         "weights": weights.value,
@@ -201,39 +213,47 @@ def quantize_command(
     _check_output(out, overwrite)
     calibration_texts = _read_all(calib or [])
 
-    start = time.perf_counter()
-    strength = 0.5 if alpha is None else alpha
+    job = Job(
+        source=model,
+        out=out,
+        scheme=settings,
+        alpha=0.5 if alpha is None else alpha,
+        rule="smoothquant" if rule is None else rule.value,
+        smooth=smooth,
+        dtype=_TORCH_DTYPES[dtype],
+        overwrite=overwrite,
+    )
 
-    def batches_of(tokenizer: Any) -> list[Tensor] | None:
-        if not smooth and settings.activations != "static":
-            return None
+    def batches_of(tokenizer: Any) -> list[Tensor]:
         batches = _calibration_batches(tokenizer, calibration_texts, window, windows)
         _say(f"calibrating on {len(batches)} windows of {window} tokens")
         return batches
 
-    stream = _fits_not(model, out, dtype) if stream is None else stream
-    if stream:
-        made = _stream(model, out, settings, batches_of, strength, smooth, dtype, overwrite)
-    else:
-        made = _quantize_whole(model, out, settings, batches_of, strength, smooth, dtype)
-    sizes = {"float": made.float_bytes, "int8": made.int8_bytes}
+    start = time.perf_counter()
+    _quiet()
+    made = convert(job, batches_of, stream=stream, say=_say)
+    record, sizes = made.record, {"float": made.float_bytes, "int8": made.int8_bytes}
+    folded = {group.name: group.fold for group in record.plan.groups} if record.plan else {}
     result = {
         "output": str(out),
-        "scheme": made.record.scheme.to_dict(),
+        "scheme": record.scheme.to_dict(),
         "smooth": smooth,
-        "alpha": strength if smooth else None,
-        "layers": len(made.record.layers),
+        "rule": job.rule if smooth else None,
+        "alpha": job.alpha if smooth and job.rule == "smoothquant" else None,
+        "layers": len(record.layers),
+        "groups": {"folded": sum(folded.values()), "in_pass": len(folded) - sum(folded.values())},
+        "kept": dict(record.kept),
         "calibration_tokens": made.calibration_tokens,
         "linear_bytes": sizes,
-        "streamed": stream,
+        "streamed": made.streamed,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    _emit(
-        result,
-        as_json,
+    lines = [
         f"{out}: {result['layers']} linears in int8 ({settings.name}), "
         f"{_mb(sizes['float'])} -> {_mb(sizes['int8'])} MB, in {result['seconds']:.0f} s",
-    )
+        *_plan_lines(record),
+    ]
+    _emit(result, as_json, "\n".join(lines))
 
 
 @app.command("eval")
@@ -371,8 +391,14 @@ def inspect_command(
     record: Any = loaded.sq_cpu_config
     scheme: Scheme = record.scheme
     layers = _layer_facts(loaded)
-    result: dict[str, Any] = {"model": str(model), "scheme": scheme.to_dict(), "layers": layers}
-    lines: list[str] = []
+    result: dict[str, Any] = {
+        "model": str(model),
+        "scheme": scheme.to_dict(),
+        "layers": layers,
+        "plan": None if record.plan is None else record.plan.to_dict(),
+        "kept": dict(record.kept),
+    }
+    lines = _plan_lines(record)
     if saturation:
         batches = token_windows(tokenizer, scored, window=window, windows=windows)
         count = count_saturation(loaded, batches)
@@ -385,7 +411,7 @@ def inspect_command(
             "text": None if text is None else str(text),
             "vnni": isa()["vnni"],
         }
-        lines = _saturation_lines(count, scheme)
+        lines += _saturation_lines(count, scheme)
     if as_json:
         _emit(result, as_json, "")
         return
@@ -453,85 +479,6 @@ def _emit(result: dict[str, Any], as_json: bool, line: str) -> None:
 
 def _mb(size: int) -> str:
     return f"{size / 1e6:.1f}"
-
-
-def _quantize_whole(
-    model: str,
-    out: Path,
-    scheme: Scheme,
-    batches_of: Callable[[Any], list[Tensor] | None],
-    alpha: float,
-    smooth: bool,
-    dtype: _Dtype,
-) -> QuantizedCheckpoint:
-    loaded, tokenizer = _load(model, dtype)
-    float_bytes = demo.linear_bytes(loaded, scheme.ignore)
-    calibration, plan = None, None
-    batches = batches_of(tokenizer)
-    if batches is not None:
-        calibration = calibrate(loaded, batches, ignore=scheme.ignore)
-    if smooth and calibration is not None:
-        plan = SmoothPlan.uniform(loaded, calibration, alpha)
-    _say(f"quantizing with {scheme.name}")
-    quantize_model(loaded, calibration, plan, scheme=scheme, smooth=smooth)
-    _say(f"saving {out}")
-    checkpoint.save(loaded, out, tokenizer)
-    record: Any = loaded.sq_cpu_config
-    tokens = calibration.tokens if calibration else 0
-    int8_bytes = demo.linear_bytes(loaded, scheme.ignore)
-    return QuantizedCheckpoint(out, record, tokens, float_bytes, int8_bytes)
-
-
-def _stream(
-    model: str,
-    out: Path,
-    scheme: Scheme,
-    batches_of: Callable[[Any], list[Tensor] | None],
-    alpha: float,
-    smooth: bool,
-    dtype: _Dtype,
-    overwrite: bool,
-) -> QuantizedCheckpoint:
-    folder = Path(model).expanduser()
-    streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
-    _quiet()
-    tokenizer = hf.load_tokenizer(folder, f"model folder {folder}")
-    batches = batches_of(tokenizer)
-    _say(f"quantizing with {scheme.name}, one block at a time")
-    try:
-        return streaming.quantize_checkpoint(
-            folder,
-            out,
-            batches,
-            scheme=scheme,
-            alpha=alpha,
-            smooth=smooth,
-            dtype=_TORCH_DTYPES[dtype],
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            say=_say,
-        )
-    except KeyboardInterrupt:
-        if work := streaming.unfinished(out):
-            _say(f"finished blocks are kept in {work}; the same command resumes")
-        raise
-
-
-def _fits_not(model: str, out: Path, dtype: _Dtype) -> bool:
-    """Say whether to stream: to resume, or where the float model would not fit in memory."""
-    folder = Path(model).expanduser()
-    if streaming.unfinished(out):
-        return True
-    if not any(folder.glob("*.safetensors")):
-        return False
-    needed = streaming.float_bytes(folder, _TORCH_DTYPES[dtype]) * _SLACK
-    available = available_memory()
-    if needed > available:
-        _say(
-            f"{model} needs {needed / 1e9:.1f} GB of memory in {dtype.value}, and "
-            f"{available / 1e9:.1f} GB are available: streaming"
-        )
-    return needed > available
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
@@ -606,10 +553,7 @@ def _calibration_batches(
 
 def _load(source: str | Path, dtype: _Dtype | None) -> tuple[nn.Module, Any]:
     _quiet()
-    _say(f"loading {source}")
-    # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
-    with contextlib.redirect_stderr(io.StringIO()):
-        return hf.load_source(source, dtype=_TORCH_DTYPES[dtype])
+    return load(str(source), _TORCH_DTYPES[dtype], _say)
 
 
 def _quiet() -> None:
@@ -651,6 +595,23 @@ def _layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
                 "input_zero_point": None if layer.input_scale is None else layer.input_zero_point,
             }
     return facts
+
+
+def _plan_lines(record: QuantizationRecord) -> list[str]:
+    """Say which smoothing was folded, what was not and why, and what stayed in float."""
+    lines = []
+    if record.plan is not None:
+        divided = Counter(group.note for group in record.plan.groups if not group.fold)
+        folded = len(record.plan.groups) - divided.total()
+        lines.append(f"smoothing: {folded} groups folded, {divided.total()} divided in the pass")
+        # Names in a reason differ from block to block: one line for all of a kind.
+        kinds = Counter({_BLOCK.sub(".N.", note): 0 for note in divided})
+        for note, count in divided.items():
+            kinds[_BLOCK.sub(".N.", note)] += count
+        lines += [f"  {count} divided: {note}" for note, count in kinds.most_common()]
+    reasons = Counter(record.kept.values())
+    lines += [f"  {count} linears in float: {reason}" for reason, count in reasons.most_common()]
+    return lines
 
 
 def _saturation_lines(count: Saturation, scheme: Scheme) -> list[str]:

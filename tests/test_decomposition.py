@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import sq_cpu
 from sq_cpu import QuantLinear, Scheme, SmoothPlan, SqCpuError
+from sq_cpu.convert import linear_bytes
 from sq_cpu.decomposition import DecomposedLinear, decomposed_reference, outlier_columns
-from sq_cpu.demo import linear_bytes
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.rounding import quantize_weight
 

@@ -185,9 +185,9 @@ def test_a_plan_is_followed(tmp_path: Path) -> None:
     sq_cpu.save(sq_cpu.quantize(model, calibration, plan), tmp_path / "whole")
     sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches(), plan=plan)
     assert_equal(tmp_path / "out", tmp_path / "whole")
+    other = SmoothPlan((sq_cpu.smooth.GroupPlan(name="nothing"),))
     with pytest.raises(SqCpuError, match="no smoothing group"):
-        group = sq_cpu.smooth.GroupPlan(name="nothing")
-        sq_cpu.quantize_checkpoint(source, tmp_path / "b", batches(), plan=SmoothPlan((group,)))
+        sq_cpu.quantize_checkpoint(source, tmp_path / "b", batches(), plan=other)
 
 
 @pytest.mark.parametrize("layout", ["base names", "both tied", "head only"])
