@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -150,7 +148,11 @@ def main(
 ) -> None:
     """Print a table and write a JSON file, which is whole after every measurement."""
     logging.disable_progress_bar()
-    command = shlex.join(["python", *sys.argv])
+    # Without folders and files, which are this machine's own.
+    command = (
+        f"python bench/run_accuracy.py --models {models} --schemes {schemes} --alpha {alpha:g}"
+    )
+    command += " --baselines" * baselines
     names = models.split(",")
     try:
         wanted = variants(schemes.split(","), alpha, baselines)
