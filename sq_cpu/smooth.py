@@ -244,9 +244,9 @@ def running(model: nn.Module, example: Example | None) -> Run | None:
     args, kwargs = example
 
     def run() -> list[Tensor]:
-        output = model(*args, **kwargs)
-        first = output if isinstance(output, Tensor) else output[0]
-        return [leaf for leaf in tree_leaves(first) if isinstance(leaf, Tensor)]
+        # All: a fold may spoil the second alone. (A cache, whose v folds change, is no tensor.)
+        outputs = tree_leaves(model(*args, **kwargs))
+        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
 
     return run
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tiny import inputs, tiny_model
-from torch import Tensor
+from tiny import batches, inputs, tiny_model
+from torch import Tensor, nn
 
 from sq_cpu.calibrate import evaluating
 from sq_cpu.folding import refused_folds
 from sq_cpu.groups import Layout, SmoothingGroup, smoothing_groups
 from sq_cpu.linears import linearized
+from sq_cpu.smooth import running
 
 
 def claim(model: Any, producer: str, *consumers: str, offset: float = 0.0) -> SmoothingGroup:
@@ -176,3 +178,36 @@ def test_what_bf16_cannot_hold_is_refused() -> None:
     # A plain norm holds any s.
     model = tiny_model("llama", dtype=torch.bfloat16)
     assert refusal("llama", model, smoothing_groups(model)[0], s) == ""
+
+
+def test_every_output_of_the_model_counts() -> None:
+    class TwoOutputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_model("llama")
+
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            seen: list[Tensor] = []
+            norm = self.model.model.layers[1].input_layernorm
+            handle = norm.register_forward_hook(lambda _module, _args, y: seen.append(y))
+            logits = self.model(ids).logits
+            handle.remove()
+            return {"logits": logits, "features": seen[0].clone()}
+
+    model = TwoOutputs()
+    # A row would name these paths; groups of the inner model, seen from the outer one.
+    groups = smoothing_groups(model.model)
+    scales = {
+        replace(
+            group,
+            producer=f"model.{group.producer}",
+            consumers=tuple(f"model.{name}" for name in group.consumers),
+        ): torch.ones(group.layout.channels)
+        for group in groups
+        if group.producer
+    }
+    run = running(model, ((batches(1)[0],), {}))
+    assert run is not None
+    with evaluating(model):
+        refused = refused_folds(model, scales, run)
+    assert {group.name for group in refused} == {"model.layers.1.input_layernorm"}
