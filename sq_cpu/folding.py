@@ -23,6 +23,8 @@ __all__ = ["apply_folds", "refused_folds"]
 
 _Scales = Mapping[SmoothingGroup, Tensor]
 
+_ROWS = 256  # of a weight that are in fp32 at a time
+
 
 def refused_folds(
     model: nn.Module, scales: _Scales, run: Callable[[], Sequence[Tensor]]
@@ -80,11 +82,17 @@ def apply_folds(model: nn.Module, scales: _Scales) -> None:
     with torch.no_grad():
         for group, s in scales.items():
             for name in group.consumers:
-                weight = model.get_parameter(f"{name}.weight")
-                weight.copy_(_columns(weight, group.layout.widen(s)))
+                for rows in torch.split(model.get_parameter(f"{name}.weight"), _ROWS):
+                    rows.copy_(_columns(rows, group.layout.widen(s)))
             producer = model.get_submodule(_producer(group))
-            for name, value in _folded_producer(producer, group, s).items():
-                producer.get_parameter(name).copy_(value)
+            weight = producer.get_parameter("weight")
+            by = group.layout.spread(s, len(weight))
+            for rows, divisor in zip(
+                torch.split(weight, _ROWS), torch.split(by, _ROWS), strict=True
+            ):
+                rows.copy_(_divided(rows, divisor, group.norm_offset))
+            if isinstance(bias := getattr(producer, "bias", None), Tensor):
+                bias.copy_(bias.float() / by)
 
 
 def _producer(group: SmoothingGroup) -> str:
@@ -98,13 +106,18 @@ def _columns(weight: Tensor, s: Tensor) -> Tensor:
 
 def _folded_producer(module: nn.Module, group: SmoothingGroup, s: Tensor) -> dict[str, Tensor]:
     """Return the producer's changed parameters, fp32."""
-    weight = module.get_parameter("weight").detach().float()
-    rows = group.layout.spread(s, len(weight))
-    divisor = rows if weight.dim() == 1 else rows[:, None]
-    folded = {"weight": (weight + group.norm_offset) / divisor - group.norm_offset}
+    weight = module.get_parameter("weight").detach()
+    by = group.layout.spread(s, len(weight))
+    folded = {"weight": _divided(weight, by, group.norm_offset)}
     if isinstance(bias := getattr(module, "bias", None), Tensor):
-        folded["bias"] = bias.detach().float() / rows
+        folded["bias"] = bias.detach().float() / by
     return folded
+
+
+def _divided(weight: Tensor, by: Tensor, norm_offset: float) -> Tensor:
+    """Return the rows of a linear's weight, or a norm's entries, each divided, fp32."""
+    divisor = by if weight.dim() == 1 else by[:, None]
+    return (weight.float() + norm_offset) / divisor - norm_offset
 
 
 def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:

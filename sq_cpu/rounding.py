@@ -13,6 +13,7 @@ from sq_cpu.scheme import Scheme
 
 __all__ = ["quantize_rows", "quantize_weight", "static_code"]
 
+_ROWS = 256  # of a weight that are in fp32 at a time
 _FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
 
 
@@ -39,17 +40,21 @@ def quantize_weight(
     sizes = {"per_channel": 1, "per_tensor": len(weight), "per_group": group_rows}
     if granularity not in sizes:
         raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
-    weight = weight.detach().float()
-    # Row by row: an absolute copy of a large weight would double its memory.
+    weight = weight.detach()
+    # No copies of the whole: in fp32, each would be twice a large bf16 weight.
     low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
-    absmax = torch.maximum(-low, high)
+    absmax = torch.maximum(-low, high).float()
     if sizes[granularity] > 1 and len(absmax):
         groups = torch.split(absmax, sizes[granularity])
         absmax = torch.cat([group.max().expand_as(group) for group in groups])
     if not torch.isfinite(absmax).all():
         raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
     scale = (absmax.double().clamp_min(_FLOOR) / 127).float()
-    codes = torch.round(weight / scale[:, None]).clamp_(-127, 127).to(torch.int8)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for part, rows, by in zip(
+        *(torch.split(t, _ROWS) for t in (codes, weight, scale)), strict=True
+    ):
+        part.copy_(torch.round(rows.float() / by[:, None]).clamp_(-127, 127))
     return codes, scale
 
 

@@ -239,7 +239,8 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     model = checkpoint.skeleton(folder, make)
     checkpoint.check_architecture(model)
     checkpoint.read_generation_config(model, folder)
-    return model.requires_grad_(False)
+    # In evaluation mode from the start: `evaluating` would keep hold of modules in training.
+    return model.eval().requires_grad_(False)
 
 
 def _block_names(model: nn.Module) -> list[str]:
