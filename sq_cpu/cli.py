@@ -11,11 +11,9 @@ import errno
 import json
 import math
 import os
-import re
 import signal
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -24,19 +22,15 @@ from typing import Annotated, Any, Literal
 import torch
 import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from typer.core import TyperGroup
 
-from sq_cpu import checkpoint, demo, hf, texts
+from sq_cpu import checkpoint, demo, hf, show, texts
 from sq_cpu.convert import Job, convert, load
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
-from sq_cpu.linear import QuantLinear
-from sq_cpu.quantize import QuantizationRecord
 from sq_cpu.runtime import isa
-from sq_cpu.saturation import Saturation, count_saturation
+from sq_cpu.saturation import count_saturation
 from sq_cpu.scheme import Scheme
 
 __all__ = ["app", "main"]
@@ -106,8 +100,6 @@ class _ReduceRange(str, Enum):
 class _Dtype(str, Enum):
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
 
-
-_BLOCK = re.compile(r"\.\d+\.")
 
 _TORCH_DTYPES = {
     _Dtype.fp32: torch.float32,
@@ -232,7 +224,7 @@ def quantize_command(
     start = time.perf_counter()
     _quiet()
     made = convert(job, batches_of, stream=stream, say=_say)
-    record, sizes = made.record, {"float": made.float_bytes, "int8": made.int8_bytes}
+    record = made.record
     folded = {group.name: group.fold for group in record.plan.groups} if record.plan else {}
     result = {
         "output": str(out),
@@ -244,14 +236,15 @@ def quantize_command(
         "groups": {"folded": sum(folded.values()), "in_pass": len(folded) - sum(folded.values())},
         "kept": dict(record.kept),
         "calibration_tokens": made.calibration_tokens,
-        "linear_bytes": sizes,
+        "linear_bytes": {"float": made.float_bytes, "int8": made.int8_bytes},
         "streamed": made.streamed,
         "seconds": round(time.perf_counter() - start, 1),
     }
+    before, after = show.megabytes(made.float_bytes), show.megabytes(made.int8_bytes)
     lines = [
         f"{out}: {result['layers']} linears in int8 ({settings.name}), "
-        f"{_mb(sizes['float'])} -> {_mb(sizes['int8'])} MB, in {result['seconds']:.0f} s",
-        *_plan_lines(record),
+        f"{before} -> {after} MB, in {result['seconds']:.0f} s",
+        *show.plan_lines(record),
     ]
     _emit(result, as_json, "\n".join(lines))
 
@@ -339,17 +332,7 @@ def info_command(as_json: _Json = False) -> None:
     if as_json:
         _emit(here, as_json, "")
         return
-    table = Table(title=here["cpu"], title_justify="left")
-    for heading in ("instruction set", "built", "detected", "granted", "usable", ""):
-        table.add_column(heading)
-    for name, facts in here["isas"].items():
-        flags = ["yes" if facts[key] else "no" for key in ("built", "detected", "granted")]
-        mark = "in use" if name == here["in_use"] else facts["reason"]
-        table.add_row(name, *flags, "yes" if facts["usable"] else "no", mark)
-    console = Console()
-    console.print(table)
-    forced = ", forced by SQ_CPU_ISA" if here["forced"] else ""
-    console.print(f"in use: {here['in_use']}{forced}; threads: {here['threads']}")
+    show.print_isa(here)
 
 
 @app.command("inspect")
@@ -390,7 +373,7 @@ def inspect_command(
     loaded, tokenizer = _load(model, None)
     record: Any = loaded.sq_cpu_config
     scheme: Scheme = record.scheme
-    layers = _layer_facts(loaded)
+    layers = show.layer_facts(loaded)
     result: dict[str, Any] = {
         "model": str(model),
         "scheme": scheme.to_dict(),
@@ -398,7 +381,7 @@ def inspect_command(
         "plan": None if record.plan is None else record.plan.to_dict(),
         "kept": dict(record.kept),
     }
-    lines = _plan_lines(record)
+    lines = show.plan_lines(record)
     if saturation:
         batches = token_windows(tokenizer, scored, window=window, windows=windows)
         count = count_saturation(loaded, batches)
@@ -411,11 +394,11 @@ def inspect_command(
             "text": None if text is None else str(text),
             "vnni": isa()["vnni"],
         }
-        lines += _saturation_lines(count, scheme)
+        lines += show.saturation_lines(count, scheme)
     if as_json:
         _emit(result, as_json, "")
         return
-    _print_layers(f"{model}: {scheme.name}, {len(layers)} int8 linears", layers)
+    show.print_layers(f"{model}: {scheme.name}, {len(layers)} int8 linears", layers)
     for line in lines:
         typer.echo(line)
 
@@ -447,7 +430,7 @@ def demo_command(
     if as_json:
         _emit({"model": str(source), **report.to_dict(), "seconds": round(seconds, 1)}, as_json, "")
         return
-    _print_report(Path(source).name, report, seconds)
+    show.print_report(Path(source).name, report, seconds)
 
 
 def main() -> None:
@@ -475,10 +458,6 @@ def _say(line: str) -> None:
 
 def _emit(result: dict[str, Any], as_json: bool, line: str) -> None:
     typer.echo(json.dumps(result) if as_json else line)
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f}"
 
 
 def _check_output(folder: Path, overwrite: bool) -> None:
@@ -573,122 +552,3 @@ def _new_tokens(
         **sampling,
     )
     return made[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]
-
-
-def _wide_console() -> Console:
-    """Make a console for a table: a pipe has no width, it gets its own instead of a guess of 80."""
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = 120
-    return console
-
-
-def _layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return what each int8 linear holds, by its full name."""
-    facts: dict[str, dict[str, Any]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            facts[name] = {
-                "shape": [layer.out_features, layer.in_features],
-                "bytes": layer.nbytes,
-                "input_scale": layer.input_scale,
-                "input_zero_point": None if layer.input_scale is None else layer.input_zero_point,
-            }
-    return facts
-
-
-def _plan_lines(record: QuantizationRecord) -> list[str]:
-    """Say which smoothing was folded, what was not and why, and what stayed in float."""
-    lines = []
-    if record.plan is not None:
-        divided = Counter(group.note for group in record.plan.groups if not group.fold)
-        folded = len(record.plan.groups) - divided.total()
-        lines.append(f"smoothing: {folded} groups folded, {divided.total()} divided in the pass")
-        # Names in a reason differ from block to block: one line for all of a kind.
-        kinds = Counter({_BLOCK.sub(".N.", note): 0 for note in divided})
-        for note, count in divided.items():
-            kinds[_BLOCK.sub(".N.", note)] += count
-        lines += [f"  {count} divided: {note}" for note, count in kinds.most_common()]
-    reasons = Counter(record.kept.values())
-    lines += [f"  {count} linears in float: {reason}" for reason, count in reasons.most_common()]
-    return lines
-
-
-def _saturation_lines(count: Saturation, scheme: Scheme) -> list[str]:
-    total, here = count.total, isa()
-    if scheme.reduce_range:
-        meaning = "reduce_range keeps every sum within int16: vpmaddubsw is exact"
-    elif here["vnni"]:
-        meaning = (
-            "vpmaddubsw (AVX2, AVX-512 without VNNI) would clip these sums, --reduce-range yes "
-            "avoids it; this machine is exact without"
-        )
-    else:
-        meaning = (
-            "vpmaddubsw would clip these sums, so this machine takes a slower exact sequence; "
-            "--reduce-range yes avoids both"
-        )
-    return [
-        f"total: {total.saturated} of {total.pairs} pairs saturate ({_percent(total.share)})",
-        f"{meaning} (in use: {here['in_use']})",
-    ]
-
-
-def _percent(share: float) -> str:
-    return "0 %" if share == 0 else f"{share * 100:.2g} %"
-
-
-def _layer_cells(facts: dict[str, Any]) -> dict[str, str]:
-    """Return a layer's row of the table, by heading."""
-    cells = {"out x in": " x ".join(map(str, facts["shape"])), "MB": f"{facts['bytes'] / 1e6:.2f}"}
-    if facts["input_scale"] is not None:
-        cells["input scale"] = f"{facts['input_scale']:.4g}"
-        cells["zero point"] = str(facts["input_zero_point"])
-    if "saturation" in facts:
-        counted = facts["saturation"]
-        cells |= {"pairs": str(counted["pairs"]), "saturated": str(counted["saturated"])}
-        cells["share"] = _percent(counted["share"])
-    return cells
-
-
-def _print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
-    rows = {name: _layer_cells(facts) for name, facts in layers.items()}
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for heading in next(iter(rows.values())):  # one scheme, so the same headings for all
-        table.add_column(heading, justify="right")
-    for name, cells in rows.items():
-        table.add_row(name, *cells.values())
-    _wide_console().print(table)
-
-
-def _print_report(model: str, report: demo.Report, seconds: float) -> None:
-    first = report.rows[0]
-    table = Table(title=f"{model}, alpha {demo.ALPHA}", title_justify="left")
-    table.add_column("")
-    for heading in ("perplexity", "vs fp32", "linears MB", "prefill tok/s", "decode tok/s"):
-        table.add_column(heading, justify="right")
-    for row in report.rows:
-        prefill, decode = row.prefill / first.prefill, row.decode / first.decode
-        table.add_row(
-            row.name,
-            f"{row.perplexity:.2f}",
-            f"{(row.perplexity / first.perplexity - 1) * 100:+.1f} %",
-            f"{_mb(row.linear_bytes)} ({row.linear_bytes / first.linear_bytes:.3f})",
-            f"{row.prefill:.1f} ({prefill:.2f}x)",
-            f"{row.decode:.1f} ({decode:.2f}x)",
-        )
-    _wide_console().print(table)
-    turns = "in turns" if report.interleaved else "one after another (too little memory for turns)"
-    lines = [
-        f"{report.cpu}; {report.isa}; {report.threads} threads; medians, variants timed {turns};",
-        f"perplexity on the shipped text; {seconds:.0f} s in all",
-        "",
-        demo.QUESTION,
-        *(f"  {row.name}: {row.answer}" for row in report.rows),
-        "",
-        f"{report.saved_variant} is saved in {report.saved}; load it with",
-        "  import sq_cpu",
-        f"  model = sq_cpu.load({report.saved!r})",
-    ]
-    typer.echo("\n".join(lines))

@@ -1,0 +1,173 @@
+"""What the command line prints: tables and lines, from the values that the library returns."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from sq_cpu import demo
+from sq_cpu.linear import QuantLinear
+from sq_cpu.quantize import QuantizationRecord
+from sq_cpu.runtime import isa
+from sq_cpu.saturation import Saturation
+from sq_cpu.scheme import Scheme
+
+__all__ = [
+    "layer_facts",
+    "megabytes",
+    "plan_lines",
+    "print_isa",
+    "print_layers",
+    "print_report",
+    "saturation_lines",
+]
+
+_BLOCK = re.compile(r"\.\d+\.")
+
+
+def print_isa(here: dict[str, Any]) -> None:
+    """Print which instruction sets run here, and why the others do not."""
+    table = Table(title=here["cpu"], title_justify="left")
+    for heading in ("instruction set", "built", "detected", "granted", "usable", ""):
+        table.add_column(heading)
+    for name, facts in here["isas"].items():
+        flags = ["yes" if facts[key] else "no" for key in ("built", "detected", "granted")]
+        mark = "in use" if name == here["in_use"] else facts["reason"]
+        table.add_row(name, *flags, "yes" if facts["usable"] else "no", mark)
+    console = Console()
+    console.print(table)
+    forced = ", forced by SQ_CPU_ISA" if here["forced"] else ""
+    console.print(f"in use: {here['in_use']}{forced}; threads: {here['threads']}")
+
+
+def megabytes(size: int) -> str:
+    """Return a size in MB with one decimal."""
+    return f"{size / 1e6:.1f}"
+
+
+def _wide_console() -> Console:
+    """Make a console for a table: a pipe has no width, it gets its own instead of a guess of 80."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = 120
+    return console
+
+
+def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return what each int8 linear holds, by its full name."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            facts[name] = {
+                "shape": [layer.out_features, layer.in_features],
+                "bytes": layer.nbytes,
+                "input_scale": layer.input_scale,
+                "input_zero_point": None if layer.input_scale is None else layer.input_zero_point,
+            }
+    return facts
+
+
+def plan_lines(record: QuantizationRecord) -> list[str]:
+    """Say which smoothing was folded, what was not and why, and what stayed in float."""
+    lines = []
+    if record.plan is not None:
+        divided = Counter(group.note for group in record.plan.groups if not group.fold)
+        folded = len(record.plan.groups) - divided.total()
+        lines.append(f"smoothing: {folded} groups folded, {divided.total()} divided in the pass")
+        # Names in a reason differ from block to block: one line for all of a kind.
+        kinds = Counter({_BLOCK.sub(".N.", note): 0 for note in divided})
+        for note, count in divided.items():
+            kinds[_BLOCK.sub(".N.", note)] += count
+        lines += [f"  {count} divided: {note}" for note, count in kinds.most_common()]
+    reasons = Counter(record.kept.values())
+    lines += [f"  {count} linears in float: {reason}" for reason, count in reasons.most_common()]
+    return lines
+
+
+def saturation_lines(count: Saturation, scheme: Scheme) -> list[str]:
+    """Say how many sums saturate, and what that means on this machine."""
+    total, here = count.total, isa()
+    if scheme.reduce_range:
+        meaning = "reduce_range keeps every sum within int16: vpmaddubsw is exact"
+    elif here["vnni"]:
+        meaning = (
+            "vpmaddubsw (AVX2, AVX-512 without VNNI) would clip these sums, --reduce-range yes "
+            "avoids it; this machine is exact without"
+        )
+    else:
+        meaning = (
+            "vpmaddubsw would clip these sums, so this machine takes a slower exact sequence; "
+            "--reduce-range yes avoids both"
+        )
+    return [
+        f"total: {total.saturated} of {total.pairs} pairs saturate ({_percent(total.share)})",
+        f"{meaning} (in use: {here['in_use']})",
+    ]
+
+
+def _percent(share: float) -> str:
+    return "0 %" if share == 0 else f"{share * 100:.2g} %"
+
+
+def _layer_cells(facts: dict[str, Any]) -> dict[str, str]:
+    """Return a layer's row of the table, by heading."""
+    cells = {"out x in": " x ".join(map(str, facts["shape"])), "MB": f"{facts['bytes'] / 1e6:.2f}"}
+    if facts["input_scale"] is not None:
+        cells["input scale"] = f"{facts['input_scale']:.4g}"
+        cells["zero point"] = str(facts["input_zero_point"])
+    if "saturation" in facts:
+        counted = facts["saturation"]
+        cells |= {"pairs": str(counted["pairs"]), "saturated": str(counted["saturated"])}
+        cells["share"] = _percent(counted["share"])
+    return cells
+
+
+def print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
+    """Print what `layer_facts` gave, a layer a row."""
+    rows = {name: _layer_cells(facts) for name, facts in layers.items()}
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for heading in next(iter(rows.values())):  # one scheme, so the same headings for all
+        table.add_column(heading, justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *cells.values())
+    _wide_console().print(table)
+
+
+def print_report(model: str, report: demo.Report, seconds: float) -> None:
+    """Print what the demo measured."""
+    first = report.rows[0]
+    table = Table(title=f"{model}, alpha {demo.ALPHA}", title_justify="left")
+    table.add_column("")
+    for heading in ("perplexity", "vs fp32", "linears MB", "prefill tok/s", "decode tok/s"):
+        table.add_column(heading, justify="right")
+    for row in report.rows:
+        prefill, decode = row.prefill / first.prefill, row.decode / first.decode
+        table.add_row(
+            row.name,
+            f"{row.perplexity:.2f}",
+            f"{(row.perplexity / first.perplexity - 1) * 100:+.1f} %",
+            f"{megabytes(row.linear_bytes)} ({row.linear_bytes / first.linear_bytes:.3f})",
+            f"{row.prefill:.1f} ({prefill:.2f}x)",
+            f"{row.decode:.1f} ({decode:.2f}x)",
+        )
+    _wide_console().print(table)
+    turns = "in turns" if report.interleaved else "one after another (too little memory for turns)"
+    lines = [
+        f"{report.cpu}; {report.isa}; {report.threads} threads; medians, variants timed {turns};",
+        f"perplexity on the shipped text; {seconds:.0f} s in all",
+        "",
+        demo.QUESTION,
+        *(f"  {row.name}: {row.answer}" for row in report.rows),
+        "",
+        f"{report.saved_variant} is saved in {report.saved}; load it with",
+        "  import sq_cpu",
+        f"  model = sq_cpu.load({report.saved!r})",
+    ]
+    typer.echo("\n".join(lines))
