@@ -28,10 +28,17 @@ __all__ = [
     "output_errors",
     "smoothing_scale",
     "smoothing_scales",
+    "without_quiet",
 ]
 
 # Far beyond any useful s, and far within fp32: W * s and gamma / s stay finite.
 _S_LIMIT = 2.0**30
+
+# Of the median channel's absmax: what a quieter channel counts as. It is seldom quiet for ever, and
+# a small s would multiply what it says one day. Whisper base, calibrated on 300 decoder tokens, with
+# and without: perplexity 1.69 and 40.5 (O2), 1.69 and 2.10 (O1; float 1.62). SmolLM2, on 8192: 34.18
+# and 34.24 (O3), 33.22 and 33.35 (O1). All at alpha 0.8; shares from 0.3 to 1 are much the same.
+_QUIET = 0.6
 
 ALPHAS = tuple(step / 20 for step in range(21))
 """The grid on which the migration strength is searched."""
@@ -103,8 +110,15 @@ def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) ->
     return _bounded(x**alpha / w ** (1.0 - alpha), alive=(x > 0) & (w > 0))
 
 
+def without_quiet(act_absmax: Tensor) -> Tensor:
+    """Return the absmax of every channel, or 0.6 of the median channel's where that is more."""
+    return torch.maximum(act_absmax, _QUIET * act_absmax.median())
+
+
 def _smoothquant(statistics: GroupStatistics, alpha: float) -> Tensor:
-    return smoothing_scales(statistics.act_absmax, statistics.weight_absmax, alpha)
+    """Return eq. 4 of arXiv 2211.10438, but that quiet channels are not amplified."""
+    act_absmax = without_quiet(statistics.act_absmax)
+    return smoothing_scales(act_absmax, statistics.weight_absmax, alpha)
 
 
 def _spiq(statistics: GroupStatistics, _: float) -> Tensor:

@@ -22,6 +22,7 @@ from sq_cpu.rules import (
     output_errors,
     smoothing_scale,
     smoothing_scales,
+    without_quiet,
 )
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import GroupPlan, SmoothPlan, fold, group_statistics, plan_scales
@@ -96,7 +97,20 @@ def test_bad_absmax_is_refused() -> None:
 
 def test_smoothquant_is_the_formula() -> None:
     found = statistics([16.0, 1.0, 0.0], [4.0, 0.25, 1.0])
-    assert smoothing_scale("smoothquant", found, 0.5).tolist() == [2, 2, 1]
+    s = smoothing_scale("smoothquant", found, 0.5)
+    assert s[:2].tolist() == [2, 2]
+    # A quiet channel counts as 0.6 of the median one.
+    assert s[2] == pytest.approx(0.6**0.5)
+
+
+def test_quiet_channels_are_not_amplified() -> None:
+    assert without_quiet(torch.tensor([0.0, 0.5, 1.0, 2.0, 9.0])).tolist() == pytest.approx(
+        [0.6, 0.6, 1, 2, 9]
+    )
+    # Where most are dead (behind a ReLU) there is no typical one.
+    assert without_quiet(torch.tensor([0.0, 0.0, 0.0, 0.1])).tolist() == pytest.approx(
+        [0, 0, 0, 0.1]
+    )
     assert smoothing_scale("smoothquant", found, 0.0).tolist() == [0.25, 4, 1]
 
 
@@ -123,7 +137,8 @@ def test_extreme_channels_keep_s_positive_and_finite(rule: str) -> None:
     s = smoothing_scale(rule, statistics(act, weight, norm=act))
     assert s.dtype == torch.float32
     assert (s.isfinite() & (s > 0) & (1 / s).isfinite()).all()
-    assert s[0] == 1
+    if rule != "smoothquant":  # where a dead channel counts as a quiet one
+        assert s[0] == 1
 
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "aqas"])
