@@ -35,9 +35,9 @@ __all__ = [
 _S_LIMIT = 2.0**30
 
 # Of the median channel's absmax: what a quieter channel counts as. It is seldom quiet for ever, and
-# a small s would multiply what it says one day. Whisper base, calibrated on 300 decoder tokens, with
-# and without: perplexity 1.69 and 40.5 (O2), 1.69 and 2.10 (O1; float 1.62). SmolLM2, on 8192: 34.18
-# and 34.24 (O3), 33.22 and 33.35 (O1). All at alpha 0.8; shares from 0.3 to 1 are much the same.
+# a small s would multiply what it says one day. Perplexity at alpha 0.8 with and without this:
+# Whisper base, calibrated on 300 decoder tokens, O2 1.69 and 40.5, O1 1.69 and 2.10 (float 1.62);
+# SmolLM2, on 8192, O3 34.18 and 34.24, O1 33.22 and 33.35. Shares from 0.3 to 1 are much the same.
 _QUIET = 0.6
 
 ALPHAS = tuple(step / 20 for step in range(21))
