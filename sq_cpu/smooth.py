@@ -307,7 +307,8 @@ def group_statistics(
     for name in covered:
         calibration.check_weight(name, model.get_submodule(name))
     weights = {name: model.get_parameter(f"{name}.weight").detach() for name in group.consumers}
-    absmax = torch.stack([weight.abs().amax(dim=0).float() for weight in weights.values()])
+    ends = [torch.aminmax(weight, dim=0) for weight in weights.values()]  # abs() would copy it
+    absmax = torch.stack([torch.maximum(-low, high).float() for low, high in ends])
     return GroupStatistics(
         act_absmax=group.layout.narrow(calibration.absmax(covered[0])),
         weight_absmax=group.layout.narrow(absmax.amax(dim=0)),

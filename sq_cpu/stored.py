@@ -44,7 +44,8 @@ __all__ = [
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 WHOLE = "quantize it without streaming"
-_PIECE = 4 << 20  # elements that are read, converted and written at a time
+# Elements that are read, converted and written at a time: few, for the allocator keeps such pieces.
+_PIECE = 1 << 18
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
