@@ -247,7 +247,9 @@ def _block_names(model: nn.Module) -> list[str]:
     """Return the blocks' full names, of the family's stack or else of the largest list of likes."""
     family = family_of(model)
     if family is not None:
-        paths = stack_paths(model, family)
+        modules = dict(model.named_modules())
+        # A family lists where its stacks may be, as in models with and without a vision tower.
+        paths = [path for path in stack_paths(model, family) if path in modules]
         if len(paths) != 1:
             raise SqCpuError(f"{type(model).__name__} has {len(paths)} stacks of blocks; {WHOLE}")
         path = paths[0]

