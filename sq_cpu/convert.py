@@ -21,6 +21,7 @@ from sq_cpu.quantize import quantize
 from sq_cpu.runtime import available_memory
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import SmoothPlan
+from sq_cpu.stored import is_stored
 from sq_cpu.streaming import QuantizedCheckpoint
 
 __all__ = ["Job", "convert", "linear_bytes", "load"]
@@ -155,7 +156,7 @@ def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
     folder = Path(job.source).expanduser()
     if streaming.unfinished(job.out):
         return True
-    if not any(folder.glob("*.safetensors")):
+    if not is_stored(folder):
         return False
     needed = streaming.float_bytes(folder, job.dtype) * _SLACK
     available = available_memory()

@@ -8,6 +8,7 @@ that transformers has for from_pretrained.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -37,12 +38,14 @@ __all__ = [
     "Stored",
     "copy_tensors",
     "file_tensors",
+    "is_stored",
     "stored_dtype",
     "stored_tensors",
 ]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers reads it at each load
 WHOLE = "quantize it without streaming"
 # Elements that are read, converted and written at a time: few, for the allocator keeps such pieces.
 _PIECE = 1 << 18
@@ -97,6 +100,11 @@ class Stored:
             result.view(-1)[start : start + len(piece)] = piece
             start += len(piece)
         return result
+
+
+def is_stored(folder: Path) -> bool:
+    """Say whether a folder has the safetensors files of a model, by the names that count."""
+    return any((folder / name).is_file() for name in (_INDEX, _SINGLE))
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
@@ -211,9 +219,15 @@ class Loader:
         )
         bar = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
+        # Four new threads a block would each leave pieces in a heap of its own.
+        threaded = os.environ.get(_ONE_THREAD)
+        os.environ[_ONE_THREAD] = "1"
         try:
             info, _ = convert_and_load_state_dict_in_model(self.model, wanted, config)
         finally:
+            del os.environ[_ONE_THREAD]
+            if threaded is not None:
+                os.environ[_ONE_THREAD] = threaded
             if bar:
                 transformers_logging.enable_progress_bar()
         if info.mismatched_keys:
@@ -243,12 +257,12 @@ class Loader:
         A tensor that is stored under both names of a tie counts once, as for from_pretrained.
         """
         stacks = tuple(f"{block}." for block in blocks)
-        names = [name for name in self.entries if not name.startswith(stacks)]
+        names = dict.fromkeys(name for name in self.entries if not name.startswith(stacks))
         if converted := sorted(self.converted.intersection(names)):
             raise SqCpuError(
                 f"{self.folder}: tensor {converted[0]} is stored in another layout; {WHOLE}"
             )
-        found = {name: self.stored[key] for key, name in self.name_of.items() if name in set(names)}
+        found = {name: self.stored[key] for key, name in self.name_of.items() if name in names}
         ties = {}
         for target, source in dict(self.model.all_tied_weights_keys).items():
             if target.startswith(stacks) or source.startswith(stacks):

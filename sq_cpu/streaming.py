@@ -3,7 +3,7 @@
 Only one block's weights are in memory; the activations of the calibration batches are carried from
 block to block. Resident are at most three times the largest block as bf16, and these activations.
 What is outside of the blocks (embeddings, the last norm, the head) is copied to its file piece by
-piece and mapped from there.
+piece and mapped from there; only a head that is to be quantized is in memory as a whole, at last.
 
 The result is, bit for bit, what `calibrate`, `quantize` and `save` make of the whole model. Work in
 progress is kept in a hidden folder beside the output, from which a later call goes on:
