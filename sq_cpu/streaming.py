@@ -16,6 +16,7 @@ progress is kept in a hidden folder beside the output, from which a later call g
 from __future__ import annotations
 
 import copy
+import ctypes
 import fcntl
 import hashlib
 import inspect
@@ -430,6 +431,12 @@ def _batches_digest(batches: Sequence[_Arguments]) -> str:
 # --- block after block --------------------------------------------------------------------------
 
 
+def _trim() -> None:
+    """Give back what the allocator keeps of freed pieces, where the C library can."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class _Captured(Exception):  # noqa: N818  ends a forward whose rest is not needed
     """All that was asked of a forward is known."""
 
@@ -626,6 +633,7 @@ class _Stream:
         parent, _, key = name.rpartition(".")
         block = self.model.get_submodule(name)
         bare = copy.deepcopy(block)
+        _trim()
         try:
             self.loader.load(name)
             linearize(block)
