@@ -7,6 +7,7 @@ between is linear in it; the family's row says so, `refused_folds` proves it on 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from sq_cpu.groups import SmoothingGroup
 __all__ = ["apply_folds", "refused_folds"]
 
 _Scales = Mapping[SmoothingGroup, Tensor]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 _ROWS = 256  # of a weight that are in fp32 at a time
 
@@ -40,7 +42,9 @@ def refused_folds(
     something between is not linear in it. What the hooks do to a linear, folding does to its
     weights by the definition of a matrix product; how a norm uses its weight is not known, so each
     is also called with the folded weights, which may move its output by rounding only.
-    Memory is that of two sets of outputs and of the norms' inputs.
+    Hooks of the model's own on a linear see other values once s is in the weights: refused.
+    Memory is that of two sets of outputs and of the norms' inputs. What the model draws at random
+    is the same in every run, and the generator's state stays.
 
     Raises `SqCpuError` where the model gives NaN or Inf.
     """
@@ -51,16 +55,20 @@ def refused_folds(
         for group in left
         if type(model.get_submodule(_producer(group))) is not nn.Linear
     }
-    calls: dict[nn.Module, tuple[Any, ...]] = {}
-    called: set[nn.Module] = set()
+    calls: dict[nn.Module, _Arguments] = {}
+    called: dict[nn.Module, bool] = {}
     with _watching(model, left, norms.values(), calls, called):
-        expected = run()
+        expected = _seeded(run)
+    if not expected:
+        return refused | dict.fromkeys(left, "the model returns no tensor that could be compared")
     if not all(output.isfinite().all() for output in expected):
         raise SqCpuError("the model gives NaN or Inf; check its weights and the batches")
     for group in left:
         modules = [model.get_submodule(name) for name in (*group.consumers, _producer(group))]
-        if not called.issuperset(modules):
+        if not called.keys() >= set(modules):
             refused[group] = "the example never reaches it, so the fold cannot be proven"
+        elif not called[modules[-1]]:
+            refused[group] = f"{group.producer} does not return a tensor with its channels last"
         elif group in norms:
             error = _norm_error(norms[group], group, scales[group], calls[norms[group]])
             if error:
@@ -68,13 +76,19 @@ def refused_folds(
 
     def preserved(groups: Sequence[SmoothingGroup]) -> bool:
         with _rescaled(model, groups):
-            found = run()
+            found = _seeded(run)
         return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
     left = [group for group in left if group not in refused]
     for group in _culprits(left, preserved):
         refused[group] = _reason(model, group, run)
     return refused
+
+
+def _seeded(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return run()
 
 
 def apply_folds(model: nn.Module, scales: _Scales) -> None:
@@ -121,23 +135,34 @@ def _divided(weight: Tensor, by: Tensor, norm_offset: float) -> Tensor:
 
 
 def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:
-    """Return the groups whose weights cannot take s: shared ones, and those that overflow."""
+    """Return the groups whose weights cannot take s: shared ones, hooked, and those that overflow.
+
+    A module that the model holds twice shares nothing: it is one, and the proof sees all its calls.
+    """
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter.data_ptr(), []).append(name)
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(path, recurse=False):
+            names.setdefault(parameter.data_ptr(), []).append(key)
     refused = {}
     for group, s in scales.items():
         if s.shape != (group.layout.channels,) or not (s.isfinite() & (s > 0)).all():
             raise SqCpuError(
                 f"group {group.name}: s must be {group.layout.channels} positive finite numbers"
             )
-        for module in (_producer(group), *group.consumers):
-            weight = model.get_parameter(f"{module}.weight")
-            shared = names[weight.data_ptr()]
+        producer = model.get_submodule(_producer(group))
+        folded = [model.get_parameter(f"{name}.weight") for name in group.consumers]
+        folded += producer.parameters(recurse=False)
+        for shared in (names[parameter.data_ptr()] for parameter in folded):
             if len(shared) > 1:
                 refused[group] = f"{shared[0]} and {shared[1]} are the same parameter"
-            if weight.dtype == torch.float16 and not _fits(model, group, s, module):
-                refused[group] = f"{module}.weight would overflow float16"
+        for name in (_producer(group), *group.consumers):
+            module = model.get_submodule(name)
+            hooks = module._forward_hooks or module._forward_pre_hooks
+            if hooks and isinstance(module, nn.Linear):
+                refused[group] = f"{name} has forward hooks, which would see other values"
+            weight = module.get_parameter("weight")
+            if weight.dtype == torch.float16 and not _fits(model, group, s, name):
+                refused[group] = f"{name}.weight would overflow float16"
     return refused
 
 
@@ -151,14 +176,15 @@ def _fits(model: nn.Module, group: SmoothingGroup, s: Tensor, name: str) -> bool
     return all(bool(value.half().isfinite().all()) for value in values)
 
 
-def _norm_error(norm: nn.Module, group: SmoothingGroup, s: Tensor, args: tuple[Any, ...]) -> str:
+def _norm_error(norm: nn.Module, group: SmoothingGroup, s: Tensor, call: _Arguments) -> str:
     """Return why the folded norm does not give its output / s; "" if it does."""
-    y = norm(*args)
+    args, kwargs = call
+    y = norm(*args, **kwargs)
     folded = {
         name: value.to(norm.get_parameter(name).dtype)
         for name, value in _folded_producer(norm, group, s).items()
     }
-    y_folded = functional_call(norm, folded, args).float() * s
+    y_folded = functional_call(norm, folded, args, kwargs).float() * s
     y = y.float().reshape(-1, group.layout.channels)
     size = y.abs().amax(dim=0)
     if "bias" in folded:  # it may cancel the product, whose rounding stays
@@ -174,11 +200,12 @@ def _norm_error(norm: nn.Module, group: SmoothingGroup, s: Tensor, args: tuple[A
 
 
 def _powers_of_two(group: SmoothingGroup) -> Tensor:
-    generator = torch.Generator().manual_seed(group.layout.channels)
+    # Its own for every group: with one s for all, two norms in each other's place would pass.
+    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
     # At most 1: dividing cannot make a number subnormal, and 1/8 seldom overflows one.
-    s = torch.exp2(-torch.randint(0, 4, (group.layout.channels,), generator=generator).float())
-    s[0] = 0.5  # never all ones
-    return s
+    powers = torch.randint(0, 4, (group.layout.channels,), generator=generator)
+    powers[0] = max(int(powers[0]), 1)  # never all ones
+    return torch.exp2(-powers.float())
 
 
 @contextmanager
@@ -218,20 +245,32 @@ def _watching(
     model: nn.Module,
     groups: Sequence[SmoothingGroup],
     norms: Any,
-    calls: dict[nn.Module, tuple[Any, ...]],
-    called: set[nn.Module],
+    calls: dict[nn.Module, _Arguments],
+    called: dict[nn.Module, bool],
 ) -> Iterator[None]:
-    """Note which modules of the groups are called, and with what the norms are."""
+    """Note which modules of the groups are called, and with what the norms are.
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        called.add(module)
+    `called` says of each whether its output has a channel for each row of its weight, last.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module in kept:
             # Copies, for what follows may write to them.
-            calls[module] = tree_map_only(Tensor, Tensor.clone, args)
+            calls[module] = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+
+    def after(module: nn.Module, _args: Any, output: Any) -> None:
+        outputs = len(module.get_parameter("weight"))
+        fits = isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == outputs
+        called[module] = fits and called.get(module, True)
 
     kept = set(norms)
-    names = {name for group in groups for name in (_producer(group), *group.consumers)}
-    handles = [model.get_submodule(name).register_forward_pre_hook(note) for name in names]
+    modules = {
+        model.get_submodule(name)
+        for group in groups
+        for name in (_producer(group), *group.consumers)
+    }
+    handles = [module.register_forward_hook(after) for module in modules]
+    handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in kept]
     try:
         yield
     finally:

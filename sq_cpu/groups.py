@@ -174,7 +174,7 @@ def _resolve(
             return refused(f"the model has no linear {name}")
     producer = f"{block}.{group.producer}"
     weight = getattr(_module(model, producer), "weight", None)
-    if not isinstance(weight, Tensor):
+    if not isinstance(weight, nn.Parameter):  # nor one that is computed from others
         return refused(f"{producer} has no weight that could take the scale")
     layout = _layout(model, group.rows, weight.shape[0], channels)
     if layout is None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import batches, inputs, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from sq_cpu.calibrate import evaluating
 from sq_cpu.folding import refused_folds
@@ -153,6 +154,53 @@ def test_shared_parameters_are_refused() -> None:
     )
 
 
+def test_a_shared_bias_is_refused() -> None:
+    model = tiny_model("llama")
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.v_proj.bias = first.v_proj.bias
+    groups = [g for g in smoothing_groups(model) if g.name.endswith("v_proj")]
+    message = (
+        "model.layers.0.self_attn.v_proj.bias and model.layers.1.self_attn.v_proj.bias "
+        "are the same parameter"
+    )
+    assert [refusal("llama", model, group) for group in groups] == [message, message]
+
+
+def test_a_module_under_two_names_shares_nothing() -> None:
+    model = tiny_model("llama")
+    model.alias = model.model.layers
+    groups = [group for group in smoothing_groups(model) if group.producer]
+    assert [refusal("llama", model, group) for group in groups] == [""] * 8
+
+
+def test_two_producers_in_each_others_place_are_refused() -> None:
+    model = tiny_model("llama")
+    block = "model.layers.1"
+    wrong = [
+        claim(model, f"{block}.{producer}", *(f"{block}.{path}" for path in paths))
+        for producer, paths in ((_NORM_1, _MLP), (_NORM_2, _QKV))
+    ]
+    (batch,) = inputs("llama", 1)
+    s = dict.fromkeys(wrong, torch.ones(32))
+    with evaluating(model):
+        assert refused_folds(model, s, lambda: [model(**batch)[0]]).keys() == set(wrong)
+
+
+@pytest.mark.parametrize("kind", ["producer", "consumer"])
+def test_a_linear_with_a_hook_of_its_own_is_refused(kind: str) -> None:
+    # It adds a constant, which nothing divides by s.
+    model = tiny_model("llama")
+    group = next(g for g in smoothing_groups(model) if g.name.endswith("v_proj"))
+    assert group.producer is not None
+    if kind == "producer":
+        hooked = model.get_submodule(group.producer)
+        hooked.register_forward_hook(lambda _module, _args, y: y + 1.0)
+    else:
+        hooked = model.get_submodule(group.consumers[0])
+        hooked.register_forward_pre_hook(lambda _module, args: (args[0] + 1.0,))
+    assert "has forward hooks" in refusal("llama", model, group)
+
+
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3_text"])
 def test_an_offset_norm_is_not_a_plain_one(name: str) -> None:
     model = tiny_model(name)
@@ -211,3 +259,83 @@ def test_every_output_of_the_model_counts() -> None:
     with evaluating(model):
         refused = refused_folds(model, scales, run)
     assert {group.name for group in refused} == {"model.layers.1.input_layernorm"}
+
+
+# --- modules that no row of ours has ------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A producer and a linear that reads what it gives."""
+
+    def __init__(self, producer: nn.Module) -> None:
+        super().__init__()
+        self.producer = producer
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.linear(self.producer(x))
+        return result
+
+
+def pair_refusal(model: nn.Module, *shape: int, outputs: Any = list) -> str:
+    group = SmoothingGroup("p", ("linear",), Layout(1, 0, 8), producer="producer")
+    x = torch.randn(shape)
+    s = torch.linspace(0.5, 2.0, 8)
+    with evaluating(model):
+        return refused_folds(model, {group: s}, lambda: outputs([model(x)])).get(group, "")
+
+
+def test_outputs_without_a_tensor_prove_nothing() -> None:
+    model = Pair(nn.Linear(8, 8))
+    assert pair_refusal(model, 2, 8) == ""
+    reason = pair_refusal(model, 2, 8, outputs=lambda _: [])
+    assert reason == "the model returns no tensor that could be compared"
+
+
+def test_a_norm_called_by_keyword_is_proven() -> None:
+    class ByKeyword(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.linear(input=self.producer(input=x))
+            return result
+
+    assert pair_refusal(ByKeyword(nn.LayerNorm(8)), 2, 8) == ""
+
+
+class Twice(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+def test_a_producer_whose_channels_are_not_last_is_refused() -> None:
+    reason = "producer does not return a tensor with its channels last"
+
+    class First(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.producer(x)
+            y = y[0] if isinstance(y, tuple) else y.movedim(1, -1)
+            result: Tensor = self.linear(y)
+            return result
+
+    assert pair_refusal(First(nn.GroupNorm(2, 8)), 2, 8, 5) == reason
+    assert pair_refusal(First(Twice(8)), 2, 8) == reason
+
+
+def test_what_a_model_draws_at_random_is_the_same_in_every_run() -> None:
+    class Noisy(Pair):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.rand(8)
+
+    model = Noisy(nn.LayerNorm(8))
+    torch.manual_seed(5)
+    assert pair_refusal(model, 2, 8) == ""
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.randn(2, 8)  # all that was drawn outside of the proof
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_a_weight_that_is_computed_takes_no_scale() -> None:
+    model = tiny_model("llama")
+    weight_norm(model.model.layers[0].self_attn.v_proj)
+    group = next(g for g in smoothing_groups(model) if "layers.0.self_attn.o_proj" in g.name)
+    assert group.reason.endswith("v_proj has no weight that could take the scale")
