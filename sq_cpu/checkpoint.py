@@ -631,7 +631,7 @@ def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None)
         tied = {
             target: source
             for target, source in model.all_tied_weights_keys.items()
-            if target not in found and target not in quantized and source in found
+            if target in names - quantized - found.keys() and source in found
         }
         if missing := sorted(names - found.keys() - tied.keys()):
             raise SqCpuError(f"{folder}: {_listed(missing)} missing; save the model again")

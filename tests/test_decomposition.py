@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batches, change_config, logits, tiny_model
+from tiny import batches, change_config, inputs, logits, tiny_model
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM
@@ -316,6 +316,19 @@ def test_models_are_saved_and_loaded(dtype: torch.dtype, tmp_path: Path) -> None
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert settings["format_version"] == 2
     assert "smoothed" not in settings
+
+
+def test_a_decomposed_head_that_was_tied_is_loaded(tmp_path: Path) -> None:
+    # T5 lists its head among the tied weights, whatever the config says.
+    model, data = tiny_model("t5"), inputs("t5")
+    assert "lm_head.weight" in model.all_tied_weights_keys
+    scheme = Scheme(outlier_threshold=0.01, ignore=())
+    found = sq_cpu.calibrate(model, data, ignore=())
+    sq_cpu.quantize(model, found, scheme=scheme, smooth=False)
+    assert isinstance(model.lm_head, DecomposedLinear)
+    loaded = sq_cpu.load(sq_cpu.save(model, tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**data[0]).logits, model(**data[0]).logits)
 
 
 def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
