@@ -10,6 +10,7 @@ alone.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -25,6 +26,7 @@ __all__ = [
     "Experts",
     "check_ignore",
     "float_linears",
+    "free_experts",
     "is_ignored",
     "linearize",
     "linearized",
@@ -92,11 +94,17 @@ class Experts(nn.ModuleList):
             _Expert(linear(ups, up_biases, i), up_name, linear(downs, down_biases, i))
             for i in range(len(downs))
         )
-        # The class's own gating, without a hold on the 3-D weights.
+        # The class's own gating, without a hold on the 3-D weights. No child: it has no parameters.
         shell = copy.copy(experts)
         shell._parameters = {}
-        self.__dict__["_activation"] = shell._apply_gate if experts.has_gate else shell.act_fn
+        self.__dict__["_shell"] = shell
         self.eval()
+
+    def _activation(self, x: Tensor) -> Tensor:
+        # Looked up here: pickle could not find the method by the name that it was defined with.
+        shell: Any = self.__dict__["_shell"]
+        result: Tensor = shell._apply_gate(x) if shell.has_gate else shell.act_fn(x)
+        return result
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, [tokens, hidden].
@@ -179,6 +187,21 @@ def restore_modules(replaced: Mapping[tuple[nn.Module, str], nn.Module]) -> None
     """Put back what `linearize` replaced."""
     for (parent, key), child in replaced.items():
         setattr(parent, key, child)
+
+
+def free_experts(model: nn.Module) -> None:
+    """Copy the float experts beside quantized ones, whose 3-D parameter they would keep alive."""
+    for experts in model.modules():
+        if not isinstance(experts, Experts):
+            continue
+        linears = [module for module in experts.modules() if type(module) is nn.Linear]
+        used: Counter[int] = Counter()
+        for linear in linears:
+            used[linear.weight.untyped_storage().data_ptr()] += linear.weight.nbytes
+        for linear in linears:
+            storage = linear.weight.untyped_storage()
+            if used[storage.data_ptr()] < storage.nbytes():
+                linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
 
 
 def quantizable_linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:

@@ -19,6 +19,7 @@ from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import (
     check_ignore,
     float_linears,
+    free_experts,
     is_ignored,
     linearize,
     quantizable_linears,
@@ -142,6 +143,7 @@ def quantize(
         restore_modules(replaced)
         raise
     part = _swap(model, linears, prepared, scheme, progress)
+    free_experts(model)
     mark_quantized(model, part.record(scheme, kept))
     return model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -224,6 +225,18 @@ def test_what_no_batch_reached_stays_float_where_the_scale_is_static() -> None:
     record = quantize(model, calibrate(model, [torch.randn(4, 8)]), scheme="O1").sq_cpu_config
     assert record.layers == ("experts.0", "experts.1", "experts.2")
     assert record.smoothed == ("experts.0", "experts.2")
+
+
+def test_mixtures_of_experts_are_copied_and_pickled_and_hold_no_float_twice() -> None:
+    model = tiny_model("mixtral", num_local_experts=8, num_experts_per_tok=1)
+    few = [torch.tensor([[1, 2, 3, 4]])]
+    quantize(model, calibrate(model, few), scheme="O3")
+    kept = [p for n, p in model.named_parameters() if "experts" in n]
+    assert kept
+    # Those that no token was routed to; views would keep all the others alive.
+    assert all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in kept)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), logits(model))
 
 
 def test_a_tied_head_is_quantized_apart_from_the_embedding() -> None:
