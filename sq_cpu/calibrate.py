@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import replacing
@@ -65,7 +66,7 @@ class Calibration:
     unreached: tuple[str, ...] = field(default=())
     """Linears that no batch reached; they have no ranges."""
     example: Example | None = None
-    """The first batch, sequences of token ids cut to their first 32: what folds are proven with."""
+    """The first batch, if it is token ids alone their first 32: what folds are proven with."""
 
     def absmax(self, name: str) -> Tensor:
         """Return max|X_j| of a linear's input, fp32 [in_features]."""
@@ -79,7 +80,10 @@ class Calibration:
                 f"no calibration batch reached {name}: calibrate on text that does, or ignore it"
             )
         if name not in self.channel_min:
-            raise SqCpuError(f"the calibration does not cover {name}: calibrate this very model")
+            raise SqCpuError(
+                f"the calibration does not cover {name}: calibrate this very model, "
+                "ignoring no more than the scheme does"
+            )
         return self.channel_min[name], self.channel_max[name]
 
     def check_weight(self, name: str, linear: nn.Module) -> None:
@@ -213,15 +217,20 @@ def _calibrate(
 
 
 def example_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    """Copy a batch; if its token ids and masks are all of one length, its first tokens only."""
+    """Copy a batch; if it is sequences of ids (masks, labels) of one length, its first tokens only.
+
+    Beside images or embeddings the ids stay whole: some of them may stand for these.
+    """
 
     def is_ids(value: Any) -> bool:
         return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
 
-    lengths = {value.shape[1] for value in (*args, *kwargs.values()) if is_ids(value)}
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    lengths = {value.shape[1] for value in tensors if is_ids(value)}
+    ids_alone = all(is_ids(value) or value.dim() < 2 for value in tensors) and len(lengths) == 1
 
     def cut(value: Any) -> Any:
-        if is_ids(value) and len(lengths) == 1:
+        if ids_alone and is_ids(value):
             return value[:, :_EXAMPLE_TOKENS].clone()
         return value.detach().clone() if isinstance(value, Tensor) else value
 

@@ -66,6 +66,8 @@ class GroupPlan:
             raise SqCpuError(f"group {self.name}: {error}") from None
         if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"group {self.name}: alpha is {self.alpha}; it lies in [0, 1]")
+        if not isinstance(self.fold, bool):
+            raise SqCpuError(f"group {self.name}: fold is {self.fold!r}, not true or false")
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def tune(
     Each group is scored alone, on the float model's inputs; the model is not changed. Extra memory
     is one group's weights in fp32, a few times.
 
-    Raises `SqCpuError` for an unknown scheme or family, an alpha outside [0, 1], no alphas, a
+    Raises `SqCpuError` for an unknown scheme, an alpha outside [0, 1], no alphas, a
     calibration without sampled rows, and weights that changed since it.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())

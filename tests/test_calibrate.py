@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import batches, tiny_model
 from torch import Tensor, nn
 
-from sq_cpu.calibrate import Calibration, calibrate
+from sq_cpu.calibrate import Calibration, calibrate, example_of
 from sq_cpu.errors import SqCpuError
 
 
@@ -178,6 +178,10 @@ def test_the_example_is_the_first_batch_cut_short(tmp_path: Path) -> None:
         assert kwargs["attention_mask"].shape == (1, 32)
         assert kwargs["use_cache"] is False
     assert calibrate(Two(), [X]).example[0][0].equal(X)  # not token ids: whole
+    # Beside images too: tokens that stand for them may come late.
+    ids, images = torch.zeros(2, 40).long(), torch.zeros(2, 3, 8, 8)
+    assert example_of((ids,), {"pixel_values": images})[0][0].shape == (2, 40)
+    assert example_of((ids,), {"labels": torch.zeros(2).long()})[0][0].shape == (2, 32)
 
 
 def test_an_example_that_no_file_can_hold_is_left_out(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ def test_bad_plans_are_refused(llama: tuple[Any, Calibration], tmp_path: Path) -
         GroupPlan(name="a", rule="awq")
     with pytest.raises(SqCpuError, match=r"group a: alpha is .* lies in \[0, 1\]"):
         GroupPlan(name="a", alpha=1.01)
+    with pytest.raises(SqCpuError, match="group a: fold is 'no', not true or false"):
+        SmoothPlan.from_dict({"groups": [{"name": "a", "fold": "no"}]})
     with pytest.raises(SqCpuError, match="not JSON"):
         SmoothPlan.from_json("{")
     for text in ("[]", "{}", '{"groups": [{"beta": 1}]}'):
