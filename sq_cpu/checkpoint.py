@@ -530,7 +530,13 @@ def skeleton(folder: Path, make: Callable[[Any], Any]) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            return make(config)
+            model = make(config)
+        # Buffers were made of what the model's dtype rounds (GPT-J's frequencies). Once more in
+        # fp32, as from_pretrained does; what is marked stays.
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True
+        model.initialize_weights()
+        return model
     except Exception as error:  # a config may be wrong in any way, and raise anything
         raise SqCpuError(
             f"{folder / _CONFIG}: transformers {transformers.__version__} cannot build this model "

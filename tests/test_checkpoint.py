@@ -20,10 +20,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import change_config
+from tiny import change_config, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -144,6 +145,18 @@ def test_round_trip(make: Any, scheme: str, dtype: torch.dtype, tmp_path: Path) 
     assert {n for n, m in loaded.named_modules() if isinstance(m, QuantLinear)} == set(
         model.sq_cpu_config.layers
     )
+
+
+def test_buffers_that_are_not_stored_are_those_of_from_pretrained(tmp_path: Path) -> None:
+    # GPT-J's sinusoids: made in bf16 they would be those of other frequencies.
+    made = tiny_model("gptj", dtype=torch.bfloat16, n_positions=512, vocab_size=VOCABULARY)
+    made.save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=torch.bfloat16)
+    loaded: Any = load(save(quantize(model, smooth=False), tmp_path / "int8"))
+    buffers = dict(loaded.named_buffers())
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffers[name], buffer)
+    assert torch.equal(logits(loaded), logits(model))
 
 
 def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
