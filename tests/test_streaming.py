@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError, streaming
 from sq_cpu.calibrate import Batch
-from sq_cpu.smooth import GroupPlan, SmoothPlan
+from sq_cpu.smooth import SmoothPlan
 
 _GATED = {
     "hidden_size": 32,
