@@ -16,10 +16,11 @@ model's dtype. Everything else is stored under its own name in its own dtype; ti
 stored once.
 
 ``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
-:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and since format version 2, if any:
-``smoothed``, the layers with a ``smoothing``, and ``decomposed``, layer -> O), ``files`` (name ->
-SHA-256 of every safetensors file), ``companions`` (the same of the other files that :func:`save`
-wrote) and ``config_sha256`` (of config.json itself, see :func:`config_digest`).
+:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and if any ``smoothed``, the layers with
+a ``smoothing``, ``decomposed``, layer -> O, and ``kept``, linear -> why it is in float), ``files``
+(name -> SHA-256 of every safetensors file), ``companions`` (the same of the other files that
+:func:`save` wrote) and ``config_sha256`` (of config.json itself, see :func:`config_digest`).
+Version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``.
 """
 
 from __future__ import annotations
@@ -54,8 +55,6 @@ from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 __all__ = ["load", "save"]
 
 FORMAT_VERSION = 2
-# What a checkpoint without L.smoothing and L.columns says, so that older releases read it.
-_PLAIN_VERSION = 1
 QUANT_METHOD = "sq_cpu"
 _CONFIG = "config.json"
 _CONFIG_DIGEST = "config_sha256"
@@ -268,10 +267,9 @@ def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:
     """Complete config.json, when all else is written; ``files`` is name -> SHA-256."""
-    new = record.smoothed or record.decomposed
     settings = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION if new else _PLAIN_VERSION,
+        "format_version": FORMAT_VERSION,
         **record.to_dict(),
         "files": dict(files),
         "companions": {

@@ -218,7 +218,11 @@ def quantizable_linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[
 
 
 def float_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, str]:
-    """Return, of a linearized model, what `quantizable_linears` leaves out: name -> reason."""
+    """Return, of a linearized model, what `quantizable_linears` leaves out: name -> reason.
+
+    That is linears, and matrices that are the parameters of other modules: routers of mixtures, and
+    what `nn.MultiheadAttention` keeps for itself.
+    """
     kept = {}
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -228,6 +232,10 @@ def float_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, str]:
             kept[name] = f"a {kind}, which may compute something else"
         elif "Experts" in kind and any(p.dim() == 3 for p in module.parameters(recurse=False)):
             kept[name] = f"{kind} keeps its weights in a layout that sq_cpu does not know"
+        elif not isinstance(module, nn.Linear | nn.Embedding):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 2:
+                    kept[f"{name}.{key}".removeprefix(".")] = f"a matrix of a {kind}, no linear"
     return kept
 
 

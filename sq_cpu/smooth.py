@@ -246,11 +246,15 @@ def running(model: nn.Module, example: Example | None) -> Run | None:
     args, kwargs = example
 
     def run() -> list[Tensor]:
-        # All: a fold may spoil the second alone. (A cache, whose v folds change, is no tensor.)
-        outputs = tree_leaves(model(*args, **kwargs))
+        # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
+        outputs = tree_leaves(model(*args, **kwargs), is_leaf=_is_cache)
         return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
 
     return run
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
 
 
 def fold_scales(

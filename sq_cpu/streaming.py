@@ -6,26 +6,21 @@ What is outside of the blocks (embeddings, the last norm, the head) is copied to
 piece and mapped from there; only a head that is to be quantized is in memory as a whole, at last.
 
 The result is, bit for bit, what `calibrate`, `quantize` and `save` make of the whole model. Work in
-progress is kept in a hidden folder beside the output, from which a later call goes on:
-
-    .OUT.partial/state.json             settings, and a record of every finished part
-    .OUT.partial/carried-K.safetensors  the activations that block K takes
-    .OUT.partial/checkpoint/            the finished files
+progress is kept in a hidden folder beside the output (`sq_cpu.work_folder`), from which a later
+call goes on.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
-import fcntl
-import hashlib
 import inspect
-import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -34,7 +29,6 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sq_cpu import checkpoint, hf
@@ -42,6 +36,7 @@ from sq_cpu.calibrate import (
     SAMPLED_ROWS,
     Batch,
     Calibration,
+    Example,
     InputRanges,
     evaluating,
     example_of,
@@ -49,7 +44,6 @@ from sq_cpu.calibrate import (
 )
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.families import family_of
-from sq_cpu.files import replacing
 from sq_cpu.groups import smoothing_groups, stack_paths
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import (
@@ -73,6 +67,15 @@ from sq_cpu.stored import (
     file_tensors,
     stored_dtype,
     stored_tensors,
+)
+from sq_cpu.work_folder import (
+    Part,
+    State,
+    batches_digest,
+    check_target,
+    claimed,
+    source_digest,
+    work_folder,
 )
 
 __all__ = ["QuantizedCheckpoint", "float_bytes", "quantize_checkpoint", "unfinished"]
@@ -160,7 +163,7 @@ def quantize_checkpoint(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
         )
     target = Path(os.path.realpath(out))
-    _check_target(target)
+    check_target(target)
     folder = Path(source)
     weights = stored_tensors(folder)
     hf.check_float(folder)
@@ -168,14 +171,14 @@ def quantize_checkpoint(
 
     model = _skeleton(folder, dtype)
     blocks = _block_names(model)
-    inputs: list[_Arguments] = []
+    inputs: list[Example] = []
     if calibrated and batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
             inputs.append(given)
     settings = {
         **{package: version(package) for package in ("sq_cpu", "torch", "transformers")},
-        "source": _source_digest(folder),
-        "batches": _batches_digest(inputs),
+        "source": source_digest(folder),
+        "batches": batches_digest(inputs),
         "scheme": scheme.to_dict(),
         "plan": None if plan is None else plan.to_dict(),
         "alpha": alpha if smooth and plan is None else None,
@@ -184,10 +187,10 @@ def quantize_checkpoint(
         "dtype": str(dtype).removeprefix("torch."),
     }
     new_parents = [parent for parent in target.parents if not parent.exists()]
-    work = _work_folder(target)
+    work = work_folder(target)
     try:
-        with _claimed(work), evaluating(model):
-            state = _State.open(work, settings, overwrite)
+        with claimed(work), evaluating(model):
+            state = State.open(work, settings, overwrite)
             if state.parts:
                 say(f"resuming: {state.blocks} of {len(blocks)} blocks are finished")
             try:
@@ -220,7 +223,7 @@ def quantize_checkpoint(
 
 def unfinished(out: str | os.PathLike[str]) -> Path | None:
     """Return the folder from which `quantize_checkpoint` would resume writing `out`, if any."""
-    work = _work_folder(Path(os.path.realpath(out)))
+    work = work_folder(Path(os.path.realpath(out)))
     return work if (work / "state.json").exists() else None
 
 
@@ -266,168 +269,6 @@ def _block_names(model: nn.Module) -> list[str]:
     return [f"{path}.{key}" for key, _ in model.get_submodule(path).named_children()]
 
 
-# --- the work folder ----------------------------------------------------------------------------
-
-
-def _check_target(target: Path) -> None:
-    checkpoint.check_replaceable(target)
-    parent = next(parent for parent in target.parents if parent.exists())
-    if not target.exists():
-        return
-    if target.stat().st_dev != parent.stat().st_dev or os.path.samefile(target, os.curdir):
-        raise SqCpuError(
-            f"{target} is a mount point or the current folder, which cannot be replaced; "
-            "choose another folder"
-        )
-
-
-def _work_folder(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-@contextmanager
-def _claimed(work: Path) -> Iterator[None]:
-    """Keep every other process out of the work folder; a killed one leaves no claim behind."""
-    (work / "checkpoint").mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SqCpuError(f"another process is at work in {work}; wait for it") from error
-        yield
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A finished file and what was done to its linears."""
-
-    file: str
-    sha256: str
-    plan: dict[str, Any] | None = None
-    layers: tuple[str, ...] = ()
-    smoothed: tuple[str, ...] = ()
-    decomposed: dict[str, int] = field(default_factory=dict)
-    unreached: tuple[str, ...] = ()
-    tokens: int = 0
-    float_bytes: int = 0
-    int8_bytes: int = 0
-
-
-@dataclass
-class _State:
-    """What state.json holds."""
-
-    work: Path
-    settings: dict[str, Any]
-    parts: list[_Part] = field(default_factory=list)
-    """What is outside of the blocks, then the blocks."""
-    outputs: int = 0
-    """Length of the tuple that a block returns; 0: a tensor."""
-
-    @property
-    def blocks(self) -> int:
-        """Finished blocks."""
-        return max(len(self.parts) - 1, 0)
-
-    @property
-    def tokens(self) -> int:
-        return max((part.tokens for part in self.parts), default=0)
-
-    @classmethod
-    def open(cls, work: Path, settings: dict[str, Any], overwrite: bool) -> _State:
-        """Read the state of an interrupted call, or begin."""
-        settings = json.loads(json.dumps(settings))
-        path = work / "state.json"
-        if not path.exists():
-            return cls.anew(work, settings)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            state = cls(work, content["settings"], outputs=content["outputs"])
-            state.parts = [_Part(**part) for part in content["parts"]]
-        except (ValueError, LookupError, TypeError) as error:
-            raise SqCpuError(f"{path} is damaged ({first_line(error)}); remove {work}") from error
-        changed = [key for key in settings if state.settings.get(key) != settings[key]]
-        if changed and not overwrite:
-            raise SqCpuError(
-                f"{work} holds {state.blocks} finished blocks made with another "
-                f"{' and '.join(changed)}; repeat that call to resume it, or discard them with "
-                "--overwrite (overwrite=True)"
-            )
-        if changed:
-            return cls.anew(work, settings)
-        for part in state.parts:
-            file = work / "checkpoint" / part.file
-            if not file.exists() or checkpoint.sha256(file) != part.sha256:
-                raise SqCpuError(f"{file} is missing or damaged; remove {work} and start anew")
-        return state
-
-    @classmethod
-    def anew(cls, work: Path, settings: dict[str, Any]) -> _State:
-        for entry in work.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
-        (work / "checkpoint").mkdir()
-        return cls(work, settings)
-
-    def finish(self, part: _Part, hidden: Sequence[Tensor]) -> None:
-        """Note a finished part and the activations that the next block takes."""
-        done = len(self.parts)
-        carried = self.work / f"carried-{done}.safetensors"
-        tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(hidden)}
-        with replacing(carried) as temporary:
-            save_file(tensors, temporary)
-        self.parts.append(part)
-        content = {
-            "settings": self.settings,
-            "outputs": self.outputs,
-            "parts": [asdict(part) for part in self.parts],
-        }
-        with replacing(self.work / "state.json") as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-        (self.work / f"carried-{done - 1}.safetensors").unlink(missing_ok=True)
-
-    def carried(self) -> list[Tensor]:
-        """Return the activations that the first unfinished block takes."""
-        path = self.work / f"carried-{self.blocks}.safetensors"
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise SqCpuError(
-                f"{path} is missing or damaged; remove {self.work} and start anew"
-            ) from error
-        return [tensors[str(index)] for index in range(len(tensors))]
-
-
-def _source_digest(folder: Path) -> str:
-    """Digest config.json, and of each safetensors file its name, size, time and header."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        status = path.stat()
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-        digest.update(hashlib.sha256(header).digest())
-    return digest.hexdigest()
-
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def _batches_digest(batches: Sequence[_Arguments]) -> str:
-    digest = hashlib.sha256()
-    for args, kwargs in batches:
-        for key, value in (*enumerate(args), *kwargs.items()):
-            digest.update(repr(key).encode())
-            if isinstance(value, Tensor):
-                digest.update(repr((value.dtype, value.shape)).encode())
-                digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-            else:
-                digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
 # --- block after block --------------------------------------------------------------------------
 
 
@@ -435,6 +276,20 @@ def _trim() -> None:
     """Give back what the allocator keeps of freed pieces, where the C library can."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+_MADV_PAGEOUT = 21  # Linux 5.4; leaves the contents as they are, unlike MADV_DONTNEED
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Ask for the pages of a mapped tensor back; they are read again when they are needed."""
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
+    if length > 0:
+        address, size = ctypes.c_void_p(begin), ctypes.c_size_t(length)
+        with suppress(AttributeError):
+            ctypes.CDLL(None).madvise(address, size, _MADV_PAGEOUT)
 
 
 class _Captured(Exception):  # noqa: N818  ends a forward whose rest is not needed
@@ -445,12 +300,12 @@ class _Captured(Exception):  # noqa: N818  ends a forward whose rest is not need
 class _Calls:
     """What one batch calls each block with, beside the hidden states."""
 
-    arguments: _Arguments
+    arguments: Example
     """Of the model."""
     mask: Any
     hidden: Tensor
     """What the first block takes."""
-    blocks: list[_Arguments] = field(default_factory=list)
+    blocks: list[Example] = field(default_factory=list)
 
 
 class _Stream:
@@ -461,7 +316,7 @@ class _Stream:
         loader: Loader,
         blocks: list[str],
         work: Path,
-        state: _State,
+        state: State,
         scheme: Scheme,
         plan: SmoothPlan | None,
         alpha: float,
@@ -494,7 +349,7 @@ class _Stream:
 
     def run(
         self,
-        batches: Sequence[_Arguments],
+        batches: Sequence[Example],
         smooth: bool,
         calibrated: bool,
         tokenizer: Any,
@@ -540,7 +395,7 @@ class _Stream:
         if not self.state.parts:
             copy_tensors(final, {name: t for name, t in dtypes.items() if name not in own})
             copy_tensors(floats, {name: t for name, t in dtypes.items() if name in own})
-            self.state.finish(_Part(final.name, checkpoint.sha256(final)), [])
+            self.state.finish(Part(final.name, checkpoint.sha256(final)), [])
         for path in (final, floats):
             file = files.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping
@@ -555,7 +410,7 @@ class _Stream:
         is_parameter = key in module._parameters
         setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
-    def capture(self, batches: Sequence[_Arguments]) -> tuple[list[_Calls], list[Tensor]]:
+    def capture(self, batches: Sequence[Example]) -> tuple[list[_Calls], list[Tensor]]:
         """Run what precedes the blocks; return each batch's calls and what block 0 takes."""
         calls = []
         for args, kwargs in batches:
@@ -570,11 +425,16 @@ class _Stream:
                 args, kwargs = calls[-1].blocks[0]
                 output = block(calls[-1].hidden, *args, **kwargs)
                 self.state.outputs = len(output) if isinstance(output, tuple) else 0
+            del block, output  # and with it the weights
         for call in calls:
             call.blocks.clear()
             self.forward(call, stop=len(self.blocks))
             if len(call.blocks) != len(self.blocks):
                 raise self.not_a_chain()
+        # A token's row of an embedding brings its neighbours in: up to all of it.
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not tensor.is_meta:
+                _page_out(tensor)
         return calls, [call.hidden for call in calls]
 
     def not_a_chain(self) -> SqCpuError:
@@ -643,7 +503,7 @@ class _Stream:
 
     def block(
         self, index: int, calls: Sequence[_Calls], hidden: list[Tensor], smooth: bool
-    ) -> _Part:
+    ) -> Part:
         """Quantize and write a block; `hidden` becomes what its float weights make of it."""
         name = self.blocks[index]
         with self.loaded(index) as block:
@@ -677,7 +537,7 @@ class _Stream:
 
     def quantize_outer(
         self, calls: Sequence[_Calls], hidden: Sequence[Tensor], smooth: bool
-    ) -> _Part:
+    ) -> Part:
         """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
         linearize(self.model)
         linears = {name: self.model.get_submodule(name) for name in self.outer}
@@ -709,7 +569,7 @@ class _Stream:
         calibration: Calibration | None,
         smooth: bool,
         run: Run | None,
-    ) -> _Part:
+    ) -> Part:
         """Quantize linears and write the modules, by full name, that are or hold them."""
         names = set(linears)
         before = sum(p.nbytes for linear in linears.values() for p in linear.parameters())
@@ -744,7 +604,7 @@ class _Stream:
                 if isinstance(layer, QuantLinear):
                     entries |= checkpoint.own_entries(layer, path)
         path = self.file(index)
-        return _Part(
+        return Part(
             file=path.name,
             sha256=checkpoint.write_shard(path, entries),
             plan=None if done.plan is None else done.plan.to_dict(),
@@ -757,7 +617,7 @@ class _Stream:
             int8_bytes=after,
         )
 
-    def seal(self, parts: Sequence[_Part], tokenizer: Any) -> QuantizationRecord:
+    def seal(self, parts: Sequence[Part], tokenizer: Any) -> QuantizationRecord:
         """Write what describes the finished files."""
         folder = self.work / "checkpoint"
         layers = {name for part in parts for name in part.layers}

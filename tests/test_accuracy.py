@@ -4,7 +4,6 @@ Models whose packages are not installed are skipped; SQ_CPU_CACHE is the benchma
 and SQ_CPU_TRAINED that of the trained models.
 """
 
-import itertools
 import json
 import os
 from pathlib import Path
@@ -25,7 +24,10 @@ MADE_HERE = ("vit-digits", "dit-digits")
 def kept_rows() -> dict[str, list[dict[str, Any]]]:
     rows = json.loads(KEPT.read_text())["rows"]
     smoothed = [r for r in rows if r["alpha"] is not None and r["model"] not in MADE_HERE]
-    return {name: list(group) for name, group in itertools.groupby(smoothed, lambda r: r["model"])}
+    by_model: dict[str, list[dict[str, Any]]] = {}
+    for row in smoothed:
+        by_model.setdefault(row["model"], []).append(row)
+    return by_model
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
 
 def test_without_a_smoothing_the_format_is_the_first(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 1
+    assert settings["format_version"] == 2
     assert "smoothed" not in settings
 
 

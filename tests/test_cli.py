@@ -506,7 +506,7 @@ def test_what_does_not_fit_is_streamed(
     size = sum(parameter.nbytes for parameter in byte_model().parameters())
     arguments = ("quantize", folder, *small(), "--overwrite", "-o", tmp_path / "out", "--json")
     for available, streamed in ((int(1.31 * size), False), (int(1.29 * size), True)):
-        monkeypatch.setattr(cli, "available_memory", lambda available=available: available)
+        monkeypatch.setattr(convert, "available_memory", lambda available=available: available)
         result = run(*arguments)
         assert json.loads(result.stdout)["streamed"] is streamed
         assert ("are available: streaming" in result.stderr) is streamed
@@ -516,7 +516,7 @@ def test_interrupted_streaming_says_how_it_is_resumed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("quantize", folder, "-o", tmp_path / "out", *small())
-    finish = streaming._State.finish
+    finish = streaming.State.finish
 
     def interrupted(self: Any, *given: Any) -> None:
         finish(self, *given)
@@ -524,7 +524,7 @@ def test_interrupted_streaming_says_how_it_is_resumed(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(streaming._State, "finish", interrupted)
+        patched.setattr(streaming.State, "finish", interrupted)
         result = run(*arguments, "--stream", code=130)
     assert f"finished blocks are kept in {tmp_path / '.out.partial'}" in result.stderr
     error = error_of(*arguments, "--alpha", 0.7)

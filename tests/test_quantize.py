@@ -239,6 +239,16 @@ def test_mixtures_of_experts_are_copied_and_pickled_and_hold_no_float_twice() ->
         assert torch.equal(logits(twin), logits(model))
 
 
+def test_matrices_of_other_modules_are_accounted_for() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "head": nn.Linear(8, 2)})
+    record = quantize(model, smooth=False).sq_cpu_config
+    assert record.layers == ("head",)
+    assert record.kept == {
+        "attention.in_proj_weight": "a matrix of a MultiheadAttention, no linear",
+        "attention.out_proj": "a NonDynamicallyQuantizableLinear, which may compute something else",
+    }
+
+
 def test_a_tied_head_is_quantized_apart_from_the_embedding() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -216,12 +216,12 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_streaming
 from sq_cpu import quantize_checkpoint, streaming
-finish = streaming._State.finish
+finish = streaming.State.finish
 def finish_and_die(self, *args):
     finish(self, *args)
     if self.blocks == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-streaming._State.finish = finish_and_die
+streaming.State.finish = finish_and_die
 quantize_checkpoint({source!r}, {out!r}, test_streaming.batches(), scheme="O3")
 """
 
@@ -242,15 +242,15 @@ def blocks_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
     """Raise KeyboardInterrupt once so many blocks are finished."""
-    finish = streaming._State.finish
+    finish = streaming.State.finish
 
     def interrupted(self: Any, *args: Any) -> None:
         finish(self, *args)
         if self.blocks == blocks:
-            monkeypatch.setattr(streaming._State, "finish", finish)
+            monkeypatch.setattr(streaming.State, "finish", finish)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(streaming._State, "finish", interrupted)
+    monkeypatch.setattr(streaming.State, "finish", interrupted)
 
 
 def test_a_killed_process_is_resumed(tmp_path: Path, blocks_done: list[int]) -> None:
@@ -333,7 +333,7 @@ def test_damaged_work_is_refused(
 def test_two_processes_do_not_share_the_work(tmp_path: Path) -> None:
     source, out = float_folder(tmp_path / "float"), tmp_path / "out"
     with (
-        streaming._claimed(tmp_path / ".out.partial"),
+        streaming.claimed(tmp_path / ".out.partial"),
         pytest.raises(SqCpuError, match="another process is at work"),
     ):
         sq_cpu.quantize_checkpoint(source, out, batches())
