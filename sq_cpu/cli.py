@@ -161,6 +161,10 @@ def quantize_command(
         _ReduceRange,
         typer.Option(help="7-bit activations; auto: on processors without VNNI."),
     ] = _ReduceRange.no,
+    outlier_threshold: Annotated[
+        float | None,
+        typer.Option(help="O1: input channels that reach this stay in float (LLM.int8() has 6)."),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
@@ -196,6 +200,7 @@ def quantize_command(
         "static_range": static_range.value,
         "percentile": percentile,
         "reduce_range": reduce_range.setting(),
+        "outlier_threshold": outlier_threshold,
     }
     if ignore:
         overrides["ignore"] = tuple(ignore)

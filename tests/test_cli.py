@@ -140,6 +140,25 @@ def test_groups_and_ranges_arrive(folder: Path, tmp_path: Path) -> None:
     assert json_of(*start, "--range", "mse", *small())["scheme"]["static_range"] == "mse"
 
 
+def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
+    start = ("quantize", folder, "-o", tmp_path / "out", "--overwrite", *small())
+    made = json_of(*start, "--rule", "spiq")
+    assert (made["rule"], made["alpha"]) == ("spiq", None)
+    assert made["groups"] == {"folded": 8, "in_pass": 0}
+    assert made["kept"] == {"lm_head": "ignored"}
+    made = json_of(*start, "--outlier-threshold", 0.5, "--no-smooth")
+    assert made["scheme"]["outlier_threshold"] == 0.5
+    record = sq_cpu.load(tmp_path / "out").sq_cpu_config
+    assert record.decomposed
+    shown = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out"), "--json"])
+    assert json.loads(shown.stdout)["kept"] == {"lm_head": "ignored"}
+    said = CliRunner().invoke(cli.app, ["quantize", *map(str, start[1:])]).stdout
+    assert "smoothing: 8 groups folded, 0 divided in the pass" in said
+    assert "1 linears in float: ignored" in said
+    usage = run(*start, "--rule", "aqas", "--alpha", 0.5, code=2).stderr
+    assert "no effect with --rule aqas" in " ".join(usage.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -440,7 +440,7 @@ print(peak() - before)
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_memory_is_bounded_by_the_block(dtype: str, tmp_path: Path) -> None:
-    """12 blocks of 19 MB in bf16: the whole model would be four times the bound."""
+    """12 blocks of 19 MB in bf16."""
     source = tmp_path / "float"
     config = AutoConfig.for_model(
         "llama",
@@ -458,5 +458,6 @@ def test_memory_is_bounded_by_the_block(dtype: str, tmp_path: Path) -> None:
     values = {"tests": str(Path(__file__).parent), "source": str(source)}
     script = _MEASURED.format(**values, out=str(tmp_path / "out"), dtype=dtype)
     output = subprocess.check_output([sys.executable, "-c", script], text=True)
-    # 32 MB beside: the code that is loaded on the way, and activations of under 1 MB.
-    assert int(output) < 3 * block + (32 << 20)
+    # 48 MB beside: code that is loaded on the way, what the allocator keeps, activations (1 MB).
+    # The whole model takes 233 MB in bf16 and twice that in fp32.
+    assert int(output) < 3 * block + (48 << 20)
