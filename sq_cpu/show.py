@@ -86,7 +86,8 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
             kinds[_BLOCK.sub(".N.", note)] += count
         lines += [f"  {count} divided: {note}" for note, count in kinds.most_common()]
     reasons = Counter(record.kept.values())
-    lines += [f"  {count} linears in float: {reason}" for reason, count in reasons.most_common()]
+    for reason, count in reasons.most_common():
+        lines.append(f"  {count} linear{'s' * (count > 1)} in float: {reason}")
     return lines
 
 
