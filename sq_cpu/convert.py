@@ -49,8 +49,7 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether batches are needed."""
-        decomposed = self.scheme.outlier_threshold is not None
-        return self.smooth or decomposed or self.scheme.activations == "static"
+        return self.smooth or self.scheme.needs_calibration
 
 
 def convert(

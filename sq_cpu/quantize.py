@@ -216,8 +216,7 @@ def _prepare(
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
     _check_model(model, linears)
-    needed = smooth or scheme.outlier_threshold is not None or scheme.activations == "static"
-    _check_calibration(linears, calibration, needed=needed)
+    _check_calibration(linears, calibration, needed=smooth or scheme.needs_calibration)
     scales: dict[SmoothingGroup, Tensor] = {}
     if smooth:
         assert calibration is not None  # _check_calibration raised otherwise
@@ -247,6 +246,7 @@ def _swap(
     for name in unreached:
         del linears[name]
     layers = tuple(linears)
+    places = _places(model, linears)
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
@@ -257,7 +257,7 @@ def _swap(
             layer = DecomposedLinear.from_float(linear, scheme, outliers[name], smoothing=s)
         else:
             layer = QuantLinear.from_float(linear, scheme, ranges.get(name), smoothing=s)
-        replace_linears(model, {name: layer})
+        _put(layer, places[name])
     in_pass = prepared.in_pass.difference(outliers)
     return QuantizedPart(
         plan=prepared.plan,
@@ -286,11 +286,28 @@ def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
 
     A module that the model holds under several names is replaced under all of them.
     """
-    new = {model.get_submodule(name): module for name, module in layers.items()}
-    for parent in list(model.modules()):
+    places = _places(model, {name: model.get_submodule(name) for name in layers})
+    for name, module in layers.items():
+        _put(module, places[name])
+
+
+_Place = tuple[nn.Module, str]
+
+
+def _places(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[_Place]]:
+    """Return where the model holds each module, without a hold on the modules."""
+    names = {module: name for name, module in modules.items()}
+    places: dict[str, list[_Place]] = {name: [] for name in modules}
+    for parent in model.modules():
         for key, child in parent._modules.items():
-            if child in new:
-                setattr(parent, key, new[child])
+            if child in names:
+                places[names[child]].append((parent, key))
+    return places
+
+
+def _put(module: nn.Module, places: Iterable[_Place]) -> None:
+    for parent, key in places:
+        setattr(parent, key, module)
 
 
 def _check_model(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:

@@ -136,6 +136,11 @@ class Scheme:
         return "custom"
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether the layers rest on what a calibration saw, smoothed or not."""
+        return self.activations == "static" or self.outlier_threshold is not None
+
+    @property
     def qmax(self) -> int:
         """Largest symmetric activation code: 127, or 63 with `reduce_range`."""
         return 63 if self._reduced else 127

@@ -156,8 +156,7 @@ def quantize_checkpoint(
         raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
     checkpoint.check_dtype(dtype)
     check_rule(rule)
-    decomposed = scheme.outlier_threshold is not None
-    calibrated = smooth or decomposed or scheme.activations == "static"
+    calibrated = smooth or scheme.needs_calibration
     if calibrated and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
