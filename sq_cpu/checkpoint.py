@@ -19,14 +19,13 @@ stored once.
 :func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and if any ``smoothed``, the layers with
 a ``smoothing``, ``decomposed``, layer -> O, and ``kept``, linear -> why it is in float), ``files``
 (name -> SHA-256 of every safetensors file), ``companions`` (the same of the other files that
-:func:`save` wrote) and ``config_sha256`` (of config.json itself, see :func:`config_digest`).
+:func:`save` wrote) and ``config_sha256`` (of config.json itself, see ``checkpoint_settings``).
 Version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import secrets
@@ -46,6 +45,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from sq_cpu.checkpoint_settings import (
+    CONFIG,
+    CONFIG_DIGEST,
+    FLOATS,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    check_dtype,
+    check_files,
+    config_digest,
+    read_settings,
+    record_of_settings,
+    sha256,
+)
 from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.linear import QuantLinear
@@ -54,12 +66,7 @@ from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
 
 __all__ = ["load", "save"]
 
-FORMAT_VERSION = 2
-QUANT_METHOD = "sq_cpu"
-_CONFIG = "config.json"
-_CONFIG_DIGEST = "config_sha256"
 _INDEX = "model.safetensors.index.json"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def save(
@@ -157,9 +164,9 @@ def load(
     """
     check_dtype(dtype)
     folder = Path(path)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     files = check_files(folder, settings, verify=verify)
-    record = record_of_settings(settings, folder / _CONFIG)
+    record = record_of_settings(settings, folder / CONFIG)
     model = _skeleton(folder, dtype)
     restore(model, folder, record, files, dtype)
     read_generation_config(model, folder)
@@ -212,8 +219,8 @@ def check_replaceable(target: Path) -> None:
     if _is_empty(target):
         return
     try:
-        settings = _read_settings(target)
-        ours = {_CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
+        settings = read_settings(target)
+        ours = {CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
     except (SqCpuError, TypeError) as error:
         raise SqCpuError(
             f"{target} is not empty and is not an sq_cpu checkpoint; choose another folder"
@@ -273,13 +280,13 @@ def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str,
         **record.to_dict(),
         "files": dict(files),
         "companions": {
-            name: sha256(folder / name) for name in sorted(_contents(folder) - {_CONFIG, *files})
+            name: sha256(folder / name) for name in sorted(_contents(folder) - {CONFIG, *files})
         },
     }
-    content = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     content["quantization_config"] = settings
-    settings[_CONFIG_DIGEST] = config_digest(content)
-    (folder / _CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    settings[CONFIG_DIGEST] = config_digest(content)
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_tensors(model: Any, folder: Path, max_shard_size: int | str) -> dict[str, str]:
@@ -332,7 +339,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata={"format": "pt"})
     # safetensors makes files that only their owner can read; give them the umask's mode.
-    shutil.copymode(path.parent / _CONFIG, path)
+    shutil.copymode(path.parent / CONFIG, path)
     return sha256(path)
 
 
@@ -380,7 +387,7 @@ def move_into_place(staging: Path, target: Path) -> None:
 def _move_out(staging: Path, target: Path) -> None:
     """Move what ``staging`` holds to ``target``, or nothing."""
     # config.json last: without it the folder is no checkpoint.
-    entries = sorted(staging.iterdir(), key=lambda entry: entry.name == _CONFIG)
+    entries = sorted(staging.iterdir(), key=lambda entry: entry.name == CONFIG)
     try:
         for entry in entries:
             entry.rename(target / entry.name)
@@ -393,125 +400,6 @@ def _move_out(staging: Path, target: Path) -> None:
 
 
 # --- reading ------------------------------------------------------------------------------------
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    """Read and check ``quantization_config``; its files are not looked at."""
-    path = folder / _CONFIG
-    settings: dict[str, Any] = _read_config(path)["quantization_config"]
-    check_settings(settings, path)
-    return settings
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json that has a ``quantization_config``, whatever that holds."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SqCpuError(
-            f"{path} does not exist; give the folder that sq_cpu.save wrote"
-        ) from error
-    # ValueError: not UTF-8 or not JSON; RecursionError: brackets without end.
-    except (OSError, ValueError, RecursionError) as error:
-        raise SqCpuError(
-            f"{path} cannot be read as JSON ({first_line(error)}); copy the checkpoint again"
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
-        raise SqCpuError(
-            f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
-        )
-    return content
-
-
-def check_dtype(dtype: torch.dtype | None) -> None:
-    """Raise ``SqCpuError`` for a dtype that the layers do not run in; None is as stored."""
-    if dtype is not None and dtype not in _FLOATS:
-        raise SqCpuError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or float16")
-
-
-def check_settings(settings: Mapping[str, Any], path: Path) -> None:
-    """Raise ``SqCpuError``, naming ``path``, for another method's settings or a newer format."""
-    if settings.get("quant_method") != QUANT_METHOD:
-        raise SqCpuError(
-            f"{path}: quant_method is {settings.get('quant_method')!r}, expected "
-            f"{QUANT_METHOD!r}; load it with transformers instead"
-        )
-    version = settings.get("format_version")
-    if type(version) is not int or version < 1:  # a bool is an int
-        raise SqCpuError(f"{path}: format_version is {version!r}, expected a positive integer")
-    if version > FORMAT_VERSION:
-        raise SqCpuError(
-            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the newest this "
-            "sq_cpu reads; upgrade sq_cpu"
-        )
-
-
-def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationRecord:
-    """Give what a ``quantization_config`` records; ``SqCpuError`` names ``path`` if it is bad."""
-    try:
-        for key in ("layers", "smoothed"):
-            names = settings.get(key, None if key == "layers" else [])
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise SqCpuError(f"{key} is not a list of names")
-        decomposed = settings.get("decomposed", {})
-        if not isinstance(decomposed, dict) or not all(
-            type(count) is int and count > 0 for count in decomposed.values()
-        ):
-            raise SqCpuError("decomposed is not a table of layers and positive counts")
-        for key in ("smoothed", "decomposed"):
-            if unknown := sorted(set(settings.get(key, ())) - set(settings["layers"])):
-                raise SqCpuError(f"{key} names {unknown[0]}, which is not one of layers")
-        return QuantizationRecord.from_dict(settings)
-    except (KeyError, TypeError, ValueError) as error:
-        raise SqCpuError(
-            f"{path}: bad quantization_config ({first_line(error)}); "
-            "save the model again with sq_cpu.save"
-        ) from error
-
-
-def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> list[str]:
-    """Give the names of the safetensors files, all of which exist.
-
-    ``verify`` compares these, config.json and its companions with their SHA-256; a companion that
-    is absent is not missed, for the hub's client fetches each when it is read. What is missing or
-    damaged raises ``SqCpuError``.
-    """
-    config = folder / _CONFIG
-    if verify and config.exists():  # from_pretrained may have got its config elsewhere
-        content = _read_config(config)
-        stored = content["quantization_config"].get(_CONFIG_DIGEST)
-        _check_digest(config, config_digest(content), stored)
-    files, companions = settings.get("files"), settings.get("companions")
-    if not isinstance(files, dict) or not files:
-        raise SqCpuError(f"{config} lists no files; save the model again")
-    if not isinstance(companions, dict):
-        raise SqCpuError(f"{config}: companions is not a table of files; save the model again")
-    for name in (*files, *companions):
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise SqCpuError(f"{config}: file name {name!r} leaves the folder; rename it")
-    for name in files:
-        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
-            raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
-    for name, digest in (files | companions).items() if verify else ():
-        if os.path.isfile(folder / name):
-            _check_digest(folder / name, sha256(folder / name), digest)
-    return list(files)
-
-
-def config_digest(content: Mapping[str, Any]) -> str:
-    """Give the SHA-256 of a config.json: of its JSON with sorted keys, without this digest."""
-    settings = dict(content["quantization_config"])
-    settings.pop(_CONFIG_DIGEST, None)
-    canonical = json.dumps({**content, "quantization_config": settings}, sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _check_digest(path: Path, found: str, stored: object) -> None:
-    if found != stored:
-        raise SqCpuError(
-            f"{path} is damaged or was edited: its SHA-256 is not the one in {_CONFIG}; copy the "
-            "checkpoint again, or load what you edited with sq_cpu.load(path, verify=False)"
-        )
 
 
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
@@ -537,7 +425,7 @@ def skeleton(folder: Path, make: Callable[[Any], Any]) -> Any:
         return model
     except Exception as error:  # a config may be wrong in any way, and raise anything
         raise SqCpuError(
-            f"{folder / _CONFIG}: transformers {transformers.__version__} cannot build this model "
+            f"{folder / CONFIG}: transformers {transformers.__version__} cannot build this model "
             f"({first_line(error)}); check architectures and upgrade transformers"
         ) from error
 
@@ -572,7 +460,7 @@ def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise SqCpuError(
-                f"{folder / _CONFIG}: layer {name} is not a linear of {type(model).__name__}; "
+                f"{folder / CONFIG}: layer {name} is not a linear of {type(model).__name__}; "
                 "save the model again"
             )
         shape = linear.in_features, linear.out_features
@@ -588,7 +476,7 @@ def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[
                 )
         except Exception as error:  # also a size that no memory holds
             raise SqCpuError(
-                f"{folder / _CONFIG}: layer {name} cannot be made ({first_line(error)}); "
+                f"{folder / CONFIG}: layer {name} cannot be made ({first_line(error)}); "
                 "save the model again"
             ) from error
     return layers
@@ -678,7 +566,7 @@ def _read_tensor(
     value = cast(Tensor, handle.get_tensor(name))
     # What is not quantized may be stored in any float dtype: models mix them.
     any_float = name not in quantized and expected.is_floating_point()
-    same_kind = value.dtype in _FLOATS if any_float else value.dtype == expected.dtype
+    same_kind = value.dtype in FLOATS if any_float else value.dtype == expected.dtype
     if value.shape != expected.shape or not same_kind:
         wanted = "a float dtype" if any_float else str(expected.dtype).removeprefix("torch.")
         raise SqCpuError(
@@ -686,19 +574,6 @@ def _read_tensor(
             f"{list(value.shape)}, expected {wanted} {list(expected.shape)}; save the model again"
         )
     return value
-
-
-def sha256(path: Path) -> str:
-    """Give a file's SHA-256; ``SqCpuError`` where it cannot be read."""
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(1 << 20))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(buffer[:count])
-    except OSError as error:
-        raise SqCpuError(f"cannot read {path}: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _listed(names: list[str]) -> str:

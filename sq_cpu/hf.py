@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sq_cpu import checkpoint
+from sq_cpu import checkpoint, checkpoint_settings
 from sq_cpu.errors import SqCpuError, first_line
 
 __all__ = ["check_float", "is_checkpoint", "load_source", "load_tokenizer"]
@@ -63,7 +63,7 @@ def load_source(
 
 def is_checkpoint(folder: Path) -> bool:
     """Tell whether a folder's config.json says that :func:`sq_cpu.save` wrote it."""
-    return _quant_method(folder) == checkpoint.QUANT_METHOD
+    return _quant_method(folder) == checkpoint_settings.QUANT_METHOD
 
 
 def _quant_method(folder: Path) -> str | None:

@@ -31,7 +31,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sq_cpu import checkpoint, hf
+from sq_cpu import checkpoint, checkpoint_settings, hf
 from sq_cpu.calibrate import (
     SAMPLED_ROWS,
     Batch,
@@ -154,7 +154,7 @@ def quantize_checkpoint(
         raise SqCpuError("quantize_checkpoint got a plan and smooth=False; drop one of them")
     if not 0.0 <= alpha <= 1.0:
         raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
-    checkpoint.check_dtype(dtype)
+    checkpoint_settings.check_dtype(dtype)
     check_rule(rule)
     calibrated = smooth or scheme.needs_calibration
     if calibrated and batches is None:
@@ -394,7 +394,7 @@ class _Stream:
         if not self.state.parts:
             copy_tensors(final, {name: t for name, t in dtypes.items() if name not in own})
             copy_tensors(floats, {name: t for name, t in dtypes.items() if name in own})
-            self.state.finish(Part(final.name, checkpoint.sha256(final)), [])
+            self.state.finish(Part(final.name, checkpoint_settings.sha256(final)), [])
         for path in (final, floats):
             file = files.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping

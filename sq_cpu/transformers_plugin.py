@@ -20,7 +20,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sq_cpu import checkpoint
+from sq_cpu import checkpoint, checkpoint_settings
 from sq_cpu.errors import SqCpuError
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
@@ -28,7 +28,7 @@ __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
 _CONFIG = "config.json"
 
 
-@register_quantization_config(checkpoint.QUANT_METHOD)
+@register_quantization_config(checkpoint_settings.QUANT_METHOD)
 class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint, its fields as attributes.
 
@@ -37,10 +37,10 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **settings: Any) -> None:
         self.__dict__.update(settings)
-        self.quant_method = checkpoint.QUANT_METHOD
+        self.quant_method = checkpoint_settings.QUANT_METHOD
 
 
-@register_quantizer(checkpoint.QUANT_METHOD)
+@register_quantizer(checkpoint_settings.QUANT_METHOD)
 class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
     """What `from_pretrained` calls on its way. All errors are `SqCpuError`, of one line."""
 
@@ -52,7 +52,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         # Before any file is looked for: a newer format may name them otherwise.
-        checkpoint.check_settings(self._settings, Path(_CONFIG))
+        checkpoint_settings.check_settings(self._settings, Path(_CONFIG))
         self._dtype: torch.dtype | None = None
         self._folder = Path()
         self._ignored: set[str] | None = None
@@ -76,7 +76,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Note the dtype of everything that is not quantized."""
-        checkpoint.check_dtype(dtype)
+        checkpoint_settings.check_dtype(dtype)
         self._dtype = dtype
         return dtype
 
@@ -88,7 +88,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
             raise SqCpuError("from_pretrained needs the folder of an sq_cpu checkpoint: give it")
         self._folder = Path(checkpoint_files[0]).parent
         self._check_model(model)
-        files = checkpoint.check_files(self._folder, self._settings, verify=True)
+        files = checkpoint_settings.check_files(self._folder, self._settings, verify=True)
         if foreign := {Path(file).name for file in checkpoint_files} - set(files):
             raise SqCpuError(
                 f"{self._folder / min(foreign)} is not a file of this checkpoint; remove it, "
@@ -106,7 +106,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         """Fill the weights as `sq_cpu.load` does."""
         del model.state_dict
         model._keys_to_ignore_on_load_unexpected = self._ignored
-        record = checkpoint.record_of_settings(self._settings, self._folder / _CONFIG)
+        record = checkpoint_settings.record_of_settings(self._settings, self._folder / _CONFIG)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.
         stored = AutoConfig.from_pretrained(self._folder).dtype
         dtype = None if self._dtype == stored else self._dtype

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sq_cpu import checkpoint
+from sq_cpu import checkpoint, checkpoint_settings
 from sq_cpu.calibrate import Example
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import replacing
@@ -131,7 +131,7 @@ class State:
             return cls.anew(work, settings)
         for part in state.parts:
             file = work / "checkpoint" / part.file
-            if not file.exists() or checkpoint.sha256(file) != part.sha256:
+            if not file.exists() or checkpoint_settings.sha256(file) != part.sha256:
                 raise SqCpuError(f"{file} is missing or damaged; remove {work} and start anew")
         return state
 

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sq_cpu.checkpoint import config_digest
+from sq_cpu.checkpoint_settings import config_digest
 
 VOCABULARY = 64
 
