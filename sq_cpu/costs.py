@@ -1,7 +1,7 @@
 """What a linear costs on this machine: milliseconds by shape and by how it is quantized.
 
-Measured once with the layers that a model runs, and kept in a JSON file for each machine class
-(processor, instruction set in use, threads, versions). A plan's latency is the sum over its linears.
+Measured once with the layers that a model runs, and kept in a JSON file for each machine class:
+processor, instruction set in use, threads, versions. A plan's latency is the sum of its linears'.
 """
 
 from __future__ import annotations
