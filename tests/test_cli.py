@@ -201,7 +201,8 @@ def test_overwrite(folder: Path, quantized: Path) -> None:
 def test_output_is_checked_before_the_model_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded before the check"))
+    for name in ("sq_cpu.cli.quantize.convert", "sq_cpu.cli.run.load_model"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("loaded before the check"))
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "keep.txt").write_text("x")
@@ -341,12 +342,12 @@ def test_too_little_memory(
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "perplexity", exhausted)
+    monkeypatch.setattr("sq_cpu.cli.run.perplexity", exhausted)
     assert "error: not enough memory; " in error_of("eval", folder)
 
 
 def test_perplexity_that_is_no_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "perplexity", lambda *_, **__: math.inf)
+    monkeypatch.setattr("sq_cpu.cli.run.perplexity", lambda *_, **__: math.inf)
     for option in ((), ("--json",)):
         assert "too large for a finite perplexity" in error_of("eval", folder, *option)
 
@@ -388,7 +389,7 @@ def test_demo_names_its_output_after_the_model(
         checked.append(out)
         raise sq_cpu.SqCpuError("enough")
 
-    monkeypatch.setattr(cli, "_check_output", check)
+    monkeypatch.setattr("sq_cpu.cli.run.check_output", check)
     error_of("demo", "--model", model)
     assert checked == [Path(f"{name}-int8")]
 
