@@ -55,7 +55,7 @@ def _wide_console() -> Console:
     """Make a console for a table: a pipe has no width, it gets its own instead of a guess of 80."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 160
     return console
 
 
@@ -75,7 +75,7 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def plan_lines(record: QuantizationRecord) -> list[str]:
-    """Say which smoothing was folded, what was not and why, and what stayed in float."""
+    """Say which smoothing was folded, what was not and why, and which linears differ from most."""
     lines = []
     if record.plan is not None:
         divided = Counter(group.note for group in record.plan.groups if not group.fold)
@@ -86,10 +86,20 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
         for note, count in divided.items():
             kinds[_BLOCK.sub(".N.", note)] += count
         lines += [f"  {count} divided: {note}" for note, count in kinds.most_common()]
+        quantized = set(record.layers)
+        planned = [layer for layer in record.plan.layers if layer.name in quantized]
+        others = Counter(layer.activations for layer in planned if layer.activations)
+        lines += [f"  {_linears(n)} with {kind} activations" for kind, n in others.most_common()]
+        if clipped := sum(layer.weight_clip != 1 for layer in planned):
+            lines.append(f"  {_linears(clipped)} with a weight clip")
     reasons = Counter(record.kept.values())
     for reason, count in reasons.most_common():
-        lines.append(f"  {count} linear{'s' * (count > 1)} in float: {reason}")
+        lines.append(f"  {_linears(count)} in float: {reason}")
     return lines
+
+
+def _linears(count: int) -> str:
+    return f"{count} linear{'s' * (count > 1)}"
 
 
 def saturation_lines(count: Saturation, scheme: Scheme) -> list[str]:
