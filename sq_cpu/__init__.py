@@ -8,8 +8,10 @@ from importlib.metadata import version as _version
 import torch as _torch  # noqa: F401  first: the extension uses the OpenMP runtime that torch loads
 
 from sq_cpu import transformers_plugin as _transformers_plugin  # noqa: F401  registers itself
+from sq_cpu.autotune import Autotuned, autotune
 from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.checkpoint import load, save
+from sq_cpu.configurations import SearchSpace
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity
 from sq_cpu.families import Family, Group, Stack, register_family
@@ -26,6 +28,7 @@ from sq_cpu.tune import tune
 __version__ = _version("sq_cpu")
 
 __all__ = [
+    "Autotuned",
     "Calibration",
     "Family",
     "Group",
@@ -37,9 +40,11 @@ __all__ = [
     "Saturation",
     "SaturationCount",
     "Scheme",
+    "SearchSpace",
     "SmoothPlan",
     "SqCpuError",
     "Stack",
+    "autotune",
     "calibrate",
     "count_saturation",
     "isa",

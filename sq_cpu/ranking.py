@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from sq_cpu.calibrate import Calibration
 from sq_cpu.costs import Choice
 from sq_cpu.groups import smoothing_groups
-from sq_cpu.linears import linearized
+from sq_cpu.linears import is_ignored, linearized
 from sq_cpu.plan import SmoothPlan, covered_consumers
 from sq_cpu.progress import track
 from sq_cpu.rules import output_errors, smoothing_scale
@@ -18,7 +19,7 @@ from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import group_statistics
 
-__all__ = ["estimated_errors"]
+__all__ = ["Errors", "estimated_errors"]
 
 Errors = dict[str, dict[Choice, float]]
 
@@ -44,33 +45,32 @@ def estimated_errors(
     scheme = scheme.resolve(has_vnni())
     choices = tuple(choices)
     planned = {group.name: group for group in plan.groups}
-    clipped = tuple(
-        replace(layer, activations=None, in_float=False) for layer in plan.layers
-    )  # weight clips stay
+    # Weight clips stay; what departs otherwise is what is asked about.
+    layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
+    everything = replace(plan, layers=layers)
     errors: Errors = {}
     with linearized(model):
         for group in track(smoothing_groups(model), "estimating errors", progress):
-            names = covered_consumers(group, calibration)
-            found: dict[Choice, list[float]] = {}
+            names = [
+                name
+                for name in covered_consumers(group, calibration)
+                if not is_ignored(model, name, scheme.ignore)
+            ]
+            for name in names:
+                errors[name] = {"float": 0.0}
+            if not names:
+                continue
             for choice in choices:
                 if choice == "float":
                     continue
                 of_choice = scheme.with_activations(choice)
-                statistics = group_statistics(
-                    model, group, calibration, of_choice, replace(plan, layers=clipped)
-                )
-                if not statistics.samples:
-                    break
-                s = statistics.act_absmax.new_ones(len(statistics.act_absmax))
+                statistics = group_statistics(model, group, calibration, of_choice, everything)
+                s = torch.ones_like(statistics.act_absmax)
                 if group.name in planned:
                     entry = planned[group.name]
                     statistics = replace(statistics, clip=entry.clip)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
                 off, total = output_errors(statistics, s)
-                found[choice] = (off / total.clamp_min(1e-30)).tolist()
-            quantized = [n for n in names if not _ignored(model, n, scheme)]
-            for index, name in enumerate(quantized if found else []):
-                errors[name] = {choice: values[index] for choice, values in found.items()}
-                if "float" in choices:
-                    errors[name]["float"] = 0.0
+                for name, error in zip(names, (off / total.clamp_min(1e-30)).tolist(), strict=True):
+                    errors[name][choice] = error
     return errors

@@ -208,6 +208,10 @@ class Trials:
             load_if_exists=True,
         )
 
+    def use(self, sampler: BaseSampler) -> None:
+        """Have the settings of trials to come suggested by `sampler`."""
+        self._study.sampler = sampler
+
     def _all(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
@@ -238,6 +242,13 @@ class Trials:
         self.recover()
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         return sum(trial.state in states or _is_pruned(trial) for trial in self._all())
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what the study keeps under a name, JSON types; made where it has none yet."""
+        attributes = self._study.user_attrs
+        if name not in attributes:
+            self._study.set_user_attr(name, make())
+        return self._study.user_attrs[name]
 
     def propose(self, settings: Iterable[Mapping[str, Any]]) -> None:
         """Have these settings tried first, if no trial exists yet."""
