@@ -27,7 +27,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.plan import SmoothPlan
 from sq_cpu.progress import status
 from sq_cpu.refine import Rank
-from sq_cpu.trials import Outcome, join_study, open_storage, quiet_optuna
+from sq_cpu.trials import Outcome, join_study, opened_storage, quiet_optuna
 from sq_cpu.tuning_job import Evaluate, Goal, Job
 from sq_cpu.workers import Course, Stopped, Worker, run_workers
 
@@ -113,8 +113,8 @@ def autotune(
         unit
     higher_is_better : whether the metric is an accuracy; a perplexity is not
     space : what to search; None: `SearchSpace()`
-    storage : where the trials are kept, see `open_storage`. A study of the same job goes on: after
-        whatever stopped it, and beside other processes and machines at work on it.
+    storage : where the trials are kept, see `trials.opened_storage`. A study of the same job goes
+        on: after whatever stopped it, and beside other processes and machines at work on it.
     study : its name in the storage
     job : says what else must agree for that, such as the text that evaluate scores
     trials, refine_trials : greatest number of evaluations in the search and in the refinement
@@ -155,7 +155,6 @@ def autotune(
     )
     if not isinstance(batches, Calibration):
         batches = calibrate(model, batches, ignore=ignore, progress=progress)
-    opened = open_storage(storage)
     task = Job(model, batches, evaluate, parsed, higher_is_better, ignore)
     if not task.linears:
         raise SqCpuError("nothing to tune: the calibration reached no linear that is not ignored")
@@ -175,7 +174,7 @@ def autotune(
         "sq_cpu": version("sq_cpu"),
         "job": job,
     }
-    with quiet_optuna():
+    with quiet_optuna(), opened_storage(storage) as opened:
         facts = join_study(opened, study, identity, prepare)
         task.float_metric = float(facts["float_metric"])
         task.costs = Costs.from_dict(facts["costs"])

@@ -14,6 +14,7 @@ gone (same machine) or its heartbeat to have stopped (relational storages), and 
 from __future__ import annotations
 
 import os
+import random
 import socket
 import time
 import warnings
@@ -44,7 +45,7 @@ __all__ = [
     "Trials",
     "has_study",
     "join_study",
-    "open_storage",
+    "opened_storage",
     "quiet_optuna",
 ]
 
@@ -66,13 +67,15 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def open_storage(where: str | os.PathLike[str] | BaseStorage | None) -> BaseStorage:
-    """Return the storage that `where` names.
+@contextmanager
+def opened_storage(where: str | os.PathLike[str] | BaseStorage | None) -> Iterator[BaseStorage]:
+    """Yield the storage that `where` names, and close it afterwards, if it was opened here.
 
     Parameters
     ----------
     where : a path (SQLite), a database's URL such as "postgresql://user@host/name", a storage of
-        Optuna's, or None: memory, which ends with the process
+        Optuna's, or None: memory, which ends with the process. Of a storage of Optuna's that keeps
+        no heartbeats a worker that died on another machine cannot be told from a slow one.
 
     Raises
     ------
@@ -80,10 +83,20 @@ def open_storage(where: str | os.PathLike[str] | BaseStorage | None) -> BaseStor
         When the database cannot be opened, or the package that talks to it is missing.
     """
     if isinstance(where, BaseStorage):
-        return where
+        yield where
+        return
     if where is None:
-        return optuna.storages.InMemoryStorage()
-    url = _url(where)
+        yield optuna.storages.InMemoryStorage()
+        return
+    storage = _open(_url(where))
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _open(url: str, retries: int = 5) -> RDBStorage:
     # Writers wait for each other's locks instead of failing.
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     try:
@@ -94,10 +107,15 @@ def open_storage(where: str | os.PathLike[str] | BaseStorage | None) -> BaseStor
             )
     except ImportError as error:
         raise SqCpuError(
-            f"no driver for the storage {_without_password(url)}: pip install 'sq_cpu[postgres]' "
-            f"for PostgreSQL ({error})"
+            f"no driver for the storage {_without_password(url)} ({error}): for PostgreSQL, "
+            "pip install 'sq_cpu[postgres]'"
         ) from error
     except Exception as error:  # SQLAlchemy's and the drivers' own have no base in common
+        # Two make the tables at once, and one of them has to lose.
+        lost = any(sign in str(error) for sign in ("already exists", "UNIQUE constraint"))
+        if lost and retries:
+            time.sleep(random.random())
+            return _open(url, retries - 1)
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise SqCpuError(
             f"cannot open the storage {_without_password(url)}: {reason}; give a path or the URL "

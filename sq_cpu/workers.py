@@ -27,7 +27,7 @@ from sq_cpu.costs import Choice
 from sq_cpu.errors import SqCpuError
 from sq_cpu.refine import Rank, Refinement, ranked
 from sq_cpu.scheme import Activations
-from sq_cpu.trials import Outcome, Trials, open_storage, quiet_optuna
+from sq_cpu.trials import Outcome, Trials, opened_storage, quiet_optuna
 from sq_cpu.tuning_job import Job
 
 __all__ = ["Course", "Stopped", "Worker", "run_workers"]
@@ -337,8 +337,7 @@ def _main(path: str, index: int, threads: int, pipe: Connection, parent: int) ->
     said = ("stopped", "interrupted")
     try:
         parts = torch.load(path, mmap=True, weights_only=False)
-        with quiet_optuna():
-            storage = open_storage(parts["where"])
+        with quiet_optuna(), opened_storage(parts["where"]) as storage:
             worker = Worker(Job(**parts["job"]), storage, parts["course"], index)
             said = ("stopped", worker.work(look))
     except KeyboardInterrupt:

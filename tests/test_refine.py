@@ -52,7 +52,8 @@ class Losses:
         return min(
             assignment.count("float")
             for assignment in product(choices, repeat=len(NAMES))
-            if self.of(Configuration(layers=tuple(zip(NAMES, assignment, strict=True)))) <= self.goal
+            if self.of(Configuration(layers=tuple(zip(NAMES, assignment, strict=True))))
+            <= self.goal
         )
 
 
