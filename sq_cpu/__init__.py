@@ -14,6 +14,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity
 from sq_cpu.families import Family, Group, Stack, register_family
 from sq_cpu.linear import QuantLinear
+from sq_cpu.lm_harness import lm_eval_accuracy
 from sq_cpu.ops import QuantizedActivation
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import isa
@@ -41,6 +42,7 @@ __all__ = [
     "calibrate",
     "count_saturation",
     "isa",
+    "lm_eval_accuracy",
     "load",
     "perplexity",
     "quantize",
