@@ -89,8 +89,8 @@ class Gate:
         self.settings = settings
         self.lines: list[str] = []
         """What was found, a line for each check that passed."""
-        self._folder: Path | None = None
-        self._model: tuple[nn.Module, Any]
+        self._key: tuple[object, ...] = ()
+        self._model: tuple[nn.Module, Any] | None = None
 
     def check(
         self,
@@ -145,7 +145,7 @@ class Gate:
             limit = self.settings.slower if timed else self.settings.less_accurate
         if not 0 <= limit < math.inf:
             raise SqCpuError(f"a tolerance is {limit}; give a fraction, such as 0.1")
-        if (evaluate is None) != (better is None):
+        if better not in ((None,) if evaluate is None else ("lower", "higher")):
             raise SqCpuError('give better="lower" or better="higher" with evaluate, and only then')
         work = _work(measured, evaluate, better, prompt, tokens)
         baselines = Baselines(self.settings.folder, Machine.here())
@@ -196,9 +196,12 @@ class Gate:
         self.lines.append(f"{name}: {figures}: {change}, at most {limit:.1%}")
 
     def _load(self, folder: Path) -> tuple[nn.Module, Any]:
-        if folder != self._folder:  # the tests of one model follow each other
-            self._model = convert.load(str(folder), None, lambda _: None)
-            self._folder = folder
+        """Load a model, or give the last one again: the tests of one model follow each other."""
+        stat = (folder / "config.json").stat()  # a model that is saved again is another one
+        key = (folder, stat.st_ino, stat.st_mtime_ns)
+        if self._model is None or key != self._key:
+            self._model = None  # first, for the memory
+            self._model, self._key = convert.load(str(folder), None, lambda _: None), key
         return self._model
 
 

@@ -49,8 +49,9 @@ def suite(pytester: pytest.Pytester, model: Path) -> Callable[..., pytest.RunRes
     return run
 
 
-def save_int8(folder: Path) -> Path:
-    quantized = sq_cpu.quantize(byte_model(), smooth=False)
+def save_int8(folder: Path, ignore: tuple[str, ...] = ()) -> Path:
+    scheme = sq_cpu.Scheme(ignore=("lm_head", *ignore))
+    quantized = sq_cpu.quantize(byte_model(), scheme=scheme, smooth=False)
     return sq_cpu.save(quantized, folder, byte_tokenizer())
 
 
@@ -269,6 +270,7 @@ def test_corrupt_baselines(
     ("call", "message"),
     [
         ("FOLDER, evaluate=len", "*give better=*"),
+        ("FOLDER, evaluate=len, better='more'", "*give better=*"),
         ("FOLDER, better='lower'", "*give better=*"),
         ("FOLDER, evaluate=lambda *_: float('nan'), better='lower'", "*gave nan, not a finite*"),
         ("FOLDER, evaluate=lambda *_: None, better='lower'", "*gave None, not a finite*"),
@@ -285,6 +287,26 @@ def test_refused_calls(
     result = suite("-k", "accuracy", "--sq-cpu-baseline-update", source=source)
     result.assert_outcomes(failed=1, deselected=2)
     result.stdout.fnmatch_lines([message])
+
+
+def test_a_model_that_is_saved_again_is_loaded_again(
+    suite: Callable[..., pytest.RunResult], tmp_path: Path
+) -> None:
+    folder = tmp_path / "again"
+    source = f"""
+import pytest
+from test_regression import save_int8
+
+@pytest.mark.parametrize("ignore", [(), ("down_proj",)])
+def test_it(sq_cpu_regression, ignore):
+    from pathlib import Path
+    save_int8(Path({str(folder)!r}), ignore=ignore)
+    count = lambda model, tokenizer: len(model.sq_cpu_config.layers)
+    sq_cpu_regression({str(folder)!r}, evaluate=count, better="higher")
+"""
+    result = suite("--sq-cpu-baseline-update", "-k", "accuracy", source=source)
+    result.assert_outcomes(passed=2, deselected=4)
+    result.stdout.fnmatch_lines(["*: wrote the baseline, 14, *", "*: wrote the baseline, 12, *"])
 
 
 @pytest.mark.parametrize("text", ["10", "-1%", "x%", "inf%", "1%0"])
