@@ -1,10 +1,10 @@
 """A saved model against the stored baseline of this machine class: accuracy, prefill, decode.
 
-    python -m pytest bench/bench_regression.py --sq-cpu-baseline-update    # once a machine class
-    python -m pytest bench/bench_regression.py                             # fails where it got worse
+    python -m pytest bench/bench_regression.py --sq-cpu-baseline-update  # once a machine class
+    python -m pytest bench/bench_regression.py                           # fails where it got worse
 
-`--sq-cpu-model FOLDER` takes a model of yours. Else it is SmolLM2-135M, which is quantized anew each
-time, so that a change of the quantization shows as one of the kernels does.
+`--sq-cpu-model FOLDER` takes a model of yours. Else it is SmolLM2-135M, quantized anew each time:
+a change of the quantization shows as one of the kernels does.
 """
 
 from __future__ import annotations

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import math
 import platform
-import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -32,13 +30,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sq_cpu import convert, files, texts
+from sq_cpu import convert, texts
+from sq_cpu.baselines import HOW_TO_WRITE, Baseline, Baselines, Machine
 from sq_cpu.calibrate import check_length
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
-from sq_cpu.runtime import isa
 
-__all__ = ["ATTEMPTS", "Baseline", "Baselines", "Evaluate", "Gate", "Machine", "Settings"]
+__all__ = ["ATTEMPTS", "Evaluate", "Gate", "Settings"]
 
 Measured = Literal["accuracy", "prefill", "decode"]
 Better = Literal["lower", "higher"]
@@ -49,128 +47,12 @@ TimeRounds = Callable[[Callable[[], object], Callable[[], None], int], Sequence[
 
 ATTEMPTS = 3
 
-FORMAT_VERSION = 1
-
 # The reference, fp32: M, N, K of a product, and how many weights it goes through in turn. Prefill
 # is bound by arithmetic; decoding by reading weights from memory, here 128 MB.
 _REFERENCES = {"prefill": (128, 1024, 1024, 1), "decode": (1, 1024, 4096, 8)}
 # It is repeated for as long as a call of the model, so that a scheduler that takes the processor
 # away meets both alike; but for no longer than this, in seconds.
 _LONGEST_REFERENCE = 0.1
-
-_HOW = "write it with --sq-cpu-baseline-update"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A class of machines whose times are comparable."""
-
-    cpu: str
-    isa: str
-    """The instruction set that sq_cpu uses."""
-    threads: int
-
-    @classmethod
-    def here(cls) -> Machine:
-        """Return the class of this machine, as this process uses it."""
-        known = isa()
-        return cls(cpu=known["cpu"], isa=known["in_use"], threads=torch.get_num_threads())
-
-    def __str__(self) -> str:
-        return f"{self.cpu}, {self.isa}, {self.threads} threads"
-
-    @property
-    def file_name(self) -> str:
-        """The name of the baseline's file."""
-        return re.sub(r"[^a-z0-9_]+", "-", str(self).lower()).strip("-") + ".json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """What one test measured."""
-
-    work: str
-    """What was measured, in words; a value of other work says nothing."""
-    value: float
-    """The accuracy; or seconds of the model over seconds of the reference."""
-    seconds: float | None
-    reference_seconds: float | None
-    model: str
-    config_sha256: str
-    date: str
-    """ISO 8601, UTC."""
-    versions: Mapping[str, str]
-
-    @classmethod
-    def from_dict(cls, content: Any) -> Baseline:
-        """Return what `dataclasses.asdict` wrote; raise `ValueError` for anything else."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or content.keys() != names:
-            raise ValueError(f"an entry has not the fields {', '.join(sorted(names))}")
-        for name in ("work", "model", "config_sha256", "date"):
-            if not isinstance(content[name], str):
-                raise ValueError(f"{name} is not a text")
-        times = [content["seconds"], content["reference_seconds"]]
-        for number in (content["value"], *(seconds for seconds in times if seconds is not None)):
-            if type(number) not in (int, float) or not math.isfinite(number):
-                raise ValueError(f"{number!r} is not a finite number")
-        if not isinstance(content["versions"], dict):
-            raise ValueError("versions is not a table")
-        return cls(**content)
-
-    def __str__(self) -> str:
-        versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
-        return f"{self.date}, {versions}, {self.model} (config {self.config_sha256[:12]})"
-
-
-class Baselines:
-    """The baselines of a machine class: a JSON file in a folder."""
-
-    def __init__(self, folder: Path, machine: Machine) -> None:
-        self.machine = machine
-        self.path = folder / machine.file_name
-
-    def read(self) -> dict[str, Baseline]:
-        """Return the baselines by the names of their tests; none where there is no file.
-
-        Raises `SqCpuError` for a file that is damaged, newer, or another machine's.
-        """
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"format_version is {content['format_version']!r}, not {FORMAT_VERSION}"
-                )
-            if content["machine"] != asdict(self.machine):
-                raise ValueError(f"it is of another machine class, {content['machine']}")
-            return {name: Baseline.from_dict(b) for name, b in content["baselines"].items()}
-        except FileNotFoundError:
-            return {}
-        except KeyError as error:
-            reason = f"{error} is missing"
-        # TypeError, AttributeError: JSON of another shape; RecursionError: brackets without end.
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = first_line(error)
-        raise SqCpuError(
-            f"{self.path} is no baseline of this machine class ({reason}); restore it, or delete "
-            f"it and {_HOW}"
-        )
-
-    def write(self, name: str, baseline: Baseline) -> None:
-        """Add a test's baseline, or replace it."""
-        content = {
-            "format_version": FORMAT_VERSION,
-            "machine": asdict(self.machine),
-            "baselines": {
-                n: asdict(b) for n, b in sorted((self.read() | {name: baseline}).items())
-            },
-        }
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SqCpuError(f"cannot make {self.path.parent}: {error.strerror}") from error
-        with files.replacing(self.path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +89,8 @@ class Gate:
         self.settings = settings
         self.lines: list[str] = []
         """What was found, a line for each check that passed."""
-        self._folder: Path | None = None
-        self._model: tuple[nn.Module, Any]
+        self._key: tuple[object, ...] = ()
+        self._model: tuple[nn.Module, Any] | None = None
 
     def check(
         self,
@@ -263,7 +145,7 @@ class Gate:
             limit = self.settings.slower if timed else self.settings.less_accurate
         if not 0 <= limit < math.inf:
             raise SqCpuError(f"a tolerance is {limit}; give a fraction, such as 0.1")
-        if (evaluate is None) != (better is None):
+        if better not in ((None,) if evaluate is None else ("lower", "higher")):
             raise SqCpuError('give better="lower" or better="higher" with evaluate, and only then')
         work = _work(measured, evaluate, better, prompt, tokens)
         baselines = Baselines(self.settings.folder, Machine.here())
@@ -314,9 +196,12 @@ class Gate:
         self.lines.append(f"{name}: {figures}: {change}, at most {limit:.1%}")
 
     def _load(self, folder: Path) -> tuple[nn.Module, Any]:
-        if folder != self._folder:  # the tests of one model follow each other
-            self._model = convert.load(str(folder), None, lambda _: None)
-            self._folder = folder
+        """Load a model, or give the last one again: the tests of one model follow each other."""
+        stat = (folder / "config.json").stat()  # a model that is saved again is another one
+        key = (folder, stat.st_ino, stat.st_mtime_ns)
+        if self._model is None or key != self._key:
+            self._model = None  # first, for the memory
+            self._model, self._key = convert.load(str(folder), None, lambda _: None), key
         return self._model
 
 
@@ -455,12 +340,12 @@ def _work(
 def _comparable(stored: Baseline | None, work: str, name: str, baselines: Baselines) -> Baseline:
     if stored is None:
         raise SqCpuError(
-            f"no baseline of {name} for {baselines.machine} in {baselines.path}; {_HOW}"
+            f"no baseline of {name} for {baselines.machine} in {baselines.path}; {HOW_TO_WRITE}"
         )
     if stored.work != work:
         raise SqCpuError(
             f"the baseline of {name} in {baselines.path} is of other work ({stored.work}) than "
-            f"this ({work}); {_HOW}"
+            f"this ({work}); {HOW_TO_WRITE}"
         )
     return stored
 
