@@ -15,11 +15,11 @@ from sq_cpu.evaluate import perplexity
 from sq_cpu.families import Family, Group, Stack, register_family
 from sq_cpu.linear import QuantLinear
 from sq_cpu.ops import QuantizedActivation
+from sq_cpu.plan import GroupPlan, LayerPlan, SmoothPlan
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import isa
 from sq_cpu.saturation import Saturation, SaturationCount, count_saturation
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan
 from sq_cpu.streaming import QuantizedCheckpoint, quantize_checkpoint
 from sq_cpu.tune import tune
 
@@ -29,6 +29,8 @@ __all__ = [
     "Calibration",
     "Family",
     "Group",
+    "GroupPlan",
+    "LayerPlan",
     "QuantLinear",
     "QuantizedActivation",
     "QuantizedCheckpoint",

@@ -17,10 +17,10 @@ from sq_cpu.calibrate import calibrate
 from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import linearized, quantizable_linears
+from sq_cpu.plan import SmoothPlan
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import available_memory
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan
 from sq_cpu.stored import is_stored
 from sq_cpu.streaming import QuantizedCheckpoint
 

@@ -25,18 +25,17 @@ from sq_cpu.linears import (
     quantizable_linears,
     restore_modules,
 )
+from sq_cpu.plan import SmoothPlan, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.ranges import static_range
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import (
     Run,
-    SmoothPlan,
     consumer_scales,
     fold_scales,
     plan_scales,
     running,
-    uniform_plan,
 )
 
 __all__ = [

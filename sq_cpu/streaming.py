@@ -54,12 +54,13 @@ from sq_cpu.linears import (
     linearized,
     quantizable_linears,
 )
+from sq_cpu.plan import SmoothPlan, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.quantize import QuantizationRecord, QuantizedPart, quantize_part
 from sq_cpu.rules import check_rule
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import Run, SmoothPlan, running, uniform_plan
+from sq_cpu.smooth import Run, running
 from sq_cpu.stored import (
     WHOLE,
     Loader,

@@ -14,6 +14,7 @@ from sq_cpu.decomposition import DecomposedLinear, outlier_columns
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linear import QuantLinear
+from sq_cpu.plan import GroupPlan, SmoothPlan
 from sq_cpu.rules import (
     ALPHAS,
     RULES,
@@ -25,7 +26,7 @@ from sq_cpu.rules import (
     without_quiet,
 )
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import GroupPlan, SmoothPlan, fold, group_statistics, plan_scales
+from sq_cpu.smooth import fold, group_statistics, plan_scales
 
 SCHEMES = [
     Scheme(),

@@ -11,8 +11,9 @@ from tiny import batches, tiny_model
 
 from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.errors import SqCpuError
+from sq_cpu.plan import GroupPlan, SmoothPlan
 from sq_cpu.rules import smoothing_scales
-from sq_cpu.smooth import GroupPlan, SmoothPlan, fold
+from sq_cpu.smooth import fold
 
 # --- plans --------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError, streaming
 from sq_cpu.calibrate import Batch
-from sq_cpu.smooth import SmoothPlan
+from sq_cpu.plan import GroupPlan, SmoothPlan
 
 _GATED = {
     "hidden_size": 32,
@@ -185,7 +185,7 @@ def test_a_plan_is_followed(tmp_path: Path) -> None:
     sq_cpu.save(sq_cpu.quantize(model, calibration, plan), tmp_path / "whole")
     sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches(), plan=plan)
     assert_equal(tmp_path / "out", tmp_path / "whole")
-    other = SmoothPlan((sq_cpu.smooth.GroupPlan(name="nothing"),))
+    other = SmoothPlan((GroupPlan(name="nothing"),))
     with pytest.raises(SqCpuError, match="no smoothing group"):
         sq_cpu.quantize_checkpoint(source, tmp_path / "b", batches(), plan=other)
 
