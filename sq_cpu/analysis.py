@@ -18,7 +18,7 @@ from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import check_ignore, float_linears, is_ignored, linearized
-from sq_cpu.plan import GroupPlan, SmoothPlan, covered_consumers, scheme_of, uniform_plan
+from sq_cpu.plan import SmoothPlan, covered_consumers, scheme_of, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.ranges import static_range
 from sq_cpu.rules import GroupStatistics, LinearSample, output_errors

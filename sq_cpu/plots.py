@@ -1,17 +1,9 @@
-"""The pictures of a report: matplotlib figures of an `Analysis`, as PNG and as SVG for a web page.
-
-matplotlib is imported where it is needed: it takes a while. Its global state (pyplot, a user's
-style) is neither read nor changed. A figure is as wide as the column of a phone.
-"""
+"""The pictures of a report: what an `Analysis` found, and the trials of a search."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -19,14 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sq_cpu.analysis import GroupAnalysis, LinearAnalysis
+from sq_cpu.pictures import THEME, Picture, new_figure, picture_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
-    "THEME",
-    "Picture",
     "alphas",
     "clip_rates",
     "errors",
@@ -36,74 +27,14 @@ __all__ = [
     "worst_groups",
 ]
 
-_WIDTH = 3.7  # inches of 72 points
 _COLUMNS = 192  # of a heat map: more are finer than a screen's pixels
 _ROWS = 128
 _CELLS = 60  # of the loss curves of one kind
-_DPI = 200
+_STRIPS = 6
 
-# By name of the CSS variable: in light and in dark. The light ones are what is drawn with; the
-# series are those of Okabe and Ito, darkened to a contrast of 3 on white.
-THEME: Mapping[str, tuple[str, str]] = {
-    "ink": ("#1b1f24", "#e4e8ee"),
-    "muted": ("#57606c", "#a2acb9"),
-    "grid": ("#d3d8de", "#3a424d"),
-    "before": ("#c4500a", "#f58b4c"),
-    "after": ("#0069b4", "#5cb3f0"),
-    "green": ("#00805c", "#37c59c"),
-    "purple": ("#a34882", "#e29ac8"),
-    "ochre": ("#8f6400", "#e3b23f"),
-    "slate": ("#4b5563", "#bcc5d1"),
-}
-_INK, _MUTED, _GRID, _BEFORE, _AFTER = (THEME[name][0] for name in list(THEME)[:5])
-_SERIES = tuple(light for light, _ in list(THEME.values())[3:])
-_MARKERS = "os^Dvp"
-
-_STYLE: dict[str, Any] = {
-    "font.size": 8.0,
-    "text.parse_math": False,  # names may hold a dollar sign
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
-    "axes.titlesize": 8.0,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 8.0,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "axes.grid.axis": "y",
-    "grid.color": _GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 3.0,
-    "figure.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sq_cpu",  # the same figure is the same text
-    "svg.image_inline": True,
-}
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure; `name` is free of blanks and slashes."""
-
-    name: str
-    title: str
-    alt: str
-    """What it shows, in words and numbers."""
-    svg: str
-    """An element for a page that defines the variables of `THEME`; ids begin with the name."""
-    png: bytes
-
+_INK, _MUTED, _GRID, _BEFORE, _AFTER = (
+    THEME[name][0] for name in ("ink", "muted", "grid", "before", "after")
+)
 
 # --- figures ------------------------------------------------------------------------------------
 
@@ -119,10 +50,10 @@ def heat_maps(groups: Sequence[GroupAnalysis]) -> tuple[Picture, ...]:
             stem = "act_absmax" if what == "activations" else "weight_absmax"
             pair = [_image([getattr(g, stem + s) for g in members]) for s in ("", "_smoothed")]
             peaks = [float(image.max()) for image in pair]
-            with _figure(3.3) as figure:
+            with new_figure(3.3) as figure:
                 _draw_pair(figure, pair, members, f"max {symbol}")
                 pictures.append(
-                    _picture(
+                    picture_of(
                         figure,
                         f"{what}-{kind}",
                         f"{kind}: {what}",
@@ -137,7 +68,7 @@ def worst_groups(groups: Sequence[GroupAnalysis], count: int = 6) -> tuple[Pictu
     """Return the channels' absmax of the groups with the greatest outlier severity."""
     pictures: list[Picture] = []
     for group in sorted(groups, key=lambda g: -g.severity)[:count]:
-        with _figure(2.6) as figure:
+        with new_figure(2.6) as figure:
             axes = figure.subplots(2, 1, sharex=True)
             pairs = (
                 (group.act_absmax, group.act_absmax_smoothed, "max |X|"),
@@ -148,7 +79,7 @@ def worst_groups(groups: Sequence[GroupAnalysis], count: int = 6) -> tuple[Pictu
             axes[1].set_xlabel("input channel")
             axes[0].legend(ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.96), borderpad=0)
             pictures.append(
-                _picture(
+                picture_of(
                     figure,
                     f"worst-{len(pictures) + 1}",
                     f"{group.name} \N{RIGHTWARDS ARROW} {group.kind}",
@@ -165,7 +96,7 @@ def alphas(groups: Sequence[GroupAnalysis]) -> tuple[Picture, ...]:
     planned = [group for group in groups if group.alpha is not None]
     if len({group.alpha for group in planned}) < 2:
         return ()
-    lines = _along_depth("alpha", planned, lambda group: group.alpha or 0.0, "alpha", top=1.0)
+    lines = _along_depth("alpha", planned, lambda group: group.alpha or 0.0, "alpha", 1.0)
     return tuple(lines)
 
 
@@ -179,10 +110,10 @@ def loss_curves(groups: Sequence[GroupAnalysis]) -> tuple[Picture, ...]:
         top = max(float(np.quantile([_span(g) for g in shown], 0.8)), 1.05)
         columns = min(6, len(shown))
         rows = math.ceil(len(shown) / columns)
-        with _figure(0.25 + 0.5 * rows) as figure:
+        with new_figure(0.4 + 0.5 * rows) as figure:
             _draw_cells(figure.subplots(), shown, columns, rows, top)
             pictures.append(
-                _picture(
+                picture_of(
                     figure,
                     f"curves-{kind}",
                     kind,
@@ -202,7 +133,7 @@ def errors(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
     limits = min(values) / 1.5, max(values) * 1.5
     pictures: list[Picture] = []
     for kind, members in _by_kind(linears).items():
-        with _figure(2.0) as figure:
+        with new_figure(2.0) as figure:
             ax = figure.subplots()
             _draw_line(ax, members, lambda x: x.error_naive, _BEFORE, label="naive", marker="s")
             _draw_line(ax, members, lambda x: x.error, _AFTER, label="plan", marker="o")
@@ -226,7 +157,7 @@ def errors(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
                 max(getattr(one, key) for one in members) for key in ("error_naive", "error")
             )
             pictures.append(
-                _picture(
+                picture_of(
                     figure,
                     f"error-{kind}",
                     kind,
@@ -241,7 +172,8 @@ def clip_rates(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
     """Return the share of input values beyond the static range; nothing where none is."""
     kinds = {one.kind for one in linears if one.clipped}
     clipped = [one for one in linears if one.kind in kinds]
-    return tuple(_along_depth("clip", clipped, lambda one: 100 * one.clipped, "values clipped, %"))
+    top = 100 * max((one.clipped for one in clipped), default=0.0)
+    return tuple(_along_depth("clip", clipped, lambda one: 100 * one.clipped, "clipped, %", top))
 
 
 def pareto(
@@ -251,7 +183,7 @@ def pareto(
 
     The front is sorted by milliseconds; its points are labelled.
     """
-    with _figure(2.9) as figure:
+    with new_figure(2.9) as figure:
         ax = figure.subplots()
         others = [trial for trial in trials if trial not in front]
         if others:
@@ -259,7 +191,7 @@ def pareto(
             ax.plot(xs, ys, "o", color=_MUTED, markersize=3.5, alpha=0.7, label="other trials")
         xs, ys = [t[0] for t in front], [t[1] for t in front]
         ax.plot(xs, ys, color=_AFTER, drawstyle="steps-post", linewidth=1)
-        ax.plot(xs, ys, "D", color=_AFTER, markersize=4.5, label="Pareto front")
+        ax.plot(xs, ys, "D", color=_AFTER, markersize=4.5, label="Pareto front, linears in float")
         for x, y, label in front:
             ax.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=7)
         ax.margins(0.12)
@@ -269,7 +201,7 @@ def pareto(
         ax.set_ylabel("loss against float, %")
         _legend_above(ax)
         points = "; ".join(f"{label}: {x:.3g} ms, {y:+.2f} %" for x, y, label in front)
-        return _picture(
+        return picture_of(
             figure, "trials", "", f"Loss over latency of {len(trials)} trials. Front: {points}."
         )
 
@@ -325,7 +257,7 @@ def _draw_pair(
         )
         ax.set_title(title)
         ax.set_ylabel("block")
-        ticks = sorted({round(i * (len(members) - 1) / 3) for i in range(4)})
+        ticks = _every(len(members))
         ax.set_yticks([tick + 0.5 for tick in ticks], [str(members[i].depth) for i in ticks])
         for side in ("left", "bottom"):
             ax.spines[side].set_visible(False)
@@ -333,6 +265,12 @@ def _draw_pair(
     bar = figure.colorbar(shown, ax=axes, label=label, aspect=30, pad=0.02)
     bar.outline.set_visible(False)
     _decimal_ticks(bar.ax)
+
+
+def _every(count: int) -> range:
+    """Return at most five round indices."""
+    steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
+    return range(0, count, next(step for step in steps if 4 * step >= count - 1))
 
 
 def _draw_bars(ax: Axes, before: Tensor, after: Tensor, label: str) -> None:
@@ -359,27 +297,24 @@ def _along_depth(
     layers: Sequence[_Layer],
     value: Callable[[_Layer], float],
     label: str,
-    top: float | None = None,
+    top: float,
 ) -> Iterator[Picture]:
-    """Yield a line for each kind of layer over the blocks, as many in a picture as it can tell."""
+    """Yield values over the blocks, from 0 to `top`: a strip for each kind of layer."""
     kinds = list(_by_kind(layers).items())
-    for start in range(0, len(kinds), len(_SERIES)):
-        part = kinds[start : start + len(_SERIES)]
-        with _figure(2.6) as figure:
-            ax = figure.subplots()
-            for index, (kind, members) in enumerate(part):
-                colour, marker = _SERIES[index], _MARKERS[index]
-                _draw_line(ax, members, value, colour, label=kind, marker=marker)
-            if top is None:
-                ax.set_ylim(bottom=0)
-            else:
-                ax.set_ylim(-0.03 * top, 1.03 * top)
-            _label(ax, "block", label)
-            _legend_above(ax, columns=2)
+    for start in range(0, len(kinds), _STRIPS):
+        part = kinds[start : start + _STRIPS]
+        with new_figure(0.45 + 0.8 * len(part)) as figure:
+            axes = figure.subplots(len(part), 1, sharex=True, squeeze=False)[:, 0]
+            for ax, (kind, members) in zip(axes, part, strict=True):
+                _draw_line(ax, members, value, _AFTER, label=kind, marker="o")
+                ax.set_ylim(-0.05 * top, 1.05 * top)
+                ax.set_title(kind)
+                _label(ax, "", label)
+            axes[-1].set_xlabel("block")
             spans = [(kind, [value(member) for member in members]) for kind, members in part]
             said = "; ".join(f"{kind} {min(of):.3g} to {max(of):.3g}" for kind, of in spans)
-            number = start // len(_SERIES) + 1
-            yield _picture(figure, f"{name}-{number}", "", f"{label} along the blocks: {said}.")
+            number = start // _STRIPS + 1
+            yield picture_of(figure, f"{name}-{number}", "", f"{label} along the blocks: {said}.")
 
 
 def _draw_line(
@@ -414,7 +349,7 @@ def _draw_cells(
 ) -> None:
     from matplotlib.collections import LineCollection
 
-    width, height = 0.82, 0.62
+    width, height = 0.82, 0.64
     lines, floors, chosen = [], [], []
     for index, group in enumerate(groups):
         left, base = index % columns, rows - 1 - index // columns
@@ -432,12 +367,16 @@ def _draw_cells(
         nearest = min(group.curve, key=lambda p: abs(p[0] - (group.alpha or 0.0)))
         if group.alpha is not None:
             chosen.append(place(group.alpha, nearest[1]))
-        ax.text(left, base + height + 0.05, f"{group.depth}", fontsize=6.5, color=_MUTED)
+        place_of_label = left + width / 2, base - 0.06
+        ax.text(
+            *place_of_label, f"{group.depth}", fontsize=6.5, color=_MUTED, ha="center", va="top"
+        )
     ax.add_collection(LineCollection(floors, colors=_GRID, linewidths=0.6))
     ax.add_collection(LineCollection(lines, colors=_AFTER, linewidths=1.0))
     ax.plot([x for x, _ in chosen], [y for _, y in chosen], "o", color=_BEFORE, markersize=3)
+    ax.set_title(f"full height: {top:.3g} times the least loss")
     ax.set_xlim(-0.04, columns)
-    ax.set_ylim(-0.12, rows)
+    ax.set_ylim(-0.3, rows - 0.3)
     ax.set_axis_off()
 
 
@@ -451,8 +390,8 @@ def _label(ax: Axes, x: str, y: str) -> None:
     ax.set_axisbelow(True)
 
 
-def _legend_above(ax: Axes, columns: int = 3) -> None:
-    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=columns, borderpad=0.1)
+def _legend_above(ax: Axes) -> None:
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderpad=0.1)
 
 
 def _decimal_ticks(ax: Axes, *, percent: bool = False) -> None:
@@ -461,47 +400,8 @@ def _decimal_ticks(ax: Axes, *, percent: bool = False) -> None:
 
     low, high = ax.get_ylim()
     decades = math.log10(high / low) if low > 0 else 1.0
-    subs = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0,)
+    subs = (1.0, 2.0, 5.0) if decades < 1.7 else (1.0, 3.0) if decades < 2.8 else (1.0,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     scale, unit = (100, " %") if percent else (1, "")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:.6g}{unit}"))
     ax.yaxis.set_minor_formatter(NullFormatter())
-
-
-# --- from figure to picture ---------------------------------------------------------------------
-
-
-@contextmanager
-def _figure(height: float) -> Iterator[Figure]:
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context(["default", _STYLE]):
-        yield Figure(figsize=(_WIDTH, height), layout="constrained")
-
-
-def _picture(figure: Figure, name: str, title: str, alt: str) -> Picture:
-    name = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
-    svg, png = io.StringIO(), io.BytesIO()
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    if title:
-        figure.suptitle(title, fontsize=8.5, x=0.01, ha="left")
-    figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
-    return Picture(name, title, alt, _inline(svg.getvalue(), name), png.getvalue())
-
-
-def _inline(svg: str, name: str) -> str:
-    """Make a part of a page of an SVG file: no prolog, ids of its own, the page's colours."""
-    svg = svg[svg.index("<svg") :].strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = (
-        re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")])
-        + (svg[svg.index(">") :])
-    )
-    svg = svg.replace("xlink:href=", "href=")
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(r"'DejaVu Sans'(, [^;\"]*sans-serif)?", "system-ui, sans-serif", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # of a point: far less than a pixel
-    for variable, (light, _) in THEME.items():
-        svg = svg.replace(light, f"var(--{variable})")
-    return svg.replace("<svg", '<svg aria-hidden="true"', 1)
