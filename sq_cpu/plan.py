@@ -176,7 +176,7 @@ class SmoothPlan:
         activations = self.layer(name).activations
         return base if activations is None else base.with_activations(activations)
 
-    @property
+    @cached_property
     def in_float(self) -> dict[str, str]:
         """The linears that stay in float, and why."""
         return {

@@ -13,7 +13,7 @@ from torch import nn
 
 from sq_cpu import demo
 from sq_cpu.linear import QuantLinear
-from sq_cpu.quantize import QuantizationRecord
+from sq_cpu.record import QuantizationRecord
 from sq_cpu.runtime import isa
 from sq_cpu.saturation import Saturation
 from sq_cpu.scheme import Scheme
@@ -66,6 +66,7 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(layer, QuantLinear):
             facts[name] = {
                 "shape": [layer.out_features, layer.in_features],
+                "activations": layer.scheme.activations,
                 "bytes": layer.nbytes,
                 "input_scale": layer.input_scale,
                 "input_zero_point": None if layer.input_scale is None else layer.input_zero_point,
@@ -74,7 +75,7 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def plan_lines(record: QuantizationRecord) -> list[str]:
-    """Say which smoothing was folded, what was not and why, and what stayed in float."""
+    """Say which smoothing was folded, what was not and why, and which linears are not like others."""
     lines = []
     if record.plan is not None:
         divided = Counter(group.note for group in record.plan.groups if not group.fold)
@@ -85,10 +86,20 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
         for note, count in divided.items():
             kinds[_BLOCK.sub(".N.", note)] += count
         lines += [f"  {count} divided: {note}" for note, count in kinds.most_common()]
+        quantized = set(record.layers)
+        planned = [layer for layer in record.plan.layers if layer.name in quantized]
+        others = Counter(layer.activations for layer in planned if layer.activations)
+        lines += [f"  {_linears(n)} with {kind} activations" for kind, n in others.most_common()]
+        if clipped := sum(layer.weight_clip != 1 for layer in planned):
+            lines.append(f"  {_linears(clipped)} with a weight clip")
     reasons = Counter(record.kept.values())
     for reason, count in reasons.most_common():
-        lines.append(f"  {count} linear{'s' * (count > 1)} in float: {reason}")
+        lines.append(f"  {_linears(count)} in float: {reason}")
     return lines
+
+
+def _linears(count: int) -> str:
+    return f"{count} linear{'s' * (count > 1)}"
 
 
 def saturation_lines(count: Saturation, scheme: Scheme) -> list[str]:
@@ -116,9 +127,17 @@ def _percent(share: float) -> str:
     return "0 %" if share == 0 else f"{share * 100:.2g} %"
 
 
-def _layer_cells(facts: dict[str, Any]) -> dict[str, str]:
+_HEADINGS = (
+    *("out x in", "MB", "activations", "input scale", "zero point"),
+    *("pairs", "saturated", "share"),
+)
+
+
+def _layer_cells(facts: dict[str, Any], mixed: bool) -> dict[str, str]:
     """Return a layer's row of the table, by heading."""
     cells = {"out x in": " x ".join(map(str, facts["shape"])), "MB": f"{facts['bytes'] / 1e6:.2f}"}
+    if mixed:
+        cells["activations"] = facts["activations"]
     if facts["input_scale"] is not None:
         cells["input scale"] = f"{facts['input_scale']:.4g}"
         cells["zero point"] = str(facts["input_zero_point"])
@@ -130,14 +149,17 @@ def _layer_cells(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
-    """Print what `layer_facts` gave, a layer a row."""
-    rows = {name: _layer_cells(facts) for name, facts in layers.items()}
+    """Print what `layer_facts` gave, a layer a row; a cell is empty where a layer has no such."""
+    mixed = len({facts["activations"] for facts in layers.values()}) > 1
+    rows = {name: _layer_cells(facts, mixed) for name, facts in layers.items()}
+    found = {heading for cells in rows.values() for heading in cells}
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in next(iter(rows.values())):  # one scheme, so the same headings for all
+    headings = [heading for heading in _HEADINGS if heading in found]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for name, cells in rows.items():
-        table.add_row(name, *cells.values())
+        table.add_row(name, *(cells.get(heading, "") for heading in headings))
     _wide_console().print(table)
 
 

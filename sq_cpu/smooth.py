@@ -51,8 +51,8 @@ def plan_scales(
     `among` are the model's groups; None: `smoothing_groups` finds them.
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
-    What the plan does not fold has no producer here. `scheme`, resolved, is what the rule "aqas"
-    minimizes the error of; other rules need none.
+    What the plan does not fold has no producer here. `scheme`, resolved, and what the plan says of
+    layers is what the rule "aqas" minimizes the error of; other rules need none.
 
     Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, for one
     to be folded that cannot be, on weights that changed since the calibration, and where
@@ -67,7 +67,7 @@ def plan_scales(
             raise SqCpuError(
                 f"the model has no smoothing group {planned.name}; plan for this very model"
             )
-        s = _group_scales(model, group, planned, calibration, scheme)
+        s = _group_scales(model, group, planned, calibration, scheme, plan)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
         scales[group if planned.fold else group.in_pass(planned.note)] = s
@@ -140,13 +140,14 @@ def fold_scales(
     apply_folds(model, {group: s for group, s in folds.items() if group not in refused})
     reasons = {group.name: reason for group, reason in refused.items()}
     return Smoothed(
-        plan=SmoothPlan(
-            tuple(
+        plan=replace(
+            plan,
+            groups=tuple(
                 replace(group, fold=False, note=reasons[group.name])
                 if group.name in reasons
                 else group
                 for group in plan.groups
-            )
+            ),
         ),
         scales=consumer_scales(scales),
         in_pass=frozenset(
@@ -168,11 +169,15 @@ def group_statistics(
     group: SmoothingGroup,
     calibration: Calibration,
     scheme: Scheme | None = None,
+    plan: SmoothPlan | None = None,
 ) -> GroupStatistics:
     """Return what the smoothing rules look at; weights and rows are not copied.
 
+    `scheme`, resolved, says which linears are quantized and how, but for the layers of `plan`.
+
     Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.
     """
+    plan = plan or SmoothPlan(())
     # An uncovered group fails here, by the name of its first consumer.
     covered = covered_consumers(group, calibration) or group.consumers[:1]
     for name in covered:
@@ -185,9 +190,17 @@ def group_statistics(
         weight_absmax=group.layout.narrow(absmax.amax(dim=0)),
         norm_weight=norm_weight(model, group),
         samples=tuple(
-            LinearSample(weights[name], calibration.rows.get(name), *calibration.channels(name))
+            LinearSample(
+                weights[name],
+                calibration.rows.get(name),
+                *calibration.channels(name),
+                scheme=plan.layer_scheme(scheme, name),
+                weight_clip=plan.layer(name).weight_clip,
+            )
             for name in covered
-            if scheme is not None and not is_ignored(model, name, scheme.ignore)
+            if scheme is not None
+            and name not in plan.in_float
+            and not is_ignored(model, name, scheme.ignore)
         ),
         scheme=scheme,
         widen=group.layout.widen,
@@ -200,8 +213,10 @@ def _group_scales(
     planned: GroupPlan,
     calibration: Calibration,
     scheme: Scheme | None,
+    plan: SmoothPlan,
 ) -> Tensor:
-    statistics = group_statistics(model, group, calibration, scheme)
+    statistics = group_statistics(model, group, calibration, scheme, plan)
+    statistics = replace(statistics, clip=planned.clip)
     try:
         return smoothing_scale(planned.rule, statistics, planned.alpha)
     except SqCpuError as error:

@@ -171,7 +171,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     out = save(model, tmp_path / "out")
 
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert (settings["format_version"], settings["smoothed"]) == (2, [Q_PROJ])
+    assert (settings["format_version"], settings["smoothed"]) == (3, [Q_PROJ])
     loaded: Any = load(out)
     assert torch.equal(logits(loaded), before)
     assert torch.equal(loaded.get_submodule(Q_PROJ).smoothing, s)
@@ -187,7 +187,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
 
 def test_without_a_smoothing_the_format_is_the_first(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 2
+    assert settings["format_version"] == 3
     assert "smoothed" not in settings
 
 
@@ -513,7 +513,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda c: c.pop("quantization_config"), "has no quantization_config"),
         (edit(quant_method="gptq"), "quant_method is 'gptq', expected 'sq_cpu'"),
-        (edit(format_version=3), "format_version 3 is newer than 2.*upgrade sq_cpu"),
+        (edit(format_version=4), "format_version 4 is newer than 3.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"../model.safetensors": "0"}), "leaves the folder"),

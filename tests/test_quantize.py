@@ -22,8 +22,9 @@ from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.linear import QuantLinear
 from sq_cpu.plan import SmoothPlan
-from sq_cpu.quantize import QuantizationRecord, quantize, replace_linears
+from sq_cpu.quantize import quantize, replace_linears
 from sq_cpu.ranges import static_range
+from sq_cpu.record import QuantizationRecord
 from sq_cpu.rounding import static_code
 from sq_cpu.scheme import Activations, Scheme, StaticRange, Weights
 from sq_cpu.smooth import fold

@@ -26,6 +26,7 @@ from sq_cpu.cli.common import (
 )
 from sq_cpu.convert import Job, convert
 from sq_cpu.errors import SqCpuError
+from sq_cpu.plan import SmoothPlan, scheme_of
 from sq_cpu.scheme import Scheme
 
 
@@ -54,12 +55,20 @@ class _ReduceRange(str, Enum):
 
 
 def quantize_command(
+    ctx: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.json", help="Plan to carry out, as SmoothPlan.save writes it."),
+    ] = None,
     scheme: Annotated[
-        _Scheme,
-        typer.Option(help="Activation scales: O1 per token, O2 per tensor, O3 static."),
-    ] = _Scheme.o1,
+        _Scheme | None,
+        typer.Option(
+            help="Activation scales: O1 per token, O2 per tensor, O3 static. "
+            "[default: the plan's, or O1]"
+        ),
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Migration strength. [default: 0.5]"),
@@ -117,6 +126,10 @@ def quantize_command(
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL to int8 and save it to OUT."""
+    if plan is not None and (alpha is not None or rule is not None or not smooth):
+        raise typer.BadParameter(
+            "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
+        )
     if alpha is not None and not smooth:
         raise typer.BadParameter("--alpha has no effect with --no-smooth; drop one of them")
     if rule is not None and not smooth:
@@ -136,7 +149,11 @@ def quantize_command(
     }
     if ignore:
         overrides["ignore"] = tuple(ignore)
-    settings = Scheme.of(scheme.value, **overrides)
+    planned = None if plan is None else SmoothPlan.load(plan)
+    base = scheme_of(None if scheme is None else scheme.value, planned)
+    # A default is not to change the plan's scheme.
+    given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
+    settings = Scheme.of(base, **given)
     if hf.is_checkpoint(Path(model).expanduser()):
         raise SqCpuError(f"{model} is quantized already; give the float model")
     check_output(out, overwrite)
@@ -146,6 +163,7 @@ def quantize_command(
         source=model,
         out=out,
         scheme=settings,
+        plan=planned,
         alpha=0.5 if alpha is None else alpha,
         rule="smoothquant" if rule is None else rule.value,
         smooth=smooth,
@@ -163,12 +181,14 @@ def quantize_command(
     made = convert(job, batches_of, stream=stream, say=say)
     record = made.record
     folded = {group.name: group.fold for group in record.plan.groups} if record.plan else {}
+    uniform = smooth and plan is None
     result = {
         "output": str(out),
         "scheme": record.scheme.to_dict(),
         "smooth": smooth,
-        "rule": job.rule if smooth else None,
-        "alpha": job.alpha if smooth and job.rule == "smoothquant" else None,
+        "plan": None if plan is None else str(plan),
+        "rule": job.rule if uniform else None,
+        "alpha": job.alpha if uniform and job.rule == "smoothquant" else None,
         "layers": len(record.layers),
         "groups": {"folded": sum(folded.values()), "in_pass": len(folded) - sum(folded.values())},
         "kept": dict(record.kept),
@@ -184,3 +204,8 @@ def quantize_command(
         *show.plan_lines(record),
     ]
     emit(result, as_json, "\n".join(lines))
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
