@@ -55,7 +55,7 @@ def _wide_console() -> Console:
     """Make a console for a table: a pipe has no width, it gets its own instead of a guess of 80."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 160
     return console
 
 
@@ -75,7 +75,7 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def plan_lines(record: QuantizationRecord) -> list[str]:
-    """Say which smoothing was folded, what was not and why, and which linears are not like others."""
+    """Say which smoothing was folded, what was not and why, and which linears differ from most."""
     lines = []
     if record.plan is not None:
         divided = Counter(group.note for group in record.plan.groups if not group.fold)

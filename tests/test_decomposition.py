@@ -101,6 +101,16 @@ def test_the_layer_equals_the_reference(
         assert (layer.regular.bias is None) == (not bias)
 
 
+def test_a_weight_clip_is_of_the_int8_channels() -> None:
+    _, linear, _ = make(COUNTS["some"], torch.float32)
+    columns = torch.tensor(COUNTS["some"])
+    layer = DecomposedLinear.from_float(linear, LLM_INT8, columns, weight_clip=0.5)
+    codes, scale = quantize_weight(linear.weight.index_fill(1, columns, 0), clip=0.5)
+    assert torch.equal(layer.regular.weight_int8(), codes)
+    assert torch.equal(layer.regular.weight_scale, scale)
+    assert torch.equal(layer.outlier_weight, linear.weight[:, columns])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_outliers_it_is_the_int8_layer(dtype: torch.dtype) -> None:
     layer, linear, x = make([], dtype)
