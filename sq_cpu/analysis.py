@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
-from sq_cpu.linears import check_ignore, float_linears, is_ignored, linearized
+from sq_cpu.linears import (
+    check_ignore,
+    float_linears,
+    is_ignored,
+    linearized,
+    quantizable_linears,
+)
 from sq_cpu.plan import SmoothPlan, covered_consumers, scheme_of, uniform_plan
 from sq_cpu.progress import track
+from sq_cpu.quantize import check_layers
 from sq_cpu.ranges import static_range
 from sq_cpu.rules import GroupStatistics, LinearSample, output_errors
 from sq_cpu.runtime import has_vnni
@@ -81,6 +88,11 @@ class GroupAnalysis:
     """fp32 [channels] each; of the weights, the most over all linears of the group."""
     linears: tuple[LinearAnalysis, ...]
     """Those that the scheme does not ignore."""
+
+    @property
+    def in_float(self) -> bool:
+        """Whether all its linears stay in float, so that it is not smoothed after all."""
+        return all(linear.in_float for linear in self.linears)
 
     @property
     def severity(self) -> float:
@@ -174,8 +186,10 @@ def analyze(
         raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
     with linearized(model):
         check_ignore(model, scheme.ignore)
+        check_layers(quantizable_linears(model, scheme.ignore), plan)
         groups = smoothing_groups(model)
-        plan = plan or uniform_plan(model, groups, calibration, ignore=scheme.ignore)
+        if plan is None:
+            plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
         _check_groups(plan, groups)
         measured = [group for group in groups if _quantized(model, group, calibration, scheme)]
         if not measured:
@@ -234,7 +248,9 @@ def _group(
     naive = group_statistics(model, group, calibration, scheme)
     s = torch.ones_like(naive.act_absmax)
     if planned is not None:
-        alone = replace(plan, groups=(planned,))
+        # What stays in float is measured as if it did not, so a rule may look at it too.
+        layers = tuple(layer for layer in plan.layers if not layer.in_float)
+        alone = replace(plan, groups=(planned,), layers=layers)
         (s,) = plan_scales(model, alone, calibration, scheme=scheme, among=(group,)).values()
     clip = 1.0 if planned is None else planned.clip
     names = _quantized(model, group, calibration, scheme)

@@ -193,7 +193,8 @@ def pareto(
         ax.plot(xs, ys, color=_AFTER, drawstyle="steps-post", linewidth=1)
         ax.plot(xs, ys, "D", color=_AFTER, markersize=4.5, label="Pareto front, linears in float")
         for x, y, label in front:
-            ax.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize=7)
+            # No trial is below and to the left of the front, so the label hides none.
+            ax.annotate(label, (x, y), (-3, -3), textcoords="offset points", ha="right", va="top")
         ax.margins(0.12)
         ax.grid(True, axis="both")
         ax.set_axisbelow(True)

@@ -211,7 +211,7 @@ def _facts(analysis: Analysis) -> list[tuple[str, str, str]]:
     """Return label, value and remark of each number of the summary."""
     groups, linears = analysis.groups, analysis.linears
     quantized = [one for one in linears if not one.in_float]
-    smoothed = [group for group in groups if group.rule is not None]
+    smoothed = [group for group in groups if group.rule is not None and not group.in_float]
     folded = sum(group.fold for group in smoothed)
     severity = (max(getattr(g, key) for g in groups) for key in ("severity", "severity_smoothed"))
     facts = [
@@ -260,7 +260,7 @@ def _in_pass(analysis: Analysis) -> list[tuple[str, int]]:
     reasons = Counter(
         re.sub(r"\.\d+\.", ".N.", group.note) or "the plan says so"
         for group in analysis.groups
-        if group.rule is not None and not group.fold
+        if group.rule is not None and not group.fold and not group.in_float
     )
     return reasons.most_common()
 
