@@ -373,4 +373,6 @@ def _labels(kinds: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
 
 def _label(kind: tuple[str, ...], parts: int) -> str:
     first, *others = [".".join(name.split(".")[-parts:]) for name in kind]
+    if first == "*":  # of an nn.Sequential, say
+        first = "linear"
     return ", ".join([first, *(name.rpartition(".")[2] for name in others)])
