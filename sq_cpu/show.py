@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from sq_cpu import demo
+from sq_cpu.analysis import Analysis, GroupAnalysis
 from sq_cpu.linear import QuantLinear
 from sq_cpu.record import QuantizationRecord
 from sq_cpu.runtime import isa
@@ -19,9 +20,11 @@ from sq_cpu.saturation import Saturation
 from sq_cpu.scheme import Scheme
 
 __all__ = [
+    "analysis_lines",
     "layer_facts",
     "megabytes",
     "plan_lines",
+    "print_groups",
     "print_isa",
     "print_layers",
     "print_report",
@@ -161,6 +164,47 @@ def print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
     for name, cells in rows.items():
         table.add_row(name, *(cells.get(heading, "") for heading in headings))
     _wide_console().print(table)
+
+
+def print_groups(title: str, analysis: Analysis) -> None:
+    """Print what `analyze` found, a group a row."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "linears"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("alpha", "severity", "smoothed", "error", "with plan"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group in analysis.groups:
+        table.add_row(
+            group.name,
+            group.kind + " (in float)" * group.in_float,
+            _alpha(group),
+            f"{group.severity:.1f}",
+            f"{group.severity_smoothed:.1f}",
+            _percent(group.error_naive),
+            _percent(group.error),
+        )
+    _wide_console().print(table)
+
+
+def _alpha(group: GroupAnalysis) -> str:
+    return f"{group.alpha:.2f}" if group.alpha is not None else group.rule or "none"
+
+
+def analysis_lines(analysis: Analysis) -> list[str]:
+    """Say what the columns of `print_groups` are, the mean errors, and what stays in float."""
+    groups = analysis.groups
+    naive, planned = (
+        sum(getattr(group, key) for group in groups) / len(groups)
+        for key in ("error_naive", "error")
+    )
+    reasons = Counter(analysis.kept.values())
+    return [
+        "severity: largest input channel over the median one; "
+        "error: |int8 - float|^2 / |float|^2 of the outputs",
+        f"mean error: naive {_percent(naive)}, with the plan {_percent(planned)} "
+        f"({analysis.sampled_rows} sampled rows of {analysis.tokens} tokens)",
+        *(f"  {_linears(count)} in float: {reason}" for reason, count in reasons.most_common()),
+    ]
 
 
 def print_report(model: str, report: demo.Report, seconds: float) -> None:

@@ -46,6 +46,7 @@ app = typer.Typer(
     cls=_Commands,
     help="SmoothQuant for Xeon: quantize language models to int8 and run them.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
 )

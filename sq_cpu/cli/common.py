@@ -28,6 +28,12 @@ class Dtype(str, Enum):
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
 
 
+class SchemeName(str, Enum):
+    """The paper's schemes."""
+
+    o1, o2, o3 = "O1", "O2", "O3"
+
+
 TORCH_DTYPES = {
     Dtype.fp32: torch.float32,
     Dtype.bf16: torch.bfloat16,
@@ -74,6 +80,14 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise SqCpuError(
             f"cannot write to {place} ({error.strerror}); give -o another folder"
         ) from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before the long work."""
+    if path.is_dir():
+        raise SqCpuError(f"{path} is a folder; give the name of a file in it")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise SqCpuError(f"cannot write to {path.absolute().parent}; give another, existing folder")
 
 
 def check_finite(value: float, what: str) -> None:

@@ -16,6 +16,7 @@ from sq_cpu.cli.common import (
     Dtype,
     Json,
     Model,
+    SchemeName,
     Window,
     calibration_batches,
     check_output,
@@ -28,10 +29,6 @@ from sq_cpu.convert import Job, convert
 from sq_cpu.errors import SqCpuError
 from sq_cpu.plan import SmoothPlan, scheme_of
 from sq_cpu.scheme import Scheme
-
-
-class _Scheme(str, Enum):
-    o1, o2, o3 = "O1", "O2", "O3"
 
 
 class _Weights(str, Enum):
@@ -63,7 +60,7 @@ def quantize_command(
         typer.Option(metavar="PLAN.json", help="Plan to carry out, as SmoothPlan.save writes it."),
     ] = None,
     scheme: Annotated[
-        _Scheme | None,
+        SchemeName | None,
         typer.Option(
             help="Activation scales: O1 per token, O2 per tensor, O3 static. "
             "[default: the plan's, or O1]"
