@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -142,6 +143,7 @@ def autotune(
         raise SqCpuError("autotune needs trials and workers >= 1, and refine_trials >= 0")
     if workers > 1 and storage is None:
         raise SqCpuError("workers share a storage: pass storage='study.db', or workers=1")
+    start = time.monotonic()
     course = Course(
         study=study,
         space=space,
@@ -178,6 +180,8 @@ def autotune(
         facts = join_study(opened, study, identity, prepare)
         task.float_metric = float(facts["float_metric"])
         task.costs = Costs.from_dict(facts["costs"])
+        passed = time.monotonic() - start
+        course = replace(course, time_limit=max(0.0, course.time_limit - passed))
         worker = Worker(task, opened, course)
         with _watching(worker, progress, say) as look:
             if workers == 1:

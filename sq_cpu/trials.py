@@ -310,8 +310,7 @@ class Trials:
 
         self.recover()
         try:
-            # Each trial's copy of a model goes with it.
-            self._study.optimize(objective, n_trials=1, gc_after_trial=True)
+            self._study.optimize(objective, n_trials=1)
         except StorageInternalError as error:
             raise SqCpuError(
                 f"the storage failed; what is finished is kept, run again to go on: {error}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import math
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -247,7 +249,12 @@ class Job:
         model = copy.deepcopy(self.model)
         quantize(model, self.calibration, plan, progress=False)
         milliseconds = self.costs.of(model.get_submodule(name) for name in names)
-        return self._metric(model, report), milliseconds
+        metric = self._metric(model, report)
+        freed = weakref.ref(model)
+        del model
+        if freed() is not None:
+            gc.collect()  # its code has cycles; the next copy needs the memory
+        return metric, milliseconds
 
     def _value(self, loss: float, milliseconds: float, kept: int, count: int) -> float:
         """Return what the search minimizes.

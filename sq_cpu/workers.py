@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +83,10 @@ class Worker:
         self.refined = Trials(storage, f"{course.study}: refine", none)
         job.kept = self.search.kept
         self._look: Callable[[], object] = lambda: None
+
+    def remaining(self) -> float:
+        """Return the seconds that are left."""
+        return max(0.0, self._deadline - time.monotonic())
 
     def outcomes(self) -> dict[str, Outcome]:
         """Return all that was evaluated, by key."""
@@ -247,7 +251,7 @@ def run_workers(
     assert job.costs is not None
     parts = {
         "where": where,
-        "course": course,
+        "course": replace(course, time_limit=worker.remaining()),
         "job": {
             "model": job.model,
             "calibration": job.calibration,
