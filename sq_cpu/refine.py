@@ -21,6 +21,9 @@ __all__ = ["Rank", "Refinement", "ranked"]
 
 Rank = Literal["estimated", "measured"]
 
+# What a linear goes over to, the first that will do.
+_STAGES: tuple[Choice, ...] = ("per_token", "float")
+
 Loss = Callable[[Sequence[Configuration]], float]
 Gains = Callable[[Configuration, Choice], Mapping[str, float]]
 Prices = Callable[[str, Choice], float]
@@ -61,12 +64,18 @@ class Refinement:
     prices: Prices
     rank: Rank = "estimated"
 
-    def run(self, start: Configuration) -> Configuration:
-        """Return the best configuration of this search; it misses the goal only if all do."""
-        best = self._give_back(self._repaired(start, per_millisecond=True))
+    def run(self, start: Configuration, *, in_float: bool = True) -> Configuration:
+        """Return the best configuration of this search.
+
+        It misses the goal only if all do; or, without `in_float`, if that takes more linears in
+        float than `start` has.
+        """
+        if not in_float:
+            return self._give_back(self._repaired(start, ("per_token",), per_millisecond=True))
+        best = self._give_back(self._repaired(start, _STAGES, per_millisecond=True))
         if len(best.chosen("float")) > 1:
             # Few slow linears may do what many quick ones do.
-            other = self._repaired(start.settings(), per_millisecond=False)
+            other = self._repaired(start.settings(), _STAGES, per_millisecond=False)
             other = self._give_back(other)
             best = min(best, other, key=self._size)
         return best
@@ -102,11 +111,12 @@ class Refinement:
         }
         return ranked(gains, prices if per_ms else dict.fromkeys(names, 1.0))
 
-    def _repaired(self, start: Configuration, *, per_millisecond: bool) -> Configuration:
+    def _repaired(
+        self, start: Configuration, stages: Sequence[Choice], *, per_millisecond: bool
+    ) -> Configuration:
         """Return a configuration that meets the goal: `start` with as few changes as it takes."""
         if self._meets([start]):
             return start
-        stages: tuple[Choice, ...] = ("per_token", "float")
         for choice in stages:
             names = [n for n in self.names if start.choice(n) not in (choice, "float")]
             if not names:

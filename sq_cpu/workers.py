@@ -102,7 +102,10 @@ class Worker:
         try:
             self._search()
             for start in self._starts():
-                self._refinement().run(start)
+                # With linears in float it would be worse than what does without.
+                best = self.best()
+                without = best is not None and best.value < 1 and not best.result["in_float"]
+                self._refinement().run(start, in_float=not without)
         except _Stop as stop:
             return stop.why
         except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from sq_cpu.plan import LayerPlan
 from sq_cpu.ranking import estimated_errors
 
 
+@torch.no_grad()
 def test_the_estimate_is_the_error_of_the_quantized_layer() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(3))

@@ -105,6 +105,16 @@ def test_a_goal_that_is_out_of_reach_ends_with_all_in_float() -> None:
     assert losses.refinement().run(Configuration()).chosen("float") == NAMES
 
 
+def test_without_float_it_ends_where_float_would_begin() -> None:
+    losses = Losses(0, 0.01)
+    found = losses.refinement().run(Configuration(), in_float=False)
+    assert not found.chosen("float")
+    assert losses.of(found) > losses.goal
+    assert len(losses.known) == 2  # as it is, and all per token
+    easy = Losses(0, sum(of["per_token"] for of in losses.loss_of.values()))
+    assert easy.of(easy.refinement().run(Configuration(), in_float=False)) <= easy.goal
+
+
 def test_few_questions_for_many_linears() -> None:
     names = tuple(f"l{i:03}" for i in range(200))
     needed = {"l017", "l123", "l188"}

@@ -109,6 +109,35 @@ def test_a_killed_worker_loses_no_trial_and_its_own_is_tried_again(
     assert found[interrupted].value == x * y
 
 
+def test_a_worker_of_another_machine_is_gone_when_its_heart_stops(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trials, "_HEARTBEAT", 1)
+    monkeypatch.setattr(trials, "_GRACE", 2)
+    monkeypatch.setattr(trials, "_machine", lambda: "another")
+    log = tmp_path / "log"
+    worker = start(storage, log, 20, 0)
+    wait_for(log, 1)
+    worker.send_signal(signal.SIGKILL)
+    worker.wait()
+    (interrupted,) = log.read_text().splitlines()
+    with opened_storage(storage) as shared:
+        other = Trials(shared, "test")
+        for _ in range(600):
+            if not other.running():
+                break
+            time.sleep(0.1)
+        evaluated: list[str] = []
+
+        def evaluate(_: Trial, key: str) -> Mapping[str, Any]:
+            evaluated.append(key)
+            return {"value": 0.0}
+
+        other.run(trial_worker.key_of, evaluate)
+    assert evaluated == [interrupted]
+    assert states(storage) == [TrialState.FAIL, TrialState.COMPLETE]
+
+
 def test_a_living_worker_keeps_its_trial(storage: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     worker = start(storage, log, 20, 0)
