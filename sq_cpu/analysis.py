@@ -176,7 +176,8 @@ def analyze(
     progress : None shows a bar when stderr is a terminal
 
     Extra memory is one group's weights in fp32, a few times. Each layer is measured alone, on the
-    float model's inputs. Linears that no batch reached are not measured.
+    float model's inputs. Linears that no batch reached are not measured. What the plan folds is
+    taken as folded, which `quantize` proves first.
 
     Raises `SqCpuError` for what `quantize` refuses of scheme, plan and calibration, for a
     calibration without sampled rows, and when nothing is left to measure.

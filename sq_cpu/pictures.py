@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["THEME", "Picture", "new_figure", "picture_of"]
 
 _WIDTH = 3.7  # inches of 72 points
-_TITLE = 0.22  # inches that the title takes above the figure
+_LINE, _CHARACTERS = 0.16, 52  # of a title, inches high and as many as fit
 _DPI = 200
 
 # By name of the CSS variable: in light and in dark. The light ones are what is drawn with. Before
@@ -99,9 +100,9 @@ def picture_of(figure: Figure, name: str, title: str, alt: str) -> Picture:
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
     width, height = figure.get_size_inches()
-    above = _TITLE if title else 0.0
-    if title:
-        figure.text(0.02, 1 + 0.3 * above / height, title, fontsize=8.5)
+    lines = textwrap.wrap(title, _CHARACTERS)
+    above = 0.06 + _LINE * len(lines) if lines else 0.0
+    figure.text(0.02, 1 + 0.06 / height, "\n".join(lines), fontsize=8.5)
     box = Bbox([[0.0, 0.0], [width, height + above]])
     figure.savefig(png, format="png", dpi=_DPI, bbox_inches=box, metadata={"Software": None})
     return Picture(name, title, alt, _inline(svg.getvalue(), name), png.getvalue())
