@@ -15,6 +15,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity
 from sq_cpu.families import Family, Group, Stack, register_family
 from sq_cpu.linear import QuantLinear
+from sq_cpu.lm_harness import lm_eval_accuracy
 from sq_cpu.ops import QuantizedActivation
 from sq_cpu.plan import GroupPlan, LayerPlan, SmoothPlan
 from sq_cpu.quantize import quantize
@@ -47,6 +48,7 @@ __all__ = [
     "calibrate",
     "count_saturation",
     "isa",
+    "lm_eval_accuracy",
     "load",
     "perplexity",
     "quantize",
