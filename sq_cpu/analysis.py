@@ -176,7 +176,8 @@ def analyze(
     progress : None shows a bar when stderr is a terminal
 
     Extra memory is one group's weights in fp32, a few times. Each layer is measured alone, on the
-    float model's inputs. Linears that no batch reached are not measured.
+    float model's inputs. Linears that no batch reached are not measured. What the plan folds is
+    taken as folded, which `quantize` proves first.
 
     Raises `SqCpuError` for what `quantize` refuses of scheme, plan and calibration, for a
     calibration without sampled rows, and when nothing is left to measure.
@@ -357,22 +358,29 @@ def _kind(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _labels(kinds: Iterable[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Shorten each kind to the last parts of its names, as many as tell it from the others."""
+    """Name each kind by the last parts of its names, and what tells it from others of that name."""
     labels: dict[tuple[str, ...], str] = {}
-    rest, parts = sorted(kinds), 1
-    while rest:
-        short = {kind: _label(kind, parts) for kind in rest}
-        count = Counter(short.values())
-        longest = max(name.count(".") + 1 for kind in rest for name in kind)
-        done = [kind for kind in rest if count[short[kind]] == 1 or parts >= longest]
-        labels |= {kind: short[kind] for kind in done}
+    rest = sorted(kinds)
+    for parts in (1, 2):
+        short = {kind: _last(kind, parts) for kind in rest}
+        alike = Counter(short.values())
+        labels |= {kind: label for kind, label in short.items() if alike[label] == 1}
         rest = [kind for kind in rest if kind not in labels]
-        parts += 1
+    for label in sorted({_last(kind, 2) for kind in rest}):
+        # As in an encoder and a decoder: with the first part that differs.
+        same = [kind for kind in rest if _last(kind, 2) == label]
+        columns = zip(*(kind[0].split(".") for kind in same), strict=False)
+        differing = next((column for column in columns if len(set(column)) == len(same)), None)
+        for index, kind in enumerate(same):
+            full = ", ".join(kind)
+            labels[kind] = (
+                f"{differing[index]} \N{HORIZONTAL ELLIPSIS} {label}" if differing else full
+            )
     return labels
 
 
-def _label(kind: tuple[str, ...], parts: int) -> str:
-    first, *others = [".".join(name.split(".")[-parts:]) for name in kind]
-    if first == "*":  # of an nn.Sequential, say
-        first = "linear"
-    return ", ".join([first, *(name.rpartition(".")[2] for name in others)])
+def _last(kind: tuple[str, ...], parts: int) -> str:
+    """Return the last so many parts of the first name and the last one of the others."""
+    first, *others = [[part for part in name.split(".") if part != "*"] for name in kind]
+    start = ".".join(first[-parts:]) or "linear"  # of an nn.Sequential no name is left
+    return ", ".join([start, *(".".join(name[-1:]) for name in others)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["THEME", "Picture", "new_figure", "picture_of"]
 
 _WIDTH = 3.7  # inches of 72 points
+_LINE, _CHARACTERS = 0.16, 52  # of a title, inches high and as many as fit
 _DPI = 200
 
 # By name of the CSS variable: in light and in dark. The light ones are what is drawn with. Before
@@ -90,12 +92,19 @@ def new_figure(height: float) -> Iterator[Figure]:
 
 def picture_of(figure: Figure, name: str, title: str, alt: str) -> Picture:
     """Save a figure of `new_figure`, within its context; the title is in the PNG alone."""
+    from matplotlib.transforms import Bbox
+
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once: that is what takes longest
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    if title:
-        figure.suptitle(title, fontsize=8.5, x=0.01, ha="left")
-    figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(title, _CHARACTERS)
+    above = 0.06 + _LINE * len(lines) if lines else 0.0
+    figure.text(0.02, 1 + 0.06 / height, "\n".join(lines), fontsize=8.5)
+    box = Bbox([[0.0, 0.0], [width, height + above]])
+    figure.savefig(png, format="png", dpi=_DPI, bbox_inches=box, metadata={"Software": None})
     return Picture(name, title, alt, _inline(svg.getvalue(), name), png.getvalue())
 
 

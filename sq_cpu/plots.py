@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "KINDS",
     "alphas",
     "clip_rates",
     "errors",
@@ -26,6 +27,9 @@ __all__ = [
     "pareto",
     "worst_groups",
 ]
+
+KINDS = 16
+"""Of layers, that get a picture of their own: a language model has 4 to 8, some models dozens."""
 
 _COLUMNS = 192  # of a heat map: more are finer than a screen's pixels
 _ROWS = 128
@@ -45,7 +49,7 @@ def heat_maps(groups: Sequence[GroupAnalysis]) -> tuple[Picture, ...]:
     Of the activations, then of the weights; the two of a picture have one logarithmic scale.
     """
     pictures: list[Picture] = []
-    for kind, members in _by_kind(groups).items():
+    for kind, members in _greatest(_by_kind(groups), lambda group: group.severity).items():
         for what, symbol in (("activations", "|X|"), ("weights", "|W|")):
             stem = "act_absmax" if what == "activations" else "weight_absmax"
             pair = [_image([getattr(g, stem + s) for g in members]) for s in ("", "_smoothed")]
@@ -132,7 +136,7 @@ def errors(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
         return ()
     limits = min(values) / 1.5, max(values) * 1.5
     pictures: list[Picture] = []
-    for kind, members in _by_kind(linears).items():
+    for kind, members in _greatest(_by_kind(linears), lambda one: one.error_naive).items():
         with new_figure(2.0) as figure:
             ax = figure.subplots()
             _draw_line(ax, members, lambda x: x.error_naive, _BEFORE, label="naive", marker="s")
@@ -151,7 +155,7 @@ def errors(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
             ax.set_yscale("log")
             ax.set_ylim(*limits)
             _decimal_ticks(ax, percent=True)
-            _label(ax, "block", "output error")
+            _label(ax, members, "output error")
             _legend_above(ax)
             naive, planned = (
                 max(getattr(one, key) for one in members) for key in ("error_naive", "error")
@@ -220,6 +224,14 @@ def _by_kind(layers: Iterable[_Layer]) -> dict[str, list[_Layer]]:
     return kinds
 
 
+def _greatest(
+    kinds: dict[str, list[_Layer]], value: Callable[[_Layer], float]
+) -> dict[str, list[_Layer]]:
+    """Return the kinds with the greatest values, where there are too many for a page."""
+    ranked = sorted(kinds, key=lambda kind: -max(map(value, kinds[kind])))[:KINDS]
+    return {kind: layers for kind, layers in kinds.items() if kind in ranked}
+
+
 def _pooled(values: NDArray[Any], size: int) -> NDArray[Any]:
     """Stretch or shrink the last axis to `size`, where it shrinks by the maximum."""
     count = values.shape[-1]
@@ -246,6 +258,8 @@ def _draw_pair(
     norm = LogNorm(min(least, largest * 0.9), largest)
     sizes = {len(group.act_absmax) for group in members}
     width = max(sizes) if len(sizes) == 1 else 100
+    first = {g.depth: row for row, g in reversed(list(enumerate(members)))}
+    shown_depths = _thinned(sorted(first))
     axes = figure.subplots(2, 1, sharex=True)
     for ax, image, title in zip(axes, pair, ("before", "after"), strict=True):
         shown = ax.imshow(
@@ -258,8 +272,7 @@ def _draw_pair(
         )
         ax.set_title(title)
         ax.set_ylabel("block")
-        ticks = _every(len(members))
-        ax.set_yticks([tick + 0.5 for tick in ticks], [str(members[i].depth) for i in ticks])
+        ax.set_yticks([first[depth] + 0.5 for depth in shown_depths], map(str, shown_depths))
         for side in ("left", "bottom"):
             ax.spines[side].set_visible(False)
     axes[1].set_xlabel("input channel" if len(sizes) == 1 else "input channel, % of all")
@@ -268,10 +281,10 @@ def _draw_pair(
     _decimal_ticks(bar.ax)
 
 
-def _every(count: int) -> range:
-    """Return at most five round indices."""
+def _thinned(values: Sequence[int]) -> Sequence[int]:
+    """Return at most six of the values, evenly spaced."""
     steps = (digit * 10**power for power in range(9) for digit in (1, 2, 5))
-    return range(0, count, next(step for step in steps if 4 * step >= count - 1))
+    return values[:: next(step for step in steps if 5 * step >= len(values) - 1)]
 
 
 def _draw_bars(ax: Axes, before: Tensor, after: Tensor, label: str) -> None:
@@ -310,8 +323,8 @@ def _along_depth(
                 _draw_line(ax, members, value, _AFTER, label=kind, marker="o")
                 ax.set_ylim(-0.05 * top, 1.05 * top)
                 ax.set_title(kind)
-                _label(ax, "", label)
-            axes[-1].set_xlabel("block")
+                _label(ax, members, label)
+                ax.label_outer()
             spans = [(kind, [value(member) for member in members]) for kind, members in part]
             said = "; ".join(f"{kind} {min(of):.3g} to {max(of):.3g}" for kind, of in spans)
             number = start // _STRIPS + 1
@@ -381,12 +394,10 @@ def _draw_cells(
     ax.set_axis_off()
 
 
-def _label(ax: Axes, x: str, y: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.set_xlabel(x)
+def _label(ax: Axes, layers: Sequence[_Layer], y: str) -> None:
+    ax.set_xlabel("block")
     ax.set_ylabel(y)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xticks(_thinned(sorted({layer.depth for layer in layers})))
     ax.grid(True)
     ax.set_axisbelow(True)
 
@@ -397,7 +408,7 @@ def _legend_above(ax: Axes) -> None:
 
 def _decimal_ticks(ax: Axes, *, percent: bool = False) -> None:
     """Label a logarithmic y axis with plain numbers, at 1, 2 and 5 where there are few decades."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = ax.get_ylim()
     decades = math.log10(high / low) if low > 0 else 1.0
@@ -405,4 +416,4 @@ def _decimal_ticks(ax: Axes, *, percent: bool = False) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
     scale, unit = (100, " %") if percent else (1, "")
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * scale:.6g}{unit}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.yaxis.set_minor_locator(NullLocator())

@@ -14,6 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
 from sq_cpu import plots
 from sq_cpu.analysis import Analysis, GroupAnalysis, LinearAnalysis
 from sq_cpu.errors import SqCpuError
@@ -162,12 +165,10 @@ def _html(
     trials: Sequence[Trial],
     pictures: Mapping[str, Sequence[Picture]],
 ) -> str:
-    from jinja2 import Environment, StrictUndefined
-
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": _number, "percent": _percent}
+    environment.filters |= {"number": _number, "percent": _percent, "breakable": _breakable}
     front = pareto_front(trials)
     template = (files("sq_cpu") / "report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
@@ -180,6 +181,9 @@ def _html(
         in_pass=_in_pass(analysis),
         kept=_kept(analysis),
         pictures=pictures,
+        kinds=plots.KINDS,
+        group_kinds=len({group.kind for group in analysis.groups}),
+        linear_kinds=len({linear.kind for linear in analysis.linears}),
         front=front,
         others=[trial for trial in trials if trial not in front],
     )
@@ -273,6 +277,11 @@ def _kept(analysis: Analysis) -> list[tuple[str, str, LinearAnalysis | None]]:
 
 def _number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _breakable(name: str) -> Markup:
+    """Let a line break after the dots and underscores of a name."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 
 def _percent(share: float) -> str:

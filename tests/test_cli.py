@@ -280,7 +280,7 @@ def test_damaged_checkpoint(quantized: Path) -> None:
         ["generate", "MODEL", "x", "--temperature", "-1"],
         ["info", "--nonsense"],
         ["inspect", "x", "--text", "t"],
-        ["inspect", "x", "--windows", "3"],
+        ["inspect", "x", "--source", "y"],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
@@ -469,7 +469,8 @@ def test_inspect_uses_the_shipped_text(quantized: Path) -> None:
 def test_inspect_refuses_what_is_not_quantized(folder: Path, tmp_path: Path) -> None:
     fix = f"make one with: sq-cpu quantize {folder} -o OUT"
     assert fix in error_of("inspect", folder, "--saturation")
-    assert "no such folder" in error_of("inspect", tmp_path / "missing")
+    assert "no such file or folder" in error_of("inspect", tmp_path / "missing")
+    assert "no such folder" in error_of("inspect", tmp_path / "missing", "--saturation")
 
 
 def test_info() -> None:

@@ -30,6 +30,7 @@ from sq_cpu.cli.common import (
 )
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import token_windows
+from sq_cpu.linears import linearized, quantizable_linears
 from sq_cpu.plan import SmoothPlan, scheme_of
 from sq_cpu.record import QuantizationRecord
 from sq_cpu.report import report as write_report
@@ -119,10 +120,20 @@ def inspect_command(
     )
     if report is not None:
         check_file(report)
+    if source is not None and hf.is_checkpoint(Path(source).expanduser()):
+        raise SqCpuError(f"{source} is quantized already; give the float model")
     own_texts = read_all(calib or [])
 
-    def measured(source: str, planned: SmoothPlan | None, settings: Scheme) -> Analysis:
+    def measured(
+        source: str, planned: SmoothPlan | None, settings: Scheme, layers: Sequence[str] = ()
+    ) -> Analysis:
         loaded, tokenizer = load_model(source, Dtype.fp32)
+        with linearized(loaded):
+            if lacking := sorted(set(layers) - quantizable_linears(loaded).keys()):
+                raise SqCpuError(
+                    f"{source} is not the model that {model} was made from: it has no linear "
+                    f"{lacking[0]}"
+                )
         count = windows or _CALIBRATION_WINDOWS
         batches = calibration_batches(tokenizer, own_texts, window, count)
         say(f"calibrating on {count} windows of {window} tokens")
@@ -136,25 +147,30 @@ def inspect_command(
     if is_int8:
         scored = _Scored(text, windows or _SATURATION_WINDOWS, window) if saturation else None
         record, result, lines = _int8(model, scored)
-        if not as_json:
-            title = f"{model}: {record.scheme.name}, {len(record.layers)} int8 linears"
-            show.print_layers(title, result["layers"])
+        title = f"{model}: {record.scheme.name}, {len(record.layers)} int8 linears"
         if source is not None:
-            analysis = measured(source, record.plan or SmoothPlan(()), record.scheme)
+            planned = record.plan or SmoothPlan(())
+            analysis = measured(source, planned, record.scheme, record.layers)
     else:
-        planned = None if plan is None else SmoothPlan.load(plan)
-        settings = scheme_of(None if scheme is None else scheme.value, planned)
-        analysis = measured(model, planned, settings)
+        given_plan = None if plan is None else SmoothPlan.load(plan)
+        settings = scheme_of(None if scheme is None else scheme.value, given_plan)
+        analysis = measured(model, given_plan, settings)
         result = {"model": model, **analysis.to_dict(channels=False)}
         lines = show.analysis_lines(analysis)
-        if not as_json:
-            show.print_groups(f"{model}: {settings.name}", analysis)
+        title = f"{model}: {settings.name}"
     if report is not None and analysis is not None:
         write_report(report, analysis, name=model_name(model), png=png)
         result["report"] = str(report)
         lines.append(f"report: {report}")
-    if lines or as_json:
-        emit(result, as_json, "\n".join(lines))
+    if as_json:
+        emit(result, as_json, "")
+        return
+    if is_int8:
+        show.print_layers(title, result["layers"])
+    elif analysis is not None:
+        show.print_groups(title, analysis)
+    for line in lines:
+        typer.echo(line)
 
 
 def _check_options(
