@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--rotate-mb", type=int, help="weights each candidate rotates through (twice the cache)"
     )
+    group.addoption(
+        "--sq-cpu-model", type=Path, help="saved model to hold against its baseline (SmolLM2)"
+    )
     group.addoption("--json", type=Path, help="the JSON file (results/<cpu>-<date>.json)")
 
 

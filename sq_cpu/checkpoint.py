@@ -15,12 +15,15 @@ in those channels, and beside them ``L.columns`` int64 [O] and ``L.outlier_weigh
 model's dtype. Everything else is stored under its own name in its own dtype; tied weights are
 stored once.
 
+The scheme of a layer is ``scheme``, but for the activations that ``plan`` gives it in ``layers``.
+
 ``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
 :func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and if any ``smoothed``, the layers with
 a ``smoothing``, ``decomposed``, layer -> O, and ``kept``, linear -> why it is in float), ``files``
 (name -> SHA-256 of every safetensors file), ``companions`` (the same of the other files that
 :func:`save` wrote) and ``config_sha256`` (of config.json itself, see ``checkpoint_settings``).
-Version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``.
+Version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``; versions
+1 and 2 had ``groups`` alone in ``plan``.
 """
 
 from __future__ import annotations
@@ -60,9 +63,11 @@ from sq_cpu.checkpoint_settings import (
 )
 from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.files import json_text
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import linearize
-from sq_cpu.quantize import QuantizationRecord, mark_quantized, replace_linears
+from sq_cpu.quantize import mark_quantized, replace_linears
+from sq_cpu.record import QuantizationRecord
 
 __all__ = ["load", "save"]
 
@@ -286,7 +291,7 @@ def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str,
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     content["quantization_config"] = settings
     settings[CONFIG_DIGEST] = config_digest(content)
-    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 
 
 def _write_tensors(model: Any, folder: Path, max_shard_size: int | str) -> dict[str, str]:
@@ -463,17 +468,15 @@ def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[
                 f"{folder / CONFIG}: layer {name} is not a linear of {type(model).__name__}; "
                 "save the model again"
             )
-        shape = linear.in_features, linear.out_features
+        arguments = linear.in_features, linear.out_features, record.layer_scheme(name)
         bias = linear.bias is not None
         try:
             if name in record.decomposed:
                 layers[name] = DecomposedLinear.empty(
-                    *shape, record.scheme, record.decomposed[name], bias=bias
+                    *arguments, record.decomposed[name], bias=bias
                 )
             else:
-                layers[name] = QuantLinear(
-                    *shape, record.scheme, bias=bias, smoothed=name in record.smoothed
-                )
+                layers[name] = QuantLinear(*arguments, bias=bias, smoothed=name in record.smoothed)
         except Exception as error:  # also a size that no memory holds
             raise SqCpuError(
                 f"{folder / CONFIG}: layer {name} cannot be made ({first_line(error)}); "

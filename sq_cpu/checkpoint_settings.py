@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.quantize import QuantizationRecord
+from sq_cpu.record import QuantizationRecord
 
 __all__ = [
     "CONFIG",
@@ -32,7 +32,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 CONFIG_DIGEST = "config_sha256"

@@ -17,10 +17,10 @@ from sq_cpu.calibrate import calibrate
 from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import linearized, quantizable_linears
+from sq_cpu.plan import SmoothPlan
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import available_memory
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan
 from sq_cpu.stored import is_stored
 from sq_cpu.streaming import QuantizedCheckpoint
 
@@ -40,6 +40,8 @@ class Job:
     """A folder, a GGUF file or the name of a hub model."""
     out: Path
     scheme: Scheme
+    plan: SmoothPlan | None = None
+    """In the place of `alpha` and `rule`."""
     alpha: float = 0.5
     rule: str = "smoothquant"
     smooth: bool = True
@@ -49,6 +51,8 @@ class Job:
     @property
     def calibrated(self) -> bool:
         """Whether batches are needed."""
+        if self.plan is not None:
+            return self.plan.needs_calibration(self.scheme)
         return self.smooth or self.scheme.needs_calibration
 
 
@@ -105,10 +109,10 @@ def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qua
     model, tokenizer = load(job.source, job.dtype, say)
     ignore = job.scheme.ignore
     float_bytes = linear_bytes(model, ignore)
-    calibration, plan = None, None
+    calibration, plan = None, job.plan
     if job.calibrated:
         calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
-        if job.smooth:
+        if plan is None and job.smooth:
             plan = SmoothPlan.uniform(model, calibration, job.alpha, rule=job.rule, ignore=ignore)
     say(f"quantizing with {job.scheme.name}")
     quantize(model, calibration, plan, scheme=job.scheme, smooth=job.smooth)
@@ -137,6 +141,7 @@ def _stream(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qu
             job.out,
             batches,
             scheme=job.scheme,
+            plan=job.plan,
             alpha=job.alpha,
             rule=job.rule,
             smooth=job.smooth,

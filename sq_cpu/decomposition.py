@@ -97,11 +97,13 @@ class DecomposedLinear(nn.Module):
         columns: Tensor,
         *,
         smoothing: Tensor | None = None,
+        weight_clip: float = 1.0,
     ) -> DecomposedLinear:
         """Quantize `linear` but for its input channels `columns`, int64 and ascending.
 
         `smoothing` is s, [in_features], of the channels that are quantized: the weight is
         multiplied by it, the input will be divided. Entries for outlier channels are not used.
+        `weight_clip` is that of `QuantLinear.from_float`, for the int8 channels.
 
         Raises
         ------
@@ -120,7 +122,7 @@ class DecomposedLinear(nn.Module):
         if smoothing is None:
             smoothing = torch.ones(linear.in_features, device="cpu")
         hiding = smoothing.detach().float().index_fill(0, columns, _HIDDEN)
-        regular = QuantLinear.from_float(rest, scheme, smoothing=hiding)
+        regular = QuantLinear.from_float(rest, scheme, smoothing=hiding, weight_clip=weight_clip)
         return cls(regular, columns.clone(), outlier_weight)
 
     @classmethod

@@ -19,10 +19,10 @@ from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.convert import linear_bytes
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
+from sq_cpu.plan import SmoothPlan
 from sq_cpu.quantize import quantize
 from sq_cpu.runtime import available_memory, isa
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan
 
 __all__ = ["Report", "Row", "answer_ids", "find_model", "run"]
 

@@ -6,7 +6,8 @@ The windows that score a model are cut like those that calibrate it; `token_wind
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from sq_cpu.calibrate import check_length, evaluating
 from sq_cpu.errors import SqCpuError
 from sq_cpu.progress import track
 
-__all__ = ["perplexity", "token_windows"]
+__all__ = ["TextPerplexity", "perplexity", "token_windows"]
 
 
 def perplexity(
@@ -37,22 +38,52 @@ def perplexity(
     Raises `SqCpuError` when the text is too short, when a window is longer than the model's context
     and when the model's logits are NaN or Inf.
     """
+    scored = _running(model, tokenizer, text, window, windows, progress)
+    return list(scored)[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class TextPerplexity:
+    """`perplexity` of a text as a function of the model alone: what `autotune` evaluates.
+
+    Called, it returns an iterator over the perplexities of the first, the first two, ... windows.
+    """
+
+    tokenizer: Any
+    text: str | Sequence[str]
+    window: int = 512
+    windows: int = 20
+
+    def __call__(self, model: nn.Module) -> Iterator[float]:
+        """Yield as said above; raises as `perplexity`."""
+        return _running(model, self.tokenizer, self.text, self.window, self.windows, False)
+
+
+def _running(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str | Sequence[str],
+    window: int,
+    windows: int,
+    progress: bool | None,
+) -> Iterator[float]:
+    """Yield the perplexity after every window."""
     check_length(model, window, "a window")
     batches = token_windows(tokenizer, text, window=window, windows=windows)
     total, targets = 0.0, 0
-    with evaluating(model):
-        # One window a call: a per-tensor activation scale would tie together those of a batch.
-        for index, ids in enumerate(track(batches, "scoring", progress)):
+    # One window a call: a per-tensor activation scale would tie together those of a batch.
+    for index, ids in enumerate(track(batches, "scoring", progress)):
+        with evaluating(model):
             output = model(ids)
             logits: Tensor = getattr(output, "logits", output)
             loss = cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
-            if not loss.isfinite().all():
-                raise SqCpuError(f"the model gives NaN or Inf on window {index} of the text")
-            total += float(loss.double().sum())
-            targets += loss.numel()
-    # Past float64's range a perplexity says no more than inf.
-    mean = total / targets
-    return math.exp(mean) if mean < 700 else math.inf
+        if not loss.isfinite().all():
+            raise SqCpuError(f"the model gives NaN or Inf on window {index} of the text")
+        total += float(loss.double().sum())
+        targets += loss.numel()
+        # Past float64's range a perplexity says no more than inf.
+        mean = total / targets
+        yield math.exp(mean) if mean < 700 else math.inf
 
 
 def token_windows(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sq_cpu.families import Family, Group, Rows, Stack, family_of
 from sq_cpu.linears import quantizable_linears
 
-__all__ = ["Layout", "SmoothingGroup", "smoothing_groups", "stack_paths"]
+__all__ = ["Layout", "SmoothingGroup", "norm_weight", "smoothing_groups", "stack_paths"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,14 @@ def smoothing_groups(model: nn.Module) -> tuple[SmoothingGroup, ...]:
             block = next((block for block in blocks if name.startswith(f"{block}.")), "")
             found[name] = _without_producer((name,), linear.in_features, reason, block)
     return tuple(dict.fromkeys(found[name] for name in linears))
+
+
+def norm_weight(model: nn.Module, group: SmoothingGroup) -> Tensor | None:
+    """Return gamma of the norm that makes a group's input, fp32; None where no norm does."""
+    if group.producer is None:
+        return None
+    weight = model.get_parameter(f"{group.producer}.weight").detach().float()
+    return weight + group.norm_offset if weight.dim() == 1 else None
 
 
 def _without_producer(

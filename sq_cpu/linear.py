@@ -165,6 +165,7 @@ class QuantLinear(nn.Module):
         input_range: tuple[float, float] | None = None,
         *,
         smoothing: Tensor | None = None,
+        weight_clip: float = 1.0,
     ) -> QuantLinear:
         """Quantize `linear`.
 
@@ -172,12 +173,14 @@ class QuantLinear(nn.Module):
         ----------
         input_range : (min, max) of the layer's input, divided by `smoothing`, for a static scheme
         smoothing : s, [in_features]: the weight is multiplied by it, the input will be divided
+        weight_clip : fraction, in (0, 1], of each weight scale's absmax that the codes cover
 
         Raises
         ------
         SqCpuError
             When the weight is not finite, in_features exceeds 66310 (where an int32 sum could
-            overflow), a static scheme has no input range, or s is not positive and finite.
+            overflow), a static scheme has no input range, s is not positive and finite, or the
+            clip is out of its range.
         """
         static = None
         if scheme.activations == "static":
@@ -192,7 +195,7 @@ class QuantLinear(nn.Module):
         if smoothing is not None:
             weight = weight.float() * smoothing
         layer._pack(
-            *quantize_weight(weight, scheme.weights, scheme.weight_group_rows),
+            *quantize_weight(weight, scheme.weights, scheme.weight_group_rows, weight_clip),
             None if linear.bias is None else linear.bias.detach(),
         )
         return layer

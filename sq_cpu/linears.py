@@ -25,6 +25,7 @@ __all__ = [
     "LINEAR_TYPES",
     "Experts",
     "check_ignore",
+    "contiguous_linears",
     "float_linears",
     "free_experts",
     "is_ignored",
@@ -202,6 +203,16 @@ def free_experts(model: nn.Module) -> None:
             storage = linear.weight.untyped_storage()
             if used[storage.data_ptr()] < storage.nbytes():
                 linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+
+
+def contiguous_linears(model: nn.Module) -> None:
+    """Lay float weights out as a checkpoint does, so that a loaded model adds in the same order.
+
+    Those of a Conv1D, and of some experts, are transposed views.
+    """
+    for linear in model.modules():
+        if type(linear) is nn.Linear and not linear.weight.is_contiguous():
+            linear.weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=False)
 
 
 def quantizable_linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:

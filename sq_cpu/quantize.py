@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import (
     check_ignore,
+    contiguous_linears,
     float_linears,
     free_experts,
     is_ignored,
@@ -25,23 +26,22 @@ from sq_cpu.linears import (
     quantizable_linears,
     restore_modules,
 )
+from sq_cpu.plan import SmoothPlan, scheme_of, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.ranges import static_range
+from sq_cpu.record import QuantizationRecord, QuantizedPart
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import (
     Run,
-    SmoothPlan,
     consumer_scales,
     fold_scales,
     plan_scales,
     running,
-    uniform_plan,
 )
 
 __all__ = [
-    "QuantizationRecord",
-    "QuantizedPart",
+    "check_layers",
     "mark_quantized",
     "quantize",
     "quantize_part",
@@ -49,72 +49,25 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class QuantizationRecord:
-    """What was done to a model, kept as `model.sq_cpu_config` and in its checkpoint."""
-
-    scheme: Scheme
-    plan: SmoothPlan | None
-    """As it was carried out; None for a model that was not smoothed."""
-    layers: tuple[str, ...]
-    """Full names of the quantized linears."""
-    smoothed: tuple[str, ...] = ()
-    """Full names of those that divide their input by a smoothing scale of their own."""
-    decomposed: Mapping[str, int] = field(default_factory=dict)
-    """Full names of those that are a `DecomposedLinear`, and how many channels each has in float.
-    """
-    kept: Mapping[str, str] = field(default_factory=dict)
-    """Linears left in float, by full name, and why."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types; the last two only where there are such layers."""
-        plan = None if self.plan is None else self.plan.to_dict()
-        tables: dict[str, Any] = {
-            "smoothed": list(self.smoothed),
-            "decomposed": dict(self.decomposed),
-            "kept": dict(self.kept),
-        }
-        return {
-            "scheme": self.scheme.to_dict(),
-            "plan": plan,
-            "layers": list(self.layers),
-            **{name: table for name, table in tables.items() if table},
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationRecord:
-        """Rebuild what `to_dict` gave, from a mapping that may hold more; else `SqCpuError`."""
-        try:
-            scheme, plan, layers = values["scheme"], values["plan"], values["layers"]
-        except KeyError as error:
-            raise SqCpuError(f"the quantization record has no field {error}") from error
-        return cls(
-            scheme=Scheme.from_dict(scheme),
-            plan=None if plan is None else SmoothPlan.from_dict(plan),
-            layers=tuple(layers),
-            smoothed=tuple(values.get("smoothed", ())),
-            decomposed=dict(values.get("decomposed", {})),
-            kept=dict(values.get("kept", {})),
-        )
-
-
 def quantize(
     model: nn.Module,
     calibration: Calibration | None = None,
     plan: SmoothPlan | None = None,
     *,
-    scheme: str | Scheme = "O1",
+    scheme: str | Scheme | None = None,
     smooth: bool = True,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
 
-    With `plan=None` every linear to quantize is smoothed at alpha 0.5. `smooth=False` leaves the
-    weights as they are (naive W8A8); only there, and with a scheme that is neither static nor
-    decomposing, may the calibration be omitted. Linears that no batch reached (an expert that no
-    token was routed to) stay in float where the scheme is static, and are not smoothed otherwise.
-    With `scheme.outlier_threshold`, a linear whose smoothed input reaches it in some channels
-    becomes a `DecomposedLinear`.
+    `scheme=None` is the plan's scheme, or O1 where it has none. With `plan=None` every linear to
+    quantize is smoothed at alpha 0.5. `smooth=False` leaves the weights as they are (naive W8A8);
+    only there, or with a plan without groups, and where no linear is static or decomposed, may the
+    calibration be omitted. A group of which no linear is quantized is not smoothed, and not in the
+    plan that is recorded. Linears that no batch reached (an expert that no token was routed to)
+    stay in float where their scheme is static, and are not smoothed otherwise. With
+    `scheme.outlier_threshold`, a linear whose smoothed input reaches it in some channels becomes a
+    `DecomposedLinear`.
 
     Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
     as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
@@ -122,53 +75,44 @@ def quantize(
     `sq_cpu.linears`). Extra memory is that of the proof of the folds, then that of one linear.
 
     Raises `SqCpuError` before anything is changed: for an unknown scheme, an entry of `ignore` that
-    matches no linear, a model that is quantized already or has no linear, linears with hooks or
-    parametrizations or in a module that reads their weight itself, weights that are NaN, Inf or
-    too long for int32 sums, and a calibration that is older than the weights, not finite, or
-    without the rows that the scheme's range needs.
+    matches no linear, a group or layer of the plan that the model lacks, a model that is quantized
+    already or has no linear, linears with hooks or parametrizations or in a module that reads their
+    weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
+    older than the weights, not finite, or without the rows that the scheme's range needs.
     """
-    scheme = Scheme.of(scheme).resolve(has_vnni())
+    scheme = scheme_of(scheme, plan).resolve(has_vnni())
     if plan is not None and not smooth:
         raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)
+        if any(isinstance(module, QuantLinear) for module in model.modules()):
+            raise SqCpuError("the model is quantized already; start from its float weights")
         linears = quantizable_linears(model, scheme.ignore)
-        kept = float_linears(model, scheme.ignore)
-        _check_replaceable(model, scheme.ignore)
+        check_layers(linears, plan)
+        in_float = {} if plan is None else plan.in_float
+        for name in in_float:
+            del linears[name]
+        kept = float_linears(model, scheme.ignore) | in_float
+        _check_replaceable(model, scheme.ignore, in_float)
+        if not linears:
+            raise SqCpuError(
+                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
+            )
+        unreached = () if calibration is None else calibration.unreached
+        if _needs_calibration(plan, scheme, smooth) and linears.keys() <= set(unreached):
+            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
         example = None if calibration is None else calibration.example
         run = running(model, example)
         prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, run)
     except BaseException:
         restore_modules(replaced)
         raise
-    part = _swap(model, linears, prepared, scheme, progress)
+    part = _swap(model, linears, prepared, progress)
     free_experts(model)
+    contiguous_linears(model)
     mark_quantized(model, part.record(scheme, kept))
     return model
-
-
-@dataclass(frozen=True)
-class QuantizedPart:
-    """What was done to some of a model's linears."""
-
-    plan: SmoothPlan | None
-    layers: tuple[str, ...]
-    smoothed: tuple[str, ...]
-    decomposed: Mapping[str, int]
-    unreached: tuple[str, ...]
-
-    def record(self, scheme: Scheme, kept: Mapping[str, str]) -> QuantizationRecord:
-        """Return the record of a model of which this is all."""
-        unreached = dict.fromkeys(self.unreached, "no calibration batch reached it")
-        return QuantizationRecord(
-            scheme=scheme,
-            plan=self.plan,
-            layers=self.layers,
-            smoothed=self.smoothed,
-            decomposed=self.decomposed,
-            kept={**kept, **unreached},
-        )
 
 
 def quantize_part(
@@ -187,7 +131,7 @@ def quantize_part(
     """
     smooth = plan is not None
     prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, run)
-    return _swap(model, linears, prepared, scheme, progress=False)
+    return _swap(model, linears, prepared, progress=False)
 
 
 _Ranges = dict[str, tuple[float, float]]
@@ -198,6 +142,7 @@ class _Prepared:
     """What `_swap` needs beside the folded linears."""
 
     plan: SmoothPlan | None
+    schemes: Mapping[str, Scheme]
     scales: Mapping[str, Tensor]
     in_pass: frozenset[str]
     ranges: _Ranges
@@ -215,34 +160,55 @@ def _prepare(
     run: Run | None,
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
-    _check_model(model, linears)
-    _check_calibration(linears, calibration, needed=smooth or scheme.needs_calibration)
-    scales: dict[SmoothingGroup, Tensor] = {}
-    if smooth:
+    _check_linears(linears)
+    _check_calibration(linears, calibration, _needs_calibration(plan, scheme, smooth))
+    if groups is None:
+        groups = smoothing_groups(model) if smooth else ()
+    if smooth and plan is None:
         assert calibration is not None  # _check_calibration raised otherwise
-        groups = smoothing_groups(model) if groups is None else groups
-        plan = plan or uniform_plan(model, groups, calibration, ignore=scheme.ignore)
-        scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups)
-    by_linear = consumer_scales(scales)
-    ranges = _input_ranges(scheme, calibration, linears, by_linear)
-    outliers = _outliers(scheme, calibration, linears, by_linear)
-    in_pass: frozenset[str] = frozenset()
+        plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
+    scales: dict[SmoothingGroup, Tensor] = {}
+    schemes = dict.fromkeys(linears, scheme)
+    clips: dict[str, float] = {}
     if plan is not None:
+        plan = _of_quantized(plan, groups, linears)
+        schemes = {name: plan.layer_scheme(scheme, name) for name in linears}
+    if plan is not None and plan.groups:
+        assert calibration is not None  # likewise
+        scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups)
+        clip_of = {group.name: group.clip for group in plan.groups}
+        clips = {name: clip_of[group.name] for group in scales for name in group.consumers}
+    by_linear = consumer_scales(scales)
+    ranges = _input_ranges(schemes, calibration, by_linear, clips)
+    outliers = _outliers(schemes, calibration, by_linear)
+    in_pass: frozenset[str] = frozenset()
+    if plan is not None and plan.groups:
         smoothed = fold_scales(model, plan, scales, run)
         plan, in_pass = smoothed.plan, smoothed.in_pass
-    return _Prepared(plan, by_linear, in_pass, ranges, outliers)
+    return _Prepared(plan, schemes, by_linear, in_pass, ranges, outliers)
+
+
+def _needs_calibration(plan: SmoothPlan | None, scheme: Scheme, smooth: bool) -> bool:
+    return smooth or scheme.needs_calibration if plan is None else plan.needs_calibration(scheme)
+
+
+def _of_quantized(
+    plan: SmoothPlan, groups: Iterable[SmoothingGroup], linears: Mapping[str, nn.Linear]
+) -> SmoothPlan:
+    """Return the plan without the groups that have no linear to quantize."""
+    idle = {group.name for group in groups if not any(name in linears for name in group.consumers)}
+    return replace(plan, groups=tuple(group for group in plan.groups if group.name not in idle))
 
 
 def _swap(
     model: nn.Module,
     linears: dict[str, nn.Linear],
     prepared: _Prepared,
-    scheme: Scheme,
     progress: bool | None,
 ) -> QuantizedPart:
-    ranges, outliers = prepared.ranges, prepared.outliers
-    is_static = scheme.activations == "static"
-    unreached = tuple(name for name in linears if is_static and name not in ranges)
+    ranges, outliers, schemes = prepared.ranges, prepared.outliers, prepared.schemes
+    static = {name for name in linears if schemes[name].activations == "static"}
+    unreached = tuple(name for name in linears if name in static and name not in ranges)
     for name in unreached:
         del linears[name]
     layers = tuple(linears)
@@ -252,11 +218,16 @@ def _swap(
         linear = linears.pop(name)
         _untie(model, linear)
         s = prepared.scales[name] if name in prepared.in_pass else None
+        clip = 1.0 if prepared.plan is None else prepared.plan.layer(name).weight_clip
         layer: nn.Module
         if name in outliers:
-            layer = DecomposedLinear.from_float(linear, scheme, outliers[name], smoothing=s)
+            layer = DecomposedLinear.from_float(
+                linear, schemes[name], outliers[name], smoothing=s, weight_clip=clip
+            )
         else:
-            layer = QuantLinear.from_float(linear, scheme, ranges.get(name), smoothing=s)
+            layer = QuantLinear.from_float(
+                linear, schemes[name], ranges.get(name), smoothing=s, weight_clip=clip
+            )
         _put(layer, places[name])
     in_pass = prepared.in_pass.difference(outliers)
     return QuantizedPart(
@@ -310,11 +281,7 @@ def _put(module: nn.Module, places: Iterable[_Place]) -> None:
         setattr(parent, key, module)
 
 
-def _check_model(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-    if any(isinstance(module, QuantLinear) for module in model.modules()):
-        raise SqCpuError("the model is quantized already; start from its float weights")
-    if not linears:
-        raise SqCpuError("nothing to quantize: the model has no Linear that is not ignored")
+def _check_linears(linears: Mapping[str, nn.Linear]) -> None:
     if "" in linears:
         raise SqCpuError(
             "the model is itself a Linear, which cannot be replaced in place; "
@@ -331,10 +298,25 @@ def _check_model(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
                 raise SqCpuError(f"{name}.{kind} has NaN or Inf; repair the model or ignore it")
 
 
-def _check_replaceable(model: nn.Module, ignore: tuple[str, ...]) -> None:
+def check_layers(linears: Iterable[str], plan: SmoothPlan | None) -> None:
+    """Raise `SqCpuError` for layers of the plan that are not among the linears to quantize."""
+    known = set(linears)
+    unknown = [layer.name for layer in plan.layers if layer.name not in known] if plan else []
+    if unknown:
+        raise SqCpuError(
+            f"the plan has an entry for {', '.join(unknown)}, no linear of the model that the "
+            "scheme would quantize; plan for this very model, and for what is not ignored"
+        )
+
+
+def _check_replaceable(
+    model: nn.Module, ignore: tuple[str, ...], in_float: Mapping[str, str]
+) -> None:
     """Raise for a linear that does more than its forward, or whose parent never calls it."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or is_ignored(model, name, ignore):
+            continue
+        if name in in_float:
             continue
         if is_parametrized(module):
             raise SqCpuError(
@@ -370,25 +352,21 @@ def _check_calibration(
     for name, linear in linears.items():
         if name not in calibration.unreached:
             calibration.check_weight(name, linear)
-    if calibration.unreached and not set(linears).difference(calibration.unreached):
-        raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
 
 
 def _input_ranges(
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     calibration: Calibration | None,
-    names: Iterable[str],
     scales: Mapping[str, Tensor],
+    clips: Mapping[str, float],
 ) -> _Ranges:
-    """Return the range of each linear's smoothed input; s > 0 keeps the order of its values.
+    """Return what the scale of each static linear covers of its smoothed input.
 
-    Only a static scheme needs them; a linear that no batch reached has none.
+    s > 0 keeps the order of the values. A linear that no batch reached has none.
     """
     ranges: _Ranges = {}
-    if calibration is None or scheme.activations != "static":
-        return ranges
-    for name in names:
-        if name in calibration.unreached:
+    for name, scheme in schemes.items():
+        if calibration is None or scheme.activations != "static" or name in calibration.unreached:
             continue
         low, high = calibration.channels(name)
         rows = calibration.rows.get(name)
@@ -399,21 +377,22 @@ def _input_ranges(
             raise SqCpuError(
                 f"the calibrated range of {name} is not finite: calibrate again, or ignore it"
             )
-        ranges[name] = static_range(low, high, rows, scheme)
+        least, greatest = static_range(low, high, rows, scheme)
+        clip = clips.get(name, 1.0)
+        ranges[name] = clip * least, clip * greatest
     return ranges
 
 
 def _outliers(
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     calibration: Calibration | None,
-    names: Iterable[str],
     scales: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return which channels of a linear's smoothed input stay in float, if there are any."""
     outliers: dict[str, Tensor] = {}
-    if calibration is None or scheme.outlier_threshold is None:
-        return outliers
-    for name in names:
+    for name, scheme in schemes.items():
+        if calibration is None or scheme.outlier_threshold is None:
+            continue
         if name not in calibration.unreached:
             absmax = calibration.absmax(name) / scales.get(name, torch.ones(1))
             columns = outlier_columns(absmax, scheme.outlier_threshold)

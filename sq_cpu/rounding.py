@@ -18,7 +18,7 @@ _FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
 
 
 def quantize_weight(
-    weight: Tensor, granularity: str = "per_channel", group_rows: int = 64
+    weight: Tensor, granularity: str = "per_channel", group_rows: int = 64, clip: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Quantize to int8, symmetric, rounding half to even.
 
@@ -27,6 +27,7 @@ def quantize_weight(
     weight : floating point [out_features, in_features]
     granularity : "per_channel" (one scale per row), "per_tensor" or "per_group"
     group_rows : consecutive rows that share a scale "per_group"; the last group may have less
+    clip : fraction, in (0, 1], of a scale's absmax that the codes cover; what lies beyond saturates
 
     Returns
     -------
@@ -35,11 +36,13 @@ def quantize_weight(
     Raises
     ------
     SqCpuError
-        When the weight holds NaN or Inf, and for another granularity.
+        When the weight holds NaN or Inf, and for another granularity or clip.
     """
     sizes = {"per_channel": 1, "per_tensor": len(weight), "per_group": group_rows}
     if granularity not in sizes:
         raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
+    if not 0 < clip <= 1:
+        raise SqCpuError(f"the weight clip is {clip}; it lies in (0, 1]")
     weight = weight.detach()
     # No copies of the whole: in fp32, each would be twice a large bf16 weight.
     low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
@@ -49,7 +52,7 @@ def quantize_weight(
         absmax = torch.cat([group.max().expand_as(group) for group in groups])
     if not torch.isfinite(absmax).all():
         raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
-    scale = (absmax.double().clamp_min(_FLOOR) / 127).float()
+    scale = ((absmax.double() * clip).clamp_min(_FLOOR) / 127).float()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for part, rows, by in zip(
         *(torch.split(t, _ROWS) for t in (codes, weight, scale)), strict=True

@@ -55,6 +55,10 @@ class LinearSample:
     low: Tensor
     high: Tensor
     """Range of every input channel, fp32 [in_features] each."""
+    scheme: Scheme | None = None
+    """How it will be quantized, resolved; None: as its group."""
+    weight_clip: float = 1.0
+    """Fraction of a weight scale's absmax that the codes cover."""
 
     @cached_property
     def output(self) -> Tensor:
@@ -88,6 +92,8 @@ class GroupStatistics:
     """How they will be, resolved."""
     widen: Callable[[Tensor], Tensor] = lambda s: s
     """[channels] -> [in_features]."""
+    clip: float = 1.0
+    """Fraction of the found range that a static scale covers."""
 
 
 def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
@@ -207,26 +213,31 @@ def output_errors(statistics: GroupStatistics, s: Tensor) -> tuple[Tensor, Tenso
         )
     s = statistics.widen(s)
     pairs = [
-        (_quantized_output(sample, s, scheme) - sample.output, sample.output)
+        (
+            _quantized_output(sample, s, sample.scheme or scheme, statistics.clip) - sample.output,
+            sample.output,
+        )
         for sample in statistics.samples
     ]
     errors, outputs = zip(*pairs, strict=True)
     return _squares(errors), _squares(outputs)
 
 
-def _quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
+def _quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float) -> Tensor:
     low, high = sample.low / s, sample.high / s
     x, weight = sample.inputs() / s, sample.weight.float() * s
     static = None
     if scheme.activations == "static":
-        static = static_code(scheme, *static_range(low, high, x, scheme))
+        static = static_code(scheme, *(clip * end for end in static_range(low, high, x, scheme)))
     y = torch.zeros(())
     if scheme.outlier_threshold is not None:
         outliers = torch.maximum(-low, high) >= scheme.outlier_threshold
         y = x[:, outliers] @ weight[:, outliers].T
         x, weight = x[:, ~outliers], weight[:, ~outliers]
     codes, row_scale, zero_point = quantize_rows(x, scheme, static)
-    weight_codes, weight_scale = quantize_weight(weight, scheme.weights, scheme.weight_group_rows)
+    weight_codes, weight_scale = quantize_weight(
+        weight, scheme.weights, scheme.weight_group_rows, sample.weight_clip
+    )
     x = (codes.float() - zero_point[:, None]) * row_scale[:, None]
     return y + x @ weight_codes.float().T * weight_scale
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from sq_cpu.errors import SqCpuError
 
-__all__ = ["Scheme"]
+__all__ = ["Activations", "Scheme"]
 
 Activations = Literal["per_token", "per_tensor", "static"]
 Weights = Literal["per_channel", "per_tensor", "per_group"]
@@ -126,6 +126,22 @@ class Scheme:
         if self.reduce_range != "auto":
             return self
         return replace(self, reduce_range=not has_vnni)
+
+    def with_activations(self, activations: Activations) -> Scheme:
+        """Return the scheme of a layer with other activations.
+
+        Fields that would have no effect on them (`static_range`, `percentile`,
+        `outlier_threshold`) take their defaults.
+        """
+        if activations == self.activations:
+            return self
+        return replace(
+            self,
+            activations=activations,
+            static_range="minmax",
+            percentile=Scheme.percentile,
+            outlier_threshold=None,
+        )
 
     @property
     def name(self) -> str:

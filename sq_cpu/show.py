@@ -12,16 +12,19 @@ from rich.table import Table
 from torch import nn
 
 from sq_cpu import demo
+from sq_cpu.analysis import Analysis, GroupAnalysis
 from sq_cpu.linear import QuantLinear
-from sq_cpu.quantize import QuantizationRecord
+from sq_cpu.record import QuantizationRecord
 from sq_cpu.runtime import isa
 from sq_cpu.saturation import Saturation
 from sq_cpu.scheme import Scheme
 
 __all__ = [
+    "analysis_lines",
     "layer_facts",
     "megabytes",
     "plan_lines",
+    "print_groups",
     "print_isa",
     "print_layers",
     "print_report",
@@ -55,7 +58,7 @@ def _wide_console() -> Console:
     """Make a console for a table: a pipe has no width, it gets its own instead of a guess of 80."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = 120
+        console.width = 160
     return console
 
 
@@ -66,6 +69,7 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
         if isinstance(layer, QuantLinear):
             facts[name] = {
                 "shape": [layer.out_features, layer.in_features],
+                "activations": layer.scheme.activations,
                 "bytes": layer.nbytes,
                 "input_scale": layer.input_scale,
                 "input_zero_point": None if layer.input_scale is None else layer.input_zero_point,
@@ -74,7 +78,7 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def plan_lines(record: QuantizationRecord) -> list[str]:
-    """Say which smoothing was folded, what was not and why, and what stayed in float."""
+    """Say which smoothing was folded, what was not and why, and which linears differ from most."""
     lines = []
     if record.plan is not None:
         divided = Counter(group.note for group in record.plan.groups if not group.fold)
@@ -85,10 +89,20 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
         for note, count in divided.items():
             kinds[_BLOCK.sub(".N.", note)] += count
         lines += [f"  {count} divided: {note}" for note, count in kinds.most_common()]
+        quantized = set(record.layers)
+        planned = [layer for layer in record.plan.layers if layer.name in quantized]
+        others = Counter(layer.activations for layer in planned if layer.activations)
+        lines += [f"  {_linears(n)} with {kind} activations" for kind, n in others.most_common()]
+        if clipped := sum(layer.weight_clip != 1 for layer in planned):
+            lines.append(f"  {_linears(clipped)} with a weight clip")
     reasons = Counter(record.kept.values())
     for reason, count in reasons.most_common():
-        lines.append(f"  {count} linear{'s' * (count > 1)} in float: {reason}")
+        lines.append(f"  {_linears(count)} in float: {reason}")
     return lines
+
+
+def _linears(count: int) -> str:
+    return f"{count} linear{'s' * (count > 1)}"
 
 
 def saturation_lines(count: Saturation, scheme: Scheme) -> list[str]:
@@ -116,9 +130,17 @@ def _percent(share: float) -> str:
     return "0 %" if share == 0 else f"{share * 100:.2g} %"
 
 
-def _layer_cells(facts: dict[str, Any]) -> dict[str, str]:
+_HEADINGS = (
+    *("out x in", "MB", "activations", "input scale", "zero point"),
+    *("pairs", "saturated", "share"),
+)
+
+
+def _layer_cells(facts: dict[str, Any], mixed: bool) -> dict[str, str]:
     """Return a layer's row of the table, by heading."""
     cells = {"out x in": " x ".join(map(str, facts["shape"])), "MB": f"{facts['bytes'] / 1e6:.2f}"}
+    if mixed:
+        cells["activations"] = facts["activations"]
     if facts["input_scale"] is not None:
         cells["input scale"] = f"{facts['input_scale']:.4g}"
         cells["zero point"] = str(facts["input_zero_point"])
@@ -130,15 +152,59 @@ def _layer_cells(facts: dict[str, Any]) -> dict[str, str]:
 
 
 def print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
-    """Print what `layer_facts` gave, a layer a row."""
-    rows = {name: _layer_cells(facts) for name, facts in layers.items()}
+    """Print what `layer_facts` gave, a layer a row; a cell is empty where a layer has no such."""
+    mixed = len({facts["activations"] for facts in layers.values()}) > 1
+    rows = {name: _layer_cells(facts, mixed) for name, facts in layers.items()}
+    found = {heading for cells in rows.values() for heading in cells}
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for heading in next(iter(rows.values())):  # one scheme, so the same headings for all
+    headings = [heading for heading in _HEADINGS if heading in found]
+    for heading in headings:
         table.add_column(heading, justify="right")
     for name, cells in rows.items():
-        table.add_row(name, *cells.values())
+        table.add_row(name, *(cells.get(heading, "") for heading in headings))
     _wide_console().print(table)
+
+
+def print_groups(title: str, analysis: Analysis) -> None:
+    """Print what `analyze` found, a group a row."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("", "linears"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("alpha", "severity", "smoothed", "error", "with plan"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group in analysis.groups:
+        table.add_row(
+            group.name,
+            group.kind + " (in float)" * group.in_float,
+            _alpha(group),
+            f"{group.severity:.1f}",
+            f"{group.severity_smoothed:.1f}",
+            _percent(group.error_naive),
+            _percent(group.error),
+        )
+    _wide_console().print(table)
+
+
+def _alpha(group: GroupAnalysis) -> str:
+    return f"{group.alpha:.2f}" if group.alpha is not None else group.rule or "none"
+
+
+def analysis_lines(analysis: Analysis) -> list[str]:
+    """Say what the columns of `print_groups` are, the mean errors, and what stays in float."""
+    groups = analysis.groups
+    naive, planned = (
+        sum(getattr(group, key) for group in groups) / len(groups)
+        for key in ("error_naive", "error")
+    )
+    reasons = Counter(analysis.kept.values())
+    return [
+        "severity: largest input channel over the median one; "
+        "error: |int8 - float|^2 / |float|^2 of the outputs",
+        f"mean error: naive {_percent(naive)}, with the plan {_percent(planned)} "
+        f"({analysis.sampled_rows} sampled rows of {analysis.tokens} tokens)",
+        *(f"  {_linears(count)} in float: {reason}" for reason, count in reasons.most_common()),
+    ]
 
 
 def print_report(model: str, report: demo.Report, seconds: float) -> None:

@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -54,12 +54,14 @@ from sq_cpu.linears import (
     linearized,
     quantizable_linears,
 )
+from sq_cpu.plan import SmoothPlan, scheme_of, uniform_plan
 from sq_cpu.progress import track
-from sq_cpu.quantize import QuantizationRecord, QuantizedPart, quantize_part
+from sq_cpu.quantize import check_layers, quantize_part
+from sq_cpu.record import QuantizationRecord, QuantizedPart
 from sq_cpu.rules import check_rule
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import Run, SmoothPlan, running, uniform_plan
+from sq_cpu.smooth import Run, running
 from sq_cpu.stored import (
     WHOLE,
     Loader,
@@ -101,7 +103,7 @@ def quantize_checkpoint(
     out: str | os.PathLike[str],
     batches: Iterable[Batch] | None = None,
     *,
-    scheme: str | Scheme = "O1",
+    scheme: str | Scheme | None = None,
     plan: SmoothPlan | None = None,
     alpha: float = 0.5,
     rule: str = "smoothquant",
@@ -125,7 +127,7 @@ def quantize_checkpoint(
     out : path-like
         Folder to write, as for `save`.
     batches : iterable, optional
-        As for `calibrate`. Needed to smooth, for a static scheme and an outlier threshold.
+        As for `calibrate`. Needed to smooth, for static linears and an outlier threshold.
     scheme, plan, smooth
         As for `quantize`.
     alpha, rule
@@ -149,7 +151,7 @@ def quantize_checkpoint(
         missing or damaged one; a model whose blocks are not one stack, or that does not hand the
         hidden states alone from block to block; unfinished work of other settings.
     """
-    scheme = Scheme.of(scheme).resolve(has_vnni())
+    scheme = scheme_of(scheme, plan).resolve(has_vnni())
     if plan is not None and not smooth:
         raise SqCpuError("quantize_checkpoint got a plan and smooth=False; drop one of them")
     if not 0.0 <= alpha <= 1.0:
@@ -157,6 +159,8 @@ def quantize_checkpoint(
     checkpoint_settings.check_dtype(dtype)
     check_rule(rule)
     calibrated = smooth or scheme.needs_calibration
+    if plan is not None:
+        calibrated = plan.needs_calibration(scheme)
     if calibrated and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
@@ -215,8 +219,8 @@ def quantize_checkpoint(
         path=Path(out),
         record=record,
         calibration_tokens=state.tokens,
-        float_bytes=sum(part.float_bytes for part in state.parts),
-        int8_bytes=sum(part.int8_bytes for part in state.parts),
+        float_bytes=stream.outer_float_bytes + sum(part.float_bytes for part in state.parts),
+        int8_bytes=stream.outer_float_bytes + sum(part.int8_bytes for part in state.parts),
     )
 
 
@@ -332,11 +336,16 @@ class _Stream:
         self.rule = rule
         with linearized(model):
             check_ignore(model, scheme.ignore)
-            self.names = list(quantizable_linears(model, scheme.ignore))
-            self.kept = float_linears(model, scheme.ignore)
+            linears = quantizable_linears(model, scheme.ignore)
+            check_layers(linears, plan)
+            self.in_float = {} if plan is None else plan.in_float
+            self.kept = float_linears(model, scheme.ignore) | self.in_float
             self.groups = smoothing_groups(model)
+        self.names = [name for name in linears if name not in self.in_float]
         if not self.names:
-            raise SqCpuError("nothing to quantize: the model has no Linear that is not ignored")
+            raise SqCpuError(
+                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
+            )
         known = {group.name for group in self.groups}
         for planned in plan.groups if plan else ():
             if planned.name not in known:
@@ -345,6 +354,12 @@ class _Stream:
                 )
         stacks = tuple(f"{block}." for block in blocks)
         self.outer = [name for name in self.names if not name.startswith(stacks)]
+        self.outer_float_bytes = sum(
+            parameter.nbytes
+            for name in self.in_float
+            if not name.startswith(stacks)
+            for parameter in linears[name].parameters()
+        )
 
     def run(
         self,
@@ -372,7 +387,7 @@ class _Stream:
             if self.outer:
                 parts.append(self.quantize_outer(calls, hidden, smooth))
                 state.parts.append(parts[-1])
-        return self.seal(parts, tokenizer)
+        return self.seal(parts, calibrated, tokenizer)
 
     def file(self, index: int) -> Path:
         """Return where a part goes: 0 is what is outside of the blocks, then come these."""
@@ -572,11 +587,17 @@ class _Stream:
         """Quantize linears and write the modules, by full name, that are or hold them."""
         names = set(linears)
         before = sum(p.nbytes for linear in linears.values() for p in linear.parameters())
-        groups = [group for group in self.groups if group.consumers[0] in names]
+        for name in names.intersection(self.in_float):
+            del linears[name]
+        groups = [group for group in self.groups if not names.isdisjoint(group.consumers)]
         plan = None
         if smooth and self.plan is not None:
             own = {group.name for group in groups}
-            plan = SmoothPlan(tuple(group for group in self.plan.groups if group.name in own))
+            plan = replace(
+                self.plan,
+                groups=tuple(group for group in self.plan.groups if group.name in own),
+                layers=tuple(layer for layer in self.plan.layers if layer.name in names),
+            )
         elif smooth:
             assert calibration is not None  # quantize_checkpoint asked for batches
             plan = uniform_plan(
@@ -616,19 +637,19 @@ class _Stream:
             int8_bytes=after,
         )
 
-    def seal(self, parts: Sequence[Part], tokenizer: Any) -> QuantizationRecord:
+    def seal(self, parts: Sequence[Part], calibrated: bool, tokenizer: Any) -> QuantizationRecord:
         """Write what describes the finished files."""
         folder = self.work / "checkpoint"
         layers = {name for part in parts for name in part.layers}
-        if not layers:
+        if not layers or (calibrated and not self.state.tokens):
             raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
         smoothed = {name for part in parts for name in part.smoothed}
         plans = [SmoothPlan.from_dict(part.plan) for part in parts if part.plan is not None]
         groups = {group.name: group for plan in plans for group in plan.groups}
+        order = self.groups if self.plan is None else self.plan.groups
+        ordered = tuple(groups[group.name] for group in order if group.name in groups)
         done = QuantizedPart(
-            plan=SmoothPlan(tuple(groups[g.name] for g in self.groups if g.name in groups))
-            if plans
-            else None,
+            plan=replace(self.plan or SmoothPlan(()), groups=ordered) if plans else None,
             layers=tuple(name for name in self.names if name in layers),
             smoothed=tuple(name for name in self.names if name in smoothed),
             decomposed={name: n for part in parts for name, n in part.decomposed.items()},

@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.resources import files
 
-__all__ = ["calibration", "evaluation"]
+__all__ = ["calibration", "evaluation", "selection"]
 
 _SEPARATOR = "\n\f\n"
 
@@ -36,6 +36,17 @@ def evaluation() -> tuple[str, ...]:
         Addresses given since 1990 and a part of Moby-Dick; nothing in common with `calibration`.
     """
     return _documents("evaluation.txt")
+
+
+def selection() -> tuple[str, ...]:
+    """Return what a search may score while the windows of `evaluation` stay unseen.
+
+    Returns
+    -------
+    tuple of str
+        The second halves of the 20 evaluation documents; windows of 512 tokens come from the first.
+    """
+    return tuple(document[len(document) // 2 :] for document in evaluation())
 
 
 @cache

@@ -11,11 +11,12 @@ from sq_cpu.calibrate import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linears import linearized
+from sq_cpu.plan import SmoothPlan
 from sq_cpu.progress import track
 from sq_cpu.rules import ALPHAS, GroupStatistics, output_errors, smoothing_scale
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import SmoothPlan, group_statistics
+from sq_cpu.smooth import group_statistics
 
 __all__ = ["tune"]
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import change_config, tiny_model
+from tiny import batches, change_config, mixed_plan, tiny_model
+from tiny import logits as tiny_logits
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -159,6 +160,36 @@ def test_buffers_that_are_not_stored_are_those_of_from_pretrained(tmp_path: Path
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scheme", ["O1", "O3"])
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "opt-350m", "mixtral"])
+def test_mixed_plans(name: str, scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    # From a file: tiny_model rounds the rotary frequencies, which load makes anew.
+    tiny_model(name, dtype=dtype).save_pretrained(tmp_path / "float")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=dtype)
+    calibration = calibrate(model, batches())
+    quantize(model, calibration, mixed_plan(model, calibration, Scheme.of(scheme)))
+    # One row as well: there torch multiplies transposed weights in another order.
+    before, one = tiny_logits(model), model(IDS[:1, :1] + 1).logits
+    out = save(model, tmp_path / "out")
+    text = (out / "config.json").read_text()
+    assert '"curve": [[0.0, 2.0], [0.7, 0.333333]]\n' in text
+    for loaded in (load(out), AutoModelForCausalLM.from_pretrained(out)):
+        assert torch.equal(tiny_logits(loaded), before)
+        assert torch.equal(loaded(IDS[:1, :1] + 1).logits, one)
+        assert loaded.sq_cpu_config == model.sq_cpu_config
+        for path in model.sq_cpu_config.layers:
+            assert loaded.get_submodule(path).scheme == model.get_submodule(path).scheme
+    again = save(load(out), tmp_path / "again")
+    assert (again / "config.json").read_bytes() == (out / "config.json").read_bytes()
+
+
+def test_checkpoints_of_version_2_are_read(folder: Path) -> None:
+    before = logits(load(folder))
+    change_config(folder, lambda c: c["quantization_config"].update(format_version=2))
+    assert torch.equal(logits(load(folder)), before)
+
+
 def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     model = tiny_llama()
     linear = model.get_submodule(Q_PROJ)
@@ -171,7 +202,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     out = save(model, tmp_path / "out")
 
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert (settings["format_version"], settings["smoothed"]) == (2, [Q_PROJ])
+    assert (settings["format_version"], settings["smoothed"]) == (3, [Q_PROJ])
     loaded: Any = load(out)
     assert torch.equal(logits(loaded), before)
     assert torch.equal(loaded.get_submodule(Q_PROJ).smoothing, s)
@@ -187,7 +218,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
 
 def test_without_a_smoothing_the_format_is_the_first(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 2
+    assert settings["format_version"] == 3
     assert "smoothed" not in settings
 
 
@@ -209,10 +240,14 @@ save_file({name: load(name)(ids).logits for name in sys.argv[1:]}, "logits.safet
 
 
 def test_fresh_process(quantized_llama: Any, tmp_path: Path) -> None:
+    mixed = tiny_opt()
+    calibration = calibrate(mixed, [IDS], progress=False)
+    quantize(mixed, calibration, mixed_plan(mixed, calibration, Scheme.of("O3")))
     models = {
         "llama O1": quantized(tiny_llama(torch.bfloat16), "O1"),
         "opt O2": quantized(tiny_opt(torch.float16), "O2"),
         "llama O3": quantized_llama,
+        "opt mixed": mixed,
     }
     assert_same_logits_in_a_fresh_process(models, tmp_path)
 
@@ -513,7 +548,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda c: c.pop("quantization_config"), "has no quantization_config"),
         (edit(quant_method="gptq"), "quant_method is 'gptq', expected 'sq_cpu'"),
-        (edit(format_version=3), "format_version 3 is newer than 2.*upgrade sq_cpu"),
+        (edit(format_version=4), "format_version 4 is newer than 3.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"../model.safetensors": "0"}), "leaves the folder"),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from test_hf import byte_model, byte_tokenizer, save_float
+from tiny import batches, mixed_plan
 from typer.testing import CliRunner, Result
 
 import sq_cpu
-from sq_cpu import checkpoint, cli, convert, demo, streaming
+from sq_cpu import Scheme, SmoothPlan, checkpoint, cli, convert, demo, streaming
 from sq_cpu.convert import linear_bytes
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
@@ -201,7 +203,8 @@ def test_overwrite(folder: Path, quantized: Path) -> None:
 def test_output_is_checked_before_the_model_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded before the check"))
+    for name in ("sq_cpu.cli.quantize.convert", "sq_cpu.cli.run.load_model"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("loaded before the check"))
     notes = tmp_path / "notes"
     notes.mkdir()
     (notes / "keep.txt").write_text("x")
@@ -277,7 +280,7 @@ def test_damaged_checkpoint(quantized: Path) -> None:
         ["generate", "MODEL", "x", "--temperature", "-1"],
         ["info", "--nonsense"],
         ["inspect", "x", "--text", "t"],
-        ["inspect", "x", "--windows", "3"],
+        ["inspect", "x", "--source", "y"],
     ],
 )
 def test_wrong_usage(arguments: list[str]) -> None:
@@ -341,12 +344,12 @@ def test_too_little_memory(
     def exhausted(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "perplexity", exhausted)
+    monkeypatch.setattr("sq_cpu.cli.run.perplexity", exhausted)
     assert "error: not enough memory; " in error_of("eval", folder)
 
 
 def test_perplexity_that_is_no_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "perplexity", lambda *_, **__: math.inf)
+    monkeypatch.setattr("sq_cpu.cli.run.perplexity", lambda *_, **__: math.inf)
     for option in ((), ("--json",)):
         assert "too large for a finite perplexity" in error_of("eval", folder, *option)
 
@@ -388,7 +391,7 @@ def test_demo_names_its_output_after_the_model(
         checked.append(out)
         raise sq_cpu.SqCpuError("enough")
 
-    monkeypatch.setattr(cli, "_check_output", check)
+    monkeypatch.setattr("sq_cpu.cli.run.check_output", check)
     error_of("demo", "--model", model)
     assert checked == [Path(f"{name}-int8")]
 
@@ -466,7 +469,8 @@ def test_inspect_uses_the_shipped_text(quantized: Path) -> None:
 def test_inspect_refuses_what_is_not_quantized(folder: Path, tmp_path: Path) -> None:
     fix = f"make one with: sq-cpu quantize {folder} -o OUT"
     assert fix in error_of("inspect", folder, "--saturation")
-    assert "no such folder" in error_of("inspect", tmp_path / "missing")
+    assert "no such file or folder" in error_of("inspect", tmp_path / "missing")
+    assert "no such folder" in error_of("inspect", tmp_path / "missing", "--saturation")
 
 
 def test_info() -> None:
@@ -517,6 +521,85 @@ def test_streaming_equals_quantizing_in_memory(folder: Path, tmp_path: Path) -> 
     ids = torch.arange(3, 40)[None]
     expected = sq_cpu.load(tmp_path / "whole")(ids).logits
     assert torch.equal(sq_cpu.load(tmp_path / "streamed")(ids).logits, expected)
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Path:
+    """Write a plan for the models of `folder` that mixes; its scheme is asymmetric O3."""
+    model = byte_model()
+    calibration = sq_cpu.calibrate(model, batches())
+    scheme = Scheme.of("O3", symmetric=False)
+    return mixed_plan(model, calibration, scheme).save(tmp_path / "plan.json")
+
+
+def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: Path) -> None:
+    model = byte_model()
+    windows = sq_cpu.evaluate.token_windows(byte_tokenizer(), TEXT, window=64, windows=4)
+    sq_cpu.quantize(model, sq_cpu.calibrate(model, windows), SmoothPlan.load(plan))
+    ids = torch.arange(3, 40)[None]
+    for stream in ("--stream", "--no-stream"):
+        out = tmp_path / stream
+        arguments = ("quantize", folder, "-o", out, "--plan", plan, "--calib", text)
+        made = json_of(*arguments, stream, *small())
+        assert (made["plan"], made["rule"], made["alpha"]) == (str(plan), None, None)
+        assert made["scheme"] == Scheme.of("O3", symmetric=False).to_dict()
+        assert made["layers"] == len(model.sq_cpu_config.layers) == 10
+        loaded = sq_cpu.load(out)
+        assert loaded.sq_cpu_config == model.sq_cpu_config
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_options_that_are_given_change_the_scheme_of_the_plan(
+    folder: Path, plan: Path, tmp_path: Path
+) -> None:
+    start = ("quantize", folder, "-o", tmp_path / "out", "--overwrite", "--plan", plan, *small())
+    assert json_of(*start, "--scheme", "O2")["scheme"] == Scheme.of("O2").to_dict()
+    made = json_of(*start, "--weights", "per_tensor")["scheme"]
+    assert made == Scheme.of("O3", symmetric=False, weights="per_tensor").to_dict()
+    assert json_of(*start, "--symmetric")["scheme"] == Scheme.of("O3").to_dict()
+    said = run(*start).stdout
+    assert "2 linears with per_tensor activations" in said
+    assert "4 linears with a weight clip" in said
+    assert "2 linears in float: for the test" in said
+
+
+@pytest.mark.parametrize("option", [("--alpha", 0.5), ("--rule", "spiq"), ("--no-smooth",)])
+def test_a_plan_leaves_no_other_smoothing(
+    folder: Path, plan: Path, option: tuple[object, ...], tmp_path: Path
+) -> None:
+    usage = run("quantize", folder, "-o", tmp_path / "out", "--plan", plan, *option, code=2).stderr
+    assert "--plan says how to smooth" in usage
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_plans(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ("quantize", folder, "-o", tmp_path / "out", "--plan", path)
+    assert "cannot read the smoothing plan" in error_of(*arguments)
+    path.write_text("{")
+    assert "the smoothing plan is not JSON" in error_of(*arguments)
+    path.write_text('{"groups": [], "layers": [{"name": "nowhere", "in_float": true}]}')
+    assert "the plan has an entry for nowhere" in error_of(*arguments)
+
+
+def test_inspect_of_mixed_layers(folder: Path, plan: Path, tmp_path: Path) -> None:
+    run("quantize", folder, "-o", tmp_path / "out", "--plan", plan, *small())
+    layers = json_of("inspect", tmp_path / "out")["layers"]
+    kinds = {facts["activations"] for facts in layers.values()}
+    assert kinds == {"static", "per_token", "per_tensor"}
+    for options in ((), ("--saturation", "--windows", 1, "--window", 32)):
+        shown = run("inspect", tmp_path / "out", *options).stdout
+        rows = [re.split(r" *[│┃] *", line)[1:-1] for line in shown.splitlines()]
+        heading, *rows = [row for row in rows if len(row) > 2]
+        place = {name: heading.index(name) for name in ("activations", "input scale", "MB")}
+        assert ("saturated" in heading) == bool(options)
+        assert {row[0] for row in rows} == layers.keys()
+        for row in rows:
+            facts = layers[row[0]]
+            assert row[place["activations"]] == facts["activations"]
+            assert row[place["MB"]] == f"{facts['bytes'] / 1e6:.2f}"
+            scale = facts["input_scale"]
+            assert row[place["input scale"]] == ("" if scale is None else f"{scale:.4g}")
 
 
 def test_what_does_not_fit_is_streamed(

@@ -101,6 +101,16 @@ def test_the_layer_equals_the_reference(
         assert (layer.regular.bias is None) == (not bias)
 
 
+def test_a_weight_clip_is_of_the_int8_channels() -> None:
+    _, linear, _ = make(COUNTS["some"], torch.float32)
+    columns = torch.tensor(COUNTS["some"])
+    layer = DecomposedLinear.from_float(linear, LLM_INT8, columns, weight_clip=0.5)
+    codes, scale = quantize_weight(linear.weight.index_fill(1, columns, 0), clip=0.5)
+    assert torch.equal(layer.regular.weight_int8(), codes)
+    assert torch.equal(layer.regular.weight_scale, scale)
+    assert torch.equal(layer.outlier_weight, linear.weight[:, columns])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_without_outliers_it_is_the_int8_layer(dtype: torch.dtype) -> None:
     layer, linear, x = make([], dtype)
@@ -314,7 +324,7 @@ def test_models_are_saved_and_loaded(dtype: torch.dtype, tmp_path: Path) -> None
     half = sq_cpu.load(folder, dtype=torch.float16).get_submodule("model.decoder.layers.0.fc1")
     assert half.outlier_weight.dtype == torch.float16
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 2
+    assert settings["format_version"] == 3
     assert "smoothed" not in settings
 
 

@@ -23,8 +23,9 @@ from sq_cpu.folding import apply_folds, refused_folds
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import linearize, linearized, quantizable_linears
+from sq_cpu.plan import SmoothPlan
 from sq_cpu.quantize import quantize
-from sq_cpu.smooth import SmoothPlan, fold
+from sq_cpu.smooth import fold
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from sq_cpu.calibrate import calibrate, evaluating
 from sq_cpu.errors import SqCpuError
 from sq_cpu.folding import apply_folds, refused_folds
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
-from sq_cpu.smooth import SmoothPlan, fold
+from sq_cpu.plan import SmoothPlan
+from sq_cpu.smooth import fold
 
 TYPES = ["llama", "mistral", "qwen2", "opt"]
 

@@ -116,6 +116,17 @@ def test_quantize_weight_by_groups_of_rows() -> None:
         quantize_weight(weight, "per_row")
 
 
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_quantize_weight_clips_what_lies_beyond(granularity: str) -> None:
+    weight = torch.tensor([[1.0, -0.75, 0.5, 0.26], [1.0, -1.0, 0.0, 0.1]])
+    codes, scale = quantize_weight(weight, granularity, clip=0.5)
+    assert torch.equal(scale, torch.full((2,), 0.5 / 127))
+    assert codes.tolist() == [[127, -127, 127, 66], [127, -127, 0, 25]]
+    for clip in (0.0, 1.01, float("nan")):
+        with pytest.raises(SqCpuError, match=r"the weight clip is .*; it lies in \(0, 1\]"):
+            quantize_weight(weight, granularity, clip=clip)
+
+
 def test_quantize_weight_of_zeros_and_of_nan() -> None:
     codes, scale = quantize_weight(torch.zeros(2, 3))
     assert not codes.any()

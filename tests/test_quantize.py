@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from tiny import batches, logits, tiny_model
+from tiny import batches, logits, mixed_plan, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -20,12 +20,16 @@ from sq_cpu import _core
 from sq_cpu.calibrate import Calibration, calibrate
 from sq_cpu.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
+from sq_cpu.groups import smoothing_groups
 from sq_cpu.linear import QuantLinear
-from sq_cpu.quantize import QuantizationRecord, quantize, replace_linears
+from sq_cpu.linears import linearize
+from sq_cpu.plan import LayerPlan, SmoothPlan
+from sq_cpu.quantize import quantize, replace_linears
 from sq_cpu.ranges import static_range
-from sq_cpu.rounding import static_code
+from sq_cpu.record import QuantizationRecord
+from sq_cpu.rounding import quantize_weight, static_code
 from sq_cpu.scheme import Activations, Scheme, StaticRange, Weights
-from sq_cpu.smooth import SmoothPlan, fold
+from sq_cpu.smooth import fold
 
 TYPES = ["llama", "qwen2", "opt"]
 
@@ -276,6 +280,182 @@ def test_replace_linears_by_name() -> None:
     assert model.rest[0] is new
 
 
+# --- plans that mix ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["O1", "O3"])
+@pytest.mark.parametrize("model_type", ["llama", "opt", "gpt2", "opt-350m", "mixtral"])
+def test_mixed_plans_are_carried_out_linear_by_linear(
+    model_type: str, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = calibrated(model_type)
+    plan = mixed_plan(model, found, Scheme.of(scheme))
+    before, folded = logits(model), copy.deepcopy(model)
+    record = quantize(model, found, plan).sq_cpu_config
+    smoothed = fold(folded, SmoothPlan(record.plan.groups), found)
+    linearize(folded)
+    groups = {group.name: group for group in smoothing_groups(folded)}
+    idle = {name for name, g in groups.items() if plan.in_float.keys() >= {*g.consumers}}
+    assert [g.name for g in record.plan.groups] == [
+        g.name for g in plan.groups if g.name not in idle
+    ]
+    clips = {name: g.clip for g in plan.groups for name in groups[g.name].consumers}
+    assert record.scheme == Scheme.of(scheme)
+    assert record.plan.layers == plan.layers
+    assert {*record.layers, *plan.in_float} == found.channel_min.keys()
+    kinds = set()
+    for name in found.channel_min:
+        layer, planned = model.get_submodule(name), plan.layer(name)
+        in_pass, s = name in smoothed.in_pass, smoothed.scales.get(name)
+        weight = folded.get_submodule(name).weight
+        kinds.add((type(layer), getattr(layer, "scheme", None), planned.weight_clip, in_pass))
+        if planned.in_float:
+            assert record.kept[name] == (planned.note or "the plan keeps it in float")
+            assert type(layer) is nn.Linear
+            assert torch.equal(layer.weight, weight)
+            continue
+        assert layer.scheme == plan.layer_scheme(Scheme.of(scheme), name)
+        assert (layer.smoothing is not None) == (name in record.smoothed) == in_pass
+        weight = weight * s if in_pass else weight
+        codes, scale = quantize_weight(weight, clip=planned.weight_clip)
+        assert torch.equal(layer.weight_int8(), codes)
+        assert torch.equal(layer.weight_scale, scale)
+        if layer.scheme.activations == "static":
+            low, high = found.channels(name)
+            ends = [clips[name] * float(end) for end in ((low / s).min(), (high / s).max())]
+            assert layer.input_scale == static_code(layer.scheme, *ends)[0]
+        else:
+            assert layer.input_scale is None
+    assert {kind[:3] for kind in kinds} >= {
+        (nn.Linear, None, 1.0),
+        (QuantLinear, Scheme.of("O3"), 1.0),
+        (QuantLinear, Scheme.of("O2"), 0.6),
+        (QuantLinear, Scheme.of("O1"), 1.0),
+        (QuantLinear, Scheme.of(scheme), 0.8),
+    }
+    kernels = logits(model)
+    # As loosely quantized as a weight clip of 0.6 and a static clip of 0.5 make it.
+    assert 0 < relative_error(kernels, before) < 0.6
+    monkeypatch.setattr(QuantLinear, "forward", QuantLinear.reference)
+    torch.testing.assert_close(logits(model), kernels, rtol=0, atol=2.0**-20)
+
+
+def test_a_float_linear_beside_others_that_are_smoothed_in_the_pass_is_untouched() -> None:
+    model, found = calibrated("opt-350m")  # post-norm: nothing takes s before q, k and v
+    attention = "model.decoder.layers.1.self_attn"
+    original = model.get_submodule(attention).q_proj.weight.clone()
+    plan = SmoothPlan.uniform(model, found)
+    plan = replace(plan, layers=(LayerPlan(name=f"{attention}.q_proj", in_float=True),))
+    record = quantize(model, found, plan).sq_cpu_config
+    assert record.plan == plan
+    smoothed = [name for name in record.smoothed if name.startswith(attention)]
+    assert smoothed == [f"{attention}.{name}_proj" for name in ("k", "v")]
+    linear = model.get_submodule(f"{attention}.q_proj")
+    assert type(linear) is nn.Linear
+    assert torch.equal(linear.weight, original)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", get_args(StaticRange))
+def test_a_clip_scales_the_static_range_that_was_found(kind: Any, symmetric: bool) -> None:
+    scheme = Scheme.of("O3", static_range=kind, symmetric=symmetric)
+    found, scales, plain = None, {}, None
+    for clip in (1.0, 0.5, 2.0):
+        model, found = calibrated("opt")
+        uniform = SmoothPlan.uniform(model, found, alpha=0.8)
+        plan = replace(uniform, groups=tuple(replace(g, clip=clip) for g in uniform.groups))
+        quantize(model, found, plan, scheme=scheme)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+        scales = {name: layer.input_scale for name, layer in layers.items()}
+        plain = plain or scales
+        # Powers of two: exact.
+        assert scales == {name: clip * scale for name, scale in plain.items()}
+        assert len({layer.input_zero_point for layer in layers.values()}) == 1 or not symmetric
+
+
+def test_a_clip_has_no_effect_on_dynamic_linears() -> None:
+    model, found = calibrated("llama")
+    other = copy.deepcopy(model)
+    plan = SmoothPlan.uniform(model, found)
+    clipped = replace(plan, groups=tuple(replace(g, clip=0.25) for g in plan.groups))
+    for scheme in ("O1", "O2"):
+        plain, same = copy.deepcopy(model), copy.deepcopy(other)
+        quantize(plain, found, plan, scheme=scheme)
+        quantize(same, found, clipped, scheme=scheme)
+        assert torch.equal(logits(plain), logits(same))
+
+
+def test_a_group_of_float_linears_is_left_as_it_is() -> None:
+    for model_type in ("llama", "gpt2"):
+        model = tiny_model(model_type, dtype=torch.bfloat16)  # where folding would round
+        found, before = calibrate(model, batches()), copy.deepcopy(model)
+        plan = SmoothPlan.uniform(model, found, rule="aqas")
+        linearize(before)
+        groups = [g for g in smoothing_groups(before) if g.consumers[0] in found.channel_min]
+        first, second = groups[1], groups[2]
+        layers = [LayerPlan(name=name, in_float=True) for name in first.consumers]
+        layers += [LayerPlan(name=name, in_float=True) for name in second.consumers[1:]]
+        record = quantize(model, found, replace(plan, layers=tuple(layers))).sq_cpu_config
+        names = [group.name for group in record.plan.groups]
+        assert names == [g.name for g in plan.groups if g.name != first.name]
+        for name in first.consumers:
+            assert torch.equal(model.get_submodule(name).weight, before.get_submodule(name).weight)
+        # Of the other group one linear is quantized.
+        assert second.consumers[0] in record.layers
+
+
+def test_the_scheme_is_the_given_one_else_the_plans_else_o1() -> None:
+    model, found = calibrated("llama")
+    plan = SmoothPlan.uniform(model, found)
+    for given, of_plan, expected in (
+        (None, None, "O1"),
+        (None, "O3", "O3"),
+        ("O2", "O3", "O2"),
+    ):
+        planned = replace(plan, scheme=None if of_plan is None else Scheme.of(of_plan))
+        record = quantize(copy.deepcopy(model), found, planned, scheme=given).sq_cpu_config
+        assert (record.scheme.name, record.plan) == (expected, planned)
+    assert quantize(copy.deepcopy(model), found).sq_cpu_config.scheme.name == "O1"
+
+
+def test_only_what_rests_on_a_calibration_needs_one() -> None:
+    torch.manual_seed(0)
+    model, x = Twice(), torch.randn(5, 8)
+    found = calibrate(model, [x])
+    dynamic = SmoothPlan((), (LayerPlan(name="first", activations="per_tensor"),))
+    record = quantize(copy.deepcopy(model), plan=dynamic).sq_cpu_config
+    assert (record.plan, record.layers) == (dynamic, ("first", "rest.2"))
+    static = SmoothPlan((), (LayerPlan(name="rest.2", activations="static"),))
+    refuse(model, "static activation scales .* need a calibration", None, static)
+    quantize(model, found, static)
+    assert model.first.input_scale is None
+    expected = static_code(model.rest[2].scheme, 0.0, float(found.absmax("rest.2").max()))
+    assert (model.rest[2].input_scale, model.rest[2].input_zero_point) == expected
+
+
+def test_what_no_batch_reached_follows_the_scheme_of_its_own() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model.forward = lambda x: model["used"](x)  # type: ignore[method-assign]
+    found = calibrate(model, [torch.randn(4, 8)])
+    dynamic = SmoothPlan((), (LayerPlan(name="a", activations="per_token"),))
+    record = quantize(copy.deepcopy(model), found, dynamic, scheme="O3").sq_cpu_config
+    assert record.layers == ("used", "a")
+    assert record.kept == {"b": "no calibration batch reached it"}
+    static = SmoothPlan((), (LayerPlan(name="a", activations="static"),))
+    record = quantize(model, found, static).sq_cpu_config
+    assert record.layers == ("used", "b")
+    assert record.kept == {"a": "no calibration batch reached it"}
+
+
+def test_a_float_linear_may_have_hooks_and_nan() -> None:
+    model = Twice()
+    model.rest[2].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        model.rest[2].weight[0, 0] = float("nan")
+    plan = SmoothPlan((), (LayerPlan(name="rest.2", in_float=True),))
+    assert quantize(model, plan=plan).sq_cpu_config.layers == ("first",)
+
+
 # --- refusals, all of which leave the model as it was -------------------------------------------
 
 
@@ -412,3 +592,12 @@ def test_a_fold_that_would_change_the_model_is_divided_in_the_pass() -> None:
     assert group.name == "model.decoder.layers.0.fc1"
     assert group.note.endswith("activation_fn (GELU) takes the output of " + group.name)
     assert relative_error(logits(model), before) < 0.08
+
+
+def test_plans_for_layers_that_are_not_there_are_refused() -> None:
+    model, found = calibrated("llama")
+    for names in (["nowhere"], ["model.norm", "lm_head"], ["down_proj"]):
+        plan = SmoothPlan((), tuple(LayerPlan(name=name, in_float=True) for name in names))
+        refuse(model, f"the plan has an entry for {', '.join(names)}, no linear", found, plan)
+    everything = [LayerPlan(name=name, in_float=True) for name in found.channel_min]
+    refuse(model, "nothing to quantize", found, SmoothPlan((), tuple(everything)))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import batches, logits, tiny_model
+from torch import Tensor
 
 import sq_cpu
 from sq_cpu.calibrate import calibrate
@@ -14,6 +15,7 @@ from sq_cpu.decomposition import DecomposedLinear, outlier_columns
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linear import QuantLinear
+from sq_cpu.plan import GroupPlan, LayerPlan, SmoothPlan
 from sq_cpu.rules import (
     ALPHAS,
     RULES,
@@ -25,7 +27,7 @@ from sq_cpu.rules import (
     without_quiet,
 )
 from sq_cpu.scheme import Scheme
-from sq_cpu.smooth import GroupPlan, SmoothPlan, fold, group_statistics, plan_scales
+from sq_cpu.smooth import fold, group_statistics, plan_scales
 
 SCHEMES = [
     Scheme(),
@@ -285,3 +287,24 @@ def test_a_group_that_its_rule_cannot_smooth_is_named() -> None:
         sq_cpu.quantize(model, found, plan, scheme="O3")
     with pytest.raises(SqCpuError, match="unknown rule 'awq'"):
         SmoothPlan.uniform(model, found, rule="awq")
+
+
+def test_aqas_minimizes_the_error_of_what_the_plan_makes_of_the_layers() -> None:
+    model = tiny_model("opt")
+    found = calibrate(model, batches())
+    plan = SmoothPlan.uniform(model, found, rule="aqas")
+    qkv = [f"model.decoder.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    o1, o3 = Scheme.of("O1"), Scheme.of("O3")
+
+    def scale(scheme: Scheme, *layers: LayerPlan, clip: float = 1.0) -> Tensor:
+        groups = tuple(replace(group, clip=clip) for group in plan.groups)
+        scales = plan_scales(model, SmoothPlan(groups, layers), found, scheme=scheme)
+        return next(s for group, s in scales.items() if set(group.consumers) == set(qkv))
+
+    static = [LayerPlan(name=name, activations="static") for name in qkv]
+    assert torch.equal(scale(o1, *static), scale(o3))
+    in_float = [LayerPlan(name=name, in_float=True) for name in qkv[:2]]
+    assert torch.equal(scale(o3, *in_float), scale(replace(o3, ignore=("q_proj", "k_proj"))))
+    clipped = [LayerPlan(name=name, weight_clip=0.5) for name in qkv]
+    others = [scale(o1), scale(o3, *in_float), scale(o3, *clipped), scale(o3, clip=0.5)]
+    assert not any(torch.equal(scale(o3), other) for other in others)

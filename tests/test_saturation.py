@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import batches, mixed_plan, tiny_model
 from torch import Tensor, nn
 
 import sq_cpu
@@ -38,6 +39,21 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
         return self.second(torch.cat([y, -y]))  # type: ignore[no-any-return]
+
+
+def test_layers_of_a_mixed_model_count_as_each_quantizes() -> None:
+    model = tiny_model("llama")
+    calibration = sq_cpu.calibrate(model, batches())
+    sq_cpu.quantize(model, calibration, mixed_plan(model, calibration, Scheme.of("O3")))
+    seen: dict[str, list[Tensor]] = {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0])
+        )
+    found = sq_cpu.count_saturation(model, batches(1)).layers
+    assert found == {name: plain_count(layer, *seen[name]) for name, layer in layers.items()}
+    assert len({layer.scheme.activations for layer in layers.values()}) == 3
 
 
 def test_inputs_quantized_once_count_for_each_layer_they_feed() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError, streaming
 from sq_cpu.calibrate import Batch
-from sq_cpu.smooth import SmoothPlan
+from sq_cpu.convert import linear_bytes
+from sq_cpu.plan import GroupPlan, SmoothPlan
 
 _GATED = {
     "hidden_size": 32,
@@ -185,9 +187,70 @@ def test_a_plan_is_followed(tmp_path: Path) -> None:
     sq_cpu.save(sq_cpu.quantize(model, calibration, plan), tmp_path / "whole")
     sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches(), plan=plan)
     assert_equal(tmp_path / "out", tmp_path / "whole")
-    other = SmoothPlan((sq_cpu.smooth.GroupPlan(name="nothing"),))
+    other = SmoothPlan((GroupPlan(name="nothing"),))
     with pytest.raises(SqCpuError, match="no smoothing group"):
         sq_cpu.quantize_checkpoint(source, tmp_path / "b", batches(), plan=other)
+
+
+@pytest.mark.parametrize("base", ["O1", "O3"])
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_mixed_plans(model_type: str, base: str, tmp_path: Path) -> None:
+    source = float_folder(tmp_path / "float", model_type)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    scheme = Scheme.of(base, ignore=())
+    calibration = sq_cpu.calibrate(model, batches(), ignore=())
+    plan = tiny.mixed_plan(model, calibration, scheme)
+    # The head in float, too, and all of a block.
+    last = model.get_submodule(streaming._block_names(model)[2])
+    names = {layer.name for layer in plan.layers}
+    plan = replace(
+        plan,
+        layers=tuple(
+            sq_cpu.LayerPlan(name=name, in_float=True)
+            if name == "lm_head" or name.startswith(_name_of(model, last))
+            else plan.layer(name)
+            for name in calibration.channel_min
+            if name in names or name == "lm_head" or name.startswith(_name_of(model, last))
+        ),
+    )
+    before = linear_bytes(model, ())
+    sq_cpu.save(sq_cpu.quantize(model, calibration, plan), tmp_path / "whole")
+    made = sq_cpu.quantize_checkpoint(
+        source, tmp_path / "out", batches(), plan=plan, dtype=torch.bfloat16
+    )
+    assert_equal(tmp_path / "out", tmp_path / "whole")
+    assert made.record == model.sq_cpu_config
+    assert made.record.scheme == scheme
+    assert (made.float_bytes, made.int8_bytes) == (before, linear_bytes(model, ()))
+
+
+def _name_of(model: Any, part: Any) -> str:
+    return next(f"{name}." for name, module in model.named_modules() if module is part)
+
+
+def test_a_plan_without_groups_may_need_no_batches(tmp_path: Path) -> None:
+    source = float_folder(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    name = "model.layers.1.mlp.up_proj"
+    plan = SmoothPlan((), (sq_cpu.LayerPlan(name=name, activations="per_tensor"),))
+    sq_cpu.save(sq_cpu.quantize(model, plan=plan), tmp_path / "whole")
+    made = sq_cpu.quantize_checkpoint(source, tmp_path / "out", plan=plan)
+    assert made.calibration_tokens == 0
+    assert_equal(tmp_path / "out", tmp_path / "whole")
+    plan = SmoothPlan((), (sq_cpu.LayerPlan(name=name, activations="static"),))
+    with pytest.raises(SqCpuError, match=r"static scales .* need batches"):
+        sq_cpu.quantize_checkpoint(source, tmp_path / "b", plan=plan)
+    plan = SmoothPlan((), (sq_cpu.LayerPlan(name="lm_head", in_float=True),))
+    with pytest.raises(SqCpuError, match="the plan has an entry for lm_head, no linear"):
+        sq_cpu.quantize_checkpoint(source, tmp_path / "b", plan=plan)
+
+
+def test_groups_with_an_ignored_first_linear_are_smoothed(tmp_path: Path) -> None:
+    source = float_folder(tmp_path / "float")
+    scheme = Scheme.of("O3", ignore=("lm_head", "q_proj"))
+    in_memory(source, tmp_path / "whole", scheme)
+    sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches(), scheme=scheme)
+    assert_equal(tmp_path / "out", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("layout", ["base names", "both tied", "head only"])

@@ -281,7 +281,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (edit(format_version=3), "format_version 3 is newer than 2.*upgrade sq_cpu"),
+        (edit(format_version=4), "format_version 4 is newer than 3.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"other.safetensors": "0"}), "other.safetensors does not exist"),

@@ -12,9 +12,9 @@ from sq_cpu.groups import smoothing_groups
 from sq_cpu.smooth import fold
 
 
-def planted(model_type: str) -> torch.nn.Module:
+def planted(model_type: str, **config: Any) -> torch.nn.Module:
     """Make a tiny model whose norm outputs have outliers: exact, so its function is unchanged."""
-    model = tiny_model(model_type)
+    model = tiny_model(model_type, **config)
     scale = torch.ones(32)
     scale[[3, 17]] = 1 / 64
     with torch.no_grad():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sq_cpu.calibrate import Calibration
 from sq_cpu.checkpoint_settings import config_digest
+from sq_cpu.linears import linearized, quantizable_linears
+from sq_cpu.plan import LayerPlan, SmoothPlan
+from sq_cpu.scheme import Scheme
 
 VOCABULARY = 64
 
@@ -186,6 +192,31 @@ def inputs(name: str, count: int = 3) -> list[dict[str, Tensor]]:
         return {"input_ids": ids}
 
     return [one(ids) for ids in batches(count)]
+
+
+def mixed_plan(model: Any, calibration: Calibration, scheme: Scheme) -> SmoothPlan:
+    """Return a plan in which neighbouring linears differ in all that a plan can say of them."""
+    uniform = SmoothPlan.uniform(model, calibration, 0.7, ignore=scheme.ignore)
+    clips = itertools.cycle((0.5, 1.0, 1.25))
+    curve = ((0.0, 2.0), (0.7, 1 / 3))
+    groups = [replace(group, clip=next(clips), curve=curve) for group in uniform.groups]
+    with linearized(model):
+        names = list(quantizable_linears(model, scheme.ignore))
+    kinds: list[dict[str, Any]] = [
+        {"in_float": True, "note": "for the test"},
+        {"activations": "static"},
+        {"activations": "per_tensor", "weight_clip": 0.6},
+        {},
+        {"activations": "per_token"},
+        {"weight_clip": 0.8},
+        {"in_float": True},
+    ]
+    layers = [
+        LayerPlan(name=name, **kind)
+        for name, kind in zip(names, itertools.cycle(kinds), strict=False)
+        if kind
+    ]
+    return SmoothPlan(tuple(groups), tuple(layers), scheme)
 
 
 def logits(model: Any) -> Tensor:

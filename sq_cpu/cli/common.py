@@ -1,0 +1,157 @@
+"""What the commands share: option types, output, texts, models."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import Tensor, nn
+
+from sq_cpu import checkpoint, texts
+from sq_cpu.convert import load
+from sq_cpu.errors import SqCpuError
+from sq_cpu.evaluate import token_windows
+
+
+class Dtype(str, Enum):
+    """The float dtypes by the names that options take."""
+
+    fp32, bf16, fp16 = "fp32", "bf16", "fp16"
+
+
+class SchemeName(str, Enum):
+    """The paper's schemes."""
+
+    o1, o2, o3 = "O1", "O2", "O3"
+
+
+TORCH_DTYPES = {
+    Dtype.fp32: torch.float32,
+    Dtype.bf16: torch.bfloat16,
+    Dtype.fp16: torch.float16,
+    None: None,  # as stored
+}
+
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the name of a hub model."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
+StoredDtype = Annotated[
+    Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")
+]
+
+
+def say(line: str) -> None:
+    """Print progress, on stderr."""
+    typer.echo(line, err=True)
+
+
+def emit(result: dict[str, Any], as_json: bool, line: str) -> None:
+    """Print what a command has to say: the object as JSON, or the text."""
+    typer.echo(json.dumps(result) if as_json else line)
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse what cannot be written, before the long work."""
+    checkpoint.check_replaceable(folder)
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise SqCpuError(f"{folder} holds a checkpoint; use --overwrite or another folder")
+    place = folder.resolve()
+    if place.exists() and any(place.iterdir()):
+        place = place.parent  # a checkpoint is replaced as a whole, an empty folder filled
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise SqCpuError(
+            f"cannot write to {place} ({error.strerror}); give -o another folder"
+        ) from error
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before the long work."""
+    if path.is_dir():
+        raise SqCpuError(f"{path} is a folder; give the name of a file in it")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise SqCpuError(f"cannot write to {path.absolute().parent}; give another, existing folder")
+
+
+def check_finite(value: float, what: str) -> None:
+    """Refuse a perplexity that overflowed."""
+    if not math.isfinite(value):
+        raise SqCpuError(
+            f"the loss of {what} is too large for a finite perplexity; check the model"
+        )
+
+
+def model_name(model: str) -> str:
+    """Return the name of a model's folder (also of "."), file or hub repository."""
+    path = Path(os.path.abspath(Path(model).expanduser()))
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
+
+
+def read(path: Path) -> str:
+    """Return the text of a UTF-8 file that is not blank."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SqCpuError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+    if not text.strip():
+        raise SqCpuError(f"{path} holds no text")
+    return text
+
+
+def read_all(paths: Sequence[Path]) -> list[str]:
+    """Return each file's text."""
+    return [read(path) for path in paths]
+
+
+def check_shipped(windows: int, documents: int, option: str) -> None:
+    """Refuse more windows than the shipped text has; `option` is where to give another."""
+    if windows > documents:
+        raise SqCpuError(
+            f"the shipped text has {documents} windows, not {windows}; give a text with {option}"
+        )
+
+
+def calibration_batches(
+    tokenizer: Any, own: Sequence[str], window: int, windows: int
+) -> list[Tensor]:
+    """Cut `windows` windows, shared out evenly when there are several texts."""
+    if not own:
+        documents = texts.calibration()
+        check_shipped(windows, len(documents), "--calib")
+        return token_windows(tokenizer, documents, window=window, windows=windows)
+    if windows < len(own):
+        raise SqCpuError(f"{len(own)} calibration texts need at least as many --windows")
+    batches = []
+    for index, text in enumerate(own):
+        share = windows // len(own) + (index < windows % len(own))
+        batches += token_windows(tokenizer, text, window=window, windows=share)
+    return batches
+
+
+def load_model(source: str | Path, dtype: Dtype | None) -> tuple[nn.Module, Any]:
+    """Load a model, quantized or not, and its tokenizer."""
+    quiet()
+    return load(str(source), TORCH_DTYPES[dtype], say)
+
+
+def quiet() -> None:
+    """Keep the libraries' own chatter off the terminal: ours says what a user can act on."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

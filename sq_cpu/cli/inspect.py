@@ -1,0 +1,255 @@
+"""`sq-cpu inspect`: what is in a quantized model, or what quantizing does to a float one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from sq_cpu import hf, show, texts
+from sq_cpu.analysis import Analysis, analyze
+from sq_cpu.calibrate import calibrate
+from sq_cpu.cli.common import (
+    Dtype,
+    Json,
+    Model,
+    SchemeName,
+    Window,
+    calibration_batches,
+    check_file,
+    check_shipped,
+    emit,
+    load_model,
+    model_name,
+    read,
+    read_all,
+    say,
+)
+from sq_cpu.errors import SqCpuError
+from sq_cpu.evaluate import token_windows
+from sq_cpu.linears import linearized, quantizable_linears
+from sq_cpu.plan import SmoothPlan, scheme_of
+from sq_cpu.record import QuantizationRecord
+from sq_cpu.report import report as write_report
+from sq_cpu.runtime import isa
+from sq_cpu.saturation import count_saturation
+from sq_cpu.scheme import Scheme
+
+_CALIBRATION_WINDOWS = 16
+_SATURATION_WINDOWS = 4
+
+
+def inspect_command(
+    model: Model,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.json", help="Float MODEL: plan to measure."),
+    ] = None,
+    scheme: Annotated[
+        SchemeName | None,
+        typer.Option(help="Float MODEL: scheme to measure. [default: the plan's, or O1]"),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Float MODEL without --plan: migration strength. [default: 0.5]"
+        ),
+    ] = None,
+    calib: Annotated[
+        list[Path] | None,
+        typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write a report, and its figures as PNG beside it."),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the PNGs. [default: FILE_files]"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Int8 MODEL with --report: the float model it was made from."
+        ),
+    ] = None,
+    saturation: Annotated[
+        bool,
+        typer.Option(
+            "--saturation", help="Int8 MODEL: count the int16 sums that vpmaddubsw would clip."
+        ),
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Text for --saturation. [default: the shipped text]"),
+    ] = None,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Windows of text. [default: 16 to calibrate, 4 for --saturation]"),
+    ] = None,
+    window: Window = 512,
+    as_json: Json = False,
+) -> None:
+    """Show what is in each int8 linear of MODEL, or what int8 would do to a float MODEL.
+
+    Of a folder that sq-cpu quantize wrote: shape, bytes and scales of each int8 linear, and with
+    --saturation what text does to it.
+
+    Of a float model, which is calibrated first: the outliers of each group of linears with one
+    input, before and after smoothing, and the error of int8 outputs, without and with the plan.
+
+    --report writes the latter, of either, as one HTML file with pictures.
+    """
+    options = {
+        "--plan": plan,
+        "--scheme": scheme,
+        "--alpha": alpha,
+        "--calib": calib or None,
+        "--png": png,
+        "--source": source,
+        "--text": text,
+        "--windows": windows,
+    }
+    given = {name for name, value in options.items() if value is not None}
+    is_int8 = hf.is_checkpoint(Path(model).expanduser())
+    _check_options(
+        given, is_int8=is_int8, model=model, report=report is not None, saturation=saturation
+    )
+    if report is not None:
+        check_file(report)
+    if source is not None and hf.is_checkpoint(Path(source).expanduser()):
+        raise SqCpuError(f"{source} is quantized already; give the float model")
+    own_texts = read_all(calib or [])
+
+    def measured(
+        source: str, planned: SmoothPlan | None, settings: Scheme, layers: Sequence[str] = ()
+    ) -> Analysis:
+        loaded, tokenizer = load_model(source, Dtype.fp32)
+        with linearized(loaded):
+            if lacking := sorted(set(layers) - quantizable_linears(loaded).keys()):
+                raise SqCpuError(
+                    f"{source} is not the model that {model} was made from: it has no linear "
+                    f"{lacking[0]}"
+                )
+        count = windows or _CALIBRATION_WINDOWS
+        batches = calibration_batches(tokenizer, own_texts, window, count)
+        say(f"calibrating on {count} windows of {window} tokens")
+        calibration = calibrate(loaded, batches, ignore=settings.ignore)
+        if planned is None:
+            strength = 0.5 if alpha is None else alpha
+            planned = SmoothPlan.uniform(loaded, calibration, strength, ignore=settings.ignore)
+        return analyze(loaded, calibration, planned, scheme=settings)
+
+    analysis = None
+    if is_int8:
+        scored = _Scored(text, windows or _SATURATION_WINDOWS, window) if saturation else None
+        record, result, lines = _int8(model, scored)
+        title = f"{model}: {record.scheme.name}, {len(record.layers)} int8 linears"
+        if source is not None:
+            planned = record.plan or SmoothPlan(())
+            analysis = measured(source, planned, record.scheme, record.layers)
+    else:
+        given_plan = None if plan is None else SmoothPlan.load(plan)
+        settings = scheme_of(None if scheme is None else scheme.value, given_plan)
+        analysis = measured(model, given_plan, settings)
+        result = {"model": model, **analysis.to_dict(channels=False)}
+        lines = show.analysis_lines(analysis)
+        title = f"{model}: {settings.name}"
+    if report is not None and analysis is not None:
+        write_report(report, analysis, name=model_name(model), png=png)
+        result["report"] = str(report)
+        lines.append(f"report: {report}")
+    if as_json:
+        emit(result, as_json, "")
+        return
+    if is_int8:
+        show.print_layers(title, result["layers"])
+    elif analysis is not None:
+        show.print_groups(title, analysis)
+    for line in lines:
+        typer.echo(line)
+
+
+def _check_options(
+    given: AbstractSet[str], *, is_int8: bool, model: str, report: bool, saturation: bool
+) -> None:
+    """Refuse options that would have no effect, and say what they need."""
+
+    def refuse(names: AbstractSet[str], need: str) -> None:
+        if useless := sorted(given & names):
+            raise typer.BadParameter(f"{' and '.join(useless)} {need}")
+
+    if saturation and not is_int8:
+        if not Path(model).expanduser().exists():
+            raise SqCpuError(f"{model}: no such folder; give one that sq-cpu quantize wrote")
+        raise SqCpuError(
+            f"{model} is not a quantized model; make one with: sq-cpu quantize {model} -o OUT"
+        )
+    if not saturation:
+        refuse({"--text"}, "is the text of --saturation; add it, or give --calib")
+    if not report:
+        refuse({"--png", "--source"}, "is for a report; add --report FILE.html")
+    if not is_int8:
+        refuse({"--source"}, f"is the float model of an int8 one, and {model} is itself float")
+        if {"--plan", "--alpha"} <= given:
+            raise typer.BadParameter("--plan says what alpha is; drop it or --alpha")
+        return
+    refuse({"--plan", "--scheme", "--alpha"}, f"is for a float model, and {model} is int8")
+    if report and "--source" not in given:
+        raise typer.BadParameter(
+            f"--report compares {model} with the float model it was made from; add --source MODEL"
+        )
+    if not report:
+        refuse({"--calib"}, "is for a report; add --report FILE.html and --source MODEL")
+        if not saturation:
+            refuse({"--windows"}, "needs --saturation or --report; add one")
+
+
+class _Scored(NamedTuple):
+    """What `--saturation` runs over."""
+
+    text: Path | None
+    windows: int
+    window: int
+
+
+def _int8(
+    model: str, scored: _Scored | None
+) -> tuple[QuantizationRecord, dict[str, Any], list[str]]:
+    """Return an int8 model's record, the facts as JSON types, and what to say below the table."""
+    shown: str | Sequence[str] = ""
+    if scored is not None and scored.text is not None:
+        shown = read(scored.text)
+    elif scored is not None:
+        shown = texts.evaluation()
+        check_shipped(scored.windows, len(shown), "--text")
+    loaded, tokenizer = load_model(model, None)
+    marked: Any = loaded
+    record: QuantizationRecord = marked.sq_cpu_config
+    layers = show.layer_facts(loaded)
+    result: dict[str, Any] = {
+        "model": model,
+        "scheme": record.scheme.to_dict(),
+        "layers": layers,
+        "plan": None if record.plan is None else record.plan.to_dict(),
+        "kept": dict(record.kept),
+    }
+    lines = show.plan_lines(record)
+    if scored is not None:
+        windows, window = scored.windows, scored.window
+        batches = token_windows(tokenizer, shown, window=window, windows=windows)
+        count = count_saturation(loaded, batches)
+        for name, of_layer in count.layers.items():
+            layers[name]["saturation"] = of_layer.to_dict()
+        result["saturation"] = {
+            **count.total.to_dict(),
+            "windows": windows,
+            "window": window,
+            "text": None if scored.text is None else str(scored.text),
+            "vnni": isa()["vnni"],
+        }
+        lines += show.saturation_lines(count, record.scheme)
+    return record, result, lines

@@ -1,0 +1,208 @@
+"""`sq-cpu quantize`."""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from torch import Tensor
+
+from sq_cpu import hf, show
+from sq_cpu.cli.common import (
+    TORCH_DTYPES,
+    Dtype,
+    Json,
+    Model,
+    SchemeName,
+    Window,
+    calibration_batches,
+    check_output,
+    emit,
+    quiet,
+    read_all,
+    say,
+)
+from sq_cpu.convert import Job, convert
+from sq_cpu.errors import SqCpuError
+from sq_cpu.plan import SmoothPlan, scheme_of
+from sq_cpu.scheme import Scheme
+
+
+class _Weights(str, Enum):
+    per_channel, per_tensor, per_group = "per_channel", "per_tensor", "per_group"
+
+
+class _Range(str, Enum):
+    minmax, percentile, mse = "minmax", "percentile", "mse"
+
+
+class _Rule(str, Enum):
+    smoothquant, spiq = "smoothquant", "spiq"
+    outlier_suppression, aqas = "outlier_suppression", "aqas"
+
+
+class _ReduceRange(str, Enum):
+    no, yes, auto = "no", "yes", "auto"
+
+    def setting(self) -> bool | Literal["auto"]:
+        return "auto" if self is _ReduceRange.auto else self is _ReduceRange.yes
+
+
+def quantize_command(
+    ctx: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write.")],
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.json", help="Plan to carry out, as SmoothPlan.save writes it."),
+    ] = None,
+    scheme: Annotated[
+        SchemeName | None,
+        typer.Option(
+            help="Activation scales: O1 per token, O2 per tensor, O3 static. "
+            "[default: the plan's, or O1]"
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Migration strength. [default: 0.5]"),
+    ] = None,
+    rule: Annotated[
+        _Rule | None,
+        typer.Option(help="Smoothing rule. [default: smoothquant, the one that takes --alpha]"),
+    ] = None,
+    smooth: Annotated[bool, typer.Option(help="Smooth before quantizing.")] = True,
+    calib: Annotated[
+        list[Path] | None,
+        typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Calibration windows in all.")] = 16,
+    window: Window = 512,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric/--asymmetric", help="Activation range.")
+    ] = True,
+    weights: Annotated[_Weights, typer.Option(help="Weight scales.")] = _Weights.per_channel,
+    weight_group_rows: Annotated[
+        int, typer.Option(help="Output channels that share a scale, with per_group weights.")
+    ] = Scheme.weight_group_rows,
+    static_range: Annotated[
+        _Range,
+        typer.Option("--range", help="What O3's scale covers: all, a percentile, the least error."),
+    ] = _Range.minmax,
+    percentile: Annotated[
+        float, typer.Option(help="Percentage of the values that --range percentile keeps.")
+    ] = Scheme.percentile,
+    reduce_range: Annotated[
+        _ReduceRange,
+        typer.Option(help="7-bit activations; auto: on processors without VNNI."),
+    ] = _ReduceRange.no,
+    outlier_threshold: Annotated[
+        float | None,
+        typer.Option(help="O1: input channels that reach this stay in float (LLM.int8() has 6)."),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")] = Dtype.fp32,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="One decoder block in memory at a time; interrupted, the same command resumes. "
+            "[default: when MODEL, a folder, does not fit]",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(help="Replace an sq_cpu checkpoint in OUT; discard unfinished other work."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL to int8 and save it to OUT."""
+    if plan is not None and (alpha is not None or rule is not None or not smooth):
+        raise typer.BadParameter(
+            "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
+        )
+    if alpha is not None and not smooth:
+        raise typer.BadParameter("--alpha has no effect with --no-smooth; drop one of them")
+    if rule is not None and not smooth:
+        raise typer.BadParameter("--rule has no effect with --no-smooth; drop one of them")
+    if rule not in (None, _Rule.smoothquant) and alpha is not None:
+        raise typer.BadParameter(
+            f"--alpha has no effect with --rule {rule.value}; drop one of them"
+        )
+    overrides: dict[str, Any] = {
+        "symmetric": symmetric,
+        "weights": weights.value,
+        "weight_group_rows": weight_group_rows,
+        "static_range": static_range.value,
+        "percentile": percentile,
+        "reduce_range": reduce_range.setting(),
+        "outlier_threshold": outlier_threshold,
+    }
+    if ignore:
+        overrides["ignore"] = tuple(ignore)
+    planned = None if plan is None else SmoothPlan.load(plan)
+    base = scheme_of(None if scheme is None else scheme.value, planned)
+    # A default is not to change the plan's scheme.
+    given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
+    settings = Scheme.of(base, **given)
+    if hf.is_checkpoint(Path(model).expanduser()):
+        raise SqCpuError(f"{model} is quantized already; give the float model")
+    check_output(out, overwrite)
+    calibration_texts = read_all(calib or [])
+
+    job = Job(
+        source=model,
+        out=out,
+        scheme=settings,
+        plan=planned,
+        alpha=0.5 if alpha is None else alpha,
+        rule="smoothquant" if rule is None else rule.value,
+        smooth=smooth,
+        dtype=TORCH_DTYPES[dtype],
+        overwrite=overwrite,
+    )
+
+    def batches_of(tokenizer: Any) -> list[Tensor]:
+        batches = calibration_batches(tokenizer, calibration_texts, window, windows)
+        say(f"calibrating on {len(batches)} windows of {window} tokens")
+        return batches
+
+    start = time.perf_counter()
+    quiet()
+    made = convert(job, batches_of, stream=stream, say=say)
+    record = made.record
+    folded = {group.name: group.fold for group in record.plan.groups} if record.plan else {}
+    uniform = smooth and plan is None
+    result = {
+        "output": str(out),
+        "scheme": record.scheme.to_dict(),
+        "smooth": smooth,
+        "plan": None if plan is None else str(plan),
+        "rule": job.rule if uniform else None,
+        "alpha": job.alpha if uniform and job.rule == "smoothquant" else None,
+        "layers": len(record.layers),
+        "groups": {"folded": sum(folded.values()), "in_pass": len(folded) - sum(folded.values())},
+        "kept": dict(record.kept),
+        "calibration_tokens": made.calibration_tokens,
+        "linear_bytes": {"float": made.float_bytes, "int8": made.int8_bytes},
+        "streamed": made.streamed,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    before, after = show.megabytes(made.float_bytes), show.megabytes(made.int8_bytes)
+    lines = [
+        f"{out}: {result['layers']} linears in int8 ({settings.name}), "
+        f"{before} -> {after} MB, in {result['seconds']:.0f} s",
+        *show.plan_lines(record),
+    ]
+    emit(result, as_json, "\n".join(lines))
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

@@ -1,0 +1,76 @@
+"""Which linears suffer most from being int8: the estimate that an autotuning ranks them by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sq_cpu.calibrate import Calibration
+from sq_cpu.costs import Choice
+from sq_cpu.groups import smoothing_groups
+from sq_cpu.linears import is_ignored, linearized
+from sq_cpu.plan import SmoothPlan, covered_consumers
+from sq_cpu.progress import track
+from sq_cpu.rules import output_errors, smoothing_scale
+from sq_cpu.runtime import has_vnni
+from sq_cpu.scheme import Scheme
+from sq_cpu.smooth import group_statistics
+
+__all__ = ["Errors", "estimated_errors"]
+
+Errors = dict[str, dict[Choice, float]]
+
+
+def estimated_errors(
+    model: nn.Module,
+    calibration: Calibration,
+    plan: SmoothPlan,
+    scheme: Scheme,
+    choices: Iterable[Choice],
+    *,
+    progress: bool | None = None,
+) -> Errors:
+    """Return what each calibrated linear's int8 output would be off, by how it is quantized.
+
+    It is |Q(X / s) Q(W s)^T - X W^T|^2 / |X W^T|^2 over the calibration's rows, with the smoothing
+    of `plan` and the numerics of the kernels; 0 for "float". Which linears the plan leaves in float
+    or gives activations of their own does not matter. The model is not changed; extra memory is one
+    group's weights in fp32, a few times.
+
+    Raises `SqCpuError` for a calibration without sampled rows, and where `smoothing_scale` does.
+    """
+    scheme = scheme.resolve(has_vnni())
+    choices = tuple(choices)
+    planned = {group.name: group for group in plan.groups}
+    # Weight clips stay; what departs otherwise is what is asked about.
+    layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
+    everything = replace(plan, layers=layers)
+    errors: Errors = {}
+    with linearized(model):
+        for group in track(smoothing_groups(model), "estimating errors", progress):
+            names = [
+                name
+                for name in covered_consumers(group, calibration)
+                if not is_ignored(model, name, scheme.ignore)
+            ]
+            for name in names:
+                errors[name] = {"float": 0.0}
+            if not names:
+                continue
+            for choice in choices:
+                if choice == "float":
+                    continue
+                of_choice = scheme.with_activations(choice)
+                statistics = group_statistics(model, group, calibration, of_choice, everything)
+                s = torch.ones_like(statistics.act_absmax)
+                if group.name in planned:
+                    entry = planned[group.name]
+                    statistics = replace(statistics, clip=entry.clip)
+                    s = smoothing_scale(entry.rule, statistics, entry.alpha)
+                off, total = output_errors(statistics, s)
+                for name, error in zip(names, (off / total.clamp_min(1e-30)).tolist(), strict=True):
+                    errors[name][choice] = error
+    return errors

@@ -1,0 +1,421 @@
+"""Trials in an Optuna storage that many workers share, each configuration evaluated once.
+
+Optuna hands out trials; it keeps neither two workers from trying the same configuration nor a
+configuration that was tried from being suggested again. Here a trial claims its key, a text that
+says all of the configuration, as in Lamport's bakery: it writes the key down, waits until every
+trial with a lower number has done so or is finished, and gives way to one with the same key that
+has a lower number or a result. Trial numbers are unique and rise, so of two with one key exactly
+one goes on.
+
+A worker that was killed leaves a running trial. It is marked failed once its process is seen to be
+gone (same machine) or its heartbeat to have stopped (relational storages), and tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import (
+    DuplicatedStudyError,
+    ExperimentalWarning,
+    StorageInternalError,
+    TrialPruned,
+    UpdateFinishedTrialError,
+)
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from sq_cpu.errors import SqCpuError
+
+__all__ = [
+    "Outcome",
+    "Trials",
+    "has_study",
+    "join_study",
+    "opened_storage",
+    "quiet_optuna",
+]
+
+_HEARTBEAT = 10
+_GRACE = 60
+_POLL = 0.05
+
+_CLAIM, _RESULT, _JOB = "claim", "result", "job"
+
+
+@contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Run a block without Optuna's log on stderr."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+@contextmanager
+def opened_storage(where: str | os.PathLike[str] | BaseStorage | None) -> Iterator[BaseStorage]:
+    """Yield the storage that `where` names, and close it afterwards, if it was opened here.
+
+    Parameters
+    ----------
+    where : a path (SQLite), a database's URL such as "postgresql://user@host/name", a storage of
+        Optuna's, or None: memory, which ends with the process. Of a storage of Optuna's that keeps
+        no heartbeats a worker that died on another machine cannot be told from a slow one.
+
+    Raises
+    ------
+    SqCpuError
+        When the database cannot be opened, or the package that talks to it is missing.
+    """
+    if isinstance(where, BaseStorage):
+        yield where
+        return
+    if where is None:
+        yield optuna.storages.InMemoryStorage()
+        return
+    storage = _open(_url(where))
+    try:
+        yield storage
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _open(url: str, retries: int = 5) -> RDBStorage:
+    # Writers wait for each other's locks instead of failing.
+    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
+            return RDBStorage(
+                url, engine_kwargs=engine, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE
+            )
+    except ImportError as error:
+        raise SqCpuError(
+            f"no driver for the storage {_without_password(url)} ({error}): for PostgreSQL, "
+            "pip install 'sq_cpu[postgres]'"
+        ) from error
+    except Exception as error:  # SQLAlchemy's and the drivers' own have no base in common
+        # Two make the tables at once, and one of them has to lose.
+        lost = any(sign in str(error) for sign in ("already exists", "UNIQUE constraint"))
+        if lost and retries:
+            time.sleep(random.random())
+            return _open(url, retries - 1)
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise SqCpuError(
+            f"cannot open the storage {_without_password(url)}: {reason}; give a path or the URL "
+            "of a database that is running"
+        ) from error
+
+
+def _url(where: str | os.PathLike[str]) -> str:
+    text = os.fspath(where)
+    kind, separator, rest = text.partition("://")
+    if not separator:
+        return f"sqlite:///{Path(text).expanduser().absolute()}"
+    # Without a driver the name would mean psycopg2 to some SQLAlchemy releases.
+    return f"postgresql+psycopg://{rest}" if kind in ("postgres", "postgresql") else text
+
+
+def _without_password(url: str) -> str:
+    kind, _, rest = url.partition("://")
+    who, at, where = rest.rpartition("@")
+    return f"{kind}://{who.partition(':')[0]}{at}{where}"
+
+
+def has_study(storage: BaseStorage, name: str) -> bool:
+    """Return whether the storage holds a study of that name."""
+    return name in optuna.get_all_study_names(storage)
+
+
+def join_study(
+    storage: BaseStorage,
+    name: str,
+    identity: Mapping[str, Any],
+    prepare: Callable[[], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Create the study, or join the one that is there; return the facts that it was begun with.
+
+    Parameters
+    ----------
+    identity : what a job must have in common with the study, JSON types
+    prepare : makes the facts, JSON types; called only where there is no study yet
+
+    Raises
+    ------
+    SqCpuError
+        When the study belongs to a job of another identity.
+    """
+    identity = dict(identity)
+    if not has_study(storage, name):
+        # Before the study exists: whoever finds one finds its facts.
+        facts = dict(prepare())
+        try:
+            study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
+            study.set_user_attr(_JOB, {"identity": identity, "facts": facts})
+        except DuplicatedStudyError:
+            pass  # another worker was faster: its facts hold
+    study = optuna.load_study(storage=storage, study_name=name)
+    deadline = time.monotonic() + _GRACE
+    while _JOB not in study.user_attrs:
+        if time.monotonic() > deadline:
+            raise SqCpuError(
+                f"the study {name} of the storage is empty: whoever began it was killed at once; "
+                "use another storage or study name"
+            )
+        time.sleep(_POLL)
+    job: dict[str, Any] = study.user_attrs[_JOB]
+    for key in sorted(identity.keys() | job["identity"].keys()):
+        there, here = job["identity"].get(key), identity.get(key)
+        if there != here:
+            raise SqCpuError(
+                f"the study {name} of the storage belongs to another job ({key} is {there} there, "
+                f"{here} here): use another storage or study name, or repeat that job"
+            )
+    return dict(job["facts"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a configuration was evaluated to."""
+
+    key: str
+    value: float
+    """What the study minimizes."""
+    result: dict[str, Any]
+    """The rest, JSON types."""
+    number: int
+    study: str
+
+
+class Trials:
+    """The trials of one study, for one worker of perhaps many.
+
+    `result` of an evaluation is a mapping of JSON types with the entry "value", the objective.
+    """
+
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        sampler: BaseSampler | None = None,
+        pruner: BasePruner | None = None,
+    ) -> None:
+        self.name = name
+        self._study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="minimize",
+            sampler=sampler,
+            pruner=pruner or optuna.pruners.NopPruner(),
+            load_if_exists=True,
+        )
+
+    def use(self, sampler: BaseSampler) -> None:
+        """Have the settings of trials to come suggested by `sampler`."""
+        self._study.sampler = sampler
+
+    def _all(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
+
+    def _state(self, number: int) -> TrialState | None:
+        return next((trial.state for trial in self._all() if trial.number == number), None)
+
+    def __len__(self) -> int:
+        """Return how many trials there are, whatever became of them."""
+        return len(self._all())
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Return what has been evaluated, by key, in the order of the trials."""
+        found = {}
+        for trial in self._all():
+            key = _key(trial)
+            if trial.state == TrialState.COMPLETE and key is not None and trial.value is not None:
+                result = trial.user_attrs[_RESULT]
+                found[key] = Outcome(key, trial.value, result, trial.number, self.name)
+        return found
+
+    def running(self) -> set[str | None]:
+        """Return the keys that are being evaluated; None for one that is not known yet."""
+        self.recover()
+        return {_key(trial) for trial in self._all() if trial.state == TrialState.RUNNING}
+
+    def count(self) -> int:
+        """Return how many trials count towards a limit: evaluated, pruned half-way or running."""
+        self.recover()
+        states = (TrialState.COMPLETE, TrialState.RUNNING)
+        return sum(trial.state in states or _is_pruned(trial) for trial in self._all())
+
+    def kept(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return what the study keeps under a name, JSON types; made where it has none yet."""
+        attributes = self._study.user_attrs
+        if name not in attributes:
+            self._study.set_user_attr(name, make())
+        return self._study.user_attrs[name]
+
+    def propose(self, settings: Iterable[Mapping[str, Any]]) -> None:
+        """Have these settings tried first, if no trial exists yet."""
+        if not self._all():
+            for values in settings:
+                self._study.enqueue_trial(dict(values))
+
+    def run(
+        self,
+        key_of: Callable[[Trial], str],
+        evaluate: Callable[[Trial, str], Mapping[str, Any]],
+    ) -> bool:
+        """Run one trial; return False when it gave way to one with the same configuration.
+
+        Parameters
+        ----------
+        key_of : asks the trial for its settings and returns the key
+        evaluate : takes the trial and the key, returns the result
+
+        What `evaluate` raises is passed on; after `KeyboardInterrupt` the configuration is tried
+        again.
+        """
+        raised: BaseException | None = None
+        number = -1
+        gave_way = False
+
+        def objective(trial: Trial) -> float:
+            nonlocal raised, number, gave_way
+            number = trial.number
+            try:
+                key = key_of(trial)
+                gave_way = not self._claim(trial, key)
+                if gave_way:
+                    raise TrialPruned
+                result = self._evaluated(trial, key, evaluate)
+                trial.set_user_attr(_RESULT, result)
+                return float(result["value"])
+            except BaseException as error:
+                raised = error
+                raise
+
+        self.recover()
+        try:
+            self._study.optimize(objective, n_trials=1)
+        except StorageInternalError as error:
+            raise SqCpuError(
+                f"the storage failed; what is finished is kept, run again to go on: {error}"
+            ) from error
+        except Exception:
+            # Another worker took this one for dead and marked the trial failed: no error of ours.
+            expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
+            if not expected or self._state(number) != TrialState.FAIL:
+                raise
+            return False
+        return not gave_way
+
+    def _evaluated(
+        self, trial: Trial, key: str, evaluate: Callable[[Trial, str], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        try:
+            return dict(evaluate(trial, key))
+        except (TrialPruned, UpdateFinishedTrialError):
+            raise
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")  # not tried again
+            raise
+
+    def _claim(self, trial: Trial, key: str) -> bool:
+        """Write the key down; return whether no other trial has it already."""
+        trial.set_user_attr(_CLAIM, {"key": key, "worker": _worker()})
+        deadline = time.monotonic() + _GRACE
+        recovered = time.monotonic()
+        while True:
+            silent = []
+            for other in self._all():
+                if other.number == trial.number or other.state == TrialState.WAITING:
+                    continue
+                is_running = other.state == TrialState.RUNNING and other.number < trial.number
+                taken = other.state == TrialState.COMPLETE or _is_pruned(other) or is_running
+                if taken and _key(other) == key:
+                    trial.set_user_attr("duplicate_of", other.number)
+                    return False
+                if is_running and _key(other) is None:
+                    silent.append(other)
+            if not silent:
+                return True
+            if time.monotonic() > deadline:  # killed before it wrote its name down
+                for other in silent:
+                    self._fail(other)
+            elif time.monotonic() - recovered > 1:
+                self.recover()
+                recovered = time.monotonic()
+            time.sleep(_POLL)
+
+    def recover(self) -> None:
+        """Mark the trials of dead workers failed, and have what was interrupted tried again."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self._study)
+        for trial in self._all():
+            claim = trial.user_attrs.get(_CLAIM)
+            if trial.state == TrialState.RUNNING and claim and _is_gone(claim["worker"]):
+                self._fail(trial)
+        trials = self._all()
+        retried = {trial.user_attrs.get("retry_of") for trial in trials}
+        for trial in trials:
+            interrupted = trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+            # Trials without settings are the refinement's, which itself asks for them again.
+            is_whole = bool(trial.params) and _CLAIM in trial.user_attrs
+            if interrupted and is_whole and trial.number not in retried:
+                self._study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+
+    def _fail(self, trial: FrozenTrial) -> None:
+        with suppress(UpdateFinishedTrialError, ValueError):  # finished, or failed by another
+            self._study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _key(trial: FrozenTrial) -> str | None:
+    claim = trial.user_attrs.get(_CLAIM)
+    return None if claim is None else str(claim["key"])
+
+
+def _is_pruned(trial: FrozenTrial) -> bool:
+    """Return whether the pruner stopped a trial, and not another with the same configuration."""
+    return trial.state == TrialState.PRUNED and "duplicate_of" not in trial.user_attrs
+
+
+@cache
+def _machine() -> str:
+    # A host's name alone may be that of several containers, and survives a restart.
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def _started(pid: int) -> str | None:
+    """Return when a process started, in clock ticks since boot; None if there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else fields[18]
+
+
+def _worker() -> dict[str, Any]:
+    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
+
+
+def _is_gone(worker: Mapping[str, Any]) -> bool:
+    """Return whether a worker is known to have ended; one of another machine is not."""
+    here = bool(worker["machine"] == _machine())
+    return here and _started(worker["pid"]) != worker["started"]

@@ -1,0 +1,208 @@
+"""`sq-cpu tune` and `autotune`: plans for `sq-cpu quantize --plan`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import TEXT, error_of, json_of, run
+from test_hf import byte_model, byte_tokenizer, save_float
+from torch import nn
+
+import sq_cpu
+from sq_cpu import SmoothPlan, costs, texts
+from sq_cpu.cli import tuning
+from sq_cpu.evaluate import TextPerplexity
+
+OTHER = "Pack my box with five dozen liquor jugs, and then some more. " * 20
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(costs, "_ROUNDS", 1)
+    monkeypatch.setattr(costs, "_FLUSHED_BYTES", 1 << 10)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_float(tmp_path / "float")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> list[object]:
+    """Options for a quick job on texts of a test."""
+    calib, text = tmp_path / "calib.txt", tmp_path / "text.txt"
+    calib.write_text(TEXT)
+    text.write_text(OTHER)
+    windows = ["--window", 64, "--windows", 4, "--text-windows", 4, "--tokens", 8]
+    return ["--calib", calib, "--text", text, *windows, "--trials", 2]
+
+
+def test_tune_writes_a_plan_that_quantize_carries_out(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    options = ["--window", 64, "--windows", 4]
+    made = json_of("tune", folder, "-o", out, "--scheme", "O3", *options)
+    plan = SmoothPlan.load(out)
+    assert made["groups"] == len(plan.groups) > 0
+    alphas = [group.alpha for group in plan.groups]
+    assert made["alpha"] == {"least": min(alphas), "greatest": max(alphas)}
+    quantized = json_of("quantize", folder, "-o", tmp_path / "int8", "--plan", out, *options)
+    assert quantized["layers"] == 14
+
+
+def test_autotune_writes_the_plan_the_trials_and_the_report(
+    folder: Path, tmp_path: Path, small: list[object]
+) -> None:
+    out, page = tmp_path / "plan.json", tmp_path / "report.html"
+    made = json_of("autotune", folder, "-o", out, "--goal", "1%", "--report", page, *small)
+    assert made["goal_met"]
+    assert made["loss"] <= 0.01
+    assert made["metric"] == pytest.approx(made["float_metric"], rel=0.01)
+    assert made["storage"] == str(tmp_path / "plan.db")
+    assert (tmp_path / "plan.db").exists()
+    plan = SmoothPlan.load(out)
+    assert plan.scheme is not None
+    assert list(plan.in_float) == made["in_float"]
+    assert "<html" in page.read_text()
+
+    # What the plan is worth is what was said: the same windows of the same text.
+    int8 = tmp_path / "int8"
+    calib = small[1]
+    options = ["--calib", calib, "--window", 64, "--windows", 4]
+    run("quantize", folder, "-o", int8, "--plan", out, *options)
+    scored = json_of("eval", int8, "--text", small[3], "--window", 64, "--windows", 4)
+    assert scored["perplexity"] == made["metric"]
+
+
+def test_the_plain_output_says_what_was_found(
+    folder: Path, tmp_path: Path, small: list[object]
+) -> None:
+    out = tmp_path / "plan.json"
+    result = run("autotune", folder, "-o", out, "--goal", "1%", *small)
+    assert f"{out}: " in result.stdout
+    assert "(goal 1%)" in result.stdout
+    assert "ms against" in result.stdout
+    assert "search 0: metric" in result.stderr  # no progress bar: a line for every trial
+
+
+def test_an_earlier_run_is_resumed_only_when_told(
+    folder: Path, tmp_path: Path, small: list[object]
+) -> None:
+    out = tmp_path / "plan.json"
+    arguments = ["autotune", folder, "-o", out, "--goal", "1%", *small]
+    assert "does not exist; drop --resume" in error_of(*arguments, "--resume")
+    first = json_of(*arguments)
+    assert "holds the trials of an earlier run: go on with --resume" in error_of(*arguments)
+    again = json_of(*arguments, "--resume")
+    assert again["trials"] == first["trials"]
+    assert again["metric"] == first["metric"]
+    other = error_of("autotune", folder, "-o", out, "--goal", "2%", *small, "--resume")
+    assert "belongs to another job (goal is" in other
+    changed = Path(str(small[1]))
+    changed.write_text(TEXT + "!")
+    assert "belongs to another job" in error_of(*arguments, "--resume")
+
+
+def test_tune_with_a_goal_is_autotune(folder: Path, tmp_path: Path, small: list[object]) -> None:
+    out = tmp_path / "plan.json"
+    made = json_of("tune", folder, "-o", out, "--goal", "50%", *small[:2], *small[4:8])
+    assert made["goal"] == "50%"
+    assert made["goal_met"]
+
+
+def test_a_missed_goal_is_a_failure_that_leaves_the_best_plan(
+    folder: Path, tmp_path: Path, small: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[nn.Module] = []
+
+    def worse(self: TextPerplexity, model: nn.Module) -> float:
+        calls.append(model)
+        return float(len(calls))
+
+    monkeypatch.setattr(TextPerplexity, "__call__", worse)
+    out = tmp_path / "plan.json"
+    arguments = ["autotune", folder, "-o", out, "--goal", "1%", *small, "--refine-trials", 1]
+    result = run(*arguments, "--json", code=1)
+    assert json.loads(result.stdout)["goal_met"] is False
+    assert "the goal is not met" in result.stderr.splitlines()[-1]
+    assert SmoothPlan.load(out).groups
+
+
+def test_ctrl_c_writes_the_best_so_far(
+    folder: Path, tmp_path: Path, small: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[nn.Module] = []
+
+    def interrupted(self: TextPerplexity, model: nn.Module) -> float:
+        calls.append(model)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return float(len(calls))
+
+    monkeypatch.setattr(TextPerplexity, "__call__", interrupted)
+    out = tmp_path / "plan.json"
+    result = run("autotune", folder, "-o", out, "--goal", "1%", *small, "--json", code=130)
+    made = json.loads(result.stdout)
+    assert made["stopped"] == "interrupted"
+    assert made["trials"] == 1
+    assert "--resume goes on" in result.stderr.splitlines()[-1]
+    assert SmoothPlan.load(out).groups
+
+
+def test_tasks_are_an_accuracy(
+    folder: Path, tmp_path: Path, small: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def accuracy(model: nn.Module, **options: Any) -> float:
+        asked.append((options["tasks"], options["limit"]))
+        return 0.5 if len(asked) == 1 else 0.496
+
+    monkeypatch.setattr(tuning, "lm_eval_accuracy", accuracy)
+    options = [*small[:2], *small[4:], "--tasks", "a", "--tasks", "b", "--task-limit", 7]
+    made = json_of("autotune", folder, "-o", tmp_path / "plan.json", "--goal", "1%", *options)
+    assert set(map(str, asked)) == {"(['a', 'b'], 7)"}
+    assert made["goal_met"]
+    assert made["loss"] == pytest.approx(0.008)
+
+
+def test_wrong_usage_is_said_before_the_work(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert "goal is 'much'" in error_of("autotune", folder, "-o", out, "--goal", "much")
+    both = run("autotune", folder, "-o", out, "--text", out, "--tasks", "a", code=2)
+    assert "two metrics" in both.stderr
+    assert "--tasks" in run("autotune", folder, "-o", out, "--task-limit", 3, code=2).stderr
+    assert "30m" in run("autotune", folder, "-o", out, "--time-limit", "soon", code=2).stderr
+    assert "is a folder" in error_of("autotune", folder, "-o", tmp_path)
+    assert "the shipped text has 20" in error_of(
+        "autotune", folder, "-o", out, "--text-windows", 21
+    )
+    error = error_of("autotune", folder, "-o", out, "--storage", "postgresql://me@127.0.0.1:1/x")
+    assert "cannot open the storage" in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), ("1.5h", 5400)]
+)
+def test_time_limits(text: str, seconds: float) -> None:
+    assert tuning._seconds(text) == seconds
+
+
+def test_a_search_scores_other_text_than_the_evaluation() -> None:
+    halves = texts.selection()
+    assert len(halves) == len(texts.evaluation())
+    for half, document in zip(halves, texts.evaluation(), strict=True):
+        assert document.endswith(half)
+        # 512 tokens of a document's beginning, at 6 characters each, do not reach it.
+        assert len(document) - len(half) > 6 * 512
+
+
+def test_perplexities_of_more_and_more_windows() -> None:
+    model, tokenizer = byte_model(), byte_tokenizer()
+    running: Iterator[float] = TextPerplexity(tokenizer, TEXT, 64, 4)(model)
+    values = list(running)
+    assert len(values) == 4
+    assert values[-1] == sq_cpu.perplexity(model, tokenizer, TEXT, window=64, windows=4)

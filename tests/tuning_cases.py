@@ -1,0 +1,60 @@
+"""A small model with outliers, a metric for it, and costs that no clock has a part in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import batches
+from torch import nn
+
+from sq_cpu import SearchSpace
+from sq_cpu.costs import CHOICES, Costs
+
+# Quick: without `tune`.
+QUICK = SearchSpace(smoothing=("smoothquant",), static_range=("minmax",))
+
+_PER_WEIGHT = {"static": 1.0, "per_token": 1.125, "per_tensor": 1.25, "float": 4.0}
+
+
+class Divergence:
+    """Mean divergence of a model's next tokens from the float model's; each call is counted.
+
+    With a log, every call writes a line there first; the call of number `hang` then never ends.
+    """
+
+    def __init__(self, model: nn.Module, log: Path | None = None, hang: int = -1) -> None:
+        self.ids = batches(6)[3:]
+        self.log, self.hang, self.calls = log, hang, 0
+        self.expected = list(self._logits(model))
+
+    def _logits(self, model: nn.Module) -> Iterator[Any]:
+        with torch.no_grad():
+            for ids in self.ids:
+                yield model(ids).logits.log_softmax(-1)
+
+    def __call__(self, model: nn.Module) -> float:
+        if self.log is not None:
+            with self.log.open("a") as lines:
+                lines.write("evaluation\n")
+        while self.calls == self.hang:
+            time.sleep(1)
+        self.calls += 1
+        pairs = zip(self.expected, self._logits(model), strict=True)
+        terms = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs]
+        return sum(terms) / len(terms)
+
+
+def costs(model: nn.Module) -> Costs:
+    """Return costs in proportion to the size of each linear of a model."""
+    entries = {}
+    for linear in model.modules():
+        if isinstance(linear, nn.Linear):
+            size = linear.out_features * linear.in_features / 1024
+            row = {choice: size * _PER_WEIGHT[choice] for choice in CHOICES}
+            row |= {f"{c}+smoothing": ms + 0.01 * size for c, ms in row.items() if c != "float"}
+            entries[f"{linear.out_features}x{linear.in_features}"] = row
+    return Costs(tokens=32, dtype="float32", entries=entries)
