@@ -10,7 +10,8 @@ import torch as _torch  # noqa: F401  first: the extension uses the OpenMP runti
 from sq_cpu import transformers_plugin as _transformers_plugin  # noqa: F401  registers itself
 from sq_cpu.analysis import Analysis, analyze
 from sq_cpu.autotune import Autotuned, autotune
-from sq_cpu.calibrate import Calibration, calibrate
+from sq_cpu.calibrate import calibrate
+from sq_cpu.calibration import Calibration
 from sq_cpu.checkpoint import load, save
 from sq_cpu.configurations import SearchSpace
 from sq_cpu.errors import SqCpuError

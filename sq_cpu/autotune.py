@@ -21,7 +21,8 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from torch import nn
 
-from sq_cpu.calibrate import Batch, Calibration, calibrate
+from sq_cpu.calibrate import Batch, calibrate
+from sq_cpu.calibration import Calibration
 from sq_cpu.configurations import Configuration, SearchSpace
 from sq_cpu.costs import Choice, Costs, measured_costs
 from sq_cpu.errors import SqCpuError

@@ -6,25 +6,19 @@ after smoothing is the range here / s, exactly, and no second pass is needed.
 
 from __future__ import annotations
 
-import json
-import os
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from sq_cpu.calibration import FOLDS, Calibration, Example, fingerprint
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import replacing
 from sq_cpu.linears import check_ignore, linearized, quantizable_linears
 from sq_cpu.progress import track
+from sq_cpu.sensitivity import differentiating, sampled_loss
 
 __all__ = [
     "Batch",
@@ -39,134 +33,10 @@ __all__ = [
     "watching_inputs",
 ]
 
-_FORMAT = "sq_cpu.calibration"
-_VERSION = 2
 _EXAMPLE_TOKENS = 32
 SAMPLED_ROWS = 64
-_PLAIN = (bool, int, float, str, type(None))
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
-Example = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """What the linears' inputs look like, by the linears' full names."""
-
-    channel_min: dict[str, Tensor]
-    channel_max: dict[str, Tensor]
-    """Range of every input channel, fp32 [in_features] each."""
-    rows: dict[str, Tensor]
-    """A uniform sample of input rows, of the model's dtype [at most `rows`, in_features] each."""
-    fingerprints: dict[str, int]
-    """Checksum of some of each linear's weight rows, to tell when it has changed since."""
-    tokens: int
-    """Rows that the busiest linear saw, padding not counted."""
-    batches: int
-    unreached: tuple[str, ...] = field(default=())
-    """Linears that no batch reached; they have no ranges."""
-    example: Example | None = None
-    """The first batch, if it is token ids alone their first 32: what folds are proven with."""
-
-    def absmax(self, name: str) -> Tensor:
-        """Return max|X_j| of a linear's input, fp32 [in_features]."""
-        low, high = self.channels(name)
-        return torch.maximum(low.abs(), high.abs())
-
-    def channels(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the least and the greatest value of each input channel of a linear."""
-        if name in self.unreached:
-            raise SqCpuError(
-                f"no calibration batch reached {name}: calibrate on text that does, or ignore it"
-            )
-        if name not in self.channel_min:
-            raise SqCpuError(
-                f"the calibration does not cover {name}: calibrate this very model, "
-                "ignoring no more than the scheme does"
-            )
-        return self.channel_min[name], self.channel_max[name]
-
-    def check_weight(self, name: str, linear: nn.Module) -> None:
-        """Raise `SqCpuError` unless a linear's weight is still what it was when calibrated.
-
-        Ranges hold for one set of weights: folding changes both.
-        """
-        self.channels(name)
-        if self.fingerprints.get(name) != _fingerprint(linear):
-            raise SqCpuError(
-                f"the weights of {name} changed since the calibration: calibrate again"
-            )
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a safetensors file; it appears whole or not at all."""
-        tensors = {f"channel_min.{name}": value for name, value in self.channel_min.items()}
-        tensors |= {f"channel_max.{name}": value for name, value in self.channel_max.items()}
-        tensors |= {f"rows.{name}": value for name, value in self.rows.items()}
-        given, plain = _split_example(self.example)
-        tensors |= {f"example.{key}": value for key, value in given.items()}
-        header = {
-            "format": _FORMAT,
-            "format_version": _VERSION,
-            "tokens": self.tokens,
-            "batches": self.batches,
-            "unreached": list(self.unreached),
-            "fingerprints": self.fingerprints,
-            "example": plain,
-        }
-        with replacing(path) as temporary:
-            temporary.write_bytes(safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Read what `save` wrote; `SqCpuError` on anything else."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
-            raise SqCpuError(f"cannot read the calibration {path}: {error}") from error
-        if header is None:
-            raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
-        low, high, rows, given = (
-            {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            for kind in ("channel_min.", "channel_max.", "rows.", "example.")
-        )
-        try:
-            if header["format_version"] > _VERSION:
-                raise SqCpuError(
-                    f"{path} has calibration format {header['format_version']}, newer than this "
-                    f"sq_cpu reads ({_VERSION}): upgrade sq_cpu"
-                )
-            tokens, batches = int(header["tokens"]), int(header["batches"])
-            unreached, fingerprints = tuple(header["unreached"]), dict(header["fingerprints"])
-            example = _join_example(given, header.get("example"))
-        except (KeyError, TypeError) as error:
-            raise SqCpuError(
-                f"the header of {path} is not one that sq_cpu writes: calibrate again"
-            ) from error
-        return cls(low, high, rows, fingerprints, tokens, batches, unreached, example)
-
-
-def _split_example(example: Example | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return an example's tensors and the rest by position or keyword; None: JSON cannot say it."""
-    args, kwargs = example or ((), {})
-    values = {str(index): value for index, value in enumerate(args)} | kwargs
-    given = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-    plain = {key: value for key, value in values.items() if key not in given}
-    if example is None or not all(isinstance(value, _PLAIN) for value in plain.values()):
-        return {}, None
-    return {key: value.contiguous() for key, value in given.items()}, plain
-
-
-def _join_example(given: dict[str, Tensor], plain: dict[str, Any] | None) -> Example | None:
-    """Put together what `Calibration.save` took apart; None of a file without an example."""
-    if plain is None:
-        return None
-    values = given | plain
-    positions = sorted(int(key) for key in values if key.isdigit())
-    args = tuple(values[str(index)] for index in positions)
-    return args, {key: value for key, value in values.items() if not key.isdigit()}
 
 
 def calibrate(
@@ -175,12 +45,16 @@ def calibrate(
     *,
     ignore: tuple[str, ...] = ("lm_head",),
     rows: int = SAMPLED_ROWS,
+    gradients: bool = False,
     progress: bool | None = None,
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
 
     Beside the range, a uniform sample of at most `rows` input rows is kept of each linear, for
-    `tune`; they take rows * in_features elements a linear.
+    `tune`; they take rows * in_features elements a linear. With `gradients` each batch is also run
+    backward, and for every sampled row the gradient of the model's loss with respect to the
+    linear's output is kept: it tells `tune` which errors matter. That takes rows * out_features
+    elements more a linear, three times the time, and the memory of one batch's graph.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that a mapping's two-dimensional
@@ -192,7 +66,7 @@ def calibrate(
     for an entry of `ignore` that matches none.
     """
     with linearized(model):
-        return _calibrate(model, batches, ignore, rows, progress)
+        return _calibrate(model, batches, ignore, rows, gradients, progress)
 
 
 def _calibrate(
@@ -200,6 +74,7 @@ def _calibrate(
     batches: Iterable[Batch],
     ignore: tuple[str, ...],
     rows: int,
+    gradients: bool,
     progress: bool | None,
 ) -> Calibration:
     check_ignore(model, ignore)
@@ -208,11 +83,19 @@ def _calibrate(
         raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
     ranges = InputRanges(linears, rows)
     example: Example | None = None
-    with evaluating(model), ranges.watching():
+    labels = torch.Generator().manual_seed(0)
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(ranges.watching())
+        if gradients:
+            stack.enter_context(differentiating(model, linears, ranges.see_gradients))
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
             example = example or example_of(args, kwargs)
-            with ranges.batch(kwargs.get("attention_mask")):
-                model(*args, **kwargs)
+            mask = kwargs.get("attention_mask")
+            with ranges.batch(mask):
+                outputs = model(*args, **kwargs)
+                if gradients:
+                    sampled_loss(outputs, mask, labels).backward()
     return ranges.calibration(example)
 
 
@@ -270,13 +153,6 @@ def check_length(model: nn.Module, length: int, what: str) -> None:
         )
 
 
-def _fingerprint(linear: nn.Module) -> int:
-    """Return the CRC-32 of the bytes of at most 8 evenly spaced rows of a linear's weight."""
-    weight = linear.get_parameter("weight").detach()
-    rows = torch.linspace(0, len(weight) - 1, min(8, len(weight))).long()
-    return zlib.crc32(weight[rows].contiguous().view(torch.uint8).numpy().tobytes())
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a block with `model` in evaluation mode and without gradients; restore every module."""
@@ -298,6 +174,8 @@ class _Recent:
     key: tuple[int, int] | None = None
     held: Tensor | None = None  # keeps the address from being reused while the key stands
     rows: Tensor
+    kept: Tensor | None = None
+    """Which rows of x are no padding, bool; None: all."""
     low: Tensor
     high: Tensor
 
@@ -318,8 +196,10 @@ class _Recent:
             return
         self.rows = x.detach().reshape(-1, x.shape[-1])
         # OPT hands its MLP [batch * sequence, features].
+        self.kept = None
         if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
-            self.rows = self.rows[self.mask.reshape(-1)]
+            self.kept = self.mask.reshape(-1)
+            self.rows = self.rows[self.kept]
         if len(self.rows):
             self.low, self.high = self.rows.amin(dim=0).float(), self.rows.amax(dim=0).float()
         self.key, self.held = key, x
@@ -334,28 +214,47 @@ class _Sample:
         self.generator = torch.Generator().manual_seed(0)
         self.keys = torch.empty(0)
         self.rows = torch.empty(0)
+        self.folds = torch.empty(0, dtype=torch.uint8)
+        self.gradients: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, fold: int) -> Tensor:
+        """Take in rows, and return their keys."""
         new = torch.rand(len(x), generator=self.generator)
         keys, kept = torch.cat([self.keys, new]).topk(min(self.size, len(self.keys) + len(new)))
         is_old = kept < len(self.keys)
-        added = x[kept[~is_old] - len(self.keys)].detach()
-        self.rows = torch.cat([self.rows[kept[is_old]], added]) if is_old.any() else added
+        old, added = kept[is_old], kept[~is_old] - len(self.keys)
+        taken = x[added].detach()
+        self.rows = torch.cat([self.rows[old], taken]) if is_old.any() else taken
+        folds = torch.full((len(added),), fold, dtype=torch.uint8)
+        self.folds = torch.cat([self.folds[old], folds])
+        if self.gradients is not None:
+            none_yet = self.gradients.new_zeros(len(added), self.gradients.shape[1])
+            self.gradients = torch.cat([self.gradients[old], none_yet])
         self.keys = torch.cat([keys[is_old], keys[~is_old]])
+        return new
+
+    def add_gradients(self, keys: Tensor, gradients: Tensor) -> None:
+        """Take in the gradients [rows, out_features] of the rows that had these keys."""
+        if self.gradients is None:
+            self.gradients = gradients.new_zeros(len(self.keys), gradients.shape[1])
+        place, row = torch.nonzero(self.keys[:, None] == keys, as_tuple=True)
+        self.gradients[place] = gradients[row]
 
 
 class _ChannelRange:
-    """Running minimum and maximum of one linear's input channels, fp32, and a sample of rows."""
+    """Running minimum and maximum of one linear's input channels, and a sample of rows."""
 
     def __init__(self, name: str, linear: nn.Linear, rows: int) -> None:
         self.name = name
         self.sample = _Sample(rows)
         self.rows = 0
-        self.low = torch.full((linear.in_features,), torch.inf)
-        self.high = torch.full((linear.in_features,), -torch.inf)
+        self.low = torch.full((FOLDS, linear.in_features), torch.inf)
+        self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
+        self.keys = torch.empty(0)
 
     def add(self, x: Tensor, recent: _Recent) -> None:
         recent.look(x)
+        self.keys = torch.empty(0)
         if not len(recent.rows):  # an expert that no token was routed to, or all padding
             return
         if not (recent.low.isfinite().all() and recent.high.isfinite().all()):
@@ -363,10 +262,22 @@ class _ChannelRange:
                 f"calibration batch {recent.batch}: NaN or Inf in the input of {self.name}; "
                 "check the batch and the model's weights"
             )
-        torch.minimum(self.low, recent.low, out=self.low)
-        torch.maximum(self.high, recent.high, out=self.high)
+        fold = recent.batch % FOLDS
+        torch.minimum(self.low[fold], recent.low, out=self.low[fold])
+        torch.maximum(self.high[fold], recent.high, out=self.high[fold])
         self.rows += len(recent.rows)
-        self.sample.add(recent.rows)
+        self.keys = self.sample.add(recent.rows, fold)
+
+    def gradient_taker(self, kept: Tensor | None) -> Callable[[Tensor], None]:
+        """Return what takes the gradient of the output whose input was added last."""
+        keys = self.keys
+
+        def take(gradient: Tensor) -> None:
+            rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            if len(keys):
+                self.sample.add_gradients(keys, rows if kept is None else rows[kept])
+
+        return take
 
 
 class InputRanges:
@@ -386,6 +297,10 @@ class InputRanges:
         """Return a context in which the inputs of the linears are seen."""
         return watching_inputs(self._linears, "input", self._see)
 
+    def see_gradients(self, name: str) -> Callable[[Tensor], None]:
+        """Return what takes the gradient of a linear's output, right after the linear ran."""
+        return self._ranges[name].gradient_taker(self._recent.kept)
+
     @contextmanager
     def batch(self, mask: Any) -> Iterator[None]:
         """Run one batch; `mask`, if it is a tensor [batch, tokens], has 0 for padding."""
@@ -397,15 +312,24 @@ class InputRanges:
     def calibration(self, example: Example | None = None) -> Calibration:
         """Return what was seen so far."""
         reached = {name: seen for name, seen in self._ranges.items() if seen.rows}
+        sampled = reached if self._keep_rows else {}
         return Calibration(
-            channel_min={name: seen.low for name, seen in reached.items()},
-            channel_max={name: seen.high for name, seen in reached.items()},
-            rows={name: seen.sample.rows for name, seen in reached.items() if self._keep_rows},
-            fingerprints={name: _fingerprint(self._linears[name]) for name in reached},
+            channel_min={name: seen.low.amin(dim=0) for name, seen in reached.items()},
+            channel_max={name: seen.high.amax(dim=0) for name, seen in reached.items()},
+            rows={name: seen.sample.rows for name, seen in sampled.items()},
+            fingerprints={name: fingerprint(self._linears[name]) for name in reached},
             tokens=max((seen.rows for seen in reached.values()), default=0),
             batches=self._batches,
             unreached=tuple(name for name in self._ranges if name not in reached),
             example=example,
+            gradients={
+                name: seen.sample.gradients
+                for name, seen in sampled.items()
+                if seen.sample.gradients is not None
+            },
+            row_folds={name: seen.sample.folds for name, seen in sampled.items()},
+            fold_min={name: seen.low for name, seen in sampled.items()},
+            fold_max={name: seen.high for name, seen in sampled.items()},
         )
 
 

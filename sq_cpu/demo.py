@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu import checkpoint, texts
-from sq_cpu.calibrate import Calibration, calibrate
+from sq_cpu.calibrate import calibrate
+from sq_cpu.calibration import Calibration
 from sq_cpu.convert import linear_bytes
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows

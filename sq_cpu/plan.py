@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from sq_cpu.calibrate import Calibration
+from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import json_text, replacing
 from sq_cpu.groups import SmoothingGroup, norm_weight, smoothing_groups

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sq_cpu.calibrate import Calibration
+from sq_cpu.calibration import Calibration
 from sq_cpu.costs import Choice
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linears import is_ignored, linearized

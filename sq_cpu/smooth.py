@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sq_cpu.calibrate import Calibration, Example, evaluating
+from sq_cpu.calibrate import evaluating
+from sq_cpu.calibration import Calibration, Example
 from sq_cpu.errors import SqCpuError
 from sq_cpu.folding import apply_folds, refused_folds
 from sq_cpu.groups import SmoothingGroup, norm_weight, smoothing_groups

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from sq_cpu.calibrate import Calibration
+from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linears import linearized

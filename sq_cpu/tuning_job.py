@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sq_cpu.calibrate import Calibration, evaluating
+from sq_cpu.calibrate import evaluating
+from sq_cpu.calibration import Calibration
 from sq_cpu.configurations import Configuration
 from sq_cpu.costs import Choice, Costs
 from sq_cpu.errors import SqCpuError

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sq_cpu import checkpoint, checkpoint_settings
-from sq_cpu.calibrate import Example
+from sq_cpu.calibration import Example
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import replacing
 

@@ -20,7 +20,8 @@ from torch import nn
 from sq_cpu import texts
 from sq_cpu.analysis import analyze
 from sq_cpu.autotune import Autotuned, Candidate, autotune
-from sq_cpu.calibrate import Calibration, calibrate
+from sq_cpu.calibrate import calibrate
+from sq_cpu.calibration import Calibration
 from sq_cpu.cli.common import (
     Dtype,
     Json,

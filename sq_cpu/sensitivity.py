@@ -1,0 +1,93 @@
+"""What an error in a linear's output costs the model: gradients of a sampled loss.
+
+Let g be the gradient of -log p(y | x) with respect to a linear's output, with y drawn from the
+model's own prediction. A small error d of that output moves the prediction by a KL divergence of
+E[(g . d)^2] / 2 (the Fisher information; Amari 1998): so the errors of all linears are measured in
+one unit, nats, and add up to what the model loses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_leaves
+
+from sq_cpu.errors import SqCpuError
+
+__all__ = ["differentiating", "sampled_loss"]
+
+
+def sampled_loss(outputs: Any, mask: Any, generator: torch.Generator) -> Tensor:
+    """Return -log p(y | x), summed over all predictions, of y drawn from the prediction itself.
+
+    Where the model gives `logits` [..., classes], y is drawn from their softmax; positions that
+    `mask` [batch, tokens] has 0 for are left out. All other float outputs are taken as means of
+    Gaussians of variance 1. Raises `SqCpuError` when no output depends on a linear.
+    """
+    logits = getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor) and logits.dim() >= 2 and logits.requires_grad:
+        rows = logits.float().reshape(-1, logits.shape[-1])
+        if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
+            rows = rows[mask.reshape(-1).bool()]
+        with torch.no_grad():
+            labels = torch.multinomial(rows.softmax(dim=-1), 1, generator=generator)[:, 0]
+        return cross_entropy(rows, labels, reduction="sum")
+    leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    terms = [
+        (leaf.float() * torch.randn(leaf.shape, generator=generator)).sum()
+        for leaf in leaves
+        if leaf.requires_grad
+    ]
+    if not terms:
+        raise SqCpuError(
+            "the model's outputs have no gradient (its forward may disable them): calibrate "
+            "without gradients"
+        )
+    return torch.stack(terms).sum()
+
+
+@contextmanager
+def differentiating(
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    taker: Callable[[str], Callable[[Tensor], None]],
+) -> Iterator[None]:
+    """Run a block in which calls of the model have a graph from the first linears on.
+
+    Right after a linear ran, taker(name) gives what its output's gradient is handed to. Parameters
+    get no gradients.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
+        if x.requires_grad:
+            return None
+        x = x.detach().requires_grad_()
+        return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "input": x})
+
+    def after(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
+            y.register_hook(taker(name))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    handles = []
+    for name, linear in linears.items():
+        handles.append(linear.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(linear.register_forward_hook(after(name)))
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
