@@ -1,6 +1,5 @@
-"""An autotuning to be killed: python autotune_worker.py STORAGE LOG HANG."""
+"""An autotuning for processes of their own."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,3 @@ def job(storage: Any, log: Path | None, hang: int = -1, **options: Any) -> sq_cp
         progress=False,
         **options,
     )
-
-
-if __name__ == "__main__":
-    job(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -2,9 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
@@ -15,7 +12,7 @@ import optuna
 import postgres
 import pytest
 import torch
-from test_trials import wait_for
+from test_trials import kill_at, start
 from test_tune import planted
 from tiny import batches
 from torch import nn
@@ -251,13 +248,8 @@ def test_ctrl_c_before_the_first_result_is_passed_on() -> None:
 
 def test_killed_in_mid_trial_it_goes_on_without_losing_one(tmp_path: Path) -> None:
     storage, log = tmp_path / "study.db", tmp_path / "log"
-    process = subprocess.Popen(
-        [sys.executable, autotune_worker.__file__, str(storage), str(log), "4"]
-    )
-    wait_for(log, 5)  # the float model, three trials and the one that hangs
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    log.unlink()
+    # The float model, three trials and the one that hangs.
+    kill_at(start(autotune_worker.job, storage, log, 4), log, 5)
 
     url = f"sqlite:///{storage}"
     backend = optuna.storages.RDBStorage(url)

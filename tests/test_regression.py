@@ -1,7 +1,9 @@
 """The fixture `sq_cpu_regression`: passes, failures, refusals; times are faked or far apart."""
 
+import ctypes
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +26,9 @@ from sq_cpu.regression import ATTEMPTS, Gate, Settings
 pytest_plugins = ["pytester"]
 
 PLUGIN = ROOT / "sq_cpu" / "plugin"
+# Options of pytest within this process. Its faulthandler plugin, when such a run ends, would take
+# away the SIGILL handler that was installed after it: the AMX emulator's.
+INNER = ("-p", "pytest_sq_cpu", "-p", "no:faulthandler", "-W", "error")
 LOOSE = ("--sq-cpu-slower=2000%",)  # for what must not fail, whatever else the machine does
 
 
@@ -33,8 +38,12 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def suite(pytester: pytest.Pytester, model: Path) -> Callable[..., pytest.RunResult]:
-    """Run a suite of one call of the fixture, or of the given source."""
+def suite(model: Path, pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
+    """Run a suite of one call of the fixture, or of the given source.
+
+    Once `pytester` is there, what is imported for the first time is forgotten after the test; so
+    the model comes first.
+    """
     pytester.syspathinsert(PLUGIN)
     pytester.makeini("[pytest]")
 
@@ -42,8 +51,7 @@ def suite(pytester: pytest.Pytester, model: Path) -> Callable[..., pytest.RunRes
         call = f"sq_cpu_regression({str(folder)!r}, prompt=8, tokens=2)"
         pytester.makepyfile(test_it=source or f"def test_it(sq_cpu_regression):\n    {call}")
         return pytester.runpytest_inprocess(
-            *("-p", "pytest_sq_cpu", "-p", "no:cacheprovider", "-W", "error"),
-            *("--benchmark-max-time=0.01", *options),
+            *INNER, "-p", "no:cacheprovider", "--benchmark-max-time=0.01", *options
         )
 
     return run
@@ -326,11 +334,25 @@ def test_disabled_benchmarks_time_nothing(suite: Callable[..., pytest.RunResult]
 def test_without_pytest_benchmark(pytester: pytest.Pytester) -> None:
     pytester.syspathinsert(PLUGIN)
     pytester.makepyfile("def test_it(sq_cpu_regression):\n    pass\ndef test_else():\n    pass")
-    result = pytester.runpytest_inprocess("-p", "pytest_sq_cpu", "-p", "no:benchmark", "-W error")
+    result = pytester.runpytest_inprocess(*INNER, "-p", "no:benchmark")
     result.assert_outcomes(errors=1, passed=1)
     result.stdout.fnmatch_lines(
         ["sq_cpu_regression needs pytest-benchmark; run: pip install pytest-benchmark"]
     )
+
+
+@pytest.mark.usefixtures("amx_emulator")
+def test_runs_within_this_process_leave_its_signal_handlers(
+    suite: Callable[..., pytest.RunResult],
+) -> None:
+    def handler() -> int | None:
+        action = (ctypes.c_void_p * 32)()  # a struct sigaction, and more; the handler comes first
+        assert ctypes.CDLL(None).sigaction(signal.SIGILL, None, action) == 0
+        return action[0]
+
+    before = handler()
+    suite("--collect-only")
+    assert handler() == before
 
 
 def test_a_run_without_the_fixture_imports_nothing(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """Trials in a shared storage: each configuration once, whoever dies."""
 
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +48,28 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url.replace("/postgres?", f"/{name}?")
 
 
-def start(*arguments: object) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, trial_worker.__file__, *map(str, arguments)])
+def start(work: Callable[..., object], *arguments: object) -> SpawnProcess:
+    """Start `work` in a process of its own, which this one outlives."""
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=work, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
-def wait_for(log: Path, lines: int) -> None:
-    for _ in range(600):
-        if log.exists() and len(log.read_text().splitlines()) >= lines:
-            return
+def kill_at(worker: SpawnProcess, log: Path, lines: int) -> list[str]:
+    """Kill a worker that hangs once so many lines are logged; return and delete them."""
+    wait_for(worker, log, lines)
+    worker.kill()
+    worker.join()
+    logged = log.read_text().splitlines()
+    log.unlink()
+    return logged
+
+
+def wait_for(worker: SpawnProcess, log: Path, lines: int) -> None:
+    while not log.exists() or len(log.read_text().splitlines()) < lines:
+        assert worker.is_alive(), "the worker has ended"
         time.sleep(0.1)
-    raise AssertionError("the worker does not begin")
 
 
 def states(where: str) -> list[TrialState]:
@@ -75,8 +86,10 @@ def outcomes(where: str) -> dict[str, Outcome]:
 def test_workers_never_evaluate_a_configuration_twice(storage: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     # Nearly all of 36 configurations: most suggestions have been made before.
-    workers = [start(storage, log, 32) for _ in range(3)]
-    assert [worker.wait(300) for worker in workers] == [0, 0, 0]
+    workers = [start(trial_worker.work, storage, log, 32) for _ in range(3)]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
     evaluated = log.read_text().splitlines()
     assert len(evaluated) == len(set(evaluated))
     found = outcomes(storage)
@@ -90,15 +103,11 @@ def test_a_killed_worker_loses_no_trial_and_its_own_is_tried_again(
     storage: str, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    worker = start(storage, log, 20, 3)
-    wait_for(log, 4)
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    *finished, interrupted = log.read_text().splitlines()
-    log.unlink()
+    worker = start(trial_worker.work, storage, log, 20, 3)
+    *finished, interrupted = kill_at(worker, log, 4)
 
     assert states(storage)[-1] == TrialState.RUNNING
-    trial_worker.work(storage, str(log), 10)
+    trial_worker.work(storage, log, 10)
     evaluated = log.read_text().splitlines()
     assert evaluated[0] == interrupted
     assert not set(evaluated) & set(finished)
@@ -116,11 +125,7 @@ def test_a_worker_of_another_machine_is_gone_when_its_heart_stops(
     monkeypatch.setattr(trials, "_GRACE", 2)
     monkeypatch.setattr(trials, "_machine", lambda: "another")
     log = tmp_path / "log"
-    worker = start(storage, log, 20, 0)
-    wait_for(log, 1)
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    (interrupted,) = log.read_text().splitlines()
+    (interrupted,) = kill_at(start(trial_worker.work, storage, log, 20, 0), log, 1)
     with opened_storage(storage) as shared:
         other = Trials(shared, "test")
         for _ in range(600):
@@ -140,9 +145,9 @@ def test_a_worker_of_another_machine_is_gone_when_its_heart_stops(
 
 def test_a_living_worker_keeps_its_trial(storage: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    worker = start(storage, log, 20, 0)
+    worker = start(trial_worker.work, storage, log, 20, 0)
     try:
-        wait_for(log, 1)
+        wait_for(worker, log, 1)
         (key,) = log.read_text().splitlines()
         with opened_storage(storage) as shared:
             other = Trials(shared, "test")
@@ -152,7 +157,7 @@ def test_a_living_worker_keeps_its_trial(storage: str, tmp_path: Path) -> None:
         assert states(storage) == [TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE]
     finally:
         worker.kill()
-        worker.wait()
+        worker.join()
 
 
 def refuse(*_: Any) -> Mapping[str, Any]:

@@ -1,13 +1,9 @@
-"""A worker of its own process: python trial_worker.py URL LOG TRIALS [EVALUATIONS].
-
-After that many evaluations comes one that hangs. Every evaluation is a line in LOG, written before
-it begins.
-"""
+"""Trials for processes of their own."""
 
 import os
-import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -22,7 +18,11 @@ def key_of(trial: Trial) -> str:
     return f"{trial.suggest_int('x', 0, SIDE - 1)},{trial.suggest_int('y', 0, SIDE - 1)}"
 
 
-def work(url: str, log: str, count: int, before: int = -1) -> None:
+def work(url: str, log: Path, count: int, before: int = -1) -> None:
+    """Evaluate until there are `count` trials; after `before` evaluations comes one that hangs.
+
+    Every evaluation is a line in the log, written before it begins.
+    """
     done = 0
 
     def evaluate(_: Trial, key: str) -> Mapping[str, Any]:
@@ -42,7 +42,3 @@ def work(url: str, log: str, count: int, before: int = -1) -> None:
         trials = Trials(storage, "test", sampler)
         while trials.count() < count:
             trials.run(key_of, evaluate)
-
-
-if __name__ == "__main__":
-    work(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
