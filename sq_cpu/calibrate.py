@@ -95,7 +95,7 @@ def _calibrate(
             with ranges.batch(mask):
                 outputs = model(*args, **kwargs)
                 if gradients:
-                    sampled_loss(outputs, mask, labels).backward()
+                    torch.autograd.backward(sampled_loss(outputs, mask, labels))
     return ranges.calibration(example)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,13 @@ class Calibration:
         Ranges hold for one set of weights: folding changes both.
         """
         self.channels(name)
-        if self.fingerprints.get(name) != _fingerprint(linear):
+        if self.fingerprints.get(name) != fingerprint(linear):
             raise SqCpuError(
                 f"the weights of {name} changed since the calibration: calibrate again"
             )
 
-    def held_out(self) -> tuple[Calibration, ...]:
-        """Return for each fold its rows and gradients, with the ranges that the others saw.
+    def held_out(self, names: Iterable[str]) -> tuple[Calibration, ...]:
+        """Return for each fold these linears' rows, with the ranges that the other folds saw.
 
         What is chosen by ranges and scored on rows is then scored on what it has not seen, as it
         will be used. A calibration of one batch, or from a file without folds, is returned as is.
@@ -102,7 +103,7 @@ class Calibration:
         held = []
         for fold in range(FOLDS):
             others = [other for other in range(FOLDS) if other != fold]
-            is_in = {name: folds == fold for name, folds in self.row_folds.items()}
+            is_in = {name: self.row_folds[name] == fold for name in names if name in self.row_folds}
             low = {name: self.fold_min[name][others].amin(dim=0) for name in is_in}
             reached = [n for n, rows in is_in.items() if rows.any() and low[n].isfinite().all()]
             if not reached:

@@ -6,7 +6,7 @@ computed in fp32 or better, whatever the dtype of rows and weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +25,7 @@ __all__ = [
     "GroupStatistics",
     "LinearSample",
     "check_rule",
+    "output_deltas",
     "output_errors",
     "smoothing_scale",
     "smoothing_scales",
@@ -57,8 +58,12 @@ class LinearSample:
     """Range of every input channel, fp32 [in_features] each."""
     scheme: Scheme | None = None
     """How it will be quantized, resolved; None: as its group."""
+    gradient: Tensor | None = None
+    """Of the model's loss with respect to the linear's output for each of `rows`, if known."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
+    name: str = ""
+    """Its full name, for who asks for several."""
 
     @cached_property
     def output(self) -> Tensor:
@@ -190,15 +195,27 @@ def smoothing_scale(rule: str, statistics: GroupStatistics, alpha: float = 0.5) 
 
 @torch.no_grad()
 def output_errors(statistics: GroupStatistics, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what smoothing by s and quantizing do to the outputs, in the kernels' numerics.
+    """Return the squares of what `output_deltas` yields, and of the outputs.
+
+    They are |Q(X / s) Q(W s)^T - X W^T|^2 and |X W^T|^2 over the sampled rows, fp64 [samples] each.
+    Raises as `output_deltas`.
+    """
+    pairs = [(delta, sample.output) for sample, delta in output_deltas(statistics, s)]
+    errors, outputs = zip(*pairs, strict=True)
+    return _squares(errors), _squares(outputs)
+
+
+@torch.no_grad()
+def output_deltas(statistics: GroupStatistics, s: Tensor) -> Iterator[tuple[LinearSample, Tensor]]:
+    """Yield what smoothing by s and quantizing do to the outputs, in the kernels' numerics.
 
     Parameters
     ----------
     s : fp32 [channels]
 
-    Returns
-    -------
-    |Q(X / s) Q(W s)^T - X W^T|^2 and |X W^T|^2 over the sampled rows, fp64 [samples] each
+    Yields
+    ------
+    each sample and Q(X / s) Q(W s)^T - X W^T over its rows, fp32 [rows, out_features]
 
     Raises
     ------
@@ -212,15 +229,9 @@ def output_errors(statistics: GroupStatistics, s: Tensor) -> tuple[Tensor, Tenso
             "leave out groups that it ignores"
         )
     s = statistics.widen(s)
-    pairs = [
-        (
-            _quantized_output(sample, s, sample.scheme or scheme, statistics.clip) - sample.output,
-            sample.output,
-        )
-        for sample in statistics.samples
-    ]
-    errors, outputs = zip(*pairs, strict=True)
-    return _squares(errors), _squares(outputs)
+    for sample in statistics.samples:
+        y = _quantized_output(sample, s, sample.scheme or scheme, statistics.clip)
+        yield sample, y - sample.output
 
 
 def _quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float) -> Tensor:

@@ -195,8 +195,10 @@ def group_statistics(
                 weights[name],
                 calibration.rows.get(name),
                 *calibration.channels(name),
+                gradient=calibration.gradients.get(name),
                 scheme=plan.layer_scheme(scheme, name),
                 weight_clip=plan.layer(name).weight_clip,
+                name=name,
             )
             for name in covered
             if scheme is not None

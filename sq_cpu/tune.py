@@ -1,24 +1,44 @@
-"""Choose the migration strength alpha of every smoothing group from one calibration pass."""
+"""Choose smoothing and static clip of every group from one calibration, without running the model.
+
+A group's alpha is sought on a grid and then by golden section; each is scored on the calibration's
+sampled rows with the numerics of the kernels. Scored are rows that did not take part in the ranges
+(`Calibration.held_out`): at a large alpha every channel just reaches the static scale's end, so on
+the rows that made the range nothing ever clips, and on others much does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from torch import nn
 
 from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.groups import smoothing_groups
+from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.plan import SmoothPlan
+from sq_cpu.losses import LOSSES, check_loss
+from sq_cpu.plan import GroupPlan, SmoothPlan, uniform_plan
 from sq_cpu.progress import track
-from sq_cpu.rules import ALPHAS, GroupStatistics, output_errors, smoothing_scale
+from sq_cpu.rules import GroupStatistics, output_deltas, smoothing_scale
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
+from sq_cpu.search import argmin
 from sq_cpu.smooth import group_statistics
 
-__all__ = ["tune"]
+__all__ = ["TUNING_ROWS", "Criterion", "tune"]
+
+TUNING_ROWS = 256
+"""Sampled rows a linear that `calibrate` should keep for tuning."""
+
+Criterion = Literal["mean", "min", "max"]
+
+# Of the calibrated range: below 1 rare large values clip and all others are rounded more finely;
+# above 1 there is room for values that calibration did not see.
+_CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+_GOLDEN_STEPS = 4  # a bracket of two grid steps, 0.1, shrinks to 0.015
 
 
 def tune(
@@ -26,40 +46,193 @@ def tune(
     calibration: Calibration,
     *,
     scheme: str | Scheme = "O3",
-    alphas: Sequence[float] = ALPHAS,
+    loss: str | None = None,
+    criterion: Criterion = "mean",
+    block_wise: bool = False,
+    alphas: tuple[float, float, float] = (0.0, 1.0, 0.05),
+    clip: bool = True,
     progress: bool | None = None,
 ) -> SmoothPlan:
-    """Return the plan whose alphas give each group's linears the least output error.
+    """Return the plan whose alphas, and clips of static scales, give each group the least loss.
 
-    For every alpha, the sampled rows X of the calibration and the weights W are smoothed and
-    quantized with the numerics of the kernels, and the group's loss is the normalized error
+    Each group is scored alone, on the float model's inputs; the model is not changed. The result
+    depends on nothing but the arguments. Extra memory is one group's weights in fp32, a few times,
+    and a copy of one group's sampled rows.
 
-        |Q(X / s) Q(W s)^T - X W^T|^2 / |X W^T|^2
+    Parameters
+    ----------
+    loss : key of `losses.LOSSES`, optional
+        "kl" (nats that the model's prediction moves by; needs `calibrate(..., gradients=True)`),
+        "nmse", "mse", "aqas" or "sqrt_abs". None: "kl" where the calibration has gradients, and
+        "nmse" otherwise.
+    criterion : "mean", "min" or "max"
+        For linears that share an input: the alpha of the least summed loss, or the least or
+        greatest of the alphas that are best for each.
+    block_wise : bool
+        One alpha, and one clip, for all groups of a decoder block: that of the least sum.
+    alphas : (least, greatest, step)
+        The grid, which a golden-section search then refines.
+    clip : bool
+        Search a static scale's clip, too (`GroupPlan.clip`); dynamic schemes have none.
 
-    averaged over its quantized linears (the objective of AQAS, arXiv 2311.05161, on alpha's grid).
-    Each group is scored alone, on the float model's inputs; the model is not changed. Extra memory
-    is one group's weights in fp32, a few times.
-
-    Raises `SqCpuError` for an unknown scheme, an alpha outside [0, 1], no alphas, a
-    calibration without sampled rows, and weights that changed since it.
+    Raises
+    ------
+    SqCpuError
+        For an unknown scheme, loss or criterion, alphas outside [0, 1], a calibration without
+        sampled rows (or gradients, for "kl"), and weights that changed since it.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())
-    if not alphas:
-        raise SqCpuError("tune got no alphas; leave the argument out for 0, .05, ... 1")
-    uniform = SmoothPlan.uniform(model, calibration, ignore=scheme.ignore)
-    tuned = []
+    loss = loss or ("kl" if calibration.gradients else "nmse")
+    check_loss(loss)
+    if criterion not in get_args(Criterion):
+        raise SqCpuError(f"criterion is {criterion!r}; it is one of {get_args(Criterion)}")
+    grid = _grid(alphas)
     with linearized(model):
         groups = {group.name: group for group in smoothing_groups(model)}
-        for planned in track(uniform.groups, "tuning alpha", progress):
-            statistics = group_statistics(model, groups[planned.name], calibration, scheme)
-            losses = [_loss(statistics, alpha) for alpha in alphas]
-            loss = min(losses)
-            note = "; ".join(filter(None, [planned.note, f"normalized output error {loss:.3g}"]))
-            tuned.append(replace(planned, alpha=alphas[losses.index(loss)], note=note))
-    return SmoothPlan(tuple(tuned))
+        uniform = uniform_plan(model, groups.values(), calibration, ignore=scheme.ignore)
+        search = _Search(
+            loss=loss,
+            criterion=criterion,
+            grid=grid,
+            clips=_CLIPS if clip and scheme.activations == "static" else (1.0,),
+        )
+        tuned: dict[str, GroupPlan] = {}
+        for unit in track(_units(uniform, groups, block_wise), "tuning alpha", progress):
+            scored = [
+                _Scored(planned, _statistics(model, groups[planned.name], calibration, scheme))
+                for planned in unit
+            ]
+            tuned |= {planned.name: planned for planned in search.best(scored)}
+    # Named as the uniform plan is, so in the model's order.
+    return SmoothPlan(tuple(tuned[group.name] for group in uniform.groups), scheme=scheme)
 
 
-def _loss(statistics: GroupStatistics, alpha: float) -> float:
-    s = smoothing_scale("smoothquant", statistics, alpha)
-    errors, outputs = output_errors(statistics, s)
-    return float((errors / outputs.clamp_min(1e-30)).mean())
+def _grid(alphas: tuple[float, float, float]) -> tuple[float, ...]:
+    try:
+        least, greatest, step = map(float, alphas)
+    except (TypeError, ValueError):
+        raise SqCpuError(f"alphas={alphas!r} is not (least, greatest, step)") from None
+    if not (0 <= least <= greatest <= 1 and 0 < step < math.inf):
+        raise SqCpuError(f"alphas={alphas!r}: need 0 <= least <= greatest <= 1 and a positive step")
+    steps = math.floor((greatest - least) / step + 1e-6)
+    # Rounded, so that 3 * 0.05 is the 0.15 that a reader of the plan expects.
+    return tuple(round(least + index * step, 6) for index in range(steps + 1))
+
+
+def _units(
+    plan: SmoothPlan, groups: dict[str, SmoothingGroup], block_wise: bool
+) -> list[list[GroupPlan]]:
+    """Return the groups that share a choice, in lists."""
+    units: dict[str, list[GroupPlan]] = {}
+    for planned in plan.groups:
+        block = groups[planned.name].block
+        units.setdefault(block if block_wise and block else planned.name, []).append(planned)
+    return list(units.values())
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """A group, with what each fold knows of it."""
+
+    planned: GroupPlan
+    folds: Sequence[GroupStatistics]
+
+    def losses(self, loss: str, alpha: float, clip: float) -> dict[str, float]:
+        """Return each linear's loss, the mean over the folds that reached it."""
+        found: dict[str, list[float]] = {}
+        for statistics in self.folds:
+            statistics = replace(statistics, clip=clip)
+            s = smoothing_scale("smoothquant", statistics, alpha)
+            for sample, delta in output_deltas(statistics, s):
+                found.setdefault(sample.name, []).append(LOSSES[loss](sample, delta))
+        return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+@dataclass(frozen=True)
+class _Search:
+    """How the choice that groups share is found."""
+
+    loss: str
+    criterion: Criterion
+    grid: tuple[float, ...]
+    clips: tuple[float, ...]
+
+    def best(self, groups: Sequence[_Scored]) -> list[GroupPlan]:
+        """Return these groups planned with the alpha and clip that suit them best together."""
+        tried: dict[tuple[float, float], list[dict[str, float]]] = {}
+
+        def losses(alpha: float, clip: float) -> list[dict[str, float]]:
+            if (alpha, clip) not in tried:
+                tried[alpha, clip] = [group.losses(self.loss, alpha, clip) for group in groups]
+            return tried[alpha, clip]
+
+        def total(alpha: float, clip: float) -> float:
+            return _sum(losses(alpha, clip))
+
+        def best_alpha(clip: float, grid: Sequence[float], steps: int) -> float:
+            return argmin(lambda alpha: total(alpha, clip), grid, steps)
+
+        def best_clip(alpha: float, first: float) -> float:
+            grid = (first, *self.clips)
+            return argmin(lambda clip: total(alpha, clip), grid, _GOLDEN_STEPS)
+
+        clip, alpha = 1.0, best_alpha(1.0, self.grid, _GOLDEN_STEPS)
+        if len(self.clips) > 1:
+            # Each moves the other, in a wide valley: twice is enough.
+            for _ in range(2):
+                clip = best_clip(alpha, clip)
+                near = [a for a in self.grid if abs(a - alpha) <= _width(self.grid)]
+                alpha = best_alpha(clip, (alpha, *near), 0)
+        if self.criterion != "mean":
+            alpha = self._extreme(losses, [a for a, c in tried if c == clip], clip)
+        return [
+            replace(
+                group.planned,
+                alpha=round(alpha, 4),
+                clip=round(clip, 4),
+                note=_joined(group.planned.note, f"{self.loss} {_sum([of_group]):.3g}"),
+                curve=tuple(
+                    (a, _sum([values[index]])) for (a, c), values in tried.items() if c == 1.0
+                ),
+            )
+            for index, (group, of_group) in enumerate(zip(groups, losses(alpha, clip), strict=True))
+        ]
+
+    def _extreme(
+        self,
+        losses: Callable[[float, float], list[dict[str, float]]],
+        alphas: Iterable[float],
+        clip: float,
+    ) -> float:
+        best: dict[str, tuple[float, float]] = {}
+        for alpha in sorted(alphas):
+            for of_group in losses(alpha, clip):
+                for name, value in of_group.items():
+                    best[name] = min(best.get(name, (math.inf, alpha)), (value, alpha))
+        choose = min if self.criterion == "min" else max
+        return choose(alpha for _, alpha in best.values())
+
+
+def _width(grid: Sequence[float]) -> float:
+    """Return a step and a half of the grid: within it are the neighbours on both sides."""
+    return 1.5 * (grid[1] - grid[0]) if len(grid) > 1 else 0.0
+
+
+def _sum(losses: Iterable[dict[str, float]]) -> float:
+    return sum(value for of_group in losses for value in of_group.values())
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _statistics(
+    model: nn.Module, group: SmoothingGroup, calibration: Calibration, scheme: Scheme
+) -> list[GroupStatistics]:
+    """Return what each fold says of a group; one that reached none of it says nothing."""
+    found = [
+        group_statistics(model, group, held_out, scheme)
+        for held_out in calibration.held_out(group.consumers)
+        if any(name in held_out.channel_min for name in group.consumers)
+    ]
+    return found or [group_statistics(model, group, calibration, scheme)]

@@ -172,12 +172,13 @@ class Job:
     def _made_smoothing(self, settings: Configuration) -> SmoothPlan:
         if settings.smoothing == "tuned":
             low, high = settings.alpha
-            steps = round((high - low) / 0.05)
-            alphas = tuple(
-                round(low + (high - low) * k / max(steps, 1), 4) for k in range(steps + 1)
+            return tune(
+                self.model,
+                self.calibration,
+                scheme=settings.scheme(self.ignore),
+                alphas=(low, high, 0.05),
+                progress=False,
             )
-            scheme = settings.scheme(self.ignore)
-            return tune(self.model, self.calibration, scheme=scheme, alphas=alphas, progress=False)
         alpha = settings.alpha[0] if settings.alpha else 0.5
         return SmoothPlan.uniform(
             self.model, self.calibration, alpha, rule=settings.smoothing, ignore=self.ignore

@@ -59,8 +59,10 @@ def test_the_chosen_alpha_has_the_least_error_of_its_grid() -> None:
     def loss(plan: SmoothPlan) -> dict[str, float]:
         return {g.name: float(g.note.rpartition(" ")[2]) for g in plan.groups}
 
-    best = loss(sq_cpu.tune(model, calibration, alphas=(0.1, 0.5, 0.9)))
-    alone = [loss(sq_cpu.tune(model, calibration, alphas=(alpha,))) for alpha in (0.1, 0.5, 0.9)]
+    best = loss(sq_cpu.tune(model, calibration, alphas=(0.1, 0.9, 0.4)))
+    alone = [
+        loss(sq_cpu.tune(model, calibration, alphas=(alpha, alpha, 1))) for alpha in (0.1, 0.5, 0.9)
+    ]
     for name, value in best.items():
         assert value == min(one[name] for one in alone)
     assert len({g.alpha for g in sq_cpu.tune(model, calibration).groups}) > 1
@@ -96,7 +98,9 @@ def test_alpha_is_scored_with_the_range_of_the_scheme(kind: Any) -> None:
     # Seven bits per tensor and a long tail: the clip decides.
     minmax = Scheme.of("O3", reduce_range=True)
     clipped = Scheme.of("O3", reduce_range=True, static_range=kind)
-    plans = [sq_cpu.tune(model, calibration, scheme=s, alphas=(0.2,)) for s in (minmax, clipped)]
+    plans = [
+        sq_cpu.tune(model, calibration, scheme=s, alphas=(0.2, 0.2, 1)) for s in (minmax, clipped)
+    ]
     assert plans[0] != plans[1]
 
 
@@ -113,9 +117,14 @@ def test_bad_input() -> None:
     with pytest.raises(SqCpuError, match="no sampled rows: calibrate with rows=64"):
         sq_cpu.tune(model, sq_cpu.calibrate(model, batches(), rows=0))
     calibration = sq_cpu.calibrate(model, batches())
-    with pytest.raises(SqCpuError, match="no alphas"):
-        sq_cpu.tune(model, calibration, alphas=())
-    with pytest.raises(SqCpuError, match="alpha is 2"):
-        sq_cpu.tune(model, calibration, alphas=(2.0,))
+    for alphas in ((), (0.5,), (0.0, 2.0, 0.1), (0.5, 0.1, 0.1), (0.0, 1.0, 0.0), "all"):
+        with pytest.raises(SqCpuError, match="alphas="):
+            sq_cpu.tune(model, calibration, alphas=alphas)  # type: ignore[arg-type]
+    with pytest.raises(SqCpuError, match="unknown loss 'l2'"):
+        sq_cpu.tune(model, calibration, loss="l2")
+    with pytest.raises(SqCpuError, match="needs gradients"):
+        sq_cpu.tune(model, calibration, loss="kl")
+    with pytest.raises(SqCpuError, match="criterion is 'median'"):
+        sq_cpu.tune(model, calibration, criterion="median")  # type: ignore[arg-type]
     with pytest.raises(SqCpuError, match="unknown scheme 'O9'"):
         sq_cpu.tune(model, calibration, scheme="O9")
