@@ -21,7 +21,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from torch import nn
 
-from sq_cpu.calibrate import Batch, calibrate
+from sq_cpu.calibrate import TUNING_ROWS, Batch, calibrate
 from sq_cpu.calibration import Calibration
 from sq_cpu.configurations import Configuration, SearchSpace
 from sq_cpu.costs import Choice, Costs, measured_costs
@@ -107,7 +107,8 @@ def autotune(
 
     Parameters
     ----------
-    batches : a calibration of the model, or the batches for one
+    batches : a calibration of the model, or the batches for one (with gradients; a model whose
+        forward cannot be differentiated needs a calibration made without)
     evaluate : model -> metric, deterministic. It may return an iterator instead, of which each item
         is the metric of more data and the last counts: then the search's pruner can stop a trial
         early. What it scores should not be what is reported in the end: that would be over-fitted.
@@ -157,7 +158,9 @@ def autotune(
         seed=seed,
     )
     if not isinstance(batches, Calibration):
-        batches = calibrate(model, batches, ignore=ignore, progress=progress)
+        batches = calibrate(
+            model, batches, ignore=ignore, rows=TUNING_ROWS, gradients=True, progress=progress
+        )
     task = Job(model, batches, evaluate, parsed, higher_is_better, ignore)
     if not task.linears:
         raise SqCpuError("nothing to tune: the calibration reached no linear that is not ignored")

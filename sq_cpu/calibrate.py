@@ -21,6 +21,8 @@ from sq_cpu.progress import track
 from sq_cpu.sensitivity import differentiating, sampled_loss
 
 __all__ = [
+    "SAMPLED_ROWS",
+    "TUNING_ROWS",
     "Batch",
     "Calibration",
     "Example",
@@ -35,6 +37,8 @@ __all__ = [
 
 _EXAMPLE_TOKENS = 32
 SAMPLED_ROWS = 64
+TUNING_ROWS = 256
+"""Sampled rows a linear that suffice for `tune`."""
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 

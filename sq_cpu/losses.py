@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.rules import LinearSample
 
-__all__ = ["LOSSES", "check_loss"]
+__all__ = ["LOSSES", "check_loss", "default_loss"]
 
 _F64 = torch.float64
 
@@ -64,6 +65,11 @@ LOSSES: Mapping[str, Callable[[LinearSample, Tensor], float]] = {
     "aqas": _aqas,
     "sqrt_abs": _sqrt_abs,
 }
+
+
+def default_loss(calibration: Calibration) -> str:
+    """Return "kl" where the calibration has gradients, "nmse" otherwise."""
+    return "kl" if calibration.gradients else "nmse"
 
 
 def check_loss(loss: str) -> None:

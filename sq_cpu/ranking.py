@@ -12,9 +12,10 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.costs import Choice
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linears import is_ignored, linearized
+from sq_cpu.losses import LOSSES, default_loss
 from sq_cpu.plan import SmoothPlan, covered_consumers
 from sq_cpu.progress import track
-from sq_cpu.rules import output_errors, smoothing_scale
+from sq_cpu.rules import output_deltas, smoothing_scale
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import group_statistics
@@ -35,8 +36,9 @@ def estimated_errors(
 ) -> Errors:
     """Return what each calibrated linear's int8 output would be off, by how it is quantized.
 
-    It is |Q(X / s) Q(W s)^T - X W^T|^2 / |X W^T|^2 over the calibration's rows, with the smoothing
-    of `plan` and the numerics of the kernels; 0 for "float". Which linears the plan leaves in float
+    It is `tune`'s default loss (nats where the calibration has gradients, the share of the output's
+    energy otherwise) over the calibration's rows, with the smoothing of `plan` and the numerics of
+    the kernels; 0 for "float". Which linears the plan leaves in float
     or gives activations of their own does not matter. The model is not changed; extra memory is one
     group's weights in fp32, a few times.
 
@@ -49,6 +51,7 @@ def estimated_errors(
     layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
     everything = replace(plan, layers=layers)
     errors: Errors = {}
+    loss = LOSSES[default_loss(calibration)]
     with linearized(model):
         for group in track(smoothing_groups(model), "estimating errors", progress):
             names = [
@@ -70,7 +73,6 @@ def estimated_errors(
                     entry = planned[group.name]
                     statistics = replace(statistics, clip=entry.clip)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
-                off, total = output_errors(statistics, s)
-                for name, error in zip(names, (off / total.clamp_min(1e-30)).tolist(), strict=True):
-                    errors[name][choice] = error
+                for sample, delta in output_deltas(statistics, s):
+                    errors[sample.name][choice] = loss(sample, delta)
     return errors

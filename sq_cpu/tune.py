@@ -19,7 +19,7 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.losses import LOSSES, check_loss
+from sq_cpu.losses import LOSSES, check_loss, default_loss
 from sq_cpu.plan import GroupPlan, SmoothPlan, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.rules import GroupStatistics, output_deltas, smoothing_scale
@@ -28,10 +28,7 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.search import argmin
 from sq_cpu.smooth import group_statistics
 
-__all__ = ["TUNING_ROWS", "Criterion", "tune"]
-
-TUNING_ROWS = 256
-"""Sampled rows a linear that `calibrate` should keep for tuning."""
+__all__ = ["Criterion", "tune"]
 
 Criterion = Literal["mean", "min", "max"]
 
@@ -82,7 +79,7 @@ def tune(
         sampled rows (or gradients, for "kl"), and weights that changed since it.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())
-    loss = loss or ("kl" if calibration.gradients else "nmse")
+    loss = loss or default_loss(calibration)
     check_loss(loss)
     if criterion not in get_args(Criterion):
         raise SqCpuError(f"criterion is {criterion!r}; it is one of {get_args(Criterion)}")

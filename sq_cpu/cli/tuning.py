@@ -20,7 +20,7 @@ from torch import nn
 from sq_cpu import texts
 from sq_cpu.analysis import analyze
 from sq_cpu.autotune import Autotuned, Candidate, autotune
-from sq_cpu.calibrate import calibrate
+from sq_cpu.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration import Calibration
 from sq_cpu.cli.common import (
     Dtype,
@@ -81,7 +81,10 @@ class _Data:
         loaded, tokenizer = load_model(self.model, self.dtype)
         batches = calibration_batches(tokenizer, own, self.window, self.windows)
         say(f"calibrating on {len(batches)} windows of {self.window} tokens")
-        return loaded, tokenizer, calibrate(loaded, batches, ignore=self.ignore)
+        calibration = calibrate(
+            loaded, batches, ignore=self.ignore, rows=TUNING_ROWS, gradients=True
+        )
+        return loaded, tokenizer, calibration
 
 
 def tune_command(
