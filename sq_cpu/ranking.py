@@ -74,5 +74,5 @@ def estimated_errors(
                     statistics = replace(statistics, clip=entry.clip)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
                 for sample, delta in output_deltas(statistics, s):
-                    errors[sample.name][choice] = loss(sample, delta)
+                    errors[sample.name][choice] = loss(sample.output, delta, sample.gradient)
     return errors

@@ -27,6 +27,7 @@ __all__ = [
     "check_rule",
     "output_deltas",
     "output_errors",
+    "quantized_output",
     "smoothing_scale",
     "smoothing_scales",
     "without_quiet",
@@ -230,11 +231,15 @@ def output_deltas(statistics: GroupStatistics, s: Tensor) -> Iterator[tuple[Line
         )
     s = statistics.widen(s)
     for sample in statistics.samples:
-        y = _quantized_output(sample, s, sample.scheme or scheme, statistics.clip)
+        y = quantized_output(sample, s, sample.scheme or scheme, statistics.clip)
         yield sample, y - sample.output
 
 
-def _quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float) -> Tensor:
+def quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0) -> Tensor:
+    """Return Q(X / s) Q(W s)^T in the kernels' numerics, fp32 [rows, out_features].
+
+    `s` is fp32 [in_features], `clip` the share of its range that a static scale covers.
+    """
     low, high = sample.low / s, sample.high / s
     x, weight = sample.inputs() / s, sample.weight.float() * s
     static = None

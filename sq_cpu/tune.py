@@ -9,12 +9,14 @@ the rows that made the range nothing ever clips, and on others much does.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from torch import nn
 
+from sq_cpu.auto_alpha import auto_alpha
+from sq_cpu.calibrate import Batch
 from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
@@ -31,6 +33,8 @@ from sq_cpu.smooth import group_statistics
 __all__ = ["Criterion", "tune"]
 
 Criterion = Literal["mean", "min", "max"]
+Curve = Mapping[float, Mapping[str, float]]
+"""The loss of every linear at each alpha that was tried."""
 
 # Of the calibrated range: below 1 rare large values clip and all others are rounded more finely;
 # above 1 there is room for values that calibration did not see.
@@ -48,6 +52,8 @@ def tune(
     block_wise: bool = False,
     alphas: tuple[float, float, float] = (0.0, 1.0, 0.05),
     clip: bool = True,
+    method: Literal["offline", "inc"] = "offline",
+    batches: Iterable[Batch] | None = None,
     progress: bool | None = None,
 ) -> SmoothPlan:
     """Return the plan whose alphas, and clips of static scales, give each group the least loss.
@@ -71,6 +77,10 @@ def tune(
         The grid, which a golden-section search then refines.
     clip : bool
         Search a static scale's clip, too (`GroupPlan.clip`); dynamic schemes have none.
+    method : "offline" or "inc"
+        "inc" is Neural Compressor's auto-alpha (see `sq_cpu.auto_alpha`), a baseline: it runs the
+        model on `batches`, which it alone needs, and takes of these settings only `criterion` and
+        `alphas`.
 
     Raises
     ------
@@ -83,10 +93,20 @@ def tune(
     check_loss(loss)
     if criterion not in get_args(Criterion):
         raise SqCpuError(f"criterion is {criterion!r}; it is one of {get_args(Criterion)}")
+    if method not in ("offline", "inc"):
+        raise SqCpuError(f'method is {method!r}; it is "offline" or "inc"')
     grid = _grid(alphas)
     with linearized(model):
         groups = {group.name: group for group in smoothing_groups(model)}
         uniform = uniform_plan(model, groups.values(), calibration, ignore=scheme.ignore)
+        if method == "inc":
+            if batches is None:
+                raise SqCpuError('method="inc" runs the model: pass batches, as to calibrate')
+            choose = CRITERIA[criterion]
+            found = auto_alpha(
+                model, groups, uniform.groups, calibration, batches, scheme, grid, choose, progress
+            )
+            return SmoothPlan(tuple(found), scheme=scheme)
         search = _Search(
             loss=loss,
             criterion=criterion,
@@ -141,7 +161,8 @@ class _Scored:
             statistics = replace(statistics, clip=clip)
             s = smoothing_scale("smoothquant", statistics, alpha)
             for sample, delta in output_deltas(statistics, s):
-                found.setdefault(sample.name, []).append(LOSSES[loss](sample, delta))
+                value = LOSSES[loss](sample.output, delta, sample.gradient)
+                found.setdefault(sample.name, []).append(value)
         return {name: sum(values) / len(values) for name, values in found.items()}
 
 
@@ -181,7 +202,8 @@ class _Search:
                 near = [a for a in self.grid if abs(a - alpha) <= _width(self.grid)]
                 alpha = best_alpha(clip, (alpha, *near), 0)
         if self.criterion != "mean":
-            alpha = self._extreme(losses, [a for a, c in tried if c == clip], clip)
+            curve = {a: _merged(values) for (a, c), values in tried.items() if c == clip}
+            losses(alpha := CRITERIA[self.criterion](curve), clip)
         return [
             replace(
                 group.planned,
@@ -195,19 +217,26 @@ class _Search:
             for index, (group, of_group) in enumerate(zip(groups, losses(alpha, clip), strict=True))
         ]
 
-    def _extreme(
-        self,
-        losses: Callable[[float, float], list[dict[str, float]]],
-        alphas: Iterable[float],
-        clip: float,
-    ) -> float:
-        best: dict[str, tuple[float, float]] = {}
-        for alpha in sorted(alphas):
-            for of_group in losses(alpha, clip):
-                for name, value in of_group.items():
-                    best[name] = min(best.get(name, (math.inf, alpha)), (value, alpha))
-        choose = min if self.criterion == "min" else max
-        return choose(alpha for _, alpha in best.values())
+
+def _least_sum(curve: Curve) -> float:
+    return min(curve, key=lambda alpha: sum(curve[alpha].values()))
+
+
+def _best_of_each(curve: Curve) -> list[float]:
+    names = {name for losses in curve.values() for name in losses}
+    return [min(curve, key=lambda a: curve[a].get(name, math.inf)) for name in names]
+
+
+CRITERIA: Mapping[Criterion, Callable[[Curve], float]] = {
+    "mean": _least_sum,
+    "min": lambda curve: min(_best_of_each(curve)),
+    "max": lambda curve: max(_best_of_each(curve)),
+}
+"""How linears that share an input agree on an alpha."""
+
+
+def _merged(losses: Iterable[dict[str, float]]) -> dict[str, float]:
+    return {name: value for of_group in losses for name, value in of_group.items()}
 
 
 def _width(grid: Sequence[float]) -> float:
