@@ -6,6 +6,7 @@ computed in fp32 or better, whatever the dtype of rows and weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,8 @@ __all__ = [
     "output_deltas",
     "output_errors",
     "quantized_output",
+    "quantized_rows",
+    "quantized_weight",
     "smoothing_scale",
     "smoothing_scales",
     "without_quiet",
@@ -100,6 +103,16 @@ class GroupStatistics:
     """[channels] -> [in_features]."""
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
+
+    def quantized(self) -> Iterator[tuple[LinearSample, Scheme]]:
+        """Yield each sample with its scheme; `SqCpuError` without a scheme or samples."""
+        if self.scheme is None or not self.samples:
+            raise SqCpuError(
+                "the output error needs a scheme and linears that it quantizes: pass the scheme, "
+                "and leave out groups that it ignores"
+            )
+        for sample in self.samples:
+            yield sample, sample.scheme or self.scheme
 
 
 def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
@@ -223,15 +236,9 @@ def output_deltas(statistics: GroupStatistics, s: Tensor) -> Iterator[tuple[Line
     SqCpuError
         When the statistics have no scheme, no linear that is quantized, or no sampled rows.
     """
-    scheme = statistics.scheme
-    if scheme is None or not statistics.samples:
-        raise SqCpuError(
-            "the output error needs a scheme and linears that it quantizes: pass the scheme, and "
-            "leave out groups that it ignores"
-        )
     s = statistics.widen(s)
-    for sample in statistics.samples:
-        y = quantized_output(sample, s, sample.scheme or scheme, statistics.clip)
+    for sample, scheme in statistics.quantized():
+        y = quantized_output(sample, s, scheme, statistics.clip)
         yield sample, y - sample.output
 
 
@@ -240,22 +247,38 @@ def quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme, clip: floa
 
     `s` is fp32 [in_features], `clip` the share of its range that a static scale covers.
     """
-    low, high = sample.low / s, sample.high / s
-    x, weight = sample.inputs() / s, sample.weight.float() * s
+    return quantized_rows(sample, s, scheme, clip) @ quantized_weight(sample, s, scheme).T
+
+
+def quantized_rows(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0) -> Tensor:
+    """Return Q(X / s), fp32 [rows, in_features]; see `quantized_output`."""
+    x = sample.inputs() / s
     static = None
     if scheme.activations == "static":
-        static = static_code(scheme, *(clip * end for end in static_range(low, high, x, scheme)))
-    y = torch.zeros(())
-    if scheme.outlier_threshold is not None:
-        outliers = torch.maximum(-low, high) >= scheme.outlier_threshold
-        y = x[:, outliers] @ weight[:, outliers].T
-        x, weight = x[:, ~outliers], weight[:, ~outliers]
-    codes, row_scale, zero_point = quantize_rows(x, scheme, static)
-    weight_codes, weight_scale = quantize_weight(
-        weight, scheme.weights, scheme.weight_group_rows, sample.weight_clip
+        ends = static_range(sample.low / s, sample.high / s, x, scheme)
+        static = static_code(scheme, *(clip * end for end in ends))
+    outliers = _outliers(sample, s, scheme)
+    codes, row_scale, zero_point = quantize_rows(x.masked_fill(outliers, 0.0), scheme, static)
+    return torch.where(outliers, x, (codes.float() - zero_point[:, None]) * row_scale[:, None])
+
+
+def quantized_weight(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
+    """Return Q(W s), fp32 [out_features, in_features]; see `quantized_output`."""
+    weight = sample.weight.float() * s
+    outliers = _outliers(sample, s, scheme)
+    codes, scale = quantize_weight(
+        weight.masked_fill(outliers, 0.0),
+        scheme.weights,
+        scheme.weight_group_rows,
+        sample.weight_clip,
     )
-    x = (codes.float() - zero_point[:, None]) * row_scale[:, None]
-    return y + x @ weight_codes.float().T * weight_scale
+    return torch.where(outliers, weight, codes.float() * scale[:, None])
+
+
+def _outliers(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
+    """Return which channels of X / s and W s stay in float, bool [in_features]."""
+    threshold = math.inf if scheme.outlier_threshold is None else scheme.outlier_threshold
+    return torch.maximum(-sample.low / s, sample.high / s) >= threshold
 
 
 def _squared_error(statistics: GroupStatistics, s: Tensor) -> float:

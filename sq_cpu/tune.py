@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sq_cpu.auto_alpha import auto_alpha
 from sq_cpu.calibrate import Batch
@@ -24,7 +25,12 @@ from sq_cpu.linears import linearized
 from sq_cpu.losses import LOSSES, check_loss, default_loss
 from sq_cpu.plan import GroupPlan, SmoothPlan, uniform_plan
 from sq_cpu.progress import track
-from sq_cpu.rules import GroupStatistics, output_deltas, smoothing_scale
+from sq_cpu.rules import (
+    GroupStatistics,
+    quantized_rows,
+    quantized_weight,
+    smoothing_scale,
+)
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.search import argmin
@@ -147,20 +153,36 @@ def _units(
     return list(units.values())
 
 
-@dataclass(frozen=True)
 class _Scored:
     """A group, with what each fold knows of it."""
 
-    planned: GroupPlan
-    folds: Sequence[GroupStatistics]
+    def __init__(self, planned: GroupPlan, folds: Sequence[GroupStatistics]) -> None:
+        self.planned = planned
+        self._folds = folds
+        # Of the alpha asked for last: many clips are tried with one, and weights take most time.
+        self._alpha = math.nan
+        self._scales: list[Tensor] = []
+        self._weights: list[list[Tensor]] = []
 
+    def _quantize_weights(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._scales = [
+            of_fold.widen(smoothing_scale("smoothquant", of_fold, alpha)) for of_fold in self._folds
+        ]
+        self._weights = [
+            [quantized_weight(sample, s, scheme) for sample, scheme in of_fold.quantized()]
+            for of_fold, s in zip(self._folds, self._scales, strict=True)
+        ]
+
+    @torch.no_grad()
     def losses(self, loss: str, alpha: float, clip: float) -> dict[str, float]:
         """Return each linear's loss, the mean over the folds that reached it."""
+        if alpha != self._alpha:
+            self._quantize_weights(alpha)
         found: dict[str, list[float]] = {}
-        for statistics in self.folds:
-            statistics = replace(statistics, clip=clip)
-            s = smoothing_scale("smoothquant", statistics, alpha)
-            for sample, delta in output_deltas(statistics, s):
+        for of_fold, s, weights in zip(self._folds, self._scales, self._weights, strict=True):
+            for (sample, scheme), weight in zip(of_fold.quantized(), weights, strict=True):
+                delta = quantized_rows(sample, s, scheme, clip) @ weight.T - sample.output
                 value = LOSSES[loss](sample.output, delta, sample.gradient)
                 found.setdefault(sample.name, []).append(value)
         return {name: sum(values) / len(values) for name, values in found.items()}
