@@ -97,11 +97,12 @@ class SearchSpace:
 
     activations: tuple[Activations, ...] = ("static", "per_token", "per_tensor")
     symmetric: tuple[bool, ...] = (True, False)
-    static_range: tuple[str | float, ...] = ("minmax", "mse", 99.99)
+    static_range: tuple[str | float, ...] = ("minmax",)
+    """"mse" and percentiles, too, if asked for: `tune` has clips of its own."""
     smoothing: tuple[str, ...] = ("tuned", "smoothquant", "aqas")
     alpha: tuple[float, ...] = tuple(step / 20 for step in range(4, 20))
     """Of "smoothquant"."""
-    alpha_ranges: tuple[tuple[float, float], ...] = ((0.0, 1.0), (0.3, 0.9))
+    alpha_ranges: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
     """Of "tuned"."""
     weight_clip: tuple[float, ...] = (1.0, 0.95, 0.9)
     dynamic: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5)
