@@ -241,6 +241,9 @@ def test_more_windows_than_the_shipped_text_has(folder: Path, tmp_path: Path) ->
     out = tmp_path / "out"
     assert "--calib" in error_of("quantize", folder, "-o", out, "--windows", 17)
     assert "--text" in error_of("eval", folder, "--windows", 21)
+    short = "the documents of the shipped text are shorter than 50000 tokens"
+    assert short in error_of("quantize", folder, "-o", out, "--window", 50000)
+    assert short in error_of("eval", folder, "--window", 50000)
 
 
 def test_missing_model(tmp_path: Path) -> None:

@@ -105,11 +105,61 @@ def test_an_earlier_run_is_resumed_only_when_told(
     assert "belongs to another job" in error_of(*arguments, "--resume")
 
 
+def test_a_storage_keeps_several_jobs_by_name(
+    folder: Path, tmp_path: Path, small: list[object]
+) -> None:
+    storage = tmp_path / "all.db"
+    storage.touch()  # a file without a study is as good as none
+    more = ["--storage", storage, "--goal", "50%", "--refine-trials", 0, *small]
+    first = json_of("autotune", folder, "-o", tmp_path / "a.json", *more)
+    arguments = ["autotune", folder, "-o", tmp_path / "b.json", *more, "--tokens", 4]
+    assert "another name than autotune with --study" in error_of(*arguments)
+    assert "has no study other; drop --resume" in error_of(
+        *arguments, "--study", "other", "--resume"
+    )
+    other = json_of(*arguments, "--study", "other")
+    assert other["storage"] == first["storage"] == str(storage)
+    again = json_of(*arguments, "--study", "other", "--resume")
+    assert again["trials"] == other["trials"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-o", "plan.db"],
+        ["-o", "plan.json", "--storage", "./plan.json"],
+        ["-o", "plan.json", "--storage", "sqlite:///plan.json"],
+        ["-o", "plan.json", "--report", "folder/../plan.json"],
+        ["-o", "plan.json", "--report", "plan.db"],
+    ],
+)
+def test_one_name_for_two_files_is_refused(
+    arguments: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    error = error_of("autotune", folder, *arguments)
+    assert "give one of them another name" in error
+    assert "loading" not in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_int8_already_is_not_tuned(folder: Path, tmp_path: Path) -> None:
+    int8 = tmp_path / "int8"
+    run("quantize", folder, "-o", int8, "--no-smooth")
+    for command in ("tune", "autotune"):
+        error = error_of(command, int8, "-o", tmp_path / "plan.json")
+        assert error == f"error: {int8} is quantized already; give the float model"
+
+
 def test_tune_with_a_goal_is_autotune(folder: Path, tmp_path: Path, small: list[object]) -> None:
     out = tmp_path / "plan.json"
     made = json_of("tune", folder, "-o", out, "--goal", "50%", *small[:2], *small[4:8])
     assert made["goal"] == "50%"
     assert made["goal_met"]
+    both = run("tune", folder, "-o", out, "--goal", "50%", "--scheme", "O3", code=2)
+    assert "--goal chooses the activations itself" in both.stderr
 
 
 def test_a_missed_goal_is_a_failure_that_leaves_the_best_plan(
@@ -168,7 +218,10 @@ def test_tasks_are_an_accuracy(
     assert made["loss"] == pytest.approx(0.008)
 
 
-def test_wrong_usage_is_said_before_the_work(folder: Path, tmp_path: Path) -> None:
+def test_wrong_usage_is_said_before_the_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "calibrate", None)
     out = tmp_path / "plan.json"
     assert "goal is 'much'" in error_of("autotune", folder, "-o", out, "--goal", "much")
     both = run("autotune", folder, "-o", out, "--text", out, "--tasks", "a", code=2)
@@ -181,7 +234,17 @@ def test_wrong_usage_is_said_before_the_work(folder: Path, tmp_path: Path) -> No
     )
     error = error_of("autotune", folder, "-o", out, "--storage", "postgresql://me@127.0.0.1:1/x")
     assert "cannot open the storage" in error
-    assert not out.exists()
+    text = tmp_path / "text.txt"
+    text.write_text(OTHER)
+    arguments = ["autotune", folder, "-o", out, "--window", 64, "--text", text]
+    assert "give more text or ask for less" in error_of(*arguments, "--text-windows", 2000)
+    error = error_of("autotune", folder, "-o", out, "--window", 4000, "--windows", 1)
+    assert "shipped text are shorter than 4000 tokens" in error
+    assert "--text" in error
+    error = error_of("tune", folder, "-o", out, "--window", 50000)
+    assert "shipped text are shorter than 50000 tokens" in error
+    assert "--calib" in error
+    assert sorted(tmp_path.iterdir()) == [folder, text]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import transformers
 import typer
 from torch import Tensor, nn
 
-from sq_cpu import checkpoint, texts
+from sq_cpu import checkpoint, hf, texts
 from sq_cpu.convert import load
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import token_windows
@@ -90,6 +90,12 @@ def check_file(path: Path) -> None:
         raise SqCpuError(f"cannot write to {path.absolute().parent}; give another, existing folder")
 
 
+def check_float(model: str) -> None:
+    """Refuse a model that is quantized already, before it is loaded."""
+    if hf.is_checkpoint(Path(model).expanduser()):
+        raise SqCpuError(f"{model} is quantized already; give the float model")
+
+
 def check_finite(value: float, what: str) -> None:
     """Refuse a perplexity that overflowed."""
     if not math.isfinite(value):
@@ -128,14 +134,26 @@ def check_shipped(windows: int, documents: int, option: str) -> None:
         )
 
 
+def shipped_windows(
+    tokenizer: Any, documents: Sequence[str], window: int, windows: int, option: str
+) -> list[Tensor]:
+    """Cut windows of the shipped text; `option` is where to give another."""
+    check_shipped(windows, len(documents), option)
+    try:
+        return token_windows(tokenizer, documents, window=window, windows=windows)
+    except SqCpuError as error:  # they are all there, so one is too short
+        raise SqCpuError(
+            f"the documents of the shipped text are shorter than {window} tokens: give a smaller "
+            f"--window, or a text with {option}"
+        ) from error
+
+
 def calibration_batches(
     tokenizer: Any, own: Sequence[str], window: int, windows: int
 ) -> list[Tensor]:
     """Cut `windows` windows, shared out evenly when there are several texts."""
     if not own:
-        documents = texts.calibration()
-        check_shipped(windows, len(documents), "--calib")
-        return token_windows(tokenizer, documents, window=window, windows=windows)
+        return shipped_windows(tokenizer, texts.calibration(), window, windows, "--calib")
     if windows < len(own):
         raise SqCpuError(f"{len(own)} calibration texts need at least as many --windows")
     batches = []

@@ -20,6 +20,7 @@ from sq_cpu.cli.common import (
     Window,
     calibration_batches,
     check_file,
+    check_float,
     check_shipped,
     emit,
     load_model,
@@ -27,6 +28,7 @@ from sq_cpu.cli.common import (
     read,
     read_all,
     say,
+    shipped_windows,
 )
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import token_windows
@@ -120,8 +122,8 @@ def inspect_command(
     )
     if report is not None:
         check_file(report)
-    if source is not None and hf.is_checkpoint(Path(source).expanduser()):
-        raise SqCpuError(f"{source} is quantized already; give the float model")
+    if source is not None:
+        check_float(source)
     own_texts = read_all(calib or [])
 
     def measured(
@@ -240,7 +242,10 @@ def _int8(
     lines = show.plan_lines(record)
     if scored is not None:
         windows, window = scored.windows, scored.window
-        batches = token_windows(tokenizer, shown, window=window, windows=windows)
+        if isinstance(shown, str):
+            batches = token_windows(tokenizer, shown, window=window, windows=windows)
+        else:
+            batches = shipped_windows(tokenizer, shown, window, windows, "--text")
         count = count_saturation(loaded, batches)
         for name, of_layer in count.layers.items():
             layers[name]["saturation"] = of_layer.to_dict()

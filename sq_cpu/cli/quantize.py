@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from torch import Tensor
 
-from sq_cpu import hf, show
+from sq_cpu import show
 from sq_cpu.cli.common import (
     TORCH_DTYPES,
     Dtype,
@@ -19,6 +19,7 @@ from sq_cpu.cli.common import (
     SchemeName,
     Window,
     calibration_batches,
+    check_float,
     check_output,
     emit,
     quiet,
@@ -26,7 +27,6 @@ from sq_cpu.cli.common import (
     say,
 )
 from sq_cpu.convert import Job, convert
-from sq_cpu.errors import SqCpuError
 from sq_cpu.plan import SmoothPlan, scheme_of
 from sq_cpu.scheme import Scheme
 
@@ -151,8 +151,7 @@ def quantize_command(
     # A default is not to change the plan's scheme.
     given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
     settings = Scheme.of(base, **given)
-    if hf.is_checkpoint(Path(model).expanduser()):
-        raise SqCpuError(f"{model} is quantized already; give the float model")
+    check_float(model)
     check_output(out, overwrite)
     calibration_texts = read_all(calib or [])
 

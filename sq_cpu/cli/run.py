@@ -26,6 +26,7 @@ from sq_cpu.cli.common import (
     model_name,
     read,
     say,
+    shipped_windows,
 )
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity
@@ -50,6 +51,8 @@ def eval_command(
     else:
         scored = read(text)
     loaded, tokenizer = load_model(model, dtype)
+    if text is None:
+        shipped_windows(tokenizer, scored, window, windows, "--text")  # says what does not fit
     value = perplexity(loaded, tokenizer, scored, window=window, windows=windows)
     check_finite(value, model)
     origin = "the shipped text" if text is None else str(text)

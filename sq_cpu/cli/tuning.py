@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from sq_cpu import texts
 from sq_cpu.analysis import analyze
@@ -30,6 +30,7 @@ from sq_cpu.cli.common import (
     Window,
     calibration_batches,
     check_file,
+    check_float,
     check_shipped,
     emit,
     load_model,
@@ -37,13 +38,15 @@ from sq_cpu.cli.common import (
     read,
     read_all,
     say,
+    shipped_windows,
 )
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import TextPerplexity
+from sq_cpu.evaluate import TextPerplexity, token_windows
 from sq_cpu.lm_harness import lm_eval_accuracy
 from sq_cpu.refine import Rank
 from sq_cpu.report import Trial, report
 from sq_cpu.scheme import Scheme
+from sq_cpu.trials import has_study, opened_storage, quiet_optuna
 from sq_cpu.tune import tune
 from sq_cpu.tuning_job import Goal
 
@@ -76,24 +79,26 @@ class _Data:
     dtype: Dtype
     ignore: tuple[str, ...]
 
-    def load(self) -> tuple[nn.Module, Any, Calibration]:
+    def load(self) -> tuple[nn.Module, Any, list[Tensor]]:
+        """Return the model, its tokenizer and the windows to calibrate on."""
         own = read_all(self.calib)
         loaded, tokenizer = load_model(self.model, self.dtype)
-        batches = calibration_batches(tokenizer, own, self.window, self.windows)
+        return loaded, tokenizer, calibration_batches(tokenizer, own, self.window, self.windows)
+
+    def calibration(self, loaded: nn.Module, batches: list[Tensor]) -> Calibration:
         say(f"calibrating on {len(batches)} windows of {self.window} tokens")
-        calibration = calibrate(
-            loaded, batches, ignore=self.ignore, rows=TUNING_ROWS, gradients=True
-        )
-        return loaded, tokenizer, calibration
+        return calibrate(loaded, batches, ignore=self.ignore, rows=TUNING_ROWS, gradients=True)
 
 
 def tune_command(
     model: Model,
     out: _Out,
     scheme: Annotated[
-        SchemeName,
-        typer.Option(help="Activation scales: O1 per token, O2 per tensor, O3 static."),
-    ] = SchemeName.o3,
+        SchemeName | None,
+        typer.Option(
+            help="Activation scales: O1 per token, O2 per tensor, O3 static. [default: O3]"
+        ),
+    ] = None,
     goal: Annotated[
         str | None,
         typer.Option(help=f"{_GOAL} Then it is autotune, with its other options' defaults."),
@@ -107,6 +112,8 @@ def tune_command(
 ) -> None:
     """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
     if goal is not None:
+        if scheme is not None:
+            raise typer.BadParameter("--goal chooses the activations itself; drop it or --scheme")
         autotune_command(
             model,
             out,
@@ -122,8 +129,9 @@ def tune_command(
     check_file(out)
     data = _data(model, calib, windows, window, dtype, ignore)
     start = time.perf_counter()
-    loaded, _, calibration = data.load()
-    settings = Scheme.of(scheme.value, ignore=data.ignore)
+    loaded, _, batches = data.load()
+    calibration = data.calibration(loaded, batches)
+    settings = Scheme.of((scheme or SchemeName.o3).value, ignore=data.ignore)
     plan = tune(loaded, calibration, scheme=settings)
     plan.save(out)
     seconds = round(time.perf_counter() - start, 1)
@@ -190,6 +198,9 @@ def autotune_command(
             "postgresql://user@host/name. [default: PLAN.db]",
         ),
     ] = None,
+    study: Annotated[
+        str, typer.Option(metavar="NAME", help="The job's name there; it can keep several.")
+    ] = "autotune",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what FILE holds.")] = False,
     report_file: Annotated[
         Path | None,
@@ -214,16 +225,23 @@ def autotune_command(
     check_file(out)
     if report_file is not None:
         check_file(report_file)
-    where = _storage(storage, out, resume)
     data = _data(model, calib, windows, window, dtype, ignore)
+    where = out.with_suffix(".db") if storage is None else _place(storage)
+    _check_distinct(out, where, report_file)
+    _check_storage(where, study, resume)
     scored = _scored(text, text_windows) if not tasks else ()
     start = time.perf_counter()
-    loaded, tokenizer, calibration = data.load()
+    loaded, tokenizer, batches = data.load()
     evaluate: Any = TextPerplexity(tokenizer, scored, window, text_windows)
-    if tasks:
+    if text is not None:
+        token_windows(tokenizer, scored, window=window, windows=text_windows)
+    elif not tasks:
+        shipped_windows(tokenizer, scored, window, text_windows, "--text")
+    else:
         evaluate = partial(
             lm_eval_accuracy, tokenizer=tokenizer, tasks=tasks, limit=task_limit, progress=False
         )
+    calibration = data.calibration(loaded, batches)
     identity = {
         "calib": _digest(read_all(data.calib)),
         "windows": [windows, window],
@@ -240,6 +258,7 @@ def autotune_command(
         higher_is_better=bool(tasks),
         ignore=data.ignore,
         storage=where,
+        study=study,
         job=json.dumps(identity, sort_keys=True),
         trials=trials,
         refine_trials=refine_trials,
@@ -284,6 +303,7 @@ def _data(
     dtype: Dtype,
     ignore: Sequence[str] | None,
 ) -> _Data:
+    check_float(model)
     return _Data(
         model=model,
         calib=tuple(calib or ()),
@@ -313,18 +333,47 @@ def _seconds(text: str) -> float:
     return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def _storage(given: str | None, out: Path, resume: bool) -> Path | str:
-    if given is not None and "://" in given:
-        return given  # whoever else works on it, a study of this very job goes on
-    path = out.with_suffix(".db") if given is None else Path(given).expanduser()
-    check_file(path)
-    if path.exists() and not resume:
+def _place(storage: str) -> Path | str:
+    """Return the file of a storage, or the URL of a database."""
+    return storage if "://" in storage else Path(storage).expanduser()
+
+
+def _check_distinct(out: Path, where: Path | str, page: Path | None) -> None:
+    """Refuse one name for two of the files: the later would replace the earlier."""
+    if isinstance(where, str):
+        kind, _, rest = where.partition("://")
+        file = Path(rest.removeprefix("/").partition("?")[0]) if kind[:6] == "sqlite" else None
+    else:
+        file = where
+    files = {"the plan (-o)": out, "the trials (--storage)": file, "the report (--report)": page}
+    taken: dict[Path, str] = {}
+    for what, path in files.items():
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), what)
+        if other != what:
+            raise SqCpuError(f"{other} and {what} are both {path}; give one of them another name")
+
+
+def _check_storage(where: Path | str, study: str, resume: bool) -> None:
+    """Refuse trials of an earlier run, unless it is to go on, and then a file without them."""
+    if isinstance(where, Path):
+        check_file(where)
+        if resume and not where.exists():
+            raise SqCpuError(f"nothing to resume: {where} does not exist; drop --resume")
+        if not where.exists():
+            return
+    with quiet_optuna(), opened_storage(where) as opened:
+        there = has_study(opened, study)
+    if isinstance(where, str):
+        return  # whoever else works on it, a study of this very job goes on
+    if there and not resume:
         raise SqCpuError(
-            f"{path} holds the trials of an earlier run: go on with --resume, or remove it"
+            f"{where} holds the trials of an earlier run: go on with --resume, remove it, or give "
+            f"this job another name than {study} with --study"
         )
-    if resume and not path.exists():
-        raise SqCpuError(f"nothing to resume: {path} does not exist; drop --resume")
-    return path
+    if resume and not there:
+        raise SqCpuError(f"nothing to resume: {where} has no study {study}; drop --resume")
 
 
 def _result(found: Autotuned, goal: str) -> dict[str, Any]:
