@@ -201,8 +201,11 @@ def analyze(
             for group in track(measured, "measuring layers", progress)
         )
         kept = float_linears(model, scheme.ignore) | plan.in_float
-        if scheme.activations == "static":
-            kept |= dict.fromkeys(calibration.unreached, "no calibration batch reached it")
+        kept |= {
+            name: "no calibration batch reached it"
+            for name in calibration.unreached
+            if plan.layer_scheme(scheme, name).activations == "static"
+        }
     return Analysis(
         scheme=scheme,
         groups=found,

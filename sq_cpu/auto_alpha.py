@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibrate import Batch, evaluating, model_inputs
@@ -105,11 +106,13 @@ def _losses(
     s = _s(statistics, alpha)
     found = {}
     for sample in statistics.samples:
-        if sample.name not in seen:  # an expert that no token of this sample was routed to
+        y = outputs.get(sample.name)
+        # An expert that the quantized pass routes other tokens to has nothing to compare with.
+        if y is None or sample.name not in seen or len(seen[sample.name].inputs()) != len(y):
             continue
-        y = outputs[sample.name]
         delta = quantized_output(seen[sample.name], s, statistics.scheme) - y
-        found[sample.name] = LOSSES["sqrt_abs"](y, delta, None) * y.numel()
+        ones = torch.ones(len(y))
+        found[sample.name] = LOSSES["sqrt_abs"](y, delta, None, ones) * y.numel()
     return found
 
 
@@ -120,7 +123,9 @@ def _hooked(
     hook: Callable[[GroupStatistics, str, LinearSample], Callable[..., Any]],
 ) -> Iterator[None]:
     handles = [
-        model.get_submodule(sample.name).register_forward_hook(hook(of_group, group, sample))
+        model.get_submodule(sample.name).register_forward_hook(
+            hook(of_group, group, sample), with_kwargs=True
+        )
         for group, of_group in statistics.items()
         for sample in of_group.samples
     ]
@@ -137,7 +142,7 @@ def _watching_outputs(
     """Return a context that keeps each linear's output, without bias, fp32 [rows, out_features]."""
 
     def hook(_: GroupStatistics, __: str, sample: LinearSample) -> Callable[..., Any]:
-        def keep(linear: nn.Linear, _: Any, y: Tensor) -> None:
+        def keep(linear: nn.Linear, _: Any, __: Any, y: Tensor) -> None:
             bias = 0.0 if linear.bias is None else linear.bias.float()
             outputs[sample.name] = y.float().reshape(-1, y.shape[-1]) - bias
 
@@ -157,8 +162,8 @@ def _quantizing(
     def hook(of_group: GroupStatistics, group: str, sample: LinearSample) -> Callable[..., Any]:
         s = _s(of_group, alphas[group])
 
-        def quantized(linear: nn.Linear, args: Any, y: Tensor) -> Tensor:
-            x = args[0]
+        def quantized(linear: nn.Linear, args: Any, kwargs: Any, y: Tensor) -> Tensor:
+            x = args[0] if args else kwargs["input"]
             rows = replace(sample, rows=x.reshape(-1, x.shape[-1]))
             seen[sample.name] = rows
             assert of_group.scheme is not None

@@ -54,11 +54,12 @@ def calibrate(
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
 
-    Beside the range, a uniform sample of at most `rows` input rows is kept of each linear, for
-    `tune`; they take rows * in_features elements a linear. With `gradients` each batch is also run
+    Beside the range, a uniform sample of at most `rows` input rows is kept of each linear, and a
+    quarter as many of those with the greatest values, for `tune`; they take 5/4 rows * in_features
+    elements a linear. With `gradients` each batch is also run
     backward, and for every sampled row the gradient of the model's loss with respect to the
-    linear's output is kept: it tells `tune` which errors matter. That takes rows * out_features
-    elements more a linear, three times the time, and the memory of one batch's graph.
+    linear's output is kept: it tells `tune` which errors matter. That takes 5/4 rows *
+    out_features elements more a linear, three times the time, and the memory of one batch's graph.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that a mapping's two-dimensional
@@ -209,56 +210,65 @@ class _Recent:
         self.key, self.held = key, x
 
 
-class _Sample:
-    """A uniform sample of rows, seen once: those with the greatest of random keys."""
+class _Reservoir:
+    """The rows of greatest priority of all that were seen, with their gradients."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        # The same seed for all: linears that share an input keep the same rows.
-        self.generator = torch.Generator().manual_seed(0)
-        self.keys = torch.empty(0)
+        self.seen = 0
+        self.priority = torch.empty(0)
+        self.ids = torch.empty(0, dtype=torch.int64)
         self.rows = torch.empty(0)
         self.folds = torch.empty(0, dtype=torch.uint8)
         self.gradients: Tensor | None = None
 
-    def add(self, x: Tensor, fold: int) -> Tensor:
-        """Take in rows, and return their keys."""
-        new = torch.rand(len(x), generator=self.generator)
-        keys, kept = torch.cat([self.keys, new]).topk(min(self.size, len(self.keys) + len(new)))
-        is_old = kept < len(self.keys)
-        old, added = kept[is_old], kept[~is_old] - len(self.keys)
-        taken = x[added].detach()
+    def add(self, x: Tensor, priority: Tensor, fold: int) -> None:
+        """Take in rows; they are numbered in the order of coming."""
+        count = len(self.priority)
+        size = min(self.size, count + len(x))
+        priority, kept = torch.cat([self.priority, priority]).topk(size)
+        is_old = kept < count
+        old, new = kept[is_old], kept[~is_old] - count
+        taken = x[new].detach()
         self.rows = torch.cat([self.rows[old], taken]) if is_old.any() else taken
-        folds = torch.full((len(added),), fold, dtype=torch.uint8)
-        self.folds = torch.cat([self.folds[old], folds])
+        self.folds = torch.cat([self.folds[old], torch.full_like(new, fold, dtype=torch.uint8)])
+        self.ids = torch.cat([self.ids[old], new + self.seen])
         if self.gradients is not None:
-            none_yet = self.gradients.new_zeros(len(added), self.gradients.shape[1])
+            none_yet = self.gradients.new_zeros(len(new), self.gradients.shape[1])
             self.gradients = torch.cat([self.gradients[old], none_yet])
-        self.keys = torch.cat([keys[is_old], keys[~is_old]])
-        return new
+        self.priority = torch.cat([priority[is_old], priority[~is_old]])
+        self.seen += len(x)
 
-    def add_gradients(self, keys: Tensor, gradients: Tensor) -> None:
-        """Take in the gradients [rows, out_features] of the rows that had these keys."""
+    def add_gradients(self, first: int, gradients: Tensor) -> None:
+        """Take in the gradients [rows, out_features] of the rows from number `first` on."""
         if self.gradients is None:
-            self.gradients = gradients.new_zeros(len(self.keys), gradients.shape[1])
-        place, row = torch.nonzero(self.keys[:, None] == keys, as_tuple=True)
-        self.gradients[place] = gradients[row]
+            self.gradients = gradients.new_zeros(len(self.ids), gradients.shape[1])
+        mine = (self.ids >= first) & (self.ids < first + len(gradients))
+        self.gradients[mine] = gradients[self.ids[mine] - first]
 
 
 class _ChannelRange:
-    """Running minimum and maximum of one linear's input channels, and a sample of rows."""
+    """Running minimum and maximum of one linear's input channels, and samples of rows."""
 
     def __init__(self, name: str, linear: nn.Linear, rows: int) -> None:
         self.name = name
-        self.sample = _Sample(rows)
-        self.rows = 0
+        self.linear = linear
+        self.sample = _Reservoir(rows)
+        self.peaks = _Reservoir(rows // 4)
+        # The same seed for all: linears that share an input keep the same rows.
+        self.generator = torch.Generator().manual_seed(0)
         self.low = torch.full((FOLDS, linear.in_features), torch.inf)
         self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
-        self.keys = torch.empty(0)
+        self.added = range(0)
+
+    @property
+    def rows(self) -> int:
+        """How many rows were seen."""
+        return self.sample.seen
 
     def add(self, x: Tensor, recent: _Recent) -> None:
         recent.look(x)
-        self.keys = torch.empty(0)
+        self.added = range(self.rows, self.rows + len(recent.rows))
         if not len(recent.rows):  # an expert that no token was routed to, or all padding
             return
         if not (recent.low.isfinite().all() and recent.high.isfinite().all()):
@@ -269,19 +279,39 @@ class _ChannelRange:
         fold = recent.batch % FOLDS
         torch.minimum(self.low[fold], recent.low, out=self.low[fold])
         torch.maximum(self.high[fold], recent.high, out=self.high[fold])
-        self.rows += len(recent.rows)
-        self.keys = self.sample.add(recent.rows, fold)
+        chance = torch.rand(len(recent.rows), generator=self.generator)
+        self.sample.add(recent.rows, chance, fold)
+        self.peaks.add(recent.rows, recent.rows.abs().amax(dim=1).float(), fold)
 
     def gradient_taker(self, kept: Tensor | None) -> Callable[[Tensor], None]:
         """Return what takes the gradient of the output whose input was added last."""
-        keys = self.keys
+        added = self.added
 
         def take(gradient: Tensor) -> None:
             rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            if len(keys):
-                self.sample.add_gradients(keys, rows if kept is None else rows[kept])
+            rows = rows if kept is None else rows[kept]
+            for reservoir in (self.sample, self.peaks):
+                reservoir.add_gradients(added.start, rows)
 
         return take
+
+    def gradients(self) -> Tensor:
+        """Return those of the sample, then of the peaks; 0 where the loss does not depend on it."""
+        none = self.linear.weight.new_zeros(0, self.linear.out_features)
+        parts = [
+            none.new_zeros(len(reservoir.ids), none.shape[1])
+            if reservoir.gradients is None
+            else reservoir.gradients
+            for reservoir in (self.sample, self.peaks)
+        ]
+        return torch.cat(parts).detach()
+
+    def weights(self) -> Tensor:
+        """Return how many of all rows each of the sample, then of the peaks, stands for."""
+        is_peak = torch.isin(self.sample.ids, self.peaks.ids)
+        others = self.rows - len(self.peaks.ids)
+        share = others / max(1, int((~is_peak).sum()))
+        return torch.cat([(~is_peak).float() * share, torch.ones(len(self.peaks.ids))])
 
 
 class InputRanges:
@@ -291,6 +321,7 @@ class InputRanges:
         self._linears = linears
         self._ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
         self._keep_rows = bool(rows)
+        self._with_gradients = False
         self._recent = _Recent()
         self._batches = 0
 
@@ -303,6 +334,7 @@ class InputRanges:
 
     def see_gradients(self, name: str) -> Callable[[Tensor], None]:
         """Return what takes the gradient of a linear's output, right after the linear ran."""
+        self._with_gradients = True
         return self._ranges[name].gradient_taker(self._recent.kept)
 
     @contextmanager
@@ -326,12 +358,15 @@ class InputRanges:
             batches=self._batches,
             unreached=tuple(name for name in self._ranges if name not in reached),
             example=example,
-            gradients={
-                name: seen.sample.gradients
+            peaks={name: seen.peaks.rows for name, seen in sampled.items()},
+            gradients={name: seen.gradients() for name, seen in sampled.items()}
+            if self._with_gradients
+            else {},
+            row_weights={name: seen.weights() for name, seen in sampled.items()},
+            row_folds={
+                name: torch.cat([seen.sample.folds, seen.peaks.folds])
                 for name, seen in sampled.items()
-                if seen.sample.gradients is not None
             },
-            row_folds={name: seen.sample.folds for name, seen in sampled.items()},
             fold_min={name: seen.low for name, seen in sampled.items()},
             fold_max={name: seen.high for name, seen in sampled.items()},
         )

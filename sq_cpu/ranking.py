@@ -12,10 +12,10 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.costs import Choice
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linears import is_ignored, linearized
-from sq_cpu.losses import LOSSES, default_loss
+from sq_cpu.losses import default_loss, loss_of
 from sq_cpu.plan import SmoothPlan, covered_consumers
 from sq_cpu.progress import track
-from sq_cpu.rules import output_deltas, smoothing_scale
+from sq_cpu.rules import quantized_rows, quantized_weight, smoothing_scale
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import group_statistics
@@ -36,10 +36,10 @@ def estimated_errors(
 ) -> Errors:
     """Return what each calibrated linear's int8 output would be off, by how it is quantized.
 
-    It is `tune`'s default loss (nats where the calibration has gradients, the share of the output's
-    energy otherwise) over the calibration's rows, with the smoothing of `plan` and the numerics of
-    the kernels; 0 for "float". Which linears the plan leaves in float
-    or gives activations of their own does not matter. The model is not changed; extra memory is one
+    It is `tune`'s default loss (nats per token where the calibration has gradients, the share of
+    the output's energy otherwise) over the calibration's rows and peaks, with the smoothing of
+    `plan` and the numerics of the kernels; 0 for "float". Which linears the plan leaves in float or
+    gives activations of their own does not matter. The model is not changed; extra memory is one
     group's weights in fp32, a few times.
 
     Raises `SqCpuError` for a calibration without sampled rows, and where `smoothing_scale` does.
@@ -51,7 +51,8 @@ def estimated_errors(
     layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
     everything = replace(plan, layers=layers)
     errors: Errors = {}
-    loss = LOSSES[default_loss(calibration)]
+    loss = default_loss(calibration)
+    tokens = calibration.tokens if loss == "kl" else 1
     with linearized(model):
         for group in track(smoothing_groups(model), "estimating errors", progress):
             names = [
@@ -73,6 +74,11 @@ def estimated_errors(
                     entry = planned[group.name]
                     statistics = replace(statistics, clip=entry.clip)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
-                for sample, delta in output_deltas(statistics, s):
-                    errors[sample.name][choice] = loss(sample.output, delta, sample.gradient)
+                wide = statistics.widen(s)
+                for sample, of_layer in statistics.quantized():
+                    x = quantized_rows(
+                        sample.weighted_rows, sample, wide, of_layer, statistics.clip
+                    )
+                    y = x @ quantized_weight(sample, wide, of_layer).T
+                    errors[sample.name][choice] = loss_of(loss, sample, y) / tokens
     return errors

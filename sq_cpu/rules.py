@@ -62,8 +62,12 @@ class LinearSample:
     """Range of every input channel, fp32 [in_features] each."""
     scheme: Scheme | None = None
     """How it will be quantized, resolved; None: as its group."""
+    peaks: Tensor | None = None
+    """The rows with the greatest values, like `rows`."""
     gradient: Tensor | None = None
-    """Of the model's loss with respect to the linear's output for each of `rows`, if known."""
+    """Of the model's loss with respect to the output for each of `rows`, then of `peaks`."""
+    row_weights: Tensor | None = None
+    """How many rows each of `rows`, then of `peaks`, stands for, fp32; None: all the same."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
     name: str = ""
@@ -73,6 +77,19 @@ class LinearSample:
     def output(self) -> Tensor:
         """What the float linear gives for `rows`, without bias: fp32 [rows, out_features]."""
         return self.inputs() @ self.weight.detach().float().T
+
+    @cached_property
+    def weighted_rows(self) -> Tensor:
+        """`rows`, then `peaks`, fp32: those that `row_weights` and `gradient` are of."""
+        rows = self.inputs()
+        if self.peaks is None or self.row_weights is None:
+            return rows
+        return torch.cat([rows, self.peaks.float()])
+
+    @cached_property
+    def weighted_output(self) -> Tensor:
+        """What the float linear gives for `weighted_rows`, without bias."""
+        return self.weighted_rows @ self.weight.detach().float().T
 
     def inputs(self) -> Tensor:
         """Return `rows` in fp32; `SqCpuError` when there are none."""
@@ -247,16 +264,20 @@ def quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme, clip: floa
 
     `s` is fp32 [in_features], `clip` the share of its range that a static scale covers.
     """
-    return quantized_rows(sample, s, scheme, clip) @ quantized_weight(sample, s, scheme).T
+    x = quantized_rows(sample.inputs(), sample, s, scheme, clip)
+    return x @ quantized_weight(sample, s, scheme).T
 
 
-def quantized_rows(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0) -> Tensor:
-    """Return Q(X / s), fp32 [rows, in_features]; see `quantized_output`."""
-    x = sample.inputs() / s
+def quantized_rows(
+    x: Tensor, sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0
+) -> Tensor:
+    """Return Q(X / s) of rows X of the sample's linear, fp32; see `quantized_output`."""
     static = None
     if scheme.activations == "static":
-        ends = static_range(sample.low / s, sample.high / s, x, scheme)
+        rows = None if sample.rows is None else sample.rows.float() / s
+        ends = static_range(sample.low / s, sample.high / s, rows, scheme)
         static = static_code(scheme, *(clip * end for end in ends))
+    x = x / s
     outliers = _outliers(sample, s, scheme)
     codes, row_scale, zero_point = quantize_rows(x.masked_fill(outliers, 0.0), scheme, static)
     return torch.where(outliers, x, (codes.float() - zero_point[:, None]) * row_scale[:, None])

@@ -72,8 +72,13 @@ def differentiating(
         return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "input": x})
 
     def after(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, y: Tensor) -> None:
+        def hook(_module: nn.Module, _args: Any, y: Tensor) -> Tensor | None:
+            if not y.requires_grad:  # a part of the model that runs without gradients
+                return None
+            # A copy: what follows may change y in place, and the hook would see that's gradient.
+            y = y.clone()
             y.register_hook(taker(name))  # type: ignore[no-untyped-call]
+            return y
 
         return hook
 

@@ -22,7 +22,7 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.losses import LOSSES, check_loss, default_loss
+from sq_cpu.losses import check_loss, default_loss, loss_of
 from sq_cpu.plan import GroupPlan, SmoothPlan, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.rules import (
@@ -65,7 +65,7 @@ def tune(
     """Return the plan whose alphas, and clips of static scales, give each group the least loss.
 
     Each group is scored alone, on the float model's inputs; the model is not changed. The result
-    depends on nothing but the arguments. Extra memory is one group's weights in fp32, a few times,
+    depends on nothing but the arguments. Extra memory is one group's weights in fp32,
     and a copy of one group's sampled rows.
 
     Parameters
@@ -114,6 +114,7 @@ def tune(
             )
             return SmoothPlan(tuple(found), scheme=scheme)
         search = _Search(
+            tokens=calibration.tokens if loss == "kl" else 1,
             loss=loss,
             criterion=criterion,
             grid=grid,
@@ -166,6 +167,7 @@ class _Scored:
 
     def _quantize_weights(self, alpha: float) -> None:
         self._alpha = alpha
+        self._weights = []  # freed before the next are made
         self._scales = [
             of_fold.widen(smoothing_scale("smoothquant", of_fold, alpha)) for of_fold in self._folds
         ]
@@ -176,16 +178,18 @@ class _Scored:
 
     @torch.no_grad()
     def losses(self, loss: str, alpha: float, clip: float) -> dict[str, float]:
-        """Return each linear's loss, the mean over the folds that reached it."""
+        """Return each linear's loss: the mean over folds, of "kl" the sum."""
         if alpha != self._alpha:
             self._quantize_weights(alpha)
         found: dict[str, list[float]] = {}
         for of_fold, s, weights in zip(self._folds, self._scales, self._weights, strict=True):
             for (sample, scheme), weight in zip(of_fold.quantized(), weights, strict=True):
-                delta = quantized_rows(sample, s, scheme, clip) @ weight.T - sample.output
-                value = LOSSES[loss](sample.output, delta, sample.gradient)
-                found.setdefault(sample.name, []).append(value)
-        return {name: sum(values) / len(values) for name, values in found.items()}
+                x = quantized_rows(sample.weighted_rows, sample, s, scheme, clip)
+                found.setdefault(sample.name, []).append(loss_of(loss, sample, x @ weight.T))
+        return {
+            name: sum(values) / (1 if loss == "kl" else len(values))
+            for name, values in found.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,8 @@ class _Search:
     """How the choice that groups share is found."""
 
     loss: str
+    tokens: int
+    """That losses are divided by."""
     criterion: Criterion
     grid: tuple[float, ...]
     clips: tuple[float, ...]
@@ -203,7 +209,13 @@ class _Search:
 
         def losses(alpha: float, clip: float) -> list[dict[str, float]]:
             if (alpha, clip) not in tried:
-                tried[alpha, clip] = [group.losses(self.loss, alpha, clip) for group in groups]
+                tried[alpha, clip] = [
+                    {
+                        name: value / self.tokens
+                        for name, value in group.losses(self.loss, alpha, clip).items()
+                    }
+                    for group in groups
+                ]
             return tried[alpha, clip]
 
         def total(alpha: float, clip: float) -> float:
@@ -224,8 +236,8 @@ class _Search:
                 near = [a for a in self.grid if abs(a - alpha) <= _width(self.grid)]
                 alpha = best_alpha(clip, (alpha, *near), 0)
         if self.criterion != "mean":
-            curve = {a: _merged(values) for (a, c), values in tried.items() if c == clip}
-            losses(alpha := CRITERIA[self.criterion](curve), clip)
+            curve = {a: _merged(losses(a, clip)) for a in (alpha, *self.grid)}
+            alpha = CRITERIA[self.criterion](curve)
         return [
             replace(
                 group.planned,

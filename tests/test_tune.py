@@ -160,6 +160,9 @@ def test_criterion_takes_the_least_or_greatest_of_the_members_alphas() -> None:
     )
     assert all(least[name] <= greatest[name] for name in mean)
     assert any(least[name] < greatest[name] for name in mean if "norm" in name)
+    # Clips are searched for the mean; then the whole grid is looked at.
+    clipped = [sq_cpu.tune(model, calibration, criterion=c).groups for c in ("min", "max")]
+    assert all(a.alpha <= b.alpha and a.clip == b.clip for a, b in zip(*clipped, strict=True))
     # One linear alone has one optimum.
     alone = [name for name in mean if name.endswith(("v_proj", "up_proj"))]
     assert alone
@@ -275,3 +278,11 @@ def test_inc_by_its_definition() -> None:
     assert group.alpha == min(losses, key=losses.__getitem__)
     for alpha, loss in group.curve:
         assert loss == pytest.approx(losses[alpha], rel=1e-3)
+
+
+def test_inc_where_other_tokens_reach_an_expert() -> None:
+    model = tiny_model("mixtral")
+    data = batches(4)
+    calibration = sq_cpu.calibrate(model, data)
+    plan = sq_cpu.tune(model, calibration, method="inc", batches=data, alphas=(0.0, 1.0, 0.5))
+    assert {group.alpha for group in plan.groups} <= {0.0, 0.5, 1.0}
