@@ -5,8 +5,8 @@ block to block. Resident are at most three times the largest block as bf16, and 
 What is outside of the blocks (embeddings, the last norm, the head) is copied to its file piece by
 piece and mapped from there; only a head that is to be quantized is in memory as a whole, at last.
 
-The result is, bit for bit, what `calibrate` (of `sampled_rows(plan)`), `quantize` and `save` make of
-the whole model. Work in progress is kept in a hidden folder beside the output
+The result is, bit for bit, what `calibrate` (of `sampled_rows(plan)`), `quantize` and `save` make
+of the whole model. Work in progress is kept in a hidden folder beside the output
 (`sq_cpu.work_folder`), from which a later call goes on.
 """
 
@@ -124,8 +124,9 @@ def quantize_checkpoint(
     """Quantize a causal language model from folder to folder, one decoder block at a time.
 
     The checkpoint is, bit for bit, the one of `calibrate`, `quantize` and `save` on the same
-    batches, of which `calibrate` samples as many rows as `sampled_rows` says. A call that was interrupted, in whatever way, is resumed by the same call: finished
-    blocks are kept in the hidden folder `.OUT.partial` beside `out`, whose name `out` gives.
+    batches, of which `calibrate` samples as many rows as `sampled_rows` says. A call that was
+    interrupted, in whatever way, is resumed by the same call: finished blocks are kept in the
+    hidden folder `.OUT.partial` beside `out`, whose name `out` gives.
 
     Parameters
     ----------
