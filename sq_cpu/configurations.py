@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from optuna.trial import Trial
 
@@ -88,6 +88,49 @@ class Configuration:
         return Scheme(ignore=ignore, **values)
 
 
+def _number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= cast(float, value) <= high
+
+
+def _share_of_one(value: object) -> bool:
+    return _number(value, 0.0, 1.0)
+
+
+def _among(*choices: object) -> tuple[Callable[[Any], bool], str]:
+    # By type too: 1 == True, and only one of them is the other's JSON.
+    def can_be(value: object) -> bool:
+        return any(type(value) is type(choice) and value == choice for choice in choices)
+
+    return can_be, f"one of {', '.join(map(repr, choices))}"
+
+
+def _alpha_range(value: Any) -> bool:
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    return is_pair and all(map(_share_of_one, value)) and value[0] <= value[1]
+
+
+def _static_range(value: Any) -> bool:
+    return value in ("minmax", "mse") or (_number(value, 50.0, 100.0) and value > 50)
+
+
+def _weight_clip(value: Any) -> bool:
+    return _share_of_one(value) and value > 0
+
+
+# By field of a search space: what a choice can be, in code and in words.
+_CHOICES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "activations": _among(*get_args(Activations)),
+    "symmetric": _among(True, False),
+    "static_range": (_static_range, "'minmax', 'mse' or a percentile in (50, 100]"),
+    "smoothing": _among("tuned", *RULES),
+    "alpha": (_share_of_one, "a number in [0, 1]"),
+    "alpha_ranges": (_alpha_range, "a tuple (least, greatest), 0 <= least <= greatest <= 1"),
+    "weight_clip": (_weight_clip, "a number in (0, 1]"),
+    "dynamic": (_share_of_one, "a share of the linears, in [0, 1]"),
+    "in_float": (_share_of_one, "a share of the linears, in [0, 1]"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
     """The settings among which an autotuning searches; each is a tuple of what may be chosen.
@@ -111,32 +154,18 @@ class SearchSpace:
     """Shares of the linears in float, by rank."""
 
     def __post_init__(self) -> None:
-        known: dict[str, tuple[Any, ...]] = {
-            "activations": get_args(Activations),
-            "symmetric": (True, False),
-            "smoothing": ("tuned", *RULES),
-        }
         for field in fields(self):
             values = getattr(self, field.name)
             if not isinstance(values, tuple) or not values:
                 raise SqCpuError(
-                    f"search space: {field.name} is {values!r}, not a tuple of choices"
+                    f"search space: {field.name} is {values!r}; it is a tuple of one choice or more"
                 )
+            can_be, needed = _CHOICES[field.name]
             for value in values:
-                if field.name in known and value not in known[field.name]:
+                if not can_be(value):
                     raise SqCpuError(
-                        f"search space: {field.name} has {value!r}, which is not one of "
-                        f"{', '.join(map(repr, known[field.name]))}"
+                        f"search space: {field.name} has {value!r}; each choice is {needed}"
                     )
-        ranges = [choice for choice in self.static_range if isinstance(choice, str)]
-        if not set(ranges) <= {"minmax", "mse"}:
-            raise SqCpuError(
-                f"search space: static_range is {self.static_range!r}; a choice is 'minmax', "
-                "'mse' or a percentile, as in 99.99"
-            )
-        for share in (*self.dynamic, *self.in_float):
-            if not 0 <= share <= 1:
-                raise SqCpuError(f"search space: {share!r} is no share of the linears, in [0, 1]")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the choices as JSON types."""
