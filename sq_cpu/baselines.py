@@ -10,40 +10,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sq_cpu import files
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.runtime import isa
+from sq_cpu.runtime import Machine
 
-__all__ = ["HOW_TO_WRITE", "Baseline", "Baselines", "Machine"]
+__all__ = ["HOW_TO_WRITE", "Baseline", "Baselines"]
 
 FORMAT_VERSION = 1
 HOW_TO_WRITE = "write it with --sq-cpu-baseline-update"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A class of machines whose times are comparable."""
-
-    cpu: str
-    isa: str
-    """The instruction set that sq_cpu uses."""
-    threads: int
-
-    @classmethod
-    def here(cls) -> Machine:
-        """Return the class of this machine, as this process uses it."""
-        known = isa()
-        return cls(cpu=known["cpu"], isa=known["in_use"], threads=torch.get_num_threads())
-
-    def __str__(self) -> str:
-        return f"{self.cpu}, {self.isa}, {self.threads} threads"
-
-    @property
-    def file_name(self) -> str:
-        """The name of the baseline's file."""
-        return re.sub(r"[^a-z0-9_]+", "-", str(self).lower()).strip("-") + ".json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +63,8 @@ class Baselines:
 
     def __init__(self, folder: Path, machine: Machine) -> None:
         self.machine = machine
-        self.path = folder / machine.file_name
+        name = re.sub(r"[^a-z0-9_]+", "-", str(machine).lower()).strip("-")
+        self.path = folder / f"{name}.json"
 
     def read(self) -> dict[str, Baseline]:
         """Return the baselines by the names of their tests; none where there is no file.

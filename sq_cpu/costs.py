@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +26,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.files import replacing
 from sq_cpu.linear import QuantLinear
 from sq_cpu.progress import track
-from sq_cpu.runtime import isa
+from sq_cpu.runtime import Machine
 from sq_cpu.scheme import Activations, Scheme
 
 __all__ = ["CHOICES", "Choice", "Costs", "cache_file", "machine", "measured_costs"]
@@ -90,14 +90,8 @@ class Costs:
 
 def machine() -> dict[str, Any]:
     """Return what a cost table holds for: processor, instruction set, threads and versions."""
-    here = isa()
-    return {
-        "cpu": here["cpu"],
-        "isa": here["in_use"],
-        "threads": here["threads"],
-        "torch": torch.__version__,
-        "sq_cpu": version("sq_cpu"),
-    }
+    versions = {"torch": torch.__version__, "sq_cpu": version("sq_cpu")}
+    return asdict(Machine.here()) | versions
 
 
 def cache_file() -> Path:

@@ -31,10 +31,11 @@ import torch
 from torch import nn
 
 from sq_cpu import convert, texts
-from sq_cpu.baselines import HOW_TO_WRITE, Baseline, Baselines, Machine
+from sq_cpu.baselines import HOW_TO_WRITE, Baseline, Baselines
 from sq_cpu.calibrate import check_length
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import perplexity, token_windows
+from sq_cpu.runtime import Machine
 
 __all__ = ["ATTEMPTS", "Evaluate", "Gate", "Settings"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,26 @@ import torch
 
 from sq_cpu import _core
 
-__all__ = ["available_memory", "has_vnni", "isa"]
+__all__ = ["Machine", "available_memory", "has_vnni", "isa"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A class of machines whose times are comparable."""
+
+    cpu: str
+    isa: str
+    """The instruction set that sq_cpu uses."""
+    threads: int
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Return the class of this machine, as this process uses it."""
+        known = isa()
+        return cls(cpu=known["cpu"], isa=known["in_use"], threads=known["threads"])
+
+    def __str__(self) -> str:
+        return f"{self.cpu}, {self.isa}, {self.threads} threads"
 
 
 def isa() -> dict[str, Any]:

@@ -19,9 +19,10 @@ from test_hf import byte_model, byte_tokenizer, save_float
 
 import sq_cpu
 from sq_cpu import regression
-from sq_cpu.baselines import Baseline, Baselines, Machine
+from sq_cpu.baselines import Baseline, Baselines
 from sq_cpu.linear import QuantLinear
 from sq_cpu.regression import ATTEMPTS, Gate, Settings
+from sq_cpu.runtime import Machine
 
 pytest_plugins = ["pytester"]
 
