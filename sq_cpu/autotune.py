@@ -30,7 +30,7 @@ from sq_cpu.plan import SmoothPlan
 from sq_cpu.progress import status
 from sq_cpu.refine import Rank
 from sq_cpu.trials import Outcome, join_study, opened_storage, quiet_optuna
-from sq_cpu.tuning_job import Evaluate, Goal, Job
+from sq_cpu.tuning_job import Evaluate, Goal, TuningJob
 from sq_cpu.workers import Course, Stopped, Worker, run_workers
 
 __all__ = ["Autotuned", "Candidate", "autotune"]
@@ -161,7 +161,7 @@ def autotune(
         batches = calibrate(
             model, batches, ignore=ignore, rows=TUNING_ROWS, gradients=True, progress=progress
         )
-    task = Job(model, batches, evaluate, parsed, higher_is_better, ignore)
+    task = TuningJob(model, batches, evaluate, parsed, higher_is_better, ignore)
     if not task.linears:
         raise SqCpuError("nothing to tune: the calibration reached no linear that is not ignored")
 

@@ -27,7 +27,7 @@ from sq_cpu.quantize import quantize
 from sq_cpu.ranking import Errors, estimated_errors
 from sq_cpu.tune import tune
 
-__all__ = ["Evaluate", "Goal", "Job", "Report"]
+__all__ = ["Evaluate", "Goal", "Report", "TuningJob"]
 
 Evaluate = Callable[[nn.Module], float | Iterator[float]]
 Report = Callable[[float, int], None]
@@ -74,7 +74,7 @@ class Goal:
 
 
 @dataclass(eq=False)
-class Job:
+class TuningJob:
     """Evaluates configurations of one model; nothing of it is changed.
 
     `kept` looks up a value that another worker may have made, or makes it: (name, make) -> value.

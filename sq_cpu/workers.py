@@ -28,7 +28,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.refine import Rank, Refinement, ranked
 from sq_cpu.scheme import Activations
 from sq_cpu.trials import Outcome, Trials, opened_storage, quiet_optuna
-from sq_cpu.tuning_job import Job
+from sq_cpu.tuning_job import TuningJob
 
 __all__ = ["Course", "Stopped", "Worker", "run_workers"]
 
@@ -68,7 +68,9 @@ class _Stop(Exception):  # noqa: N818  it is no error
 class Worker:
     """One process at work on a study."""
 
-    def __init__(self, job: Job, storage: BaseStorage, course: Course, index: int = 0) -> None:
+    def __init__(
+        self, job: TuningJob, storage: BaseStorage, course: Course, index: int = 0
+    ) -> None:
         self.job = job
         self.course = course
         start = time.monotonic()
@@ -345,7 +347,7 @@ def _main(path: str, index: int, threads: int, pipe: Connection, parent: int) ->
     try:
         parts = torch.load(path, mmap=True, weights_only=False)
         with quiet_optuna(), opened_storage(parts["where"]) as storage:
-            worker = Worker(Job(**parts["job"]), storage, parts["course"], index)
+            worker = Worker(TuningJob(**parts["job"]), storage, parts["course"], index)
             said = ("stopped", worker.work(look))
     except KeyboardInterrupt:
         pass

@@ -21,7 +21,7 @@ from tuning_cases import QUICK, Divergence, costs
 import sq_cpu
 from sq_cpu import Calibration, SearchSpace, SqCpuError, workers
 from sq_cpu.configurations import Configuration
-from sq_cpu.tuning_job import Goal, Job
+from sq_cpu.tuning_job import Goal, TuningJob
 
 # Every linear per token at first, nothing else to choose: what remains is which stay in float.
 PER_TOKEN = SearchSpace(
@@ -73,7 +73,7 @@ def test_the_plan_is_worth_what_is_said_and_the_model_unchanged() -> None:
 def test_as_few_in_float_as_of_all_subsets() -> None:
     model = llama()
     calibration = sq_cpu.calibrate(model, batches(3))
-    job = Job(model, calibration, Divergence(model), Goal.of(1.0), False, ("lm_head",))
+    job = TuningJob(model, calibration, Divergence(model), Goal.of(1.0), False, ("lm_head",))
     job.costs, job.float_metric = costs(model), 0.0
     per_token = Configuration(activations="per_token", smoothing="smoothquant", alpha=(0.5,))
 
@@ -114,7 +114,7 @@ def test_static_and_per_token_linears_are_mixed() -> None:
     per_token = best.chosen("per_token")
     assert 0 < len(per_token) < 7
     calibration = sq_cpu.calibrate(model, batches(3))
-    job = Job(model, calibration, Divergence(model), Goal.of(goal), False, ("lm_head",))
+    job = TuningJob(model, calibration, Divergence(model), Goal.of(goal), False, ("lm_head",))
     job.costs, job.float_metric = costs(model), 0.0
     for name in per_token:
         assert job.result(best.changed([name], "static"))["loss"] > goal
