@@ -20,11 +20,10 @@ from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import (
     check_ignore,
     float_linears,
-    is_ignored,
     linearized,
     quantizable_linears,
 )
-from sq_cpu.plan import SmoothPlan, covered_consumers, scheme_of, uniform_plan
+from sq_cpu.plan import SmoothPlan, check_groups, quantized_consumers, scheme_of, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.quantize import check_layers
 from sq_cpu.ranges import static_range
@@ -191,8 +190,10 @@ def analyze(
         groups = smoothing_groups(model)
         if plan is None:
             plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
-        _check_groups(plan, groups)
-        measured = [group for group in groups if _quantized(model, group, calibration, scheme)]
+        check_groups(plan, groups)
+        measured = [
+            group for group in groups if quantized_consumers(model, group, calibration, scheme)
+        ]
         if not measured:
             raise SqCpuError("nothing to analyze: the scheme ignores every linear that was reached")
         places = _Places(measured)
@@ -221,25 +222,6 @@ def outlier_severity(absmax: Tensor) -> float:
     return float(alive.max() / alive.median()) if len(alive) else 1.0
 
 
-def _quantized(
-    model: nn.Module, group: SmoothingGroup, calibration: Calibration, scheme: Scheme
-) -> tuple[str, ...]:
-    return tuple(
-        name
-        for name in covered_consumers(group, calibration)
-        if not is_ignored(model, name, scheme.ignore)
-    )
-
-
-def _check_groups(plan: SmoothPlan, groups: Sequence[SmoothingGroup]) -> None:
-    known = {group.name for group in groups}
-    for planned in plan.groups:
-        if planned.name not in known:
-            raise SqCpuError(
-                f"the model has no smoothing group {planned.name}; plan for this very model"
-            )
-
-
 def _group(
     model: nn.Module,
     group: SmoothingGroup,
@@ -257,7 +239,7 @@ def _group(
         alone = replace(plan, groups=(planned,), layers=layers)
         (s,) = plan_scales(model, alone, calibration, scheme=scheme, among=(group,)).values()
     clip = 1.0 if planned is None else planned.clip
-    names = _quantized(model, group, calibration, scheme)
+    names = quantized_consumers(model, group, calibration, scheme)
     linears = tuple(
         _linear(naive, sample, s, plan, clip, places.of(group, name))
         for name, sample in zip(names, naive.samples, strict=True)

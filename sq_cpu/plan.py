@@ -30,7 +30,9 @@ __all__ = [
     "GroupPlan",
     "LayerPlan",
     "SmoothPlan",
+    "check_groups",
     "covered_consumers",
+    "quantized_consumers",
     "scheme_of",
     "uniform_plan",
 ]
@@ -285,6 +287,24 @@ def uniform_plan(
 def covered_consumers(group: SmoothingGroup, calibration: Calibration) -> tuple[str, ...]:
     """Return the linears of a group that some calibration batch reached."""
     return tuple(name for name in group.consumers if name in calibration.channel_min)
+
+
+def quantized_consumers(
+    model: nn.Module, group: SmoothingGroup, calibration: Calibration, scheme: Scheme
+) -> tuple[str, ...]:
+    """Return the linears of a group that some batch reached and the scheme does not ignore."""
+    covered = covered_consumers(group, calibration)
+    return tuple(name for name in covered if not is_ignored(model, name, scheme.ignore))
+
+
+def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
+    """Raise `SqCpuError` for a planned group that is not among the model's."""
+    known = {group.name for group in groups}
+    for planned in plan.groups:
+        if planned.name not in known:
+            raise SqCpuError(
+                f"the model has no smoothing group {planned.name}; plan for this very model"
+            )
 
 
 def _in_range(value: object, greatest: float) -> bool:

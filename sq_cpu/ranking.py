@@ -11,9 +11,9 @@ from torch import nn
 from sq_cpu.calibration import Calibration
 from sq_cpu.costs import Choice
 from sq_cpu.groups import smoothing_groups
-from sq_cpu.linears import is_ignored, linearized
+from sq_cpu.linears import linearized
 from sq_cpu.losses import default_loss, loss_of
-from sq_cpu.plan import SmoothPlan, covered_consumers
+from sq_cpu.plan import SmoothPlan, quantized_consumers
 from sq_cpu.progress import track
 from sq_cpu.rules import quantized_rows, quantized_weight, smoothing_scale
 from sq_cpu.runtime import has_vnni
@@ -55,11 +55,7 @@ def estimated_errors(
     tokens = calibration.tokens if loss == "kl" else 1
     with linearized(model):
         for group in track(smoothing_groups(model), "estimating errors", progress):
-            names = [
-                name
-                for name in covered_consumers(group, calibration)
-                if not is_ignored(model, name, scheme.ignore)
-            ]
+            names = quantized_consumers(model, group, calibration, scheme)
             for name in names:
                 errors[name] = {"float": 0.0}
             if not names:

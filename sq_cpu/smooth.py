@@ -21,7 +21,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.folding import apply_folds, refused_folds
 from sq_cpu.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.linears import is_ignored, linearized
-from sq_cpu.plan import GroupPlan, SmoothPlan, covered_consumers
+from sq_cpu.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
 from sq_cpu.rules import GroupStatistics, LinearSample, smoothing_scale
 from sq_cpu.scheme import Scheme
 
@@ -61,13 +61,10 @@ def plan_scales(
     """
     among = smoothing_groups(model) if among is None else among
     groups = {group.name: group for group in among}
+    check_groups(plan, groups.values())
     scales = {}
     for planned in plan.groups:
-        group = groups.get(planned.name)
-        if group is None:
-            raise SqCpuError(
-                f"the model has no smoothing group {planned.name}; plan for this very model"
-            )
+        group = groups[planned.name]
         s = _group_scales(model, group, planned, calibration, scheme, plan)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
