@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -29,6 +29,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.plan import SmoothPlan
 from sq_cpu.progress import status
 from sq_cpu.refine import Rank
+from sq_cpu.runtime import Machine
 from sq_cpu.trials import Outcome, join_study, opened_storage, quiet_optuna
 from sq_cpu.tuning_job import Evaluate, Goal, TuningJob
 from sq_cpu.workers import Course, Stopped, Worker, run_workers
@@ -128,7 +129,8 @@ def autotune(
         are given pickled
     tokens : rows of the linears' input that milliseconds are measured with: 512 for a prefill, 1
         for decoding
-    costs : None: measured, or from this machine's cache
+    costs : None: those that the study was begun with; for a new one, measured, or from this
+        machine's cache
     say : told, in a line, of every new trial, where there is no progress bar
 
     Ctrl-C ends it with the best so far. Under one seed one worker does the same again.
@@ -137,7 +139,8 @@ def autotune(
     ------
     SqCpuError
         For a goal or space that cannot be, a storage that cannot be opened or belongs to another
-        job, no linear to quantize, and when no configuration could be evaluated.
+        job (also by its calibration or costs), no linear to quantize, and when no configuration
+        could be evaluated.
     """
     space = space or SearchSpace()
     parsed = Goal.of(goal)
@@ -172,7 +175,12 @@ def autotune(
         table = costs or measured_costs(
             task.linears.values(), tokens=tokens, dtype=dtype, progress=progress
         )
-        return {"float_metric": metric, "costs": table.to_dict()}
+        return {
+            "float_metric": metric,
+            "ranges": task.ranges(),
+            "costs": table.to_dict(),
+            "measured_on": str(Machine.here()) if costs is None else None,
+        }
 
     identity = task.identity() | {
         "space": space.to_dict(),
@@ -182,8 +190,9 @@ def autotune(
     }
     with quiet_optuna(), opened_storage(storage) as opened:
         facts = join_study(opened, study, identity, prepare)
+        task.check_ranges(facts["ranges"])
         task.float_metric = float(facts["float_metric"])
-        task.costs = Costs.from_dict(facts["costs"])
+        task.costs = _costs_of(facts, costs, say)
         passed = time.monotonic() - start
         course = replace(course, time_limit=max(0.0, course.time_limit - passed))
         worker = Worker(task, opened, course)
@@ -194,6 +203,22 @@ def autotune(
                 assert storage is not None
                 stopped = run_workers(worker, storage, workers, look)
         return _conclusion(worker, stopped)
+
+
+def _costs_of(facts: Mapping[str, Any], given: Costs | None, say: Callable[[str], object]) -> Costs:
+    """Return the costs that a study was begun with, by which its milliseconds are comparable.
+
+    Raises `SqCpuError` when others were given.
+    """
+    if given is not None and given.to_dict() != facts["costs"]:
+        raise SqCpuError(
+            "the study of the storage was begun with other costs: use those, or none, or another "
+            "storage or study name"
+        )
+    where = facts["measured_on"]
+    if where not in (None, str(Machine.here())):
+        say(f"milliseconds are those of where the study was begun: {where}")
+    return Costs.from_dict(facts["costs"])
 
 
 def _candidates(worker: Worker) -> Iterator[Candidate]:

@@ -1,8 +1,10 @@
 """The fastest mix that keeps a goal, as a job that can be killed."""
 
+import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from tuning_cases import QUICK, Divergence, costs
 import sq_cpu
 from sq_cpu import Calibration, SearchSpace, SqCpuError, workers
 from sq_cpu.configurations import Configuration
+from sq_cpu.costs import Costs
+from sq_cpu.runtime import Machine
 from sq_cpu.tuning_job import Goal, TuningJob
 
 # Every linear per token at first, nothing else to choose: what remains is which stay in float.
@@ -319,6 +323,62 @@ def test_a_storage_of_another_job_is_refused() -> None:
     with pytest.raises(SqCpuError, match="another job \\(calibration is"):
         sq_cpu.autotune(model, other, Divergence(model), GOAL, costs=costs(model), **options)
     assert tuned(model, GOAL, study="another", **options).trials
+
+
+def test_a_calibration_on_other_data_is_refused() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    model = llama()
+    options: dict[str, Any] = {"storage": storage, "refine_trials": 0, "trials": 1}
+
+    def go_on(calibration: Calibration) -> sq_cpu.Autotuned:
+        evaluate, given = Divergence(model), costs(model)
+        return sq_cpu.autotune(
+            model, calibration, evaluate, GOAL, space=QUICK, costs=given, **options
+        )
+
+    first, *others = batches(3)
+    begun = sq_cpu.calibrate(model, [first, *others])
+    found = go_on(begun)
+    # As many tokens and batches, and the same first one, which is the example.
+    other = sq_cpu.calibrate(model, [first, *(ids.flip(1) for ids in others)])
+    assert other.tokens == begun.tokens
+    with pytest.raises(SqCpuError, match="begun with a calibration on other data"):
+        go_on(other)
+    with pytest.raises(SqCpuError, match="another job \\(rows is"):
+        go_on(sq_cpu.calibrate(model, [first, *others], rows=8))
+    with pytest.raises(SqCpuError, match="another job \\(gradients is"):
+        go_on(sq_cpu.calibrate(model, [first, *others], gradients=True))
+    # Another processor rounds otherwise.
+    near = {name: high * (1 + 1e-6) for name, high in begun.channel_max.items()}
+    assert go_on(replace(begun, channel_max=near)).trials == found.trials
+
+
+def test_milliseconds_are_those_that_the_study_was_begun_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage = optuna.storages.InMemoryStorage()
+    model = llama()
+    options: dict[str, Any] = {"storage": storage, "refine_trials": 0, "trials": 1, "tokens": 32}
+    table = costs(model)
+    doubled = {
+        shape: {name: 2 * ms for name, ms in row.items()} for shape, row in table.entries.items()
+    }
+    module = importlib.import_module("sq_cpu.autotune")
+    monkeypatch.setattr(module, "measured_costs", lambda *_, **__: table)
+    begun = tuned(model, GOAL, costs=None, **options)
+    with pytest.raises(SqCpuError, match="begun with other costs"):
+        tuned(model, GOAL, costs=Costs(32, "float32", doubled), **options)
+
+    # Not measured again, on another machine neither.
+    elsewhere = Machine(cpu="another", isa="avx2", threads=3)
+    monkeypatch.setattr(module, "measured_costs", None)
+    said: list[str] = []
+    assert tuned(model, GOAL, costs=None, say=said.append, **options) == begun
+    assert not said
+    monkeypatch.setattr(Machine, "here", lambda: elsewhere)
+    assert tuned(model, GOAL, costs=None, say=said.append, **options) == begun
+    assert len(said) == 1
+    assert said[0].startswith("milliseconds are those of where the study was begun: ")
 
 
 def test_a_pruner_stops_trials_of_the_search_by_partial_metrics() -> None:
