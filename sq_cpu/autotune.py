@@ -30,7 +30,7 @@ from sq_cpu.plan import SmoothPlan
 from sq_cpu.progress import status
 from sq_cpu.refine import Rank
 from sq_cpu.runtime import Machine
-from sq_cpu.trials import Outcome, join_study, opened_storage, quiet_optuna
+from sq_cpu.trials import Outcome, is_shared, join_study, opened_storage, quiet_optuna
 from sq_cpu.tuning_job import Evaluate, Goal, TuningJob
 from sq_cpu.workers import Course, Stopped, Worker, run_workers
 
@@ -146,8 +146,11 @@ def autotune(
     parsed = Goal.of(goal)
     if min(trials, workers) < 1 or refine_trials < 0:
         raise SqCpuError("autotune needs trials and workers >= 1, and refine_trials >= 0")
-    if workers > 1 and storage is None:
-        raise SqCpuError("workers share a storage: pass storage='study.db', or workers=1")
+    if workers > 1 and not is_shared(storage):
+        raise SqCpuError(
+            "workers share a storage, and memory is each one's own: pass storage='study.db', or "
+            "workers=1"
+        )
     start = time.monotonic()
     course = Course(
         study=study,

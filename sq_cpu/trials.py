@@ -35,7 +35,7 @@ from optuna.exceptions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sq_cpu.errors import SqCpuError
@@ -44,6 +44,7 @@ __all__ = [
     "Outcome",
     "Trials",
     "has_study",
+    "is_shared",
     "join_study",
     "opened_storage",
     "quiet_optuna",
@@ -86,7 +87,7 @@ def opened_storage(where: str | os.PathLike[str] | BaseStorage | None) -> Iterat
         yield where
         return
     if where is None:
-        yield optuna.storages.InMemoryStorage()
+        yield InMemoryStorage()
         return
     storage = _open(_url(where))
     try:
@@ -136,6 +137,22 @@ def _without_password(url: str) -> str:
     kind, _, rest = url.partition("://")
     who, at, where = rest.rpartition("@")
     return f"{kind}://{who.partition(':')[0]}{at}{where}"
+
+
+def is_shared(where: str | os.PathLike[str] | BaseStorage | None) -> bool:
+    """Return whether all processes that open the storage see the same; memory is their own.
+
+    `where` is as for `opened_storage`.
+    """
+    if where is None or isinstance(where, InMemoryStorage):
+        return False
+    if isinstance(where, BaseStorage) and not isinstance(where, RDBStorage):
+        return True
+    url = str(where.engine.url) if isinstance(where, RDBStorage) else _url(where)
+    kind, _, rest = url.partition("://")
+    file, _, query = rest.partition("?")
+    in_memory = file.strip("/") in ("", ":memory:") or "mode=memory" in query
+    return not (kind.startswith("sqlite") and in_memory)
 
 
 def has_study(storage: BaseStorage, name: str) -> bool:

@@ -291,10 +291,19 @@ def test_two_workers_on_postgresql_share_one_job(tmp_path: Path) -> None:
         assert len(log.read_text().splitlines()) == 1 + evaluations(found)
 
 
-def test_workers_say_what_they_need() -> None:
+def test_workers_say_what_they_need(tmp_path: Path) -> None:
     model = llama()
-    with pytest.raises(SqCpuError, match="workers share a storage"):
-        tuned(model, GOAL, workers=2)
+    for storage in (
+        None,
+        optuna.storages.InMemoryStorage(),
+        optuna.storages.RDBStorage("sqlite://"),
+        "sqlite:///:memory:",
+        "sqlite:///file:study?mode=memory&uri=true",
+    ):
+        divergence = Divergence(model)
+        with pytest.raises(SqCpuError, match=r"workers share a storage.*pass storage='study.db'"):
+            tuned(model, GOAL, evaluate=divergence, workers=2, storage=storage)
+        assert not divergence.calls
     divergence = Divergence(model)
     with pytest.raises(SqCpuError, match=r"can be pickled: .*workers=1"):
         tuned(
@@ -302,7 +311,7 @@ def test_workers_say_what_they_need() -> None:
             GOAL,
             evaluate=lambda candidate: divergence(candidate),
             workers=2,
-            storage=optuna.storages.InMemoryStorage(),
+            storage=tmp_path / "study.db",
         )
 
 
