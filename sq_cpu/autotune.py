@@ -73,7 +73,8 @@ class Autotuned:
     trials: tuple[Candidate, ...]
     """All that were evaluated, those of earlier runs and other workers too."""
     stopped: Stopped
-    """Why it ended: "done" when nothing was left to try."""
+    """Why it ended: "done" when nothing was left to try; "interrupted" by Ctrl-C; "terminated" by
+    `Terminated`."""
 
 
 def autotune(
@@ -133,7 +134,8 @@ def autotune(
         machine's cache
     say : told, in a line, of every new trial, where there is no progress bar
 
-    Ctrl-C ends it with the best so far. Under one seed one worker does the same again.
+    Ctrl-C ends it with the best so far, and so does a signal whose handler raises
+    `errors.Terminated`. Under one seed one worker does the same again.
 
     Raises
     ------

@@ -24,7 +24,7 @@ from optuna.trial import Trial
 
 from sq_cpu.configurations import Configuration, SearchSpace
 from sq_cpu.costs import Choice
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, Terminated
 from sq_cpu.refine import Rank, Refinement, ranked
 from sq_cpu.scheme import Activations
 from sq_cpu.trials import Outcome, Trials, opened_storage, quiet_optuna
@@ -32,7 +32,7 @@ from sq_cpu.tuning_job import TuningJob
 
 __all__ = ["Course", "Stopped", "Worker", "run_workers"]
 
-Stopped = Literal["done", "trials", "time", "interrupted"]
+Stopped = Literal["done", "trials", "time", "interrupted", "terminated"]
 
 _POLL = 0.2
 # Suggestions in a row that were tried before: the sampler has nothing new to say.
@@ -110,10 +110,10 @@ class Worker:
                 self._refinement().run(start, in_float=not without)
         except _Stop as stop:
             return stop.why
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if self.best() is None:
                 raise
-            return "interrupted"
+            return _signalled(stop)
         return "done"
 
     def _search(self) -> None:
@@ -294,16 +294,20 @@ def run_workers(
             while any(process.is_alive() for process in processes):
                 processes[0].join(_POLL) if processes[0].is_alive() else time.sleep(_POLL)
                 look()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if worker.best() is None:
                 raise
-            return "interrupted"
+            return _signalled(stop)
         finally:
             for process in processes:
                 process.terminate()  # as Ctrl-C does
             for process in processes:
                 process.join()
         return _together([_said(pipe) for pipe in pipes])
+
+
+def _signalled(stop: KeyboardInterrupt) -> Stopped:
+    return "terminated" if isinstance(stop, Terminated) else "interrupted"
 
 
 def _said(pipe: Connection) -> tuple[str, str] | None:

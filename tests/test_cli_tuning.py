@@ -1,11 +1,17 @@
 """`sq-cpu tune` and `autotune`: plans for `sq-cpu quantize --plan`."""
 
 import json
+import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 from test_cli import TEXT, error_of, json_of, run
 from test_hf import byte_model, byte_tokenizer, save_float
 from torch import nn
@@ -13,7 +19,9 @@ from torch import nn
 import sq_cpu
 from sq_cpu import SmoothPlan, costs, texts
 from sq_cpu.cli import tuning
+from sq_cpu.errors import Terminated
 from sq_cpu.evaluate import TextPerplexity
+from sq_cpu.trials import opened_storage
 
 OTHER = "Pack my box with five dozen liquor jugs, and then some more. " * 20
 
@@ -180,25 +188,79 @@ def test_a_missed_goal_is_a_failure_that_leaves_the_best_plan(
     assert SmoothPlan.load(out).groups
 
 
-def test_ctrl_c_writes_the_best_so_far(
-    folder: Path, tmp_path: Path, small: list[object], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("signalled", "code", "said"),
+    [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")],
+)
+def test_ctrl_c_and_sigterm_write_the_best_so_far(
+    folder: Path,
+    tmp_path: Path,
+    small: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    signalled: type[BaseException],
+    code: int,
+    said: str,
 ) -> None:
     calls: list[nn.Module] = []
 
     def interrupted(self: TextPerplexity, model: nn.Module) -> float:
         calls.append(model)
         if len(calls) == 3:
-            raise KeyboardInterrupt
+            raise signalled
         return float(len(calls))
 
     monkeypatch.setattr(TextPerplexity, "__call__", interrupted)
     out = tmp_path / "plan.json"
-    result = run("autotune", folder, "-o", out, "--goal", "1%", *small, "--json", code=130)
+    result = run("autotune", folder, "-o", out, "--goal", "1%", *small, "--json", code=code)
     made = json.loads(result.stdout)
-    assert made["stopped"] == "interrupted"
+    assert made["stopped"] == said
     assert made["trials"] == 1
+    assert result.stderr.splitlines()[-1].startswith(f"{said}: {out} is the best so far")
     assert "--resume goes on" in result.stderr.splitlines()[-1]
     assert SmoothPlan.load(out).groups
+
+
+def test_sigterm_ends_the_workers_and_keeps_their_trials(
+    folder: Path, tmp_path: Path, small: list[object]
+) -> None:
+    out, errors = tmp_path / "plan.json", tmp_path / "stderr"
+    goal = ["--goal", "0.0000001%", "--trials", 300, "--workers", 2]  # there is always more to do
+    arguments = ["autotune", folder, "-o", out, *small[:-2], *goal]
+    program = (
+        "from sq_cpu import cli, costs\n"
+        "costs._ROUNDS, costs._FLUSHED_BYTES = 1, 1 << 10\n"
+        "if __name__ == '__main__': cli.main()"
+    )
+    with errors.open("w") as stderr:
+        job = subprocess.Popen(
+            [sys.executable, "-c", program, *map(str, arguments)],
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+    try:
+        while errors.read_text().count("search ") < 3:
+            assert job.poll() is None, errors.read_text()
+            time.sleep(0.1)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        job.terminate()
+        assert job.wait(timeout=60) == 143
+    finally:
+        job.kill()
+    said = errors.read_text().splitlines()
+    assert said[-1].startswith(f"terminated: {out} is the best so far")
+    assert not any("Traceback" in line for line in said)
+    assert SmoothPlan.load(out).groups
+    assert len(children) >= 2
+    deadline = time.monotonic() + 10  # multiprocessing's own helper ends after its parent
+    while any(Path(f"/proc/{pid}").exists() for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with opened_storage(tmp_path / "plan.db") as storage:
+        trials = optuna.load_study(storage=storage, study_name="autotune").trials
+    finished = {trial.number for trial in trials if trial.state == TrialState.COMPLETE}
+    numbers = (re.match(r"search (\d+): metric", line) for line in said)
+    assert {int(number[1]) for number in numbers if number} <= finished
+    assert len(finished) >= 3
 
 
 def test_tasks_are_an_accuracy(

@@ -9,13 +9,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, Terminated
 
 __all__ = ["app", "main"]
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which cleans up as Ctrl-C does."""
 
 
 class _Commands(TyperGroup):
@@ -36,7 +32,7 @@ class _Commands(TyperGroup):
             if not isinstance(error, MemoryError) and not any(w in str(error) for w in wordings):
                 raise
             _fail("not enough memory; use a smaller model, --dtype bf16 or a smaller --window")
-        except _Terminated:
+        except Terminated:
             _fail("terminated", code=143)
         except KeyboardInterrupt:
             _fail("interrupted", code=130)
@@ -60,7 +56,7 @@ def main() -> None:
 
 def _terminate(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning up
-    raise _Terminated
+    raise Terminated
 
 
 def _fail(message: str, code: int = 1) -> None:

@@ -213,8 +213,8 @@ def autotune_command(
 ) -> None:
     """Find the fastest mix of int8 and float for MODEL that keeps an accuracy goal.
 
-    Written to PLAN.json for `sq-cpu quantize --plan`; where it was stopped, by Ctrl-C too, the best
-    so far. The exit code is 1 when that misses the goal.
+    Written to PLAN.json for `sq-cpu quantize --plan`; where it was stopped, by Ctrl-C or SIGTERM
+    too, the best so far. The exit code is 1 when that misses the goal.
     """
     if tasks and text is not None:
         raise typer.BadParameter("--text and --tasks are two metrics; drop one of them")
@@ -285,9 +285,9 @@ def autotune_command(
 
 def _finish(found: Autotuned, out: Path, where: Path | str) -> None:
     again = f"{where} has the trials: the same command with --resume goes on"
-    if found.stopped == "interrupted":
-        say(f"interrupted: {out} is the best so far; {again}")
-        raise typer.Exit(130)
+    if found.stopped in ("interrupted", "terminated"):
+        say(f"{found.stopped}: {out} is the best so far; {again}")
+        raise typer.Exit(130 if found.stopped == "interrupted" else 143)
     if not found.goal_met:
         raise SqCpuError(
             f"the goal is not met: {out} is the best so far; {again}, with more --refine-trials or "
