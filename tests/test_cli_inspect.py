@@ -160,7 +160,8 @@ def test_options_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
         ([int8, "--scheme", "O3"], "is for a float model"),
         ([int8, *report], "add --source MODEL"),
         ([int8, "--calib", "x"], "add --report FILE.html and --source MODEL"),
-        ([int8, "--windows", 3], "needs --saturation or --report"),
+        ([int8, "--windows", 3], "--windows needs --saturation or --report"),
+        ([int8, "--window", 64], "--window needs --saturation or --report"),
     ]:
         assert words in usage_error("inspect", *arguments), arguments
     assert not (tmp_path / "r.html").exists()

@@ -17,7 +17,6 @@ from sq_cpu.cli.common import (
     Json,
     Model,
     SchemeName,
-    Window,
     calibration_batches,
     check_file,
     check_float,
@@ -42,6 +41,7 @@ from sq_cpu.scheme import Scheme
 
 _CALIBRATION_WINDOWS = 16
 _SATURATION_WINDOWS = 4
+_WINDOW = 512
 
 
 def inspect_command(
@@ -92,7 +92,9 @@ def inspect_command(
         int | None,
         typer.Option(min=1, help="Windows of text. [default: 16 to calibrate, 4 for --saturation]"),
     ] = None,
-    window: Window = 512,
+    window: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per window. [default: 512]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in each int8 linear of MODEL, or what int8 would do to a float MODEL.
@@ -114,12 +116,14 @@ def inspect_command(
         "--source": source,
         "--text": text,
         "--windows": windows,
+        "--window": window,
     }
     given = {name for name, value in options.items() if value is not None}
     is_int8 = hf.is_checkpoint(Path(model).expanduser())
     _check_options(
         given, is_int8=is_int8, model=model, report=report is not None, saturation=saturation
     )
+    tokens = _WINDOW if window is None else window
     if report is not None:
         check_file(report)
     if source is not None:
@@ -137,8 +141,8 @@ def inspect_command(
                     f"{lacking[0]}"
                 )
         count = windows or _CALIBRATION_WINDOWS
-        batches = calibration_batches(tokenizer, own_texts, window, count)
-        say(f"calibrating on {count} windows of {window} tokens")
+        batches = calibration_batches(tokenizer, own_texts, tokens, count)
+        say(f"calibrating on {count} windows of {tokens} tokens")
         calibration = calibrate(loaded, batches, ignore=settings.ignore)
         if planned is None:
             strength = 0.5 if alpha is None else alpha
@@ -147,7 +151,7 @@ def inspect_command(
 
     analysis = None
     if is_int8:
-        scored = _Scored(text, windows or _SATURATION_WINDOWS, window) if saturation else None
+        scored = _Scored(text, windows or _SATURATION_WINDOWS, tokens) if saturation else None
         record, result, lines = _int8(model, scored)
         title = f"{model}: {record.scheme.name}, {len(record.layers)} int8 linears"
         if source is not None:
@@ -207,7 +211,7 @@ def _check_options(
     if not report:
         refuse({"--calib"}, "is for a report; add --report FILE.html and --source MODEL")
         if not saturation:
-            refuse({"--windows"}, "needs --saturation or --report; add one")
+            refuse({"--windows", "--window"}, "needs --saturation or --report; add one")
 
 
 class _Scored(NamedTuple):
