@@ -14,7 +14,9 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.rules import RULES
 from sq_cpu.scheme import Activations, Scheme
 
-__all__ = ["Configuration", "SearchSpace"]
+__all__ = ["Configuration", "Ranked", "SearchSpace"]
+
+Ranked = Callable[[Choice], Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +174,17 @@ class SearchSpace:
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
-    def suggest(self, trial: Trial, ranked: Mapping[Choice, Sequence[str]]) -> Configuration:
+    def departs(self, settings: Mapping[str, Any] | None) -> bool:
+        """Return whether `suggest` may ask for ranks where these settings are given, or none."""
+        shares = {"dynamic": self.dynamic, "in_float": self.in_float}
+        given = settings or {}
+        return any(given.get(name, max(choices)) > 0 for name, choices in shares.items())
+
+    def suggest(self, trial: Trial, ranked: Ranked) -> Configuration:
         """Return the configuration of the sampler's choice.
 
-        `ranked` has for "per_token" and "float" all linears, those that gain most of it first.
+        `ranked` gives for "per_token" and "float" all linears, those that gain most of it first; it
+        is asked only where some are to depart.
         """
 
         def choose(name: str, among: Sequence[Any]) -> Any:
@@ -231,8 +240,10 @@ def _share(
     configuration: Configuration,
     share: float,
     choice: Choice,
-    ranked: Mapping[Choice, Sequence[str]],
+    ranked: Ranked,
 ) -> Configuration:
-    names = ranked[choice]
+    if not share:
+        return configuration
+    names = ranked(choice)
     # Rounded up: a share asked for is one linear at least.
     return configuration.changed(names[: -int(-share * len(names) // 1)], choice)

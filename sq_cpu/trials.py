@@ -54,7 +54,7 @@ _HEARTBEAT = 10
 _GRACE = 60
 _POLL = 0.05
 
-_CLAIM, _RESULT, _JOB = "claim", "result", "job"
+_CLAIM, _RESULT, _JOB, _PROPOSED = "claim", "result", "job", "proposed"
 
 
 @contextmanager
@@ -289,7 +289,17 @@ class Trials:
         """Have these settings tried first, if no trial exists yet."""
         if not self._all():
             for values in settings:
-                self._study.enqueue_trial(dict(values))
+                self._enqueue(values)
+
+    def _enqueue(self, settings: Mapping[str, Any], **attributes: Any) -> None:
+        attributes[_PROPOSED] = dict(settings)
+        self._study.enqueue_trial(dict(settings), user_attrs=attributes)
+
+    def proposed(self) -> Mapping[str, Any] | None:
+        """Return what the next trial is to try; None where the sampler chooses."""
+        self.recover()
+        waiting = (t for t in self._all() if t.state == TrialState.WAITING)
+        return next((trial.user_attrs.get(_PROPOSED, {}) for trial in waiting), None)
 
     def run(
         self,
@@ -394,7 +404,7 @@ class Trials:
             # Trials without settings are the refinement's, which itself asks for them again.
             is_whole = bool(trial.params) and _CLAIM in trial.user_attrs
             if interrupted and is_whole and trial.number not in retried:
-                self._study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+                self._enqueue(trial.params, retry_of=trial.number)
 
     def _fail(self, trial: FrozenTrial) -> None:
         with suppress(UpdateFinishedTrialError, ValueError):  # finished, or failed by another

@@ -215,26 +215,33 @@ class TuningJob:
             self.model, self.calibration, alpha, rule=settings.smoothing, ignore=self.ignore
         )
 
-    def gains(self, configuration: Configuration, choice: Choice) -> dict[str, float]:
+    def gains(
+        self,
+        configuration: Configuration,
+        choice: Choice,
+        before: Callable[[], object] = lambda: None,
+    ) -> dict[str, float]:
         """Estimate by how much the loss falls with each linear's choice changed to `choice`.
 
-        The unit is that of `estimated_errors`. This is the one place that ranks linears without an
-        evaluation.
+        The unit is that of `estimated_errors`; `before` is called where that is yet to be run. This
+        is the one place that ranks linears without an evaluation.
         """
         settings = configuration.settings()
+
+        def made() -> Errors:
+            before()
+            return estimated_errors(
+                self.model,
+                self.calibration,
+                self.plan(settings),
+                settings.scheme(self.ignore),
+                _BASES,
+                progress=False,
+            )
+
         if settings.key not in self._errors:
             name = f"errors {hashlib.sha256(settings.key.encode()).hexdigest()[:16]}"
-            self._errors[settings.key] = self.kept(
-                name,
-                lambda: estimated_errors(
-                    self.model,
-                    self.calibration,
-                    self.plan(settings),
-                    settings.scheme(self.ignore),
-                    _BASES,
-                    progress=False,
-                ),
-            )
+            self._errors[settings.key] = self.kept(name, made)
         errors = self._errors[settings.key]
         return {
             name: errors[name][configuration.choice(name)] - errors[name][choice]

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -117,10 +118,14 @@ class Worker:
         return "done"
 
     def _search(self) -> None:
-        ranks: dict[Choice, list[str]] = {}
+        @cache
+        def ranked_by(choice: Choice) -> list[str]:
+            plain = Configuration(smoothing="smoothquant", alpha=(0.5,))
+            gains = self.job.gains(plain, choice)
+            return ranked(gains, self._prices(gains, plain, choice))
 
         def key_of(trial: Trial) -> str:
-            return self.course.space.suggest(trial, ranks).key
+            return self.course.space.suggest(trial, ranked_by).key
 
         def evaluate(trial: Trial, key: str) -> Mapping[str, Any]:
             def report(metric: float, step: int) -> None:
@@ -133,14 +138,13 @@ class Worker:
             return known.result if known else self.job.result(Configuration.from_key(key), report)
 
         if self._has_search_to_do():
-            plain = Configuration(smoothing="smoothquant", alpha=(0.5,))
-            choices: tuple[Choice, ...] = ("per_token", "float")
-            for choice in choices:
-                gains = self.job.gains(plain, choice)
-                ranks[choice] = ranked(gains, self._prices(gains, plain, choice))
             self.search.propose(self.course.space.defaults())
         repeats = 0
         while self._has_search_to_do() and repeats < _REPEATS:
+            if self.course.space.departs(self.search.proposed()):
+                # Before the trial: others wait until it says its key.
+                ranked_by("per_token")
+                ranked_by("float")
             repeats = 0 if self.search.run(key_of, evaluate) else repeats + 1
             self._look()
         # What others still evaluate decides where the refinement starts.
@@ -205,10 +209,17 @@ class Worker:
             names=tuple(linears),
             loss=self._loss,
             goal=self.job.goal.limit,
-            gains=self.job.gains,
+            gains=self._gains,
             prices=lambda name, choice: self.job.price(linears[name], choice),
             rank=self.course.rank,
         )
+
+    def _gains(self, configuration: Configuration, choice: Choice) -> dict[str, float]:
+        def check() -> None:
+            if self._refined_enough():  # an order is for evaluations to come
+                raise _Stop("trials")
+
+        return self.job.gains(configuration, choice, check)
 
     def _loss(self, frontier: Sequence[Configuration]) -> float:
         """Return the loss of the first; while another worker evaluates it, evaluate the others."""

@@ -21,9 +21,10 @@ from torch import nn
 from tuning_cases import QUICK, Divergence, costs
 
 import sq_cpu
-from sq_cpu import Calibration, SearchSpace, SqCpuError, workers
+from sq_cpu import Calibration, SearchSpace, SqCpuError, tuning_job, workers
 from sq_cpu.configurations import Configuration
 from sq_cpu.costs import Costs
+from sq_cpu.ranking import Errors, estimated_errors
 from sq_cpu.runtime import Machine
 from sq_cpu.tuning_job import Goal, TuningJob
 
@@ -435,6 +436,28 @@ def test_what_cannot_be_scored_has_an_infinite_loss() -> None:
     divergence.calls = 0
     with pytest.raises(SqCpuError, match="no configuration could be evaluated; the first: NaN on"):
         tuned(model, 1e-4, evaluate=never, trials=2, refine_trials=2)
+
+
+def test_linears_are_ranked_only_for_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def counted(*arguments: Any, **options: Any) -> Errors:
+        calls.append(arguments)
+        return estimated_errors(*arguments, **options)
+
+    monkeypatch.setattr(tuning_job, "estimated_errors", counted)
+    model = llama()
+    found = tuned(model, 10.0)
+    assert (found.goal_met, found.stopped, len(found.trials)) == (True, "done", 1)
+    # Those of each kind of activations as they come, and nothing after.
+    found = tuned(model, 1e-6, trials=3, refine_trials=0)
+    assert (found.goal_met, found.stopped, len(found.trials)) == (False, "trials", 3)
+    assert not calls
+    tuned(model, 1e-6, trials=4, refine_trials=0)
+    assert len(calls) == 1
+    calls.clear()
+    tuned(model, 1e-6, trials=3, refine_trials=1)
+    assert len(calls) == 1
 
 
 def test_lines_for_every_trial_where_there_is_no_bar() -> None:
