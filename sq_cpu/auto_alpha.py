@@ -17,13 +17,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibrate import Batch, evaluating, model_inputs
 from sq_cpu.calibration import Calibration
 from sq_cpu.groups import SmoothingGroup
-from sq_cpu.losses import LOSSES
+from sq_cpu.losses import LOCAL_LOSSES
 from sq_cpu.plan import GroupPlan
 from sq_cpu.rules import GroupStatistics, LinearSample, quantized_output, smoothing_scale
 from sq_cpu.scheme import Scheme
@@ -111,8 +110,7 @@ def _losses(
         if y is None or sample.name not in seen or len(seen[sample.name].inputs()) != len(y):
             continue
         delta = quantized_output(seen[sample.name], s, statistics.scheme) - y
-        ones = torch.ones(len(y))
-        found[sample.name] = LOSSES["sqrt_abs"](y, delta, None, ones) * y.numel()
+        found[sample.name] = LOCAL_LOSSES["sqrt_abs"](y, delta) * y.numel()
     return found
 
 

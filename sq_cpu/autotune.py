@@ -167,7 +167,7 @@ def autotune(
     )
     if not isinstance(batches, Calibration):
         batches = calibrate(
-            model, batches, ignore=ignore, rows=TUNING_ROWS, gradients=True, progress=progress
+            model, batches, ignore=ignore, gradient_rows=TUNING_ROWS, progress=progress
         )
     task = TuningJob(model, batches, evaluate, parsed, higher_is_better, ignore)
     if not task.linears:

@@ -6,6 +6,7 @@ after smoothing is the range here / s, exactly, and no second pass is needed.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -37,8 +38,8 @@ __all__ = [
 
 _EXAMPLE_TOKENS = 32
 SAMPLED_ROWS = 64
-TUNING_ROWS = 256
-"""Sampled rows a linear that suffice for `tune`."""
+TUNING_ROWS = 384
+"""Rows a linear, with gradients, that suffice for `tune`."""
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -49,17 +50,17 @@ def calibrate(
     *,
     ignore: tuple[str, ...] = ("lm_head",),
     rows: int = SAMPLED_ROWS,
-    gradients: bool = False,
+    gradient_rows: int = 0,
     progress: bool | None = None,
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
 
-    Beside the range, a uniform sample of at most `rows` input rows is kept of each linear, and a
-    quarter as many of those with the greatest values, for `tune`; they take 5/4 rows * in_features
-    elements a linear. With `gradients` each batch is also run
-    backward, and for every sampled row the gradient of the model's loss with respect to the
-    linear's output is kept: it tells `tune` which errors matter. That takes 5/4 rows *
-    out_features elements more a linear, three times the time, and the memory of one batch's graph.
+    Beside the range, a uniform sample of at most `rows` input rows is kept of each linear, of
+    rows * in_features elements. With `gradient_rows` each batch is also run backward, and of each
+    linear at most so many rows are kept with the gradient of the model's loss with respect to its
+    output, which tells `tune` what an error there costs: those where it would cost most, as a
+    rule, and weights by which all others are counted. They are gradient_rows * (in_features +
+    out_features) elements; a batch takes three times the time, and the memory of its graph.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that a mapping's two-dimensional
@@ -71,7 +72,7 @@ def calibrate(
     for an entry of `ignore` that matches none.
     """
     with linearized(model):
-        return _calibrate(model, batches, ignore, rows, gradients, progress)
+        return _calibrate(model, batches, ignore, rows, gradient_rows, progress)
 
 
 def _calibrate(
@@ -79,27 +80,27 @@ def _calibrate(
     batches: Iterable[Batch],
     ignore: tuple[str, ...],
     rows: int,
-    gradients: bool,
+    gradient_rows: int,
     progress: bool | None,
 ) -> Calibration:
     check_ignore(model, ignore)
     linears = quantizable_linears(model, ignore)
     if not linears:
         raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
-    ranges = InputRanges(linears, rows)
+    ranges = InputRanges(linears, rows, gradient_rows)
     example: Example | None = None
     labels = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(ranges.watching())
-        if gradients:
+        if gradient_rows:
             stack.enter_context(differentiating(model, linears, ranges.see_gradients))
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
             example = example or example_of(args, kwargs)
             mask = kwargs.get("attention_mask")
             with ranges.batch(mask):
                 outputs = model(*args, **kwargs)
-                if gradients:
+                if gradient_rows:
                     torch.autograd.backward(sampled_loss(outputs, mask, labels))
     return ranges.calibration(example)
 
@@ -181,6 +182,7 @@ class _Recent:
     rows: Tensor
     kept: Tensor | None = None
     """Which rows of x are no padding, bool; None: all."""
+    copied: Tensor | None = None
     low: Tensor
     high: Tensor
 
@@ -190,7 +192,7 @@ class _Recent:
         self.mask = mask.bool() if padded else None
 
     def forget(self) -> None:
-        self.key = self.held = None
+        self.key = self.held = self.copied = None
         self.rows = torch.empty(0)
 
     def look(self, x: Tensor) -> None:
@@ -207,68 +209,64 @@ class _Recent:
             self.rows = self.rows[self.kept]
         if len(self.rows):
             self.low, self.high = self.rows.amin(dim=0).float(), self.rows.amax(dim=0).float()
-        self.key, self.held = key, x
+        self.key, self.held, self.copied = key, x, None
+
+    def copy(self) -> Tensor:
+        """Return the rows for later, when x may have been changed in place."""
+        if self.copied is None:
+            self.copied = self.rows.clone()
+        return self.copied
 
 
 class _Reservoir:
-    """The rows of greatest priority of all that were seen, with their gradients."""
+    """The `size` rows of greatest priority of all that were seen, in any number of columns."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.seen = 0
-        self.priority = torch.empty(0)
-        self.ids = torch.empty(0, dtype=torch.int64)
-        self.rows = torch.empty(0)
-        self.folds = torch.empty(0, dtype=torch.uint8)
-        self.gradients: Tensor | None = None
+        self.threshold = 0.0
+        """The greatest priority of a row that is not kept."""
+        self._priority = torch.empty(0)
+        self._columns: tuple[Tensor, ...] = ()
 
-    def add(self, x: Tensor, priority: Tensor, fold: int) -> None:
-        """Take in rows; they are numbered in the order of coming."""
-        count = len(self.priority)
-        size = min(self.size, count + len(x))
-        priority, kept = torch.cat([self.priority, priority]).topk(size)
+    def add(self, priority: Tensor, *columns: Tensor) -> None:
+        """Take in rows, [rows] or [rows, features] each."""
+        count = len(self._priority)
+        ordered, order = torch.cat([self._priority, priority]).sort(descending=True)
+        if len(order) > self.size:
+            self.threshold = max(self.threshold, float(ordered[self.size]))
+        kept = order[: self.size]
         is_old = kept < count
         old, new = kept[is_old], kept[~is_old] - count
-        taken = x[new].detach()
-        self.rows = torch.cat([self.rows[old], taken]) if is_old.any() else taken
-        self.folds = torch.cat([self.folds[old], torch.full_like(new, fold, dtype=torch.uint8)])
-        self.ids = torch.cat([self.ids[old], new + self.seen])
-        if self.gradients is not None:
-            none_yet = self.gradients.new_zeros(len(new), self.gradients.shape[1])
-            self.gradients = torch.cat([self.gradients[old], none_yet])
-        self.priority = torch.cat([priority[is_old], priority[~is_old]])
-        self.seen += len(x)
+        before = self._columns or tuple(column[:0] for column in columns)
+        self._columns = tuple(
+            torch.cat([a[old], b[new]]) for a, b in zip(before, columns, strict=True)
+        )
+        self._priority = torch.cat([self._priority[old], priority[new]])
 
-    def add_gradients(self, first: int, gradients: Tensor) -> None:
-        """Take in the gradients [rows, out_features] of the rows from number `first` on."""
-        if self.gradients is None:
-            self.gradients = gradients.new_zeros(len(self.ids), gradients.shape[1])
-        mine = (self.ids >= first) & (self.ids < first + len(gradients))
-        self.gradients[mine] = gradients[self.ids[mine] - first]
+    def column(self, index: int, otherwise: Tensor) -> Tensor:
+        """Return a column; `otherwise`, if nothing was ever added."""
+        return self._columns[index] if self._columns else otherwise
 
 
 class _ChannelRange:
     """Running minimum and maximum of one linear's input channels, and samples of rows."""
 
-    def __init__(self, name: str, linear: nn.Linear, rows: int) -> None:
+    def __init__(self, name: str, linear: nn.Linear, rows: int, gradient_rows: int) -> None:
         self.name = name
         self.linear = linear
+        self.rows = 0
         self.sample = _Reservoir(rows)
-        self.peaks = _Reservoir(rows // 4)
+        self.costly = _Reservoir(gradient_rows)
         # The same seed for all: linears that share an input keep the same rows.
         self.generator = torch.Generator().manual_seed(0)
+        # Another one each: what chance adds to the loss of one linear evens out over all.
+        self.gradient_generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         self.low = torch.full((FOLDS, linear.in_features), torch.inf)
         self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
-        self.added = range(0)
-
-    @property
-    def rows(self) -> int:
-        """How many rows were seen."""
-        return self.sample.seen
 
     def add(self, x: Tensor, recent: _Recent) -> None:
         recent.look(x)
-        self.added = range(self.rows, self.rows + len(recent.rows))
+        self.rows += len(recent.rows)
         if not len(recent.rows):  # an expert that no token was routed to, or all padding
             return
         if not (recent.low.isfinite().all() and recent.high.isfinite().all()):
@@ -280,48 +278,58 @@ class _ChannelRange:
         torch.minimum(self.low[fold], recent.low, out=self.low[fold])
         torch.maximum(self.high[fold], recent.high, out=self.high[fold])
         chance = torch.rand(len(recent.rows), generator=self.generator)
-        self.sample.add(recent.rows, chance, fold)
-        self.peaks.add(recent.rows, recent.rows.abs().amax(dim=1).float(), fold)
+        self.sample.add(chance, recent.rows, _all_of(fold, recent.rows))
 
-    def gradient_taker(self, kept: Tensor | None) -> Callable[[Tensor], None]:
-        """Return what takes the gradient of the output whose input was added last."""
-        added = self.added
+    def gradient_taker(self, recent: _Recent) -> Callable[[Tensor], None]:
+        """Return what takes the gradient of the output whose input was added last.
+
+        Rows are drawn by priority sampling (Duffield, Lund, Thorup 2007), which needs one pass: a
+        row of size w has priority w / u, u uniform in (0, 1], and if kept counts
+        max(1, threshold / w) times. Sums over rows are unbiased, of little variance where w grows
+        with a row's share of them: so w is |gradient| times how near the row comes to the ends of
+        the channels' ranges, as what clips there, or sets a coarse scale, is few rows.
+        """
+        rows, kept, fold = recent.copy(), recent.kept, recent.batch % FOLDS
+        ends = torch.maximum(-self.low.amin(dim=0), self.high.amax(dim=0))
+        near = (rows.abs() / ends.clamp_min(1e-30)).amax(dim=1).float()
 
         def take(gradient: Tensor) -> None:
-            rows = gradient.detach().reshape(-1, gradient.shape[-1])
-            rows = rows if kept is None else rows[kept]
-            for reservoir in (self.sample, self.peaks):
-                reservoir.add_gradients(added.start, rows)
+            of_rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            of_rows = of_rows if kept is None else of_rows[kept]
+            size = of_rows.float().norm(dim=1) * near
+            chance = 1 - torch.rand(len(size), generator=self.gradient_generator)
+            self.costly.add(size / chance, rows, of_rows, size, _all_of(fold, rows))
 
         return take
 
-    def gradients(self) -> Tensor:
-        """Return those of the sample, then of the peaks; 0 where the loss does not depend on it."""
-        none = self.linear.weight.new_zeros(0, self.linear.out_features)
-        parts = [
-            none.new_zeros(len(reservoir.ids), none.shape[1])
-            if reservoir.gradients is None
-            else reservoir.gradients
-            for reservoir in (self.sample, self.peaks)
-        ]
-        return torch.cat(parts).detach()
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return rows, gradients, how many rows each stands for, and folds."""
+        none = self.linear.weight.detach()[:0]
+        size = self.costly.column(2, torch.empty(0))
+        return (
+            self.costly.column(0, none),
+            self.costly.column(1, none.new_empty(0, self.linear.out_features)),
+            # 0 / 0 is of rows that cost nothing, when all that do are kept.
+            (self.costly.threshold / size).nan_to_num(1.0).clamp_min(1.0),
+            self.costly.column(3, _all_of(0, none)),
+        )
 
-    def weights(self) -> Tensor:
-        """Return how many of all rows each of the sample, then of the peaks, stands for."""
-        is_peak = torch.isin(self.sample.ids, self.peaks.ids)
-        others = self.rows - len(self.peaks.ids)
-        share = others / max(1, int((~is_peak).sum()))
-        return torch.cat([(~is_peak).float() * share, torch.ones(len(self.peaks.ids))])
+
+def _all_of(fold: int, rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), fold, dtype=torch.uint8)
 
 
 class InputRanges:
     """Gathers a `Calibration` of linears, batch by batch, from whatever runs them."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], rows: int) -> None:
+    def __init__(self, linears: Mapping[str, nn.Linear], rows: int, gradient_rows: int = 0) -> None:
         self._linears = linears
-        self._ranges = {name: _ChannelRange(name, linear, rows) for name, linear in linears.items()}
+        self._ranges = {
+            name: _ChannelRange(name, linear, rows, gradient_rows)
+            for name, linear in linears.items()
+        }
         self._keep_rows = bool(rows)
-        self._with_gradients = False
+        self._keep_gradients = bool(gradient_rows)
         self._recent = _Recent()
         self._batches = 0
 
@@ -334,8 +342,7 @@ class InputRanges:
 
     def see_gradients(self, name: str) -> Callable[[Tensor], None]:
         """Return what takes the gradient of a linear's output, right after the linear ran."""
-        self._with_gradients = True
-        return self._ranges[name].gradient_taker(self._recent.kept)
+        return self._ranges[name].gradient_taker(self._recent)
 
     @contextmanager
     def batch(self, mask: Any) -> Iterator[None]:
@@ -349,26 +356,25 @@ class InputRanges:
         """Return what was seen so far."""
         reached = {name: seen for name, seen in self._ranges.items() if seen.rows}
         sampled = reached if self._keep_rows else {}
+        costly = {n: seen.gradients() for n, seen in reached.items() if self._keep_gradients}
         return Calibration(
             channel_min={name: seen.low.amin(dim=0) for name, seen in reached.items()},
             channel_max={name: seen.high.amax(dim=0) for name, seen in reached.items()},
-            rows={name: seen.sample.rows for name, seen in sampled.items()},
+            rows={name: seen.sample.column(0, torch.empty(0)) for name, seen in sampled.items()},
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
             tokens=max((seen.rows for seen in reached.values()), default=0),
             batches=self._batches,
             unreached=tuple(name for name in self._ranges if name not in reached),
             example=example,
-            peaks={name: seen.peaks.rows for name, seen in sampled.items()},
-            gradients={name: seen.gradients() for name, seen in sampled.items()}
-            if self._with_gradients
-            else {},
-            row_weights={name: seen.weights() for name, seen in sampled.items()},
             row_folds={
-                name: torch.cat([seen.sample.folds, seen.peaks.folds])
-                for name, seen in sampled.items()
+                name: seen.sample.column(1, torch.empty(0)) for name, seen in sampled.items()
             },
-            fold_min={name: seen.low for name, seen in sampled.items()},
-            fold_max={name: seen.high for name, seen in sampled.items()},
+            gradient_rows={name: of_name[0] for name, of_name in costly.items()},
+            gradients={name: of_name[1] for name, of_name in costly.items()},
+            gradient_weights={name: of_name[2] for name, of_name in costly.items()},
+            gradient_folds={name: of_name[3] for name, of_name in costly.items()},
+            fold_min={name: seen.low for name, seen in reached.items()},
+            fold_max={name: seen.high for name, seen in reached.items()},
         )
 
 

@@ -28,10 +28,11 @@ _TENSORS = (
     "channel_min",
     "channel_max",
     "rows",
-    "peaks",
-    "gradients",
-    "row_weights",
     "row_folds",
+    "gradient_rows",
+    "gradients",
+    "gradient_weights",
+    "gradient_folds",
     "fold_min",
     "fold_max",
 )
@@ -58,16 +59,17 @@ class Calibration:
     """Linears that no batch reached; they have no ranges."""
     example: Example | None = None
     """The first batch, if it is token ids alone their first 32: what folds are proven with."""
-    peaks: dict[str, Tensor] = field(default_factory=dict)
-    """The input rows with the greatest absmax, of the model's dtype [at most rows / 4, in_features]
-    each: a uniform sample seldom has them, and much hangs on them (the first token of a text)."""
+    row_folds: dict[str, Tensor] = field(default_factory=dict)
+    """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
+    gradient_rows: dict[str, Tensor] = field(default_factory=dict)
+    """Input rows that are known with gradients, like `rows` but not uniformly drawn."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of the model's sampled loss (see `sq_cpu.sensitivity`) with respect to each linear's output,
-    for each of `rows`, then of `peaks`: [both, out_features]. Empty unless asked for."""
-    row_weights: dict[str, Tensor] = field(default_factory=dict)
-    """How many of all rows each of `rows`, then of `peaks`, stands for, fp32."""
-    row_folds: dict[str, Tensor] = field(default_factory=dict)
-    """The fold of each of `rows`, then of `peaks`, uint8: its batch's number modulo `FOLDS`."""
+    for each of `gradient_rows`, [gradient_rows, out_features]. Empty unless asked for."""
+    gradient_weights: dict[str, Tensor] = field(default_factory=dict)
+    """How many of all rows each of `gradient_rows` stands for, fp32."""
+    gradient_folds: dict[str, Tensor] = field(default_factory=dict)
+    """The fold of each of `gradient_rows`, uint8."""
     fold_min: dict[str, Tensor] = field(default_factory=dict)
     fold_max: dict[str, Tensor] = field(default_factory=dict)
     """Range of every input channel in each fold, fp32 [FOLDS, in_features]; min > max: no rows."""
@@ -107,7 +109,7 @@ class Calibration:
         What is chosen by ranges and scored on rows is then scored on what it has not seen, as it
         will be used. A calibration of one batch, or from a file without folds, is returned as is.
         """
-        names = [name for name in names if name in self.row_folds]
+        names = [name for name in names if name in self.fold_min]
         folds = (self._of_fold(fold, names) for fold in range(FOLDS))
         return tuple(held for held in folds if held is not None) or (self,)
 
@@ -115,25 +117,29 @@ class Calibration:
         others = [other for other in range(FOLDS) if other != fold]
         low = {name: self.fold_min[name][others].amin(dim=0) for name in names}
         high = {name: self.fold_max[name][others].amax(dim=0) for name in names}
-        both = {name: self.row_folds[name] == fold for name in names}
-        sampled = {name: both[name][: len(self.rows[name])] for name in names}
-        peaks = {name: both[name][len(self.rows[name]) :] for name in names}
-        reached = [name for name in names if sampled[name].any() and low[name].isfinite().all()]
+        reached = [
+            name
+            for name in names
+            if (low[name] <= high[name]).all()
+            and (self.fold_min[name][fold] <= self.fold_max[name][fold]).all()
+            and (name not in self.rows or (self.row_folds[name] == fold).any())
+        ]
         if not reached:
             return None
 
-        def part(kind: dict[str, Tensor], rows: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: kind[name][rows[name]] for name in reached if name in kind}
+        def part(kind: dict[str, Tensor], folds: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: kind[name][folds[name] == fold] for name in reached if name in kind}
 
         return replace(
             self,
             channel_min={name: low[name] for name in reached},
             channel_max={name: high[name] for name in reached},
-            rows=part(self.rows, sampled),
-            peaks=part(self.peaks, peaks),
-            gradients=part(self.gradients, both),
-            row_weights=part(self.row_weights, both),
+            rows=part(self.rows, self.row_folds),
             row_folds={},
+            gradient_rows=part(self.gradient_rows, self.gradient_folds),
+            gradients=part(self.gradients, self.gradient_folds),
+            gradient_weights=part(self.gradient_weights, self.gradient_folds),
+            gradient_folds={},
             fold_min={},
             fold_max={},
         )

@@ -111,8 +111,7 @@ def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qua
     float_bytes = linear_bytes(model, ignore)
     calibration, plan = None, job.plan
     if job.calibrated:
-        rows = streaming.sampled_rows(plan)
-        calibration = calibrate(model, batches_of(tokenizer), ignore=ignore, rows=rows)
+        calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
         if plan is None and job.smooth:
             plan = SmoothPlan.uniform(model, calibration, job.alpha, rule=job.rule, ignore=ignore)
     say(f"quantizing with {job.scheme.name}")

@@ -1,12 +1,12 @@
 """What a search minimizes: losses of the errors that quantization makes in a linear's output.
 
-Each takes y, what the output should be, d, by how much it is off, the gradient of the model's loss
-with respect to y, if known ([rows, out_features] all), and how many rows each stands for, [rows].
+A local loss looks at a uniform sample of the linear's rows alone; "kl" knows what the model makes
+of an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,74 +15,98 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.rules import LinearSample
 
-__all__ = ["LOSSES", "check_loss", "default_loss", "loss_of"]
+__all__ = [
+    "LOCAL_LOSSES",
+    "LOSSES",
+    "check_loss",
+    "default_loss",
+    "loss_inputs",
+    "loss_of",
+    "of_parts",
+]
 
-_F64 = torch.float64
+_KL = "kl"
 
 
-def _kl(_: Tensor, d: Tensor, gradient: Tensor | None, rows: Tensor) -> float:
+def _kl(d: Tensor, gradient: Tensor, weights: Tensor) -> float:
     """E[(g . d)^2] / 2 summed over the rows: nats of KL divergence (see `sq_cpu.sensitivity`).
 
     The sum over a row's outputs is exact but noisy; that of the squares alone, which neglects how
     errors of one row hang together, is not noisy: their mean is taken.
     """
-    if gradient is None:
-        raise SqCpuError("the loss 'kl' needs gradients: calibrate with gradients=True")
     product = gradient.float() * d
     exact, diagonal = product.sum(dim=1).square(), product.square().sum(dim=1)
-    return float((rows * (exact + diagonal)).sum(dtype=_F64)) / 4
+    return float((weights * (exact + diagonal)).sum(dtype=torch.float64)) / 4
 
 
-def _nmse(y: Tensor, d: Tensor, _: Tensor | None, rows: Tensor) -> float:
+def _nmse(y: Tensor, d: Tensor) -> float:
     """|d|^2 / |y|^2: the share of the output's energy."""
-    return _energy(d, rows) / max(_energy(y, rows), 1e-30)
+    return _energy(d) / max(_energy(y), 1e-30)
 
 
-def _mse(_: Tensor, d: Tensor, __: Tensor | None, rows: Tensor) -> float:
+def _mse(_: Tensor, d: Tensor) -> float:
     """Mean of d^2."""
-    return _energy(d, rows) / (float(rows.sum()) * d.shape[1])
+    return _energy(d) / max(1, d.numel())
 
 
-def _aqas(_: Tensor, d: Tensor, __: Tensor | None, rows: Tensor) -> float:
+def _aqas(_: Tensor, d: Tensor) -> float:
     """E|d|^2 of a row (AQAS, arXiv 2311.05161)."""
-    return _energy(d, rows) / float(rows.sum())
+    return _energy(d) / max(1, len(d))
 
 
-def _sqrt_abs(y: Tensor, d: Tensor, _: Tensor | None, rows: Tensor) -> float:
+def _sqrt_abs(y: Tensor, d: Tensor) -> float:
     """Mean of sqrt(|d| / max|y of its row|): the loss of Neural Compressor's auto-alpha."""
     peak = y.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
-    of_rows = (d.abs() / peak).sqrt().mean(dim=1)
-    return float((rows * of_rows).sum(dtype=_F64) / rows.sum(dtype=_F64))
+    return float((d.abs() / peak).sqrt().mean(dtype=torch.float64)) if len(d) else 0.0
 
 
-def _energy(values: Tensor, rows: Tensor) -> float:
-    return float((rows * values.square().sum(dim=1)).sum(dtype=_F64))
+def _energy(values: Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
 
 
-LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tensor | None, Tensor], float]] = {
-    "kl": _kl,
+LOCAL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
     "nmse": _nmse,
     "mse": _mse,
     "aqas": _aqas,
     "sqrt_abs": _sqrt_abs,
 }
+"""Each takes y, what the output should be, and d, by how much it is off, [rows, out_features]."""
+
+LOSSES = (_KL, *LOCAL_LOSSES)
 
 
-def loss_of(loss: str, sample: LinearSample, y: Tensor) -> float:
-    """Return the loss of y where a sample's `weighted_output` should be."""
-    rows = sample.row_weights
-    if rows is None:
-        rows = torch.ones(len(y))
-    expected = sample.weighted_output
-    return LOSSES[loss](expected, y - expected, sample.gradient, rows)
+def loss_inputs(loss: str, sample: LinearSample) -> Tensor:
+    """Return the rows on which a loss is measured, fp32 [rows, in_features].
+
+    Raises `SqCpuError` where the calibration has none of that kind.
+    """
+    return sample.gradient_inputs() if loss == _KL else sample.inputs()
+
+
+def loss_of(loss: str, sample: LinearSample, y: Tensor, tokens: int) -> float:
+    """Return the loss of y [rows, out_features], what a linear makes of `loss_inputs`.
+
+    "kl" is in nats for each of the `tokens` that all rows stand for: so losses of all linears add
+    up.
+    """
+    if loss != _KL:
+        return LOCAL_LOSSES[loss](sample.output, y - sample.output)
+    assert sample.gradient is not None
+    assert sample.gradient_weights is not None
+    return _kl(y - sample.gradient_output, sample.gradient, sample.gradient_weights) / tokens
+
+
+def of_parts(loss: str, values: Sequence[float]) -> float:
+    """Return the loss of rows that were measured in parts."""
+    return sum(values) if loss == _KL else sum(values) / len(values)
 
 
 def default_loss(calibration: Calibration) -> str:
     """Return "kl" where the calibration has gradients, "nmse" otherwise."""
-    return "kl" if calibration.gradients else "nmse"
+    return _KL if calibration.gradients else "nmse"
 
 
 def check_loss(loss: str) -> None:
-    """Raise `SqCpuError` unless `loss` is a key of `LOSSES`."""
+    """Raise `SqCpuError` unless `loss` is one of `LOSSES`."""
     if loss not in LOSSES:
         raise SqCpuError(f"unknown loss {loss!r}; known are {', '.join(LOSSES)}")

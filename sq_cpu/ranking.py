@@ -12,7 +12,7 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.costs import Choice
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.losses import default_loss, loss_of
+from sq_cpu.losses import default_loss, loss_inputs, loss_of
 from sq_cpu.plan import SmoothPlan, quantized_consumers
 from sq_cpu.progress import track
 from sq_cpu.rules import quantized_rows, quantized_weight, smoothing_scale
@@ -37,10 +37,10 @@ def estimated_errors(
     """Return what each calibrated linear's int8 output would be off, by how it is quantized.
 
     It is `tune`'s default loss (nats per token where the calibration has gradients, the share of
-    the output's energy otherwise) over the calibration's rows and peaks, with the smoothing of
-    `plan` and the numerics of the kernels; 0 for "float". Which linears the plan leaves in float or
-    gives activations of their own does not matter. The model is not changed; extra memory is one
-    group's weights in fp32, a few times.
+    the output's energy otherwise) over the calibration's sampled rows, with the smoothing of `plan`
+    and the numerics of the kernels; 0 for "float". Which linears the plan leaves in float or gives
+    activations of their own does not matter. The model is not changed; extra memory is one group's
+    weights in fp32, a few times.
 
     Raises `SqCpuError` for a calibration without sampled rows, and where `smoothing_scale` does.
     """
@@ -52,7 +52,6 @@ def estimated_errors(
     everything = replace(plan, layers=layers)
     errors: Errors = {}
     loss = default_loss(calibration)
-    tokens = calibration.tokens if loss == "kl" else 1
     with linearized(model):
         for group in track(smoothing_groups(model), "estimating errors", progress):
             names = quantized_consumers(model, group, calibration, scheme)
@@ -72,9 +71,8 @@ def estimated_errors(
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
                 wide = statistics.widen(s)
                 for sample, of_layer in statistics.quantized():
-                    x = quantized_rows(
-                        sample.weighted_rows, sample, wide, of_layer, statistics.clip
-                    )
+                    rows = loss_inputs(loss, sample)
+                    x = quantized_rows(rows, sample, wide, of_layer, statistics.clip)
                     y = x @ quantized_weight(sample, wide, of_layer).T
-                    errors[sample.name][choice] = loss_of(loss, sample, y) / tokens
+                    errors[sample.name][choice] = loss_of(loss, sample, y, calibration.tokens)
     return errors

@@ -62,12 +62,12 @@ class LinearSample:
     """Range of every input channel, fp32 [in_features] each."""
     scheme: Scheme | None = None
     """How it will be quantized, resolved; None: as its group."""
-    peaks: Tensor | None = None
-    """The rows with the greatest values, like `rows`."""
+    gradient_rows: Tensor | None = None
+    """Rows that are known with gradients, like `rows`; None: none are."""
     gradient: Tensor | None = None
-    """Of the model's loss with respect to the output for each of `rows`, then of `peaks`."""
-    row_weights: Tensor | None = None
-    """How many rows each of `rows`, then of `peaks`, stands for, fp32; None: all the same."""
+    """Of the model's loss with respect to the output for each of them, [rows, out_features]."""
+    gradient_weights: Tensor | None = None
+    """How many rows each of them stands for, fp32."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
     name: str = ""
@@ -76,26 +76,27 @@ class LinearSample:
     @cached_property
     def output(self) -> Tensor:
         """What the float linear gives for `rows`, without bias: fp32 [rows, out_features]."""
-        return self.inputs() @ self.weight.detach().float().T
+        return self._output(self.inputs())
 
     @cached_property
-    def weighted_rows(self) -> Tensor:
-        """`rows`, then `peaks`, fp32: those that `row_weights` and `gradient` are of."""
-        rows = self.inputs()
-        if self.peaks is None or self.row_weights is None:
-            return rows
-        return torch.cat([rows, self.peaks.float()])
+    def gradient_output(self) -> Tensor:
+        """What the float linear gives for `gradient_rows`, like `output`."""
+        return self._output(self.gradient_inputs())
 
-    @cached_property
-    def weighted_output(self) -> Tensor:
-        """What the float linear gives for `weighted_rows`, without bias."""
-        return self.weighted_rows @ self.weight.detach().float().T
+    def _output(self, x: Tensor) -> Tensor:
+        return x @ self.weight.detach().float().T
 
     def inputs(self) -> Tensor:
         """Return `rows` in fp32; `SqCpuError` when there are none."""
         if self.rows is None or not len(self.rows):
             raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
         return self.rows.float()
+
+    def gradient_inputs(self) -> Tensor:
+        """Return `gradient_rows` in fp32; `SqCpuError` when there are none."""
+        if self.gradient_rows is None:
+            raise SqCpuError("the calibration holds no gradients: calibrate with gradient_rows=384")
+        return self.gradient_rows.float()
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,9 @@ block to block. Resident are at most three times the largest block as bf16, and 
 What is outside of the blocks (embeddings, the last norm, the head) is copied to its file piece by
 piece and mapped from there; only a head that is to be quantized is in memory as a whole, at last.
 
-The result is, bit for bit, what `calibrate` (of `sampled_rows(plan)`), `quantize` and `save` make
-of the whole model. Work in progress is kept in a hidden folder beside the output
-(`sq_cpu.work_folder`), from which a later call goes on.
+The result is, bit for bit, what `calibrate`, `quantize` and `save` make of the whole model. Work in
+progress is kept in a hidden folder beside the output (`sq_cpu.work_folder`), from which a later
+call goes on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from sq_cpu import checkpoint, checkpoint_settings, hf
 from sq_cpu.calibrate import (
     SAMPLED_ROWS,
-    TUNING_ROWS,
     Batch,
     Calibration,
     Example,
@@ -81,13 +80,7 @@ from sq_cpu.work_folder import (
     work_folder,
 )
 
-__all__ = [
-    "QuantizedCheckpoint",
-    "float_bytes",
-    "quantize_checkpoint",
-    "sampled_rows",
-    "unfinished",
-]
+__all__ = ["QuantizedCheckpoint", "float_bytes", "quantize_checkpoint", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -124,9 +117,8 @@ def quantize_checkpoint(
     """Quantize a causal language model from folder to folder, one decoder block at a time.
 
     The checkpoint is, bit for bit, the one of `calibrate`, `quantize` and `save` on the same
-    batches, of which `calibrate` samples as many rows as `sampled_rows` says. A call that was
-    interrupted, in whatever way, is resumed by the same call: finished blocks are kept in the
-    hidden folder `.OUT.partial` beside `out`, whose name `out` gives.
+    batches. A call that was interrupted, in whatever way, is resumed by the same call: finished
+    blocks are kept in the hidden folder `.OUT.partial` beside `out`, whose name `out` gives.
 
     Parameters
     ----------
@@ -195,7 +187,6 @@ def quantize_checkpoint(
         "alpha": alpha if smooth and plan is None else None,
         "rule": rule if smooth and plan is None else None,
         "smooth": smooth,
-        "rows": sampled_rows(plan),
         "dtype": str(dtype).removeprefix("torch."),
     }
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -231,14 +222,6 @@ def quantize_checkpoint(
         float_bytes=stream.outer_float_bytes + sum(part.float_bytes for part in state.parts),
         int8_bytes=stream.outer_float_bytes + sum(part.int8_bytes for part in state.parts),
     )
-
-
-def sampled_rows(plan: SmoothPlan | None) -> int:
-    """Return the rows for `calibrate`: a plan is carried out on as many as it was tuned on.
-
-    Ranges and scales that depend on rows are not in the plan; they are found again.
-    """
-    return SAMPLED_ROWS if plan is None else TUNING_ROWS
 
 
 def unfinished(out: str | os.PathLike[str]) -> Path | None:
@@ -349,7 +332,6 @@ class _Stream:
         self.state = state
         self.scheme = scheme
         self.plan = plan
-        self.rows = sampled_rows(plan)
         self.alpha = alpha
         self.rule = rule
         with linearized(model):
@@ -554,7 +536,7 @@ class _Stream:
 
             calibration, run = None, None
             if calls:
-                ranges = InputRanges(linears, self.rows)
+                ranges = InputRanges(linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for batch in range(len(calls) - 1):
                         with ranges.batch(calls[batch].mask):
@@ -581,7 +563,7 @@ class _Stream:
         calibration, run = None, None
         with self.replaced_blocks(take):
             if calls:
-                ranges = InputRanges(linears, self.rows)
+                ranges = InputRanges(linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for current, call in enumerate(calls[:-1]):  # noqa: B007  `take` reads it
                         args, kwargs = call.arguments

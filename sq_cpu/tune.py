@@ -22,7 +22,7 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.losses import check_loss, default_loss, loss_of
+from sq_cpu.losses import check_loss, default_loss, loss_inputs, loss_of, of_parts
 from sq_cpu.plan import GroupPlan, SmoothPlan, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.rules import (
@@ -70,8 +70,8 @@ def tune(
 
     Parameters
     ----------
-    loss : key of `losses.LOSSES`, optional
-        "kl" (nats that the model's prediction moves by; needs `calibrate(..., gradients=True)`),
+    loss : one of `losses.LOSSES`, optional
+        "kl" (nats that the model's prediction moves by; needs `calibrate(..., gradient_rows=)`),
         "nmse", "mse", "aqas" or "sqrt_abs". None: "kl" where the calibration has gradients, and
         "nmse" otherwise.
     criterion : "mean", "min" or "max"
@@ -114,7 +114,7 @@ def tune(
             )
             return SmoothPlan(tuple(found), scheme=scheme)
         search = _Search(
-            tokens=calibration.tokens if loss == "kl" else 1,
+            tokens=calibration.tokens,
             loss=loss,
             criterion=criterion,
             grid=grid,
@@ -177,19 +177,17 @@ class _Scored:
         ]
 
     @torch.no_grad()
-    def losses(self, loss: str, alpha: float, clip: float) -> dict[str, float]:
-        """Return each linear's loss: the mean over folds, of "kl" the sum."""
+    def losses(self, loss: str, tokens: int, alpha: float, clip: float) -> dict[str, float]:
+        """Return each linear's loss over all folds."""
         if alpha != self._alpha:
             self._quantize_weights(alpha)
         found: dict[str, list[float]] = {}
         for of_fold, s, weights in zip(self._folds, self._scales, self._weights, strict=True):
             for (sample, scheme), weight in zip(of_fold.quantized(), weights, strict=True):
-                x = quantized_rows(sample.weighted_rows, sample, s, scheme, clip)
-                found.setdefault(sample.name, []).append(loss_of(loss, sample, x @ weight.T))
-        return {
-            name: sum(values) / (1 if loss == "kl" else len(values))
-            for name, values in found.items()
-        }
+                x = quantized_rows(loss_inputs(loss, sample), sample, s, scheme, clip)
+                value = loss_of(loss, sample, x @ weight.T, tokens)
+                found.setdefault(sample.name, []).append(value)
+        return {name: of_parts(loss, values) for name, values in found.items()}
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,6 @@ class _Search:
 
     loss: str
     tokens: int
-    """That losses are divided by."""
     criterion: Criterion
     grid: tuple[float, ...]
     clips: tuple[float, ...]
@@ -210,11 +207,7 @@ class _Search:
         def losses(alpha: float, clip: float) -> list[dict[str, float]]:
             if (alpha, clip) not in tried:
                 tried[alpha, clip] = [
-                    {
-                        name: value / self.tokens
-                        for name, value in group.losses(self.loss, alpha, clip).items()
-                    }
-                    for group in groups
+                    group.losses(self.loss, self.tokens, alpha, clip) for group in groups
                 ]
             return tried[alpha, clip]
 
@@ -228,7 +221,9 @@ class _Search:
             grid = (first, *self.clips)
             return argmin(lambda clip: total(alpha, clip), grid, _GOLDEN_STEPS)
 
-        clip, alpha = 1.0, best_alpha(1.0, self.grid, _GOLDEN_STEPS)
+        # Of equals, such as the losses of a linear that the model ignores, the middle is taken.
+        grid = sorted(self.grid, key=lambda alpha: abs(alpha - 0.5))
+        clip, alpha = 1.0, best_alpha(1.0, grid, _GOLDEN_STEPS)
         if len(self.clips) > 1:
             # Each moves the other, in a wide valley: twice is enough.
             for _ in range(2):

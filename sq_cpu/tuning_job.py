@@ -118,7 +118,7 @@ class TuningJob:
             "model": hashlib.sha256(repr(weights).encode()).hexdigest()[:16],
             "calibration": [self.calibration.tokens, self.calibration.batches, digest],
             "rows": max(map(len, self.calibration.rows.values()), default=0),
-            "gradients": bool(self.calibration.gradients),
+            "gradient_rows": max(map(len, self.calibration.gradients.values()), default=0),
             "goal": [self.goal.limit, "relative" if self.goal.relative else "absolute"],
             "higher_is_better": self.higher_is_better,
             "ignore": list(self.ignore),

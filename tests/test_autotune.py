@@ -356,8 +356,8 @@ def test_a_calibration_on_other_data_is_refused() -> None:
         go_on(other)
     with pytest.raises(SqCpuError, match="another job \\(rows is"):
         go_on(sq_cpu.calibrate(model, [first, *others], rows=8))
-    with pytest.raises(SqCpuError, match="another job \\(gradients is"):
-        go_on(sq_cpu.calibrate(model, [first, *others], gradients=True))
+    with pytest.raises(SqCpuError, match="another job \\(gradient_rows is"):
+        go_on(sq_cpu.calibrate(model, [first, *others], gradient_rows=64))
     # Another processor rounds otherwise.
     near = {name: high * (1 + 1e-6) for name, high in begun.channel_max.items()}
     assert go_on(replace(begun, channel_max=near)).trials == found.trials

@@ -41,7 +41,7 @@ def test_gradients_are_those_of_autograd(model_type: str, padded: bool) -> None:
     kept = mask.reshape(-1).bool()
     batch = {"input_ids": ids, "attention_mask": mask}
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    calibration = sq_cpu.calibrate(model, [batch], rows=10_000, gradients=True)
+    calibration = sq_cpu.calibrate(model, [batch], rows=10_000, gradient_rows=10_000)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == before
     assert all(p.grad is None for p in model.parameters())
     with torch.no_grad():
@@ -52,49 +52,42 @@ def test_gradients_are_those_of_autograd(model_type: str, padded: bool) -> None:
         names = list(quantizable_linears(model, ("lm_head",)))
     assert set(calibration.gradients) == set(names)
     for name in names:
-        rows, gradients = calibration.rows[name], calibration.gradients[name]
         wanted = expected(model, name, batch, labels, kept)
-        assert len(rows) == len(wanted)
-        assert len(gradients) == len(rows) + len(calibration.peaks[name])
-        # The sample has an order of its own, the same for rows and gradients.
-        plain = sq_cpu.calibrate(model, [batch], rows=10_000)
-        assert torch.equal(plain.rows[name], rows)
-        order = torch.rand(len(rows), generator=torch.Generator().manual_seed(0)).argsort(
+        order = torch.rand(len(wanted), generator=torch.Generator().manual_seed(0)).argsort(
             descending=True
         )
-        torch.testing.assert_close(gradients[: len(rows)], wanted[order], rtol=1e-4, atol=1e-6)
-        # All are kept, so the peaks are of the sample too, which then stands for nothing there.
-        assert float(calibration.row_weights[name].sum()) == pytest.approx(len(rows))
-        peaks = calibration.peaks[name]
-        for peak, gradient in zip(peaks, gradients[len(rows) :], strict=True):
-            same = (rows == peak).all(dim=1)
-            assert same.any()
-            assert (gradients[: len(rows)][same] == gradient).all(dim=1).any()
+        rows = calibration.rows[name][order.argsort()]
+        # All are kept, in an order of their own, and stand for themselves.
+        same = (calibration.gradient_rows[name][:, None] == rows).all(dim=2)
+        close = torch.isclose(calibration.gradients[name][:, None], wanted, rtol=1e-4, atol=1e-6)
+        pairs = same & close.all(dim=2)
+        assert len(pairs) == len(rows)
+        assert pairs.any(dim=0).all()
+        assert pairs.any(dim=1).all()
+        assert (calibration.gradient_weights[name] == 1).all()
 
 
 def test_a_sample_of_rows_keeps_their_gradients(tmp_path: Any) -> None:
     model = tiny_model("llama").eval()
     data = batches(5)
-    everything = sq_cpu.calibrate(model, data, rows=10_000, gradients=True)
-    some = sq_cpu.calibrate(model, data, rows=9, gradients=True)
+    everything = sq_cpu.calibrate(model, data, rows=10_000, gradient_rows=10_000)
+    some = sq_cpu.calibrate(model, data, rows=9, gradient_rows=11)
+    plain = sq_cpu.calibrate(model, data, rows=9)
     for name, rows in some.rows.items():
-        peaks = some.peaks[name]
-        assert (len(rows), len(peaks), len(some.gradients[name])) == (9, 2, 11)
-        absmax = everything.rows[name].abs().amax(dim=1)
-        assert sorted(peaks.abs().amax(dim=1).tolist()) == absmax.sort().values[-2:].tolist()
-        assert float(some.row_weights[name].sum()) == pytest.approx(len(everything.rows[name]))
-        assert set(some.row_folds[name].tolist()) <= {0, 1, 2, 3}
-        count = len(everything.rows[name])
-        pairs = torch.cat([everything.rows[name], everything.gradients[name][:count]], dim=1)
-        for pair in torch.cat([torch.cat([rows, peaks]), some.gradients[name]], dim=1):
-            assert (pairs == pair).all(dim=1).any()
+        assert torch.equal(rows, plain.rows[name])
+        pairs = torch.cat([everything.gradient_rows[name], everything.gradients[name]], dim=1)
+        found = torch.cat([some.gradient_rows[name], some.gradients[name]], dim=1)
+        assert (len(rows), len(found)) == (9, 11)
+        assert all((pairs == pair).all(dim=1).any() for pair in found)
+        assert set(some.gradient_folds[name].tolist()) <= {0, 1, 2, 3}
     again = Calibration.load(some.save(tmp_path / "calibration"))
     for kind in (
         "rows",
-        "peaks",
-        "gradients",
-        "row_weights",
         "row_folds",
+        "gradient_rows",
+        "gradients",
+        "gradient_weights",
+        "gradient_folds",
         "fold_min",
         "fold_max",
         "channel_min",
@@ -104,14 +97,41 @@ def test_a_sample_of_rows_keeps_their_gradients(tmp_path: Any) -> None:
         assert all(torch.equal(kept[name], loaded[name]) for name in kept)
 
 
+def test_weights_make_sums_over_rows_unbiased() -> None:
+    # 80 linears see rows of very different gradients, and 20 of 400 are kept of each.
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linears = nn.ModuleList(nn.Linear(4, 4) for _ in range(80))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([linear(x) * x[:, :1].exp() for linear in self.linears])
+
+    torch.manual_seed(0)
+    model, x = Scaled(), 2 * torch.randn(400, 4)
+    sums = [
+        torch.tensor(
+            [
+                float((found.gradient_weights[name] * gradients.norm(dim=1)).sum())
+                for name, gradients in found.gradients.items()
+            ]
+        )
+        for found in (
+            sq_cpu.calibrate(model, [x], ignore=(), gradient_rows=count) for count in (400, 20)
+        )
+    ]
+    ratio = sums[1] / sums[0]
+    assert abs(float(ratio.mean()) - 1) < 3 * float(ratio.std()) / len(ratio) ** 0.5
+    assert float(ratio.std()) < 0.2  # of 20 uniformly drawn rows it would be above 0.4
+
+
 def test_outputs_that_are_no_logits() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     x = torch.randn(6, 8)
-    found = sq_cpu.calibrate(model, [x], ignore=(), rows=6, gradients=True)
+    found = sq_cpu.calibrate(model, [x], ignore=(), gradient_rows=6)
     noise = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    order = torch.rand(6, generator=torch.Generator().manual_seed(0)).argsort(descending=True)
-    assert torch.equal(found.gradients["2"][:6], noise[order])
+    assert torch.equal(found.gradients["2"].sort(dim=0).values, noise.sort(dim=0).values)
 
 
 class Parts(nn.Module):
@@ -151,12 +171,12 @@ class InPlace(Parts):
 @pytest.mark.parametrize("model", [Detached(), WithoutGradients()])
 def test_a_model_without_a_graph_is_refused(model: nn.Module) -> None:
     with pytest.raises(SqCpuError, match="calibrate without gradients"):
-        sq_cpu.calibrate(model, [torch.randn(2, 4)], ignore=(), gradients=True)
+        sq_cpu.calibrate(model, [torch.randn(2, 4)], ignore=(), gradient_rows=8)
 
 
 def test_what_the_loss_does_not_see_has_no_gradient() -> None:
     x = torch.randn(8, 4)
-    found = sq_cpu.calibrate(Aside(), [x], ignore=(), rows=8, gradients=True)
+    found = sq_cpu.calibrate(Aside(), [x], ignore=(), gradient_rows=8)
     assert not found.gradients["first"].any()
     assert found.gradients["second"].any()
     scheme = sq_cpu.Scheme.of("O3", ignore=())
@@ -164,6 +184,8 @@ def test_what_the_loss_does_not_see_has_no_gradient() -> None:
 
 
 def test_outputs_that_are_changed_in_place() -> None:
-    found = sq_cpu.calibrate(InPlace(), [torch.randn(8, 4)], ignore=(), rows=8, gradients=True)
-    assert torch.equal(found.gradients["first"], found.gradients["second"])
+    found = sq_cpu.calibrate(InPlace(), [torch.randn(8, 4)], ignore=(), gradient_rows=8)
+    # The rows of each are drawn for themselves, here from one list.
+    first, second = (found.gradients[name].sort(dim=0).values for name in ("first", "second"))
+    assert torch.equal(first, second)
     assert found.gradients["first"].any()

@@ -16,12 +16,11 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from test_hf import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sq_cpu
-from sq_cpu import Scheme, SqCpuError, convert, streaming
-from sq_cpu.calibrate import SAMPLED_ROWS, TUNING_ROWS, Batch
+from sq_cpu import Scheme, SqCpuError, streaming
+from sq_cpu.calibrate import Batch
 from sq_cpu.convert import linear_bytes
 from sq_cpu.plan import GroupPlan, SmoothPlan
 
@@ -223,23 +222,6 @@ def test_mixed_plans(model_type: str, base: str, tmp_path: Path) -> None:
     assert made.record == model.sq_cpu_config
     assert made.record.scheme == scheme
     assert (made.float_bytes, made.int8_bytes) == (before, linear_bytes(model, ()))
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_a_plan_is_carried_out_on_the_rows_it_was_tuned_on(stream: bool, tmp_path: Path) -> None:
-    source = float_folder(tmp_path / "float")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    byte_tokenizer().save_pretrained(source)
-    ids = tiny.batches(8)
-    calibration = sq_cpu.calibrate(model, ids, rows=TUNING_ROWS)
-    assert max(map(len, calibration.rows.values())) == TUNING_ROWS > SAMPLED_ROWS
-    uniform = SmoothPlan.uniform(model, calibration, rule="aqas")
-    scheme = Scheme.of("O3", static_range="mse")
-    plan = replace(uniform, scheme=scheme)
-    sq_cpu.save(sq_cpu.quantize(model, calibration, plan), tmp_path / "expected")
-    job = convert.Job(source=str(source), out=tmp_path / "out", scheme=scheme, plan=plan)
-    convert.convert(job, lambda _: ids, stream=stream)
-    assert_equal(tmp_path / "out", tmp_path / "expected")
 
 
 def _name_of(model: Any, part: Any) -> str:

@@ -125,7 +125,7 @@ def test_bad_input() -> None:
             sq_cpu.tune(model, calibration, alphas=alphas)  # type: ignore[arg-type]
     with pytest.raises(SqCpuError, match="unknown loss 'l2'"):
         sq_cpu.tune(model, calibration, loss="l2")
-    with pytest.raises(SqCpuError, match="needs gradients"):
+    with pytest.raises(SqCpuError, match="no gradients: calibrate with gradient_rows"):
         sq_cpu.tune(model, calibration, loss="kl")
     with pytest.raises(SqCpuError, match="criterion is 'median'"):
         sq_cpu.tune(model, calibration, criterion="median")  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("loss", [*LOSSES])
 def test_every_loss_finds_what_the_outliers_need(loss: str) -> None:
     model = planted("opt")
-    calibration = sq_cpu.calibrate(model, batches(4), gradients=loss == "kl")
+    calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64 * (loss == "kl"))
     plan = sq_cpu.tune(model, calibration, loss=loss)
     tuned = error("opt", plan, calibration, "O3")
     assert tuned < 0.5 * error("opt", None, calibration, "O3")
@@ -146,7 +146,7 @@ def test_every_loss_finds_what_the_outliers_need(loss: str) -> None:
 def test_gradients_decide_the_default_loss() -> None:
     model = planted("opt")
     without = sq_cpu.tune(model, sq_cpu.calibrate(model, batches(4)))
-    calibration = sq_cpu.calibrate(model, batches(4), gradients=True)
+    calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64)
     assert sq_cpu.tune(model, calibration) == sq_cpu.tune(model, calibration, loss="kl")
     assert sq_cpu.tune(model, calibration, loss="nmse") == without
 

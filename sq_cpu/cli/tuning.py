@@ -87,7 +87,7 @@ class _Data:
 
     def calibration(self, loaded: nn.Module, batches: list[Tensor]) -> Calibration:
         say(f"calibrating on {len(batches)} windows of {self.window} tokens")
-        return calibrate(loaded, batches, ignore=self.ignore, rows=TUNING_ROWS, gradients=True)
+        return calibrate(loaded, batches, ignore=self.ignore, gradient_rows=TUNING_ROWS)
 
 
 def tune_command(
