@@ -56,6 +56,8 @@ class Subject:
     those named in HIGHER are the better the higher, all others the lower."""
     ignore: tuple[str, ...] = ()
     """Linears that stay in float: the head of a language model."""
+    tokenizer: Any = None
+    """Of a language model."""
 
 
 HIGHER = frozenset({"cosine", "rank correlation", "agreement", "accuracy"})
@@ -114,7 +116,7 @@ def language_model(name: str, model: nn.Module, tokenizer: Any) -> Subject:
         return {"perplexity": value}
 
     batches = token_windows(tokenizer, texts.calibration(), window=WINDOW, windows=CALIBRATED)
-    return Subject(name, model, batches, score, ignore=("lm_head",))
+    return Subject(name, model, batches, score, ignore=("lm_head",), tokenizer=tokenizer)
 
 
 def _from_gguf(places: Places, kept: str, find: Callable[[Path], Path]) -> tuple[nn.Module, Any]:
