@@ -1,12 +1,15 @@
 """What an alpha per layer gains: `tune` beside every uniform alpha and Neural Compressor's way.
 
-And `autotune`: which layers have to be quantized otherwise, or not at all, for a goal.
+And `autotune`: which layers have to be quantized otherwise, or not at all, for a goal. Perplexity
+has a standard error, as tokens differ; much of it is common to two variants of a model, so what is
+compared is the difference in each window.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import statistics
 import tempfile
 import threading
 import time
@@ -14,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import machine
 import psutil
@@ -23,13 +26,15 @@ import typer
 import zoo
 from results import ResultFile, Row
 from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers.utils import logging
 
 import sq_cpu
 from sq_cpu import Calibration, Scheme, SmoothPlan, texts
 from sq_cpu.calibrate import TUNING_ROWS
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import TextPerplexity
+from sq_cpu.evaluate import TextPerplexity, token_windows
 from sq_cpu.progress import track
 
 FLOAT, TUNE, INC, AUTOTUNE = "fp32", "tune", "inc", "autotune"
@@ -66,6 +71,16 @@ def measured() -> Iterator[Cost]:
         cost.peak_mb = round(cost.peak_mb)
 
 
+@torch.no_grad()
+def window_losses(model: Any, windows: Sequence[Tensor]) -> list[float]:
+    """Return each window's mean negative log-likelihood of its tokens but the first, in nats."""
+    losses = []
+    for ids in windows:
+        logits = model(ids).logits[0, :-1].float()
+        losses.append(round(float(cross_entropy(logits, ids[0, 1:])), 6))
+    return losses
+
+
 @dataclass
 class Bench:
     """One model; what several variants need is made once."""
@@ -73,6 +88,8 @@ class Bench:
     subject: zoo.Subject
     scheme: Scheme
     goal: str
+    windows: Sequence[Tensor]
+    """Scored, beside the few of the subject's own score."""
     _calibration: Calibration | None = None
     _calibrated: Cost | None = None
 
@@ -99,6 +116,7 @@ class Bench:
             scheme = None if variant == AUTOTUNE else self.scheme
             sq_cpu.quantize(model, self.calibration(), plan, scheme=scheme)
         row["metrics"] = self.subject.score(model)
+        row["losses"] = window_losses(model, self.windows)
         return row | {"threads": torch.get_num_threads()}
 
     def _plan(self, variant: str) -> tuple[SmoothPlan, Row]:
@@ -157,43 +175,54 @@ def _is_alpha(variant: str) -> bool:
 
 
 def tuning_table(rows: Sequence[Row]) -> Table:
-    """Make a line for every model: float, the best uniform alpha, and what was tuned."""
-    table = Table(title="perplexity (against fp32); s, MB: without and with the calibration")
-    for heading in ("model", FLOAT, "best uniform alpha", TUNE, INC, AUTOTUNE):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    """Make a line for every variant of every model, uniform alphas but the best left out."""
+    windows = max((len(row["losses"]) for row in rows), default=0)
+    table = Table(title=f"loss in nats: over {windows} windows, with standard errors")
+    for heading in (
+        "model",
+        "variant",
+        "perplexity",
+        "loss above fp32",
+        "above the best uniform",
+        "seconds, MB",
+        "",
+    ):
+        left = heading in ("model", "variant", "")
+        table.add_column(heading, justify="left" if left else "right")
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = {row["variant"]: row for row in rows if row["model"] == name}
-        base = _perplexity(mine[FLOAT]) if FLOAT in mine else None
         uniform = [row for variant, row in mine.items() if _is_alpha(variant)]
-        best = min(uniform, key=_perplexity, default=None)
-        table.add_row(
-            name,
-            *(_cell(row, base) for row in (mine.get(FLOAT), best)),
-            *(_cell(mine.get(variant), base) for variant in (TUNE, INC, AUTOTUNE)),
-        )
+        best = min(uniform, key=lambda row: statistics.mean(row["losses"]), default=None)
+        base = mine.get(FLOAT)
+        shown = [row for variant, row in mine.items() if not _is_alpha(variant) or row is best]
+        for row in shown:
+            perplexity = row["metrics"]["perplexity"]
+            text = f"{perplexity:.2f}"
+            if base is not None and row is not base:
+                text += f" ({(perplexity / base['metrics']['perplexity'] - 1) * 100:+.1f} %)"
+            variant = f"uniform {row['variant']}" if row is best else row["variant"]
+            above_best = "" if row is base else _above(row, best)
+            table.add_row(name, variant, text, _above(row, base), above_best, *_facts(row))
     return table
 
 
-def _perplexity(row: Row) -> float:
-    return float(row["metrics"]["perplexity"])
+def _above(row: Row, other: Row | None) -> str:
+    if other is None or row is other:
+        return ""
+    off = [a - b for a, b in zip(row["losses"], other["losses"], strict=True)]
+    return f"{statistics.mean(off):+.4f} +- {statistics.stdev(off) / len(off) ** 0.5:.4f}"
 
 
-def _cell(row: Row | None, base: float | None) -> str:
-    if row is None:
-        return "-"
-    value, variant = _perplexity(row), row["variant"]
-    text = f"{value:.2f}"
-    if base is not None and variant != FLOAT:
-        text += f" ({(value / base - 1) * 100:+.1f} %)"
-    if _is_alpha(variant):
-        text += f" at {variant}"
-    if "seconds" in row:
-        text += f", {row['seconds']:.0f} s, {row['peak_mb']:.0f} MB"
+def _facts(row: Row) -> tuple[str, str]:
+    cost = f"{row['seconds']:.0f}, {row['peak_mb']:.0f}" if "seconds" in row else ""
     if "calibration_seconds" in row:
-        text += f" + {row['calibration_seconds']:.0f} s, {row['calibration_peak_mb']:.0f} MB"
-    if "in_float" in row:
-        text += f", {len(row['in_float'])} in float, {len(row['dynamic'])} dynamic"
-    return text
+        cost += f" + {row['calibration_seconds']:.0f}, {row['calibration_peak_mb']:.0f}"
+    if "in_float" not in row:
+        return cost, ""
+    return cost, (
+        f"{len(row['in_float'])} in float, {len(row['dynamic'])} dynamic, "
+        f"{row['evaluations']} evaluations, {'met' if row['goal_met'] else 'not met'}"
+    )
 
 
 def main(
@@ -206,6 +235,10 @@ def main(
     alphas: Annotated[str, typer.Option(help="Uniform alphas: LEAST:GREATEST:STEP.")] = "0:1:0.05",
     scheme: Annotated[str, typer.Option(help="Preset.")] = "O3",
     goal: Annotated[str, typer.Option(help="Of autotune.")] = "1%",
+    text: Annotated[
+        Path | None, typer.Option(help="Text of the comparisons; default: the shipped one.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens of it.")] = 60,
     trained: Annotated[
         Path | None, typer.Option(help="Folder of opt-6m, bloom-6m and gpt2-6m.")
     ] = None,
@@ -220,10 +253,11 @@ def main(
     """Print a table and write a JSON file, which is whole after every measurement."""
     logging.disable_progress_bar()
     command = f"python bench/run_tuning.py --models {models} --variants {variants}"
-    command += f" --alphas {alphas} --scheme {scheme}"
+    command += f" --alphas {alphas} --scheme {scheme} --windows {windows}"
     least, greatest, step = map(float, alphas.split(":"))
     grid = [f"{least + k * step:.4g}" for k in range(int((greatest - least) / step + 1.001))]
     wanted = [*variants.split(","), *grid]
+    compared = " ".join(texts.evaluation()) if text is None else text.read_text(encoding="utf-8")
     try:
         results = ResultFile("tuning", out, resume=resume, sections={"commands": []})
         results.content["commands"] += [command]
@@ -233,7 +267,10 @@ def main(
             if not todo:
                 continue
             subject = zoo.load(name, zoo.Places(cache, trained))
-            bench = Bench(subject, Scheme.of(scheme, ignore=subject.ignore), goal)
+            if subject.tokenizer is None:
+                raise SqCpuError(f"{name} is no language model; choose one with a perplexity")
+            scored = token_windows(subject.tokenizer, compared, window=zoo.WINDOW, windows=windows)
+            bench = Bench(subject, Scheme.of(scheme, ignore=subject.ignore), goal, scored)
             for variant in track(todo, name):
                 results.add(bench.run(variant))
                 gc.collect()  # the copy, whose modules refer to one another
