@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,6 +171,22 @@ class Bench:
         }
 
 
+def _known(variants: str) -> list[str]:
+    names = [name for name in variants.split(",") if name]
+    for name in names:
+        if name not in (FLOAT, TUNE, INC, AUTOTUNE):
+            raise SqCpuError(f"no variant {name}; known: {FLOAT}, {TUNE}, {INC}, {AUTOTUNE}")
+    return names
+
+
+def _grid(alphas: str) -> list[str]:
+    try:
+        least, greatest, step = map(float, alphas.split(":"))
+        return [f"{least + k * step:.4g}" for k in range(int((greatest - least) / step + 1.001))]
+    except (ValueError, ZeroDivisionError):
+        raise SqCpuError(f"--alphas {alphas} is not LEAST:GREATEST:STEP, as 0:1:0.05") from None
+
+
 def _is_alpha(variant: str) -> bool:
     return variant[0].isdigit()
 
@@ -185,6 +202,7 @@ def tuning_table(rows: Sequence[Row]) -> Table:
         "loss above fp32",
         "above the best uniform",
         "seconds, MB",
+        "calibration",
         "",
     ):
         left = heading in ("model", "variant", "")
@@ -213,15 +231,21 @@ def _above(row: Row, other: Row | None) -> str:
     return f"{statistics.mean(off):+.4f} +- {statistics.stdev(off) / len(off) ** 0.5:.4f}"
 
 
-def _facts(row: Row) -> tuple[str, str]:
-    cost = f"{row['seconds']:.0f}, {row['peak_mb']:.0f}" if "seconds" in row else ""
+def _facts(row: Row) -> tuple[str, str, str]:
+    cost, before = "", ""
+    if "seconds" in row:
+        cost = f"{row['seconds']:.0f}, {row['peak_mb']:.0f}"
     if "calibration_seconds" in row:
-        cost += f" + {row['calibration_seconds']:.0f}, {row['calibration_peak_mb']:.0f}"
+        before = f"{row['calibration_seconds']:.0f}, {row['calibration_peak_mb']:.0f}"
     if "in_float" not in row:
-        return cost, ""
-    return cost, (
-        f"{len(row['in_float'])} in float, {len(row['dynamic'])} dynamic, "
-        f"{row['evaluations']} evaluations, {'met' if row['goal_met'] else 'not met'}"
+        return cost, before, ""
+    return (
+        cost,
+        before,
+        (
+            f"{len(row['in_float'])} in float, {len(row['dynamic'])} dynamic, "
+            f"{row['evaluations']} evaluations, {'met' if row['goal_met'] else 'not met'}"
+        ),
     )
 
 
@@ -253,13 +277,23 @@ def main(
     """Print a table and write a JSON file, which is whole after every measurement."""
     logging.disable_progress_bar()
     command = f"python bench/run_tuning.py --models {models} --variants {variants}"
-    command += f" --alphas {alphas} --scheme {scheme} --windows {windows}"
-    least, greatest, step = map(float, alphas.split(":"))
-    grid = [f"{least + k * step:.4g}" for k in range(int((greatest - least) / step + 1.001))]
-    wanted = [*variants.split(","), *grid]
+    command += f" --alphas {alphas} --scheme {scheme} --goal {goal} --windows {windows}"
+    command += " --text FILE" * (text is not None)
     compared = " ".join(texts.evaluation()) if text is None else text.read_text(encoding="utf-8")
+    settings = {
+        "scheme": scheme,
+        "goal": goal,
+        "windows": windows,
+        "text": zlib.crc32(compared.encode()),
+    }
     try:
-        results = ResultFile("tuning", out, resume=resume, sections={"commands": []})
+        wanted = [*_known(variants), *_grid(alphas)]
+        if windows < 2:
+            raise SqCpuError("a standard error takes two --windows or more")
+        sections = {"settings": settings, "commands": []}
+        results = ResultFile("tuning", out, resume=resume, sections=sections)
+        if results.content["settings"] != settings:
+            raise SqCpuError(f"{results.path} was measured with {results.content['settings']}")
         results.content["commands"] += [command]
         done = {(row["model"], row["variant"]) for row in results.rows}
         for name in models.split(","):

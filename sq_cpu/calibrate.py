@@ -60,7 +60,9 @@ def calibrate(
     linear at most so many rows are kept with the gradient of the model's loss with respect to its
     output, which tells `tune` what an error there costs: those where it would cost most, as a
     rule, and weights by which all others are counted. They are gradient_rows * (in_features +
-    out_features) elements; a batch takes three times the time, and the memory of its graph.
+    out_features) elements; a batch takes three times the time, and the memory of its graph and of
+    a copy of every linear's input and output. Of linears that the model runs without gradients
+    none are kept.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that a mapping's two-dimensional
@@ -68,8 +70,8 @@ def calibrate(
     without gradients and is left as it was. `progress=None` shows a bar when stderr is a terminal.
 
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
-    the model's context, when an activation is NaN or infinite, when the model has no linear, and
-    for an entry of `ignore` that matches none.
+    the model's context, when an activation or gradient is NaN or infinite, when the model has no
+    linear, for negative `rows` or `gradient_rows`, and for an entry of `ignore` that matches none.
     """
     with linearized(model):
         return _calibrate(model, batches, ignore, rows, gradient_rows, progress)
@@ -83,6 +85,8 @@ def _calibrate(
     gradient_rows: int,
     progress: bool | None,
 ) -> Calibration:
+    if min(rows, gradient_rows) < 0:
+        raise SqCpuError(f"rows={rows}, gradient_rows={gradient_rows}: a number of rows is >= 0")
     check_ignore(model, ignore)
     linears = quantizable_linears(model, ignore)
     if not linears:
@@ -214,7 +218,7 @@ class _Recent:
     def copy(self) -> Tensor:
         """Return the rows for later, when x may have been changed in place."""
         if self.copied is None:
-            self.copied = self.rows.clone()
+            self.copied = self.rows.clone() if self.kept is None else self.rows
         return self.copied
 
 
@@ -248,8 +252,8 @@ class _Reservoir:
         return self._columns[index] if self._columns else otherwise
 
 
-class _ChannelRange:
-    """Running minimum and maximum of one linear's input channels, and samples of rows."""
+class _Seen:
+    """What was seen of one linear: the range of its input channels, and samples of its rows."""
 
     def __init__(self, name: str, linear: nn.Linear, rows: int, gradient_rows: int) -> None:
         self.name = name
@@ -257,6 +261,7 @@ class _ChannelRange:
         self.rows = 0
         self.sample = _Reservoir(rows)
         self.costly = _Reservoir(gradient_rows)
+        self.differentiated = False
         # The same seed for all: linears that share an input keep the same rows.
         self.generator = torch.Generator().manual_seed(0)
         # Another one each: what chance adds to the loss of one linear evens out over all.
@@ -289,7 +294,9 @@ class _ChannelRange:
         with a row's share of them: so w is |gradient| times how near the row comes to the ends of
         the channels' ranges, as what clips there, or sets a coarse scale, is few rows.
         """
-        rows, kept, fold = recent.copy(), recent.kept, recent.batch % FOLDS
+        self.differentiated = True
+        rows, kept = recent.copy(), recent.kept
+        batch, fold = recent.batch, recent.batch % FOLDS
         ends = torch.maximum(-self.low.amin(dim=0), self.high.amax(dim=0))
         near = (rows.abs() / ends.clamp_min(1e-30)).amax(dim=1).float()
 
@@ -297,6 +304,11 @@ class _ChannelRange:
             of_rows = gradient.detach().reshape(-1, gradient.shape[-1])
             of_rows = of_rows if kept is None else of_rows[kept]
             size = of_rows.float().norm(dim=1) * near
+            if not size.isfinite().all():
+                raise SqCpuError(
+                    f"calibration batch {batch}: NaN or Inf in the gradient of {self.name}; "
+                    "calibrate in fp32 or bf16"
+                )
             chance = 1 - torch.rand(len(size), generator=self.gradient_generator)
             self.costly.add(size / chance, rows, of_rows, size, _all_of(fold, rows))
 
@@ -325,11 +337,9 @@ class InputRanges:
     def __init__(self, linears: Mapping[str, nn.Linear], rows: int, gradient_rows: int = 0) -> None:
         self._linears = linears
         self._ranges = {
-            name: _ChannelRange(name, linear, rows, gradient_rows)
-            for name, linear in linears.items()
+            name: _Seen(name, linear, rows, gradient_rows) for name, linear in linears.items()
         }
         self._keep_rows = bool(rows)
-        self._keep_gradients = bool(gradient_rows)
         self._recent = _Recent()
         self._batches = 0
 
@@ -356,7 +366,7 @@ class InputRanges:
         """Return what was seen so far."""
         reached = {name: seen for name, seen in self._ranges.items() if seen.rows}
         sampled = reached if self._keep_rows else {}
-        costly = {n: seen.gradients() for n, seen in reached.items() if self._keep_gradients}
+        costly = {n: seen.gradients() for n, seen in reached.items() if seen.differentiated}
         return Calibration(
             channel_min={name: seen.low.amin(dim=0) for name, seen in reached.items()},
             channel_max={name: seen.high.amax(dim=0) for name, seen in reached.items()},

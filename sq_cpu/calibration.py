@@ -65,7 +65,8 @@ class Calibration:
     """Input rows that are known with gradients, like `rows` but not uniformly drawn."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of the model's sampled loss (see `sq_cpu.sensitivity`) with respect to each linear's output,
-    for each of `gradient_rows`, [gradient_rows, out_features]. Empty unless asked for."""
+    for each of `gradient_rows`, [gradient_rows, out_features]. Empty unless asked for, and without
+    the linears that the model runs without gradients."""
     gradient_weights: dict[str, Tensor] = field(default_factory=dict)
     """How many of all rows each of `gradient_rows` stands for, fp32."""
     gradient_folds: dict[str, Tensor] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class Calibration:
             for name in names
             if (low[name] <= high[name]).all()
             and (self.fold_min[name][fold] <= self.fold_max[name][fold]).all()
-            and (name not in self.rows or (self.row_folds[name] == fold).any())
+            and self._has_rows(name, fold)
         ]
         if not reached:
             return None
@@ -143,6 +144,10 @@ class Calibration:
             fold_min={},
             fold_max={},
         )
+
+    def _has_rows(self, name: str, fold: int) -> bool:
+        folds = [kind[name] for kind in (self.row_folds, self.gradient_folds) if name in kind]
+        return not folds or any(bool((of_rows == fold).any()) for of_rows in folds)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file; it appears whole or not at all."""

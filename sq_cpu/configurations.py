@@ -91,7 +91,9 @@ class Configuration:
 
 
 def _number(value: object, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= cast(float, value) <= high
+    # JSON has both numbers and booleans, and numpy's float64 is a float.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and low <= cast(float, value) <= high
 
 
 def _share_of_one(value: object) -> bool:
@@ -99,7 +101,7 @@ def _share_of_one(value: object) -> bool:
 
 
 def _among(*choices: object) -> tuple[Callable[[Any], bool], str]:
-    # By type too: 1 == True, and only one of them is the other's JSON.
+    # By type too: 1 == True, but a configuration's key, which is JSON, tells them apart.
     def can_be(value: object) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in choices)
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.rules import LinearSample
+from sq_cpu.rules import LinearSample, quantized_rows
+from sq_cpu.scheme import Scheme
 
 __all__ = [
     "LOCAL_LOSSES",
     "LOSSES",
     "check_loss",
     "default_loss",
-    "loss_inputs",
     "loss_of",
     "of_parts",
 ]
@@ -75,22 +75,27 @@ LOCAL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
 LOSSES = (_KL, *LOCAL_LOSSES)
 
 
-def loss_inputs(loss: str, sample: LinearSample) -> Tensor:
-    """Return the rows on which a loss is measured, fp32 [rows, in_features].
+def loss_of(
+    loss: str,
+    sample: LinearSample,
+    s: Tensor,
+    weight: Tensor,
+    scheme: Scheme,
+    clip: float,
+    tokens: int,
+) -> float:
+    """Return what a linear's output loses by quantization, on the calibration's rows of its input.
 
-    Raises `SqCpuError` where the calibration has none of that kind.
-    """
-    return sample.gradient_inputs() if loss == _KL else sample.inputs()
+    `s` is fp32 [in_features], `weight` what `quantized_weight` makes of it, `clip` the share of its
+    range that a static scale covers. "kl" is in nats for each of the `tokens` that all rows stand
+    for: so losses of all linears add up.
 
-
-def loss_of(loss: str, sample: LinearSample, y: Tensor, tokens: int) -> float:
-    """Return the loss of y [rows, out_features], what a linear makes of `loss_inputs`.
-
-    "kl" is in nats for each of the `tokens` that all rows stand for: so losses of all linears add
-    up.
+    Raises `SqCpuError` where the calibration has no rows of the loss's kind.
     """
     if loss != _KL:
+        y = quantized_rows(sample.inputs(), sample, s, scheme, clip) @ weight.T
         return LOCAL_LOSSES[loss](sample.output, y - sample.output)
+    y = quantized_rows(sample.gradient_inputs(), sample, s, scheme, clip) @ weight.T
     assert sample.gradient is not None
     assert sample.gradient_weights is not None
     return _kl(y - sample.gradient_output, sample.gradient, sample.gradient_weights) / tokens

@@ -12,10 +12,10 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.costs import Choice
 from sq_cpu.groups import smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.losses import default_loss, loss_inputs, loss_of
+from sq_cpu.losses import default_loss, loss_of
 from sq_cpu.plan import SmoothPlan, quantized_consumers
 from sq_cpu.progress import track
-from sq_cpu.rules import quantized_rows, quantized_weight, smoothing_scale
+from sq_cpu.rules import quantized_weight, smoothing_scale
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import group_statistics
@@ -71,8 +71,8 @@ def estimated_errors(
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
                 wide = statistics.widen(s)
                 for sample, of_layer in statistics.quantized():
-                    rows = loss_inputs(loss, sample)
-                    x = quantized_rows(rows, sample, wide, of_layer, statistics.clip)
-                    y = x @ quantized_weight(sample, wide, of_layer).T
-                    errors[sample.name][choice] = loss_of(loss, sample, y, calibration.tokens)
+                    weight, clip = quantized_weight(sample, wide, of_layer), statistics.clip
+                    errors[sample.name][choice] = loss_of(
+                        loss, sample, wide, weight, of_layer, clip, calibration.tokens
+                    )
     return errors

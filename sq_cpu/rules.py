@@ -93,9 +93,12 @@ class LinearSample:
         return self.rows.float()
 
     def gradient_inputs(self) -> Tensor:
-        """Return `gradient_rows` in fp32; `SqCpuError` when there are none."""
+        """Return `gradient_rows` in fp32; `SqCpuError` when none were looked for."""
         if self.gradient_rows is None:
-            raise SqCpuError("the calibration holds no gradients: calibrate with gradient_rows=384")
+            raise SqCpuError(
+                f"the calibration holds no gradients of {self.name}: calibrate with "
+                "gradient_rows=384, or, where the model runs without gradients, with 0"
+            )
         return self.gradient_rows.float()
 
 

@@ -46,7 +46,7 @@ def sampled_loss(outputs: Any, mask: Any, generator: torch.Generator) -> Tensor:
     if not terms:
         raise SqCpuError(
             "the model's outputs have no gradient (its forward may disable them): calibrate "
-            "without gradients"
+            "with gradient_rows=0"
         )
     return torch.stack(terms).sum()
 

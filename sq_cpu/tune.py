@@ -1,9 +1,10 @@
 """Choose smoothing and static clip of every group from one calibration, without running the model.
 
 A group's alpha is sought on a grid and then by golden section; each is scored on the calibration's
-sampled rows with the numerics of the kernels. Scored are rows that did not take part in the ranges
-(`Calibration.held_out`): at a large alpha every channel just reaches the static scale's end, so on
-the rows that made the range nothing ever clips, and on others much does.
+sampled rows with the numerics of the kernels. Of several batches, rows are scored that did not take
+part in the channels' ranges (`Calibration.held_out`): at a large alpha every channel just reaches
+the static scale's end, so on the rows that made the range nothing ever clips, and on others much
+does. Ranges by percentile or squared error, which are found on rows, see those that are scored.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.losses import check_loss, default_loss, loss_inputs, loss_of, of_parts
+from sq_cpu.losses import check_loss, default_loss, loss_of, of_parts
 from sq_cpu.plan import GroupPlan, SmoothPlan, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.rules import (
     GroupStatistics,
-    quantized_rows,
     quantized_weight,
     smoothing_scale,
 )
@@ -65,8 +65,9 @@ def tune(
     """Return the plan whose alphas, and clips of static scales, give each group the least loss.
 
     Each group is scored alone, on the float model's inputs; the model is not changed. The result
-    depends on nothing but the arguments. Extra memory is one group's weights in fp32,
-    and a copy of one group's sampled rows.
+    depends on nothing but the arguments. Extra memory is a few times one group's weights in fp32
+    (one for each of the 4 folds, and what the search is at), and one group's sampled rows; with
+    `block_wise` those of a block.
 
     Parameters
     ----------
@@ -184,8 +185,7 @@ class _Scored:
         found: dict[str, list[float]] = {}
         for of_fold, s, weights in zip(self._folds, self._scales, self._weights, strict=True):
             for (sample, scheme), weight in zip(of_fold.quantized(), weights, strict=True):
-                x = quantized_rows(loss_inputs(loss, sample), sample, s, scheme, clip)
-                value = loss_of(loss, sample, x @ weight.T, tokens)
+                value = loss_of(loss, sample, s, weight, scheme, clip, tokens)
                 found.setdefault(sample.name, []).append(value)
         return {name: of_parts(loss, values) for name, values in found.items()}
 

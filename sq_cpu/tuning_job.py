@@ -139,7 +139,7 @@ class TuningJob:
         here = self.ranges()
         pairs = zip(here, ranges, strict=False)
         moved = sorted(abs(a - b) / max(abs(a), abs(b), 1e-30) for a, b in pairs)
-        wide = all(rows.dtype == torch.float32 for rows in self.calibration.rows.values())
+        wide = all(linear.weight.dtype == torch.float32 for linear in self.linears.values())
         if len(here) != len(ranges) or moved[len(moved) // 2] > (_MOVED if wide else _MOVED_HALF):
             raise SqCpuError(
                 "the study of the storage was begun with a calibration on other data: use that "

@@ -161,6 +161,24 @@ class Aside(Parts):
         return {"main": self.second(x), "aside": aside}
 
 
+class Unseen(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        self.first(x)
+        return self.second(x)  # type: ignore[no-any-return]
+
+
+class Doubling(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        x *= 2
+        return y + self.second(x)  # type: ignore[no-any-return]
+
+
+class Steep(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.first(x) * 0).sqrt() + self.second(x)  # type: ignore[no-any-return]
+
+
 class InPlace(Parts):
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
@@ -170,17 +188,46 @@ class InPlace(Parts):
 
 @pytest.mark.parametrize("model", [Detached(), WithoutGradients()])
 def test_a_model_without_a_graph_is_refused(model: nn.Module) -> None:
-    with pytest.raises(SqCpuError, match="calibrate without gradients"):
+    with pytest.raises(SqCpuError, match="calibrate with gradient_rows=0"):
         sq_cpu.calibrate(model, [torch.randn(2, 4)], ignore=(), gradient_rows=8)
 
 
-def test_what_the_loss_does_not_see_has_no_gradient() -> None:
+def test_a_part_without_a_graph_has_no_gradients() -> None:
     x = torch.randn(8, 4)
     found = sq_cpu.calibrate(Aside(), [x], ignore=(), gradient_rows=8)
-    assert not found.gradients["first"].any()
+    assert found.gradients.keys() == found.gradient_rows.keys() == {"second"}
     assert found.gradients["second"].any()
     scheme = sq_cpu.Scheme.of("O3", ignore=())
-    assert len(sq_cpu.tune(Aside(), found, scheme=scheme).groups) == 2
+    with pytest.raises(SqCpuError, match="no gradients of first"):
+        sq_cpu.tune(Aside(), found, scheme=scheme)
+    assert len(sq_cpu.tune(Aside(), found, scheme=scheme, loss="nmse").groups) == 2
+
+
+def test_what_the_loss_does_not_see_costs_nothing() -> None:
+    found = sq_cpu.calibrate(Unseen(), [torch.randn(8, 4)], ignore=(), gradient_rows=8)
+    assert found.gradients["first"].shape == (0, 4)
+    assert found.gradients["second"].shape == (8, 4)
+    plan = sq_cpu.tune(Unseen(), found, scheme=sq_cpu.Scheme.of("O3", ignore=()))
+    (group,) = (group for group in plan.groups if "first" in group.name)
+    assert group.alpha == 0.5
+    assert group.note.endswith("kl 0")
+
+
+def test_inputs_that_are_changed_in_place() -> None:
+    x = torch.randn(8, 4)
+    found = sq_cpu.calibrate(Doubling(), [x.clone()], ignore=(), gradient_rows=8)
+    for name, rows in (("first", x), ("second", 2 * x)):
+        assert torch.equal(found.gradient_rows[name].sort(dim=0).values, rows.sort(dim=0).values)
+
+
+def test_infinite_gradients_are_refused() -> None:
+    with pytest.raises(SqCpuError, match="NaN or Inf in the gradient of first"):
+        sq_cpu.calibrate(Steep(), [torch.randn(8, 4)], ignore=(), gradient_rows=8)
+
+
+def test_negative_numbers_of_rows() -> None:
+    with pytest.raises(SqCpuError, match="gradient_rows=-1"):
+        sq_cpu.calibrate(Aside(), [torch.randn(8, 4)], ignore=(), gradient_rows=-1)
 
 
 def test_outputs_that_are_changed_in_place() -> None:

@@ -232,15 +232,18 @@ def autotune_command(
     scored = _scored(text, text_windows) if not tasks else ()
     start = time.perf_counter()
     loaded, tokenizer, batches = data.load()
-    evaluate: Any = TextPerplexity(tokenizer, scored, window, text_windows)
-    if text is not None:
-        token_windows(tokenizer, scored, window=window, windows=text_windows)
-    elif not tasks:
-        shipped_windows(tokenizer, scored, window, text_windows, "--text")
-    else:
+    evaluate: Any
+    if tasks:
         evaluate = partial(
             lm_eval_accuracy, tokenizer=tokenizer, tasks=tasks, limit=task_limit, progress=False
         )
+    else:
+        evaluate = TextPerplexity(tokenizer, scored, window, text_windows)
+        # A text that is too short is refused before the calibration.
+        if text is None:
+            shipped_windows(tokenizer, scored, window, text_windows, "--text")
+        else:
+            token_windows(tokenizer, scored, window=window, windows=text_windows)
     calibration = data.calibration(loaded, batches)
     identity = {
         "calib": _digest(read_all(data.calib)),
@@ -365,15 +368,14 @@ def _check_storage(where: Path | str, study: str, resume: bool) -> None:
             return
     with quiet_optuna(), opened_storage(where) as opened:
         there = has_study(opened, study)
-    if isinstance(where, str):
-        return  # whoever else works on it, a study of this very job goes on
-    if there and not resume:
+    if resume and not there:
+        raise SqCpuError(f"nothing to resume: {where} has no study {study}; drop --resume")
+    # In a database that others work on, a study of this very job goes on by itself.
+    if there and not resume and isinstance(where, Path):
         raise SqCpuError(
             f"{where} holds the trials of an earlier run: go on with --resume, remove it, or give "
             f"this job another name than {study} with --study"
         )
-    if resume and not there:
-        raise SqCpuError(f"nothing to resume: {where} has no study {study}; drop --resume")
 
 
 def _result(found: Autotuned, goal: str) -> dict[str, Any]:
