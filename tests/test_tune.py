@@ -125,7 +125,7 @@ def test_bad_input() -> None:
             sq_cpu.tune(model, calibration, alphas=alphas)  # type: ignore[arg-type]
     with pytest.raises(SqCpuError, match="unknown loss 'l2'"):
         sq_cpu.tune(model, calibration, loss="l2")
-    with pytest.raises(SqCpuError, match="no gradients of .*: calibrate with gradient_rows"):
+    with pytest.raises(SqCpuError, match=r"no gradients of .*: calibrate with gradient_rows"):
         sq_cpu.tune(model, calibration, loss="kl")
     with pytest.raises(SqCpuError, match="criterion is 'median'"):
         sq_cpu.tune(model, calibration, criterion="median")  # type: ignore[arg-type]
