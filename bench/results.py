@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import machine
 import peak
+import typer
 from harness import Stats
 from rich.table import Table
 
@@ -21,6 +22,12 @@ from sq_cpu.files import replacing
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, Any]
+
+# Options of the commands that write a `ResultFile`.
+Out = Annotated[
+    Path | None, typer.Option(help="The JSON file; default: results/<cpu>-<date>.json.")
+]
+Resume = Annotated[bool, typer.Option(help="Keep what the JSON file holds.")]
 
 
 def record(stats: Mapping[str, Stats], operations: float, facts: Mapping[str, Any]) -> Row:

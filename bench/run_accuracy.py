@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import machine
 import torch
 import typer
 import zoo
-from results import ResultFile, Row
+from results import Out, ResultFile, Resume, Row
 from rich.table import Table
 from transformers.utils import logging
 
@@ -135,16 +134,10 @@ def main(
     schemes: Annotated[str, typer.Option(help="Presets.")] = "O1,O2,O3",
     alpha: Annotated[float, typer.Option(help="Migration strength of the smoothed ones.")] = 0.8,
     baselines: Annotated[bool, typer.Option(help="LLM.int8() and ZeroQuant, too.")] = False,
-    trained: Annotated[
-        Path | None, typer.Option(help="Folder of opt-6m, bloom-6m and gpt2-6m.")
-    ] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Folder for converted models, and with packages/.")
-    ] = zoo.CACHE,
-    out: Annotated[
-        Path | None, typer.Option(help="The JSON file; default: results/<cpu>-<date>.json.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Keep what the JSON file holds.")] = False,
+    trained: zoo.Trained = None,
+    cache: zoo.Cache = zoo.CACHE,
+    out: Out = None,
+    resume: Resume = False,
 ) -> None:
     """Print a table and write a JSON file, which is whole after every measurement."""
     logging.disable_progress_bar()

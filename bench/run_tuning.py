@@ -25,7 +25,7 @@ import psutil
 import torch
 import typer
 import zoo
-from results import ResultFile, Row
+from results import Out, ResultFile, Resume, Row
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -263,16 +263,10 @@ def main(
         Path | None, typer.Option(help="Text of the comparisons; default: the shipped one.")
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens of it.")] = 60,
-    trained: Annotated[
-        Path | None, typer.Option(help="Folder of opt-6m, bloom-6m and gpt2-6m.")
-    ] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Folder for converted models, and with packages/.")
-    ] = zoo.CACHE,
-    out: Annotated[
-        Path | None, typer.Option(help="The JSON file; default: results/<cpu>-<date>.json.")
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="Keep what the JSON file holds.")] = False,
+    trained: zoo.Trained = None,
+    cache: zoo.Cache = zoo.CACHE,
+    out: Out = None,
+    resume: Resume = False,
 ) -> None:
     """Print a table and write a JSON file, which is whole after every measurement."""
     logging.disable_progress_bar()

@@ -12,11 +12,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import digits
 import torch
 import torch.nn.functional as F  # noqa: N812
+import typer
 import whisper
 from rehost import HOSTS, norm_consumers, plant_outliers, rehost
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,10 @@ from sq_cpu.evaluate import token_windows
 
 WINDOW, CALIBRATED, SCORED = 512, 16, 20  # tokens; windows
 CACHE = Path("~/.cache/sq_cpu")
+
+# Options of the commands that measure these models.
+Trained = Annotated[Path | None, typer.Option(help="Folder of opt-6m, bloom-6m and gpt2-6m.")]
+Cache = Annotated[Path, typer.Option(help="Folder for converted models, and with packages/.")]
 
 Metrics = dict[str, float]
 

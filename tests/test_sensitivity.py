@@ -125,6 +125,15 @@ def test_weights_make_sums_over_rows_unbiased() -> None:
     assert float(ratio.std()) < 0.2  # of 20 uniformly drawn rows it would be above 0.4
 
 
+def test_rows_that_make_the_range_are_kept() -> None:
+    # Gradients are noise of one size here: what tells the rows apart is how near they come.
+    torch.manual_seed(0)
+    x = 0.01 * torch.randn(400, 1)
+    x[[7, 90, 211, 399]] = 1.0
+    found = sq_cpu.calibrate(nn.Sequential(nn.Linear(1, 16)), [x], ignore=(), gradient_rows=20)
+    assert int((found.gradient_rows["0"] == 1).sum()) == 4
+
+
 def test_outputs_that_are_no_logits() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))

@@ -73,7 +73,8 @@ class _Data:
     """The model and what it is calibrated on."""
 
     model: str
-    calib: Sequence[Path]
+    own: Sequence[str]
+    """The user's texts; none: the shipped one."""
     windows: int
     window: int
     dtype: Dtype
@@ -81,9 +82,9 @@ class _Data:
 
     def load(self) -> tuple[nn.Module, Any, list[Tensor]]:
         """Return the model, its tokenizer and the windows to calibrate on."""
-        own = read_all(self.calib)
         loaded, tokenizer = load_model(self.model, self.dtype)
-        return loaded, tokenizer, calibration_batches(tokenizer, own, self.window, self.windows)
+        batches = calibration_batches(tokenizer, self.own, self.window, self.windows)
+        return loaded, tokenizer, batches
 
     def calibration(self, loaded: nn.Module, batches: list[Tensor]) -> Calibration:
         say(f"calibrating on {len(batches)} windows of {self.window} tokens")
@@ -246,7 +247,7 @@ def autotune_command(
             token_windows(tokenizer, scored, window=window, windows=text_windows)
     calibration = data.calibration(loaded, batches)
     identity = {
-        "calib": _digest(read_all(data.calib)),
+        "calib": _digest(data.own),
         "windows": [windows, window],
         "dtype": dtype.value,
         "tasks": [tasks, task_limit],
@@ -309,7 +310,7 @@ def _data(
     check_float(model)
     return _Data(
         model=model,
-        calib=tuple(calib or ()),
+        own=read_all(calib or []),
         windows=windows,
         window=window,
         dtype=dtype,
