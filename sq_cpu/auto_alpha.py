@@ -13,7 +13,7 @@ _auto_tune_alpha, version 2.x; the product has been retired.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +24,9 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.groups import SmoothingGroup
 from sq_cpu.losses import LOCAL_LOSSES
 from sq_cpu.plan import GroupPlan
-from sq_cpu.rules import GroupStatistics, LinearSample, quantized_output, smoothing_scale
+from sq_cpu.rules import GroupStatistics, LinearSample, quantized_output
 from sq_cpu.scheme import Scheme
+from sq_cpu.simulation import simulating, smoothing_of
 from sq_cpu.smooth import group_statistics
 
 __all__ = ["Choose", "auto_alpha"]
@@ -51,14 +52,14 @@ def auto_alpha(
     """Return the plans of a linearized model's groups with the alphas that the samples chose.
 
     Runs the model twice a sample, and every linear once for each alpha; one sample's inputs and
-    outputs of all linears are held.
+    outputs of all linears are held, and the quantized weights in fp32.
     """
     samples = list(batches)
     statistics = {
         planned.name: group_statistics(model, groups[planned.name], calibration, scheme)
         for planned in plans
     }
-    chosen = {planned.name: _FIRST_ALPHA for planned in plans}
+    chosen = {planned.name: replace(planned, alpha=_FIRST_ALPHA) for planned in plans}
     curves: dict[str, dict[float, Mapping[str, float]]] = {}
     update_every = max(1, len(samples) // _UPDATES)
     with evaluating(model):
@@ -67,21 +68,26 @@ def auto_alpha(
             outputs: dict[str, Tensor] = {}
             with _watching_outputs(model, statistics, outputs):
                 model(*args, **kwargs)
-            seen: dict[str, LinearSample] = {}
-            with _quantizing(model, statistics, chosen, seen):
+            seen: dict[str, Tensor] = {}
+
+            def see(sample: LinearSample, rows: Tensor, seen: dict[str, Tensor] = seen) -> None:
+                seen[sample.name] = rows
+
+            with simulating(model, statistics, chosen.values(), see):
                 model(*args, **kwargs)
             for name, of_group in statistics.items():
                 curve: dict[float, Mapping[str, float]] = {
-                    alpha: _losses(of_group, alpha, seen, outputs) for alpha in alphas
+                    alpha: _losses(of_group, replace(chosen[name], alpha=alpha), seen, outputs)
+                    for alpha in alphas
                 }
                 if any(curve.values()):
                     curves[name] = curve
             if number % update_every == 0 or number == len(samples):
-                chosen |= {name: choose(curve) for name, curve in curves.items()}
+                for name, curve in curves.items():
+                    chosen[name] = replace(chosen[name], alpha=choose(curve))
     return [
         replace(
-            planned,
-            alpha=chosen[planned.name],
+            chosen[planned.name],
             curve=tuple(
                 (alpha, sum(losses.values()))
                 for alpha, losses in curves.get(planned.name, {}).items()
@@ -91,40 +97,40 @@ def auto_alpha(
     ]
 
 
-def _s(statistics: GroupStatistics, alpha: float) -> Tensor:
-    return statistics.widen(smoothing_scale("smoothquant", statistics, alpha))
-
-
 def _losses(
     statistics: GroupStatistics,
-    alpha: float,
-    seen: Mapping[str, LinearSample],
+    planned: GroupPlan,
+    seen: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    assert statistics.scheme is not None
-    s = _s(statistics, alpha)
+    s = smoothing_of(statistics, planned)
     found = {}
-    for sample in statistics.samples:
-        y = outputs.get(sample.name)
+    for sample, scheme in statistics.quantized() if statistics.samples else ():
+        y, x = outputs.get(sample.name), seen.get(sample.name)
         # An expert that the quantized pass routes other tokens to has nothing to compare with.
-        if y is None or sample.name not in seen or len(seen[sample.name].inputs()) != len(y):
+        if y is None or x is None or len(x) != len(y):
             continue
-        delta = quantized_output(seen[sample.name], s, statistics.scheme) - y
+        delta = quantized_output(x, sample, s, scheme) - y
         found[sample.name] = LOCAL_LOSSES["sqrt_abs"](y, delta) * y.numel()
     return found
 
 
 @contextmanager
-def _hooked(
-    model: nn.Module,
-    statistics: Mapping[str, GroupStatistics],
-    hook: Callable[[GroupStatistics, str, LinearSample], Callable[..., Any]],
+def _watching_outputs(
+    model: nn.Module, statistics: Mapping[str, GroupStatistics], outputs: dict[str, Tensor]
 ) -> Iterator[None]:
+    """Run a block that keeps each linear's output, without bias, fp32 [rows, out_features]."""
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(linear: nn.Linear, _: Any, y: Tensor) -> None:
+            bias = 0.0 if linear.bias is None else linear.bias.float()
+            outputs[name] = y.float().reshape(-1, y.shape[-1]) - bias
+
+        return hook
+
     handles = [
-        model.get_submodule(sample.name).register_forward_hook(
-            hook(of_group, group, sample), with_kwargs=True
-        )
-        for group, of_group in statistics.items()
+        model.get_submodule(sample.name).register_forward_hook(keep(sample.name))
+        for of_group in statistics.values()
         for sample in of_group.samples
     ]
     try:
@@ -132,44 +138,3 @@ def _hooked(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _watching_outputs(
-    model: nn.Module, statistics: Mapping[str, GroupStatistics], outputs: dict[str, Tensor]
-) -> AbstractContextManager[None]:
-    """Return a context that keeps each linear's output, without bias, fp32 [rows, out_features]."""
-
-    def hook(_: GroupStatistics, __: str, sample: LinearSample) -> Callable[..., Any]:
-        def keep(linear: nn.Linear, _: Any, __: Any, y: Tensor) -> None:
-            bias = 0.0 if linear.bias is None else linear.bias.float()
-            outputs[sample.name] = y.float().reshape(-1, y.shape[-1]) - bias
-
-        return keep
-
-    return _hooked(model, statistics, hook)
-
-
-def _quantizing(
-    model: nn.Module,
-    statistics: Mapping[str, GroupStatistics],
-    alphas: Mapping[str, float],
-    seen: dict[str, LinearSample],
-) -> AbstractContextManager[None]:
-    """Return a context in which the linears compute as if quantized; `seen` gets their inputs."""
-
-    def hook(of_group: GroupStatistics, group: str, sample: LinearSample) -> Callable[..., Any]:
-        s = _s(of_group, alphas[group])
-
-        def quantized(linear: nn.Linear, args: Any, kwargs: Any, y: Tensor) -> Tensor:
-            x = args[0] if args else kwargs["input"]
-            rows = replace(sample, rows=x.reshape(-1, x.shape[-1]))
-            seen[sample.name] = rows
-            assert of_group.scheme is not None
-            made = quantized_output(rows, s, of_group.scheme)
-            if linear.bias is not None:
-                made = made + linear.bias.float()
-            return made.to(y.dtype).reshape(y.shape)
-
-        return quantized
-
-    return _hooked(model, statistics, hook)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sq_cpu.calibration import FOLDS, Calibration, Example, fingerprint
+from sq_cpu.calibration import FOLDS, TENSORS, Calibration, Example, fingerprint
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inputs import InputRows, Reservoir, watching_inputs
 from sq_cpu.linears import check_ignore, linearized, quantizable_linears
 from sq_cpu.progress import track
 from sq_cpu.sensitivity import differentiating, sampled_loss
@@ -33,7 +34,6 @@ __all__ = [
     "evaluating",
     "example_of",
     "model_inputs",
-    "watching_inputs",
 ]
 
 _EXAMPLE_TOKENS = 32
@@ -176,82 +176,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class _Recent:
-    """The input seen last and its range: q, k and v are handed the same tensor in a row."""
-
-    batch = 0
-    mask: Tensor | None = None
-    key: tuple[int, int] | None = None
-    held: Tensor | None = None  # keeps the address from being reused while the key stands
-    rows: Tensor
-    kept: Tensor | None = None
-    """Which rows of x are no padding, bool; None: all."""
-    copied: Tensor | None = None
-    low: Tensor
-    high: Tensor
-
-    def begin(self, batch: int, mask: Any) -> None:
-        self.batch = batch
-        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all()
-        self.mask = mask.bool() if padded else None
-
-    def forget(self) -> None:
-        self.key = self.held = self.copied = None
-        self.rows = torch.empty(0)
-
-    def look(self, x: Tensor) -> None:
-        """Set `rows` to x without padding, [rows, in_features], and `low` and `high` to theirs."""
-        # Inference tensors have no version that would show an in-place change: never cached.
-        key = None if x.is_inference() else (id(x), x._version)
-        if key is not None and key == self.key:
-            return
-        self.rows = x.detach().reshape(-1, x.shape[-1])
-        # OPT hands its MLP [batch * sequence, features].
-        self.kept = None
-        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
-            self.kept = self.mask.reshape(-1)
-            self.rows = self.rows[self.kept]
-        if len(self.rows):
-            self.low, self.high = self.rows.amin(dim=0).float(), self.rows.amax(dim=0).float()
-        self.key, self.held, self.copied = key, x, None
-
-    def copy(self) -> Tensor:
-        """Return the rows for later, when x may have been changed in place."""
-        if self.copied is None:
-            self.copied = self.rows.clone() if self.kept is None else self.rows
-        return self.copied
-
-
-class _Reservoir:
-    """The `size` rows of greatest priority of all that were seen, in any number of columns."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.threshold = 0.0
-        """The greatest priority of a row that is not kept."""
-        self._priority = torch.empty(0)
-        self._columns: tuple[Tensor, ...] = ()
-
-    def add(self, priority: Tensor, *columns: Tensor) -> None:
-        """Take in rows, [rows] or [rows, features] each."""
-        count = len(self._priority)
-        ordered, order = torch.cat([self._priority, priority]).sort(descending=True)
-        if len(order) > self.size:
-            self.threshold = max(self.threshold, float(ordered[self.size]))
-        kept = order[: self.size]
-        is_old = kept < count
-        old, new = kept[is_old], kept[~is_old] - count
-        before = self._columns or tuple(column[:0] for column in columns)
-        self._columns = tuple(
-            torch.cat([a[old], b[new]]) for a, b in zip(before, columns, strict=True)
-        )
-        self._priority = torch.cat([self._priority[old], priority[new]])
-
-    def column(self, index: int, otherwise: Tensor) -> Tensor:
-        """Return a column; `otherwise`, if nothing was ever added."""
-        return self._columns[index] if self._columns else otherwise
-
-
 class _Seen:
     """What was seen of one linear: the range of its input channels, and samples of its rows."""
 
@@ -259,8 +183,8 @@ class _Seen:
         self.name = name
         self.linear = linear
         self.rows = 0
-        self.sample = _Reservoir(rows)
-        self.costly = _Reservoir(gradient_rows)
+        self.sample = Reservoir(rows)
+        self.costly = Reservoir(gradient_rows)
         self.differentiated = False
         # The same seed for all: linears that share an input keep the same rows.
         self.generator = torch.Generator().manual_seed(0)
@@ -269,9 +193,9 @@ class _Seen:
         self.low = torch.full((FOLDS, linear.in_features), torch.inf)
         self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
 
-    def add(self, x: Tensor, recent: _Recent) -> None:
+    def add(self, x: Tensor, recent: InputRows) -> None:
         recent.look(x)
-        self.rows += len(recent.rows)
+        first, self.rows = self.rows, self.rows + len(recent.rows)
         if not len(recent.rows):  # an expert that no token was routed to, or all padding
             return
         if not (recent.low.isfinite().all() and recent.high.isfinite().all()):
@@ -283,9 +207,14 @@ class _Seen:
         torch.minimum(self.low[fold], recent.low, out=self.low[fold])
         torch.maximum(self.high[fold], recent.high, out=self.high[fold])
         chance = torch.rand(len(recent.rows), generator=self.generator)
-        self.sample.add(chance, recent.rows, _all_of(fold, recent.rows))
+        self.sample.add(
+            chance,
+            rows=recent.rows,
+            fold=_all_of(fold, recent.rows),
+            place=torch.arange(first, self.rows),
+        )
 
-    def gradient_taker(self, recent: _Recent) -> Callable[[Tensor], None]:
+    def gradient_taker(self, recent: InputRows) -> Callable[[Tensor], None]:
         """Return what takes the gradient of the output whose input was added last.
 
         Rows are drawn by priority sampling (Duffield, Lund, Thorup 2007), which needs one pass: a
@@ -297,6 +226,7 @@ class _Seen:
         self.differentiated = True
         rows, kept = recent.copy(), recent.kept
         batch, fold = recent.batch, recent.batch % FOLDS
+        places = torch.arange(self.rows - len(rows), self.rows)
         ends = torch.maximum(-self.low.amin(dim=0), self.high.amax(dim=0))
         near = (rows.abs() / ends.clamp_min(1e-30)).amax(dim=1).float()
 
@@ -310,21 +240,62 @@ class _Seen:
                     "calibrate in fp32 or bf16"
                 )
             chance = 1 - torch.rand(len(size), generator=self.gradient_generator)
-            self.costly.add(size / chance, rows, of_rows, size, _all_of(fold, rows))
+            self.costly.add(
+                size / chance,
+                rows=rows,
+                gradient=of_rows,
+                size=size,
+                fold=_all_of(fold, rows),
+                place=places,
+            )
 
         return take
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return rows, gradients, how many rows each stands for, and folds."""
-        none = self.linear.weight.detach()[:0]
-        size = self.costly.column(2, torch.empty(0))
-        return (
-            self.costly.column(0, none),
-            self.costly.column(1, none.new_empty(0, self.linear.out_features)),
-            # 0 / 0 is of rows that cost nothing, when all that do are kept.
-            (self.costly.threshold / size).nan_to_num(1.0).clamp_min(1.0),
-            self.costly.column(3, _all_of(0, none)),
-        )
+    # Each of these by the names of the fields of a `Calibration`.
+
+    def ranges(self) -> dict[str, Tensor]:
+        """Return the range of every channel, over all and in each fold."""
+        return {
+            "channel_min": self.low.amin(dim=0),
+            "channel_max": self.high.amax(dim=0),
+            "fold_min": self.low,
+            "fold_max": self.high,
+        }
+
+    def sampled(self) -> dict[str, Tensor]:
+        """Return the uniform sample; nothing, if none was asked for."""
+        if not self.sample.size:
+            return {}
+        column = self.sample.columns
+        return {
+            "rows": column["rows"],
+            "row_folds": column["fold"],
+            "row_places": column["place"],
+        }
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return rows with gradients; nothing where the model ran without them."""
+        if not self.differentiated:
+            return {}
+        column = self.costly.columns
+        if not column:  # nothing that the model gives depends on this linear
+            none = self.linear.weight.detach()[:0]
+            column = {
+                "rows": none,
+                "gradient": none.new_empty(0, self.linear.out_features),
+                "size": torch.empty(0),
+                "fold": _all_of(0, none),
+                "place": torch.arange(0),
+            }
+        # 0 / 0 is of rows that cost nothing, when all that do are kept.
+        weights = (self.costly.threshold / column["size"]).nan_to_num(1.0).clamp_min(1.0)
+        return {
+            "gradient_rows": column["rows"],
+            "gradients": column["gradient"],
+            "gradient_weights": weights,
+            "gradient_folds": column["fold"],
+            "gradient_places": column["place"],
+        }
 
 
 def _all_of(fold: int, rows: Tensor) -> Tensor:
@@ -339,8 +310,7 @@ class InputRanges:
         self._ranges = {
             name: _Seen(name, linear, rows, gradient_rows) for name, linear in linears.items()
         }
-        self._keep_rows = bool(rows)
-        self._recent = _Recent()
+        self._recent = InputRows()
         self._batches = 0
 
     def _see(self, name: str, x: Tensor) -> None:
@@ -365,47 +335,18 @@ class InputRanges:
     def calibration(self, example: Example | None = None) -> Calibration:
         """Return what was seen so far."""
         reached = {name: seen for name, seen in self._ranges.items() if seen.rows}
-        sampled = reached if self._keep_rows else {}
-        costly = {n: seen.gradients() for n, seen in reached.items() if seen.differentiated}
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
+        for name, seen in reached.items():
+            for kind, tensor in (seen.ranges() | seen.sampled() | seen.gradients()).items():
+                tensors[kind][name] = tensor
         return Calibration(
-            channel_min={name: seen.low.amin(dim=0) for name, seen in reached.items()},
-            channel_max={name: seen.high.amax(dim=0) for name, seen in reached.items()},
-            rows={name: seen.sample.column(0, torch.empty(0)) for name, seen in sampled.items()},
+            **tensors,
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
             tokens=max((seen.rows for seen in reached.values()), default=0),
             batches=self._batches,
             unreached=tuple(name for name in self._ranges if name not in reached),
             example=example,
-            row_folds={
-                name: seen.sample.column(1, torch.empty(0)) for name, seen in sampled.items()
-            },
-            gradient_rows={name: of_name[0] for name, of_name in costly.items()},
-            gradients={name: of_name[1] for name, of_name in costly.items()},
-            gradient_weights={name: of_name[2] for name, of_name in costly.items()},
-            gradient_folds={name: of_name[3] for name, of_name in costly.items()},
-            fold_min={name: seen.low for name, seen in reached.items()},
-            fold_max={name: seen.high for name, seen in reached.items()},
         )
-
-
-@contextmanager
-def watching_inputs(
-    modules: Mapping[str, nn.Module], argument: str, see: Callable[[str, Any], None]
-) -> Iterator[None]:
-    """Call see(name, input) before every call of a module; `argument` names its input."""
-
-    def hook(name: str) -> Any:
-        return lambda _module, args, kwargs: see(name, args[0] if args else kwargs[argument])
-
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _arguments(batch: Any, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

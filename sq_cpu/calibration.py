@@ -18,21 +18,23 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import replacing
 
-__all__ = ["FOLDS", "Calibration", "Example", "fingerprint"]
+__all__ = ["FOLDS", "TENSORS", "Calibration", "Example", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
-_VERSION = 3
+_VERSION = 4
 FOLDS = 4
 """Parts that the batches are dealt into, so that a search can be scored on what it did not see."""
-_TENSORS = (
+TENSORS = (
     "channel_min",
     "channel_max",
     "rows",
     "row_folds",
+    "row_places",
     "gradient_rows",
     "gradients",
     "gradient_weights",
     "gradient_folds",
+    "gradient_places",
     "fold_min",
     "fold_max",
 )
@@ -61,6 +63,8 @@ class Calibration:
     """The first batch, if it is token ids alone their first 32: what folds are proven with."""
     row_folds: dict[str, Tensor] = field(default_factory=dict)
     """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
+    row_places: dict[str, Tensor] = field(default_factory=dict)
+    """The number of each of `rows` among all that the linear saw, int64."""
     gradient_rows: dict[str, Tensor] = field(default_factory=dict)
     """Input rows that are known with gradients, like `rows` but not uniformly drawn."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -71,6 +75,8 @@ class Calibration:
     """How many of all rows each of `gradient_rows` stands for, fp32."""
     gradient_folds: dict[str, Tensor] = field(default_factory=dict)
     """The fold of each of `gradient_rows`, uint8."""
+    gradient_places: dict[str, Tensor] = field(default_factory=dict)
+    """The number of each of `gradient_rows` among all that the linear saw, int64."""
     fold_min: dict[str, Tensor] = field(default_factory=dict)
     fold_max: dict[str, Tensor] = field(default_factory=dict)
     """Range of every input channel in each fold, fp32 [FOLDS, in_features]; min > max: no rows."""
@@ -137,10 +143,12 @@ class Calibration:
             channel_max={name: high[name] for name in reached},
             rows=part(self.rows, self.row_folds),
             row_folds={},
+            row_places={},
             gradient_rows=part(self.gradient_rows, self.gradient_folds),
             gradients=part(self.gradients, self.gradient_folds),
             gradient_weights=part(self.gradient_weights, self.gradient_folds),
             gradient_folds={},
+            gradient_places={},
             fold_min={},
             fold_max={},
         )
@@ -153,7 +161,7 @@ class Calibration:
         """Write a safetensors file; it appears whole or not at all."""
         tensors = {
             f"{kind}.{name}": value.contiguous()
-            for kind in _TENSORS
+            for kind in TENSORS
             for name, value in getattr(self, kind).items()
         }
         given, plain = _split_example(self.example)
@@ -182,7 +190,7 @@ class Calibration:
             raise SqCpuError(f"cannot read the calibration {path}: {error}") from error
         if header is None:
             raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
-        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*_TENSORS, "example")}
+        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*TENSORS, "example")}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             kinds.setdefault(kind, {})[name] = tensor
@@ -206,7 +214,7 @@ class Calibration:
             batches=batches,
             unreached=unreached,
             example=example,
-            **{kind: kinds[kind] for kind in _TENSORS},
+            **{kind: kinds[kind] for kind in TENSORS},
         )
 
 

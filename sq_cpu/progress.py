@@ -23,12 +23,18 @@ __all__ = ["status", "track"]
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], description: str, show: bool | None = None) -> Iterator[T]:
-    """Yield `items` under a progress bar; `show=None` means only when stderr is a terminal."""
+def track(
+    items: Iterable[T], description: str, show: bool | None = None, total: int | None = None
+) -> Iterator[T]:
+    """Yield `items` under a progress bar; `show=None` means only when stderr is a terminal.
+
+    `total` is how many they are, of items that have no length.
+    """
     if not (sys.stderr.isatty() if show is None else show):
         yield from items
         return
-    total = len(items) if isinstance(items, Sized) else None
+    if isinstance(items, Sized):
+        total = len(items)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),

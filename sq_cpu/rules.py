@@ -259,17 +259,18 @@ def output_deltas(statistics: GroupStatistics, s: Tensor) -> Iterator[tuple[Line
     """
     s = statistics.widen(s)
     for sample, scheme in statistics.quantized():
-        y = quantized_output(sample, s, scheme, statistics.clip)
+        y = quantized_output(sample.inputs(), sample, s, scheme, statistics.clip)
         yield sample, y - sample.output
 
 
-def quantized_output(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0) -> Tensor:
-    """Return Q(X / s) Q(W s)^T in the kernels' numerics, fp32 [rows, out_features].
+def quantized_output(
+    x: Tensor, sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0
+) -> Tensor:
+    """Return Q(X / s) Q(W s)^T of rows X in the kernels' numerics, fp32 [rows, out_features].
 
     `s` is fp32 [in_features], `clip` the share of its range that a static scale covers.
     """
-    x = quantized_rows(sample.inputs(), sample, s, scheme, clip)
-    return x @ quantized_weight(sample, s, scheme).T
+    return quantized_rows(x, sample, s, scheme, clip) @ quantized_weight(sample, s, scheme).T
 
 
 def quantized_rows(

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sq_cpu.calibrate import Batch, evaluating, model_inputs, watching_inputs
+from sq_cpu.calibrate import Batch, evaluating, model_inputs
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inputs import watching_inputs
 from sq_cpu.linear import QuantLinear
 from sq_cpu.ops import QuantizedActivation
 

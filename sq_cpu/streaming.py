@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import inspect
 import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -32,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sq_cpu import checkpoint, checkpoint_settings, hf
+from sq_cpu.block_chain import BlockCalls, BlockChain
 from sq_cpu.calibrate import (
     SAMPLED_ROWS,
     Batch,
@@ -43,8 +43,7 @@ from sq_cpu.calibrate import (
     model_inputs,
 )
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.families import family_of
-from sq_cpu.groups import smoothing_groups, stack_paths
+from sq_cpu.groups import smoothing_groups
 from sq_cpu.linear import QuantLinear
 from sq_cpu.linears import (
     check_ignore,
@@ -173,7 +172,7 @@ def quantize_checkpoint(
     dtype = dtype or stored_dtype(folder, weights)
 
     model = _skeleton(folder, dtype)
-    blocks = _block_names(model)
+    chain = BlockChain(model, WHOLE)
     inputs: list[Example] = []
     if calibrated and batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
@@ -195,10 +194,10 @@ def quantize_checkpoint(
         with claimed(work), evaluating(model):
             state = State.open(work, settings, overwrite)
             if state.parts:
-                say(f"resuming: {state.blocks} of {len(blocks)} blocks are finished")
+                say(f"resuming: {state.blocks} of {len(chain.names)} blocks are finished")
             try:
                 loader = Loader(model, weights, folder)
-                stream = _Stream(loader, blocks, work, state, scheme, plan, alpha, rule)
+                stream = _Stream(loader, chain, work, state, scheme, plan, alpha, rule)
                 record = stream.run(inputs, smooth, calibrated, tokenizer, progress)
                 checkpoint.move_into_place(work / "checkpoint", target)
             except BaseException:
@@ -250,28 +249,6 @@ def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _block_names(model: nn.Module) -> list[str]:
-    """Return the blocks' full names, of the family's stack or else of the largest list of likes."""
-    family = family_of(model)
-    if family is not None:
-        modules = dict(model.named_modules())
-        # A family lists where its stacks may be, as in models with and without a vision tower.
-        paths = [path for path in stack_paths(model, family) if path in modules]
-        if len(paths) != 1:
-            raise SqCpuError(f"{type(model).__name__} has {len(paths)} stacks of blocks; {WHOLE}")
-        path = paths[0]
-    else:
-        lists = {
-            name: sum(parameter.numel() for parameter in module.parameters())
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
-        }
-        if not lists:
-            raise SqCpuError(f"{type(model).__name__} has no list of like blocks; {WHOLE}")
-        path = max(lists, key=lambda name: lists[name])
-    return [f"{path}.{key}" for key, _ in model.get_submodule(path).named_children()]
-
-
 # --- block after block --------------------------------------------------------------------------
 
 
@@ -295,29 +272,13 @@ def _page_out(tensor: Tensor) -> None:
             ctypes.CDLL(None).madvise(address, size, _MADV_PAGEOUT)
 
 
-class _Captured(Exception):  # noqa: N818  ends a forward whose rest is not needed
-    """All that was asked of a forward is known."""
-
-
-@dataclass
-class _Calls:
-    """What one batch calls each block with, beside the hidden states."""
-
-    arguments: Example
-    """Of the model."""
-    mask: Any
-    hidden: Tensor
-    """What the first block takes."""
-    blocks: list[Example] = field(default_factory=list)
-
-
 class _Stream:
     """The work on one checkpoint."""
 
     def __init__(
         self,
         loader: Loader,
-        blocks: list[str],
+        chain: BlockChain,
         work: Path,
         state: State,
         scheme: Scheme,
@@ -327,7 +288,8 @@ class _Stream:
     ) -> None:
         self.loader = loader
         self.model = model = loader.model
-        self.blocks = blocks
+        self.chain = chain
+        self.blocks = blocks = chain.names
         self.work = work
         self.state = state
         self.scheme = scheme
@@ -375,12 +337,11 @@ class _Stream:
         with ExitStack() as files:
             self.open_outside(files)
             # The last is the example that folds are proven with.
-            calls: list[_Calls] = []
+            calls: list[BlockCalls] = []
             hidden: list[Tensor] = []
             if calibrated:
-                calls, hidden = self.capture([*batches, example_of(*batches[0])])
-                if state.blocks:
-                    hidden = state.carried()
+                calls = self.capture([*batches, example_of(*batches[0])])
+                hidden = state.carried() if state.blocks else [call.hidden for call in calls]
             for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
                 state.finish(self.block(index, calls, hidden, smooth), hidden)
             parts = list(state.parts)
@@ -424,81 +385,18 @@ class _Stream:
         is_parameter = key in module._parameters
         setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
-    def capture(self, batches: Sequence[Example]) -> tuple[list[_Calls], list[Tensor]]:
-        """Run what precedes the blocks; return each batch's calls and what block 0 takes."""
-        calls = []
-        for args, kwargs in batches:
-            if "use_cache" in inspect.signature(self.model.forward).parameters:
-                kwargs = kwargs | {"use_cache": False}
-            call = _Calls((args, kwargs), kwargs.get("attention_mask"), torch.empty(0))
-            calls.append(call)
+    def capture(self, batches: Sequence[Example]) -> list[BlockCalls]:
+        """Run what precedes the blocks; return each batch's calls of them."""
         if not self.state.blocks:
-            # Whether a block returns a tensor or a tuple is seen by calling one.
-            with self.loaded(0) as block:
-                self.forward(calls[-1], stop=1)
-                args, kwargs = calls[-1].blocks[0]
-                output = block(calls[-1].hidden, *args, **kwargs)
-                self.state.outputs = len(output) if isinstance(output, tuple) else 0
-            del block, output  # and with it the weights
-        for call in calls:
-            call.blocks.clear()
-            self.forward(call, stop=len(self.blocks))
-            if len(call.blocks) != len(self.blocks):
-                raise self.not_a_chain()
+            with self.loaded(0):
+                self.state.outputs = self.chain.probe(batches[-1])
+        self.chain.outputs = self.state.outputs
+        calls = self.chain.capture(batches)
         # A token's row of an embedding brings its neighbours in: up to all of it.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
                 _page_out(tensor)
-        return calls, [call.hidden for call in calls]
-
-    def not_a_chain(self) -> SqCpuError:
-        return SqCpuError(
-            f"{type(self.model).__name__} does not hand the hidden states from each block to the "
-            f"next and nothing else; {WHOLE}"
-        )
-
-    def forward(self, call: _Calls, stop: int) -> None:
-        """Run the model up to a block, the blocks before handing on what they get."""
-
-        def take(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if index == 0:
-                call.hidden = hidden
-            if index != len(call.blocks) or hidden is not call.hidden:
-                raise self.not_a_chain()
-            call.blocks.append((args, kwargs))
-            if len(call.blocks) == stop:
-                raise _Captured
-            return hidden
-
-        with self.replaced_blocks(take):
-            args, kwargs = call.arguments
-            with suppress(_Captured):
-                self.model(*args, **kwargs)
-
-    @contextmanager
-    def replaced_blocks(self, take: Callable[..., Tensor]) -> Iterator[None]:
-        """Have take(index, hidden, args, kwargs) in the place of every block."""
-
-        def stub(index: int) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                if args:
-                    hidden = take(index, args[0], args[1:], kwargs)
-                else:
-                    hidden = take(index, kwargs.pop("hidden_states"), (), kwargs)
-                if not self.state.outputs:
-                    return hidden
-                return (hidden, *[None] * (self.state.outputs - 1))
-
-            return forward
-
-        blocks = [self.model.get_submodule(name) for name in self.blocks]
-        for index, block in enumerate(blocks):
-            block.forward = stub(index)
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
+        return calls
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -516,7 +414,7 @@ class _Stream:
             setattr(self.model.get_submodule(parent), key, bare)
 
     def block(
-        self, index: int, calls: Sequence[_Calls], hidden: list[Tensor], smooth: bool
+        self, index: int, calls: Sequence[BlockCalls], hidden: list[Tensor], smooth: bool
     ) -> Part:
         """Quantize and write a block; `hidden` becomes what its float weights make of it."""
         name = self.blocks[index]
@@ -529,10 +427,7 @@ class _Stream:
             linears = {f"{name}.{path}": linear for path, linear in linears.items()}
 
             def call(batch: int, states: Tensor) -> Tensor:
-                args, kwargs = calls[batch].blocks[index]
-                output = block(states, *args, **kwargs)
-                result: Tensor = output[0] if isinstance(output, tuple) else output
-                return result
+                return self.chain.run(index, calls[batch], states)
 
             calibration, run = None, None
             if calls:
@@ -550,7 +445,7 @@ class _Stream:
             return self.part(index + 1, [name], linears, calibration, smooth, run)
 
     def quantize_outer(
-        self, calls: Sequence[_Calls], hidden: Sequence[Tensor], smooth: bool
+        self, calls: Sequence[BlockCalls], hidden: Sequence[Tensor], smooth: bool
     ) -> Part:
         """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
         linearize(self.model)
@@ -561,7 +456,7 @@ class _Stream:
             return hidden[current] if index == len(self.blocks) - 1 else before
 
         calibration, run = None, None
-        with self.replaced_blocks(take):
+        with self.chain.replaced(take):
             if calls:
                 ranges = InputRanges(linears, SAMPLED_ROWS)
                 with ranges.watching():

@@ -10,7 +10,7 @@ does. Ranges by percentile or squared error, which are found on rows, see those 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -34,6 +34,7 @@ from sq_cpu.rules import (
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.search import argmin
+from sq_cpu.sequential import QuantizedPrefix
 from sq_cpu.smooth import group_statistics
 
 __all__ = ["Criterion", "tune"]
@@ -57,6 +58,7 @@ def tune(
     criterion: Criterion = "mean",
     block_wise: bool = False,
     alphas: tuple[float, float, float] = (0.0, 1.0, 0.05),
+    sequential: bool = False,
     clip: bool = True,
     method: Literal["offline", "inc"] = "offline",
     batches: Iterable[Batch] | None = None,
@@ -106,9 +108,11 @@ def tune(
     with linearized(model):
         groups = {group.name: group for group in smoothing_groups(model)}
         uniform = uniform_plan(model, groups.values(), calibration, ignore=scheme.ignore)
+        if batches is None and (sequential or method == "inc"):
+            which = 'method="inc"' if method == "inc" else "sequential=True"
+            raise SqCpuError(f"{which} runs the model: pass batches, as to calibrate")
         if method == "inc":
-            if batches is None:
-                raise SqCpuError('method="inc" runs the model: pass batches, as to calibrate')
+            assert batches is not None
             choose = CRITERIA[criterion]
             found = auto_alpha(
                 model, groups, uniform.groups, calibration, batches, scheme, grid, choose, progress
@@ -122,9 +126,14 @@ def tune(
             clips=_CLIPS if clip and scheme.activations == "static" else (1.0,),
         )
         tuned: dict[str, GroupPlan] = {}
-        for unit in track(_units(uniform, groups, block_wise), "tuning alpha", progress):
+        units = _units(uniform, groups, block_wise)
+        fed: Iterable[_Fed] = [(unit, calibration) for unit in units]
+        if sequential:
+            prefix = QuantizedPrefix(model, calibration, batches or (), groups, scheme)
+            fed = _block_by_block(units, groups, prefix, calibration, tuned)
+        for unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
             scored = [
-                _Scored(planned, _statistics(model, groups[planned.name], calibration, scheme))
+                _Scored(planned, _statistics(model, groups[planned.name], seen, scheme))
                 for planned in unit
             ]
             tuned |= {planned.name: planned for planned in search.best(scored)}
@@ -153,6 +162,28 @@ def _units(
         block = groups[planned.name].block
         units.setdefault(block if block_wise and block else planned.name, []).append(planned)
     return list(units.values())
+
+
+_Fed = tuple[list[GroupPlan], Calibration]
+"""Groups that share a choice, and the calibration that they are scored on."""
+
+
+def _block_by_block(
+    units: Sequence[list[GroupPlan]],
+    groups: Mapping[str, SmoothingGroup],
+    prefix: QuantizedPrefix,
+    calibration: Calibration,
+    tuned: Mapping[str, GroupPlan],
+) -> Iterator[_Fed]:
+    """Yield the units of each block in its turn, then those outside of the blocks."""
+    rest = list(units)
+    for block, seen in prefix.blocks(tuned):
+        inside = [
+            unit for unit in rest if groups[unit[0].name].consumers[0].startswith(f"{block}.")
+        ]
+        rest = [unit for unit in rest if unit not in inside]
+        yield from ((unit, seen) for unit in inside)
+    yield from ((unit, calibration) for unit in rest)
 
 
 class _Scored:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError, streaming
+from sq_cpu.block_chain import BlockChain
 from sq_cpu.calibrate import Batch
 from sq_cpu.convert import linear_bytes
 from sq_cpu.plan import GroupPlan, SmoothPlan
@@ -201,7 +202,7 @@ def test_mixed_plans(model_type: str, base: str, tmp_path: Path) -> None:
     calibration = sq_cpu.calibrate(model, batches(), ignore=())
     plan = tiny.mixed_plan(model, calibration, scheme)
     # The head in float, too, and all of a block.
-    last = model.get_submodule(streaming._block_names(model)[2])
+    last = model.get_submodule(BlockChain(model, "").names[2])
     names = {layer.name for layer in plan.layers}
     plan = replace(
         plan,
