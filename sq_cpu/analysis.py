@@ -26,8 +26,7 @@ from sq_cpu.linears import (
 from sq_cpu.plan import SmoothPlan, check_groups, quantized_consumers, scheme_of, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.quantize import check_layers
-from sq_cpu.ranges import static_range
-from sq_cpu.rules import GroupStatistics, LinearSample, output_errors
+from sq_cpu.rules import GroupStatistics, LinearSample, output_errors, smoothed_range
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smooth import group_statistics, plan_scales
@@ -273,7 +272,7 @@ def _linear(
 ) -> LinearAnalysis:
     assert naive.scheme is not None  # _group passes it
     layer, own = plan.layer(place.name), plan.layer_scheme(naive.scheme, place.name)
-    departed = replace(sample, scheme=own, weight_clip=layer.weight_clip)
+    departed = replace(sample, scheme=own, weight_clip=layer.weight_clip, outliers=layer.outliers)
     ones = torch.ones_like(s)
     return LinearAnalysis(
         name=place.name,
@@ -286,7 +285,7 @@ def _linear(
         error_naive=_error(replace(naive, samples=(sample,)), ones),
         error=_error(replace(naive, samples=(departed,), clip=clip), s),
         clipped_naive=_clipped(sample, naive.widen(ones), naive.scheme, 1.0),
-        clipped=_clipped(sample, naive.widen(s), own, clip),
+        clipped=_clipped(departed, naive.widen(s), own, clip),
     )
 
 
@@ -299,7 +298,8 @@ def _clipped(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float) -> fl
     if scheme.activations != "static":
         return 0.0
     rows = sample.inputs() / s
-    low, high = (clip * end for end in static_range(sample.low / s, sample.high / s, rows, scheme))
+    rows[:, list(sample.outliers)] = 0.0
+    low, high = (clip * end for end in smoothed_range(sample, s, scheme))
     if scheme.symmetric:
         high = max(-low, high)
         low = -high

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import replacing
 from sq_cpu.linear import QuantLinear
@@ -64,9 +65,14 @@ class Costs:
             ) from None
 
     def of(self, linears: Iterable[nn.Module]) -> float:
-        """Return the milliseconds of linears as they stand, each either int8 or float."""
+        """Return the milliseconds of linears as they stand, each either int8 or float.
+
+        Of a `DecomposedLinear` the few channels in float are not counted.
+        """
         total = 0.0
         for linear in linears:
+            if isinstance(linear, DecomposedLinear):
+                linear = linear.regular
             if isinstance(linear, QuantLinear):
                 smoothed = linear.smoothing is not None
                 total += self.milliseconds(linear, linear.scheme.activations, smoothed=smoothed)

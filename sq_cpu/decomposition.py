@@ -4,8 +4,10 @@ Input channels with outliers stay in float, the others are int8, and the two pro
 
     y = Q(X_r) Q(W_r)^T + X_o W_o^T + bias
 
-A baseline: SmoothQuant keeps every channel int8. The paper looks for outliers in each batch; here
-calibration finds them once, so that W_o is the only float copy of any weight.
+The paper looks for outliers in each batch; here they are found once, by calibration or by `tune`,
+so that W_o is the only float copy of any weight. SmoothQuant keeps every channel int8; but a
+massive activation (arXiv 2402.17762), which one channel has at a few tokens, a thousand times the
+others, takes the range of either the static scale or the weights that it is smoothed into.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ def decomposed_reference(
     columns: Tensor,
     outlier_weight: Tensor,
     scheme: Scheme,
+    static: tuple[float, int] | None = None,
     *,
     smoothing: Tensor | None = None,
 ) -> Tensor:
@@ -53,6 +56,7 @@ def decomposed_reference(
     weight_scale, bias : fp32 [out_features]
     columns : int64 [outliers], the channels in float
     outlier_weight : floating point [out_features, outliers]
+    static : (scale, zero point) of a static scheme's activations, from `static_code`
     smoothing : s, fp32 [in_features]; the other channels are multiplied by 1 / s first
 
     Returns
@@ -64,7 +68,7 @@ def decomposed_reference(
     outliers = torch.where(finite, outliers, torch.nan).to(x.dtype)
     rest = x.index_fill(-1, columns, 0)
     return linear_reference(
-        rest, weight, weight_scale, bias, scheme, smoothing=smoothing, residual=outliers
+        rest, weight, weight_scale, bias, scheme, static, smoothing=smoothing, residual=outliers
     )
 
 
@@ -95,12 +99,14 @@ class DecomposedLinear(nn.Module):
         linear: nn.Linear,
         scheme: Scheme,
         columns: Tensor,
+        input_range: tuple[float, float] | None = None,
         *,
         smoothing: Tensor | None = None,
         weight_clip: float = 1.0,
     ) -> DecomposedLinear:
         """Quantize `linear` but for its input channels `columns`, int64 and ascending.
 
+        `input_range` is, for a static scheme, that of the channels that are quantized, smoothed.
         `smoothing` is s, [in_features], of the channels that are quantized: the weight is
         multiplied by it, the input will be divided. Entries for outlier channels are not used.
         `weight_clip` is that of `QuantLinear.from_float`, for the int8 channels.
@@ -122,7 +128,9 @@ class DecomposedLinear(nn.Module):
         if smoothing is None:
             smoothing = torch.ones(linear.in_features, device="cpu")
         hiding = smoothing.detach().float().index_fill(0, columns, _HIDDEN)
-        regular = QuantLinear.from_float(rest, scheme, smoothing=hiding, weight_clip=weight_clip)
+        regular = QuantLinear.from_float(
+            rest, scheme, input_range, smoothing=hiding, weight_clip=weight_clip
+        )
         return cls(regular, columns.clone(), outlier_weight)
 
     @classmethod
@@ -171,6 +179,7 @@ class DecomposedLinear(nn.Module):
             self.columns,
             self.outlier_weight,
             self.regular.scheme,
+            self.regular.static,
             smoothing=self.regular.smoothing,
         )
 

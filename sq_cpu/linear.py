@@ -309,6 +309,11 @@ class QuantLinear(nn.Module):
             x, self.packed, self.out_features, next_layer._quantizer, steps
         )
 
+    @property
+    def static(self) -> tuple[float, int] | None:
+        """Scale and zero point of a static scheme's activations."""
+        return None if self.input_scale is None else (self.input_scale, self.input_zero_point)
+
     def reference(
         self,
         x: Tensor,
@@ -318,14 +323,13 @@ class QuantLinear(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         """Return what `forward` returns, computed in plain torch by `linear_reference`."""
-        static = None if self.input_scale is None else (self.input_scale, self.input_zero_point)
         return linear_reference(
             x,
             self.weight_int8(),
             self.weight_scale,
             self.bias,
             self.scheme,
-            static,
+            self.static,
             smoothing=self.smoothing,
             activation=activation,
             other=other,

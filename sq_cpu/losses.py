@@ -19,6 +19,7 @@ from sq_cpu.scheme import Scheme
 __all__ = [
     "LOCAL_LOSSES",
     "LOSSES",
+    "NEGLIGIBLE",
     "check_loss",
     "default_loss",
     "loss_of",
@@ -73,6 +74,10 @@ LOCAL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
 """Each takes y, what the output should be, and d, by how much it is off, [rows, out_features]."""
 
 LOSSES = (_KL, *LOCAL_LOSSES)
+
+NEGLIGIBLE: Mapping[str, float] = {_KL: 2e-4}
+"""What one group's loss may be without anyone's noticing, of the losses that have a unit: 0.02 % of
+a perplexity."""
 
 
 def loss_of(

@@ -11,7 +11,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
@@ -99,6 +99,8 @@ class LayerPlan:
     weight_clip: float = 1.0
     """Fraction, in (0, 1], of a weight scale's absmax that its int8 codes cover; what lies beyond
     saturates."""
+    outliers: tuple[int, ...] = ()
+    """Input channels that stay in float, ascending: the linear is a `DecomposedLinear`."""
     note: str = ""
     """Why."""
 
@@ -115,16 +117,17 @@ class LayerPlan:
             raise SqCpuError(
                 f"layer {self.name}: weight_clip is {self.weight_clip!r}; it is a number in (0, 1]"
             )
-        if self.in_float and (self.activations is not None or self.weight_clip != 1.0):
+        object.__setattr__(self, "outliers", _ascending(self.name, self.outliers))
+        if self.in_float and replace(self, in_float=False, note="") != LayerPlan(name=self.name):
             raise SqCpuError(
-                f"layer {self.name}: in_float leaves nothing to quantize; drop it, or activations "
-                "and weight_clip"
+                f"layer {self.name}: in_float leaves nothing to quantize; drop it, or activations, "
+                "weight_clip and outliers"
             )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types, but for those that say nothing."""
-        optional = ("in_float", "activations", "weight_clip", "note")
-        return _without_defaults(self, asdict(self), optional)
+        optional = ("in_float", "activations", "weight_clip", "outliers", "note")
+        return _without_defaults(self, asdict(self) | {"outliers": list(self.outliers)}, optional)
 
 
 @dataclass(frozen=True)
@@ -310,6 +313,20 @@ def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
 def _in_range(value: object, greatest: float) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 < value <= greatest  # type: ignore[operator]
+
+
+def _ascending(name: str, channels: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(channels)
+        ascending = all(type(channel) is int and channel >= 0 for channel in found)
+        ascending = ascending and list(found) == sorted(set(found))
+    except TypeError:
+        ascending = False
+    if not ascending:
+        raise SqCpuError(
+            f"layer {name}: outliers={channels!r} is not a list of channels, each once, ascending"
+        )
+    return found
 
 
 def _rounded(value: float) -> float:

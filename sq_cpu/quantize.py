@@ -65,9 +65,9 @@ def quantize(
     only there, or with a plan without groups, and where no linear is static or decomposed, may the
     calibration be omitted. A group of which no linear is quantized is not smoothed, and not in the
     plan that is recorded. Linears that no batch reached (an expert that no token was routed to)
-    stay in float where their scheme is static, and are not smoothed otherwise. With
-    `scheme.outlier_threshold`, a linear whose smoothed input reaches it in some channels becomes a
-    `DecomposedLinear`.
+    stay in float where their scheme is static, and are not smoothed otherwise. A linear that the
+    plan gives `outliers`, or whose smoothed input reaches `scheme.outlier_threshold` in some
+    channels, becomes a `DecomposedLinear`.
 
     Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
     as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
@@ -179,8 +179,8 @@ def _prepare(
         clip_of = {group.name: group.clip for group in plan.groups}
         clips = {name: clip_of[group.name] for group in scales for name in group.consumers}
     by_linear = consumer_scales(scales)
-    ranges = _input_ranges(schemes, calibration, by_linear, clips)
-    outliers = _outliers(schemes, calibration, by_linear)
+    outliers = _outliers(linears, schemes, calibration, by_linear, plan)
+    ranges = _input_ranges(schemes, calibration, by_linear, clips, outliers)
     in_pass: frozenset[str] = frozenset()
     if plan is not None and plan.groups:
         smoothed = fold_scales(model, plan, scales, run)
@@ -222,7 +222,12 @@ def _swap(
         layer: nn.Module
         if name in outliers:
             layer = DecomposedLinear.from_float(
-                linear, schemes[name], outliers[name], smoothing=s, weight_clip=clip
+                linear,
+                schemes[name],
+                outliers[name],
+                ranges.get(name),
+                smoothing=s,
+                weight_clip=clip,
             )
         else:
             layer = QuantLinear.from_float(
@@ -234,7 +239,7 @@ def _swap(
         plan=prepared.plan,
         layers=layers,
         smoothed=tuple(name for name in layers if name in in_pass),
-        decomposed={name: len(columns) for name, columns in outliers.items()},
+        decomposed={name: len(outliers[name]) for name in layers if name in outliers},
         unreached=unreached,
     )
 
@@ -359,8 +364,9 @@ def _input_ranges(
     calibration: Calibration | None,
     scales: Mapping[str, Tensor],
     clips: Mapping[str, float],
+    outliers: Mapping[str, Tensor],
 ) -> _Ranges:
-    """Return what the scale of each static linear covers of its smoothed input.
+    """Return what the scale of each static linear covers of its smoothed input but the outliers.
 
     s > 0 keeps the order of the values. A linear that no batch reached has none.
     """
@@ -377,6 +383,9 @@ def _input_ranges(
             raise SqCpuError(
                 f"the calibrated range of {name} is not finite: calibrate again, or ignore it"
             )
+        if name in outliers:
+            low, high = (end.index_fill(0, outliers[name], 0.0) for end in (low, high))
+            rows = None if rows is None else rows.index_fill(1, outliers[name], 0.0)
         least, greatest = static_range(low, high, rows, scheme)
         clip = clips.get(name, 1.0)
         ranges[name] = clip * least, clip * greatest
@@ -384,20 +393,32 @@ def _input_ranges(
 
 
 def _outliers(
+    linears: Mapping[str, nn.Linear],
     schemes: Mapping[str, Scheme],
     calibration: Calibration | None,
     scales: Mapping[str, Tensor],
+    plan: SmoothPlan | None,
 ) -> dict[str, Tensor]:
-    """Return which channels of a linear's smoothed input stay in float, if there are any."""
+    """Return which input channels of a linear stay in float, if any: int64, ascending.
+
+    They are those that the plan names, and whose smoothed absmax reaches the scheme's threshold.
+    """
     outliers: dict[str, Tensor] = {}
     for name, scheme in schemes.items():
-        if calibration is None or scheme.outlier_threshold is None:
-            continue
-        if name not in calibration.unreached:
+        planned = () if plan is None else plan.layer(name).outliers
+        if planned and planned[-1] >= linears[name].in_features:
+            raise SqCpuError(
+                f"the plan keeps channel {planned[-1]} of {name} in float, which has "
+                f"{linears[name].in_features}; plan for this very model"
+            )
+        columns = torch.tensor(planned, dtype=torch.int64)
+        threshold = scheme.outlier_threshold
+        if calibration is not None and threshold is not None and name not in calibration.unreached:
             absmax = calibration.absmax(name) / scales.get(name, torch.ones(1))
-            columns = outlier_columns(absmax, scheme.outlier_threshold)
-            if len(columns):
-                outliers[name] = columns
+            columns = torch.cat([columns, outlier_columns(absmax, threshold)])
+            columns = columns.unique(sorted=True)  # type: ignore[no-untyped-call]
+        if len(columns):
+            outliers[name] = columns
     return outliers
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "quantized_output",
     "quantized_rows",
     "quantized_weight",
+    "smoothed_range",
     "smoothing_scale",
     "smoothing_scales",
     "without_quiet",
@@ -70,6 +71,8 @@ class LinearSample:
     """How many rows each of them stands for, fp32."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
+    outliers: tuple[int, ...] = ()
+    """Input channels that stay in float, beside those that reach the scheme's threshold."""
     name: str = ""
     """Its full name, for who asks for several."""
 
@@ -279,13 +282,20 @@ def quantized_rows(
     """Return Q(X / s) of rows X of the sample's linear, fp32; see `quantized_output`."""
     static = None
     if scheme.activations == "static":
-        rows = None if sample.rows is None else sample.rows.float() / s
-        ends = static_range(sample.low / s, sample.high / s, rows, scheme)
+        ends = smoothed_range(sample, s, scheme)
         static = static_code(scheme, *(clip * end for end in ends))
     x = x / s
     outliers = _outliers(sample, s, scheme)
     codes, row_scale, zero_point = quantize_rows(x.masked_fill(outliers, 0.0), scheme, static)
     return torch.where(outliers, x, (codes.float() - zero_point[:, None]) * row_scale[:, None])
+
+
+def smoothed_range(sample: LinearSample, s: Tensor, scheme: Scheme) -> tuple[float, float]:
+    """Return what `static_range` finds of X / s, for the channels that are quantized."""
+    outliers = _outliers(sample, s, scheme)
+    low, high = ((end / s).masked_fill(outliers, 0.0) for end in (sample.low, sample.high))
+    rows = None if sample.rows is None else (sample.rows.float() / s).masked_fill(outliers, 0.0)
+    return static_range(low, high, rows, scheme)
 
 
 def quantized_weight(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
@@ -304,7 +314,9 @@ def quantized_weight(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
 def _outliers(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
     """Return which channels of X / s and W s stay in float, bool [in_features]."""
     threshold = math.inf if scheme.outlier_threshold is None else scheme.outlier_threshold
-    return torch.maximum(-sample.low / s, sample.high / s) >= threshold
+    found = torch.maximum(-sample.low / s, sample.high / s) >= threshold
+    found[list(sample.outliers)] = True
+    return found
 
 
 def _squared_error(statistics: GroupStatistics, s: Tensor) -> float:

@@ -18,7 +18,7 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup
 from sq_cpu.inputs import SampledRows, watching_inputs
-from sq_cpu.plan import GroupPlan
+from sq_cpu.plan import GroupPlan, LayerPlan, SmoothPlan
 from sq_cpu.scheme import Scheme
 from sq_cpu.simulation import simulating
 from sq_cpu.smooth import group_statistics
@@ -63,11 +63,14 @@ class QuantizedPrefix:
             self._chain.probe(given[0])
             self._calls = self._chain.capture(given)
 
-    def blocks(self, tuned: Mapping[str, GroupPlan]) -> Iterator[tuple[str, Calibration]]:
+    def blocks(
+        self, tuned: Mapping[str, GroupPlan], layers: Mapping[str, LayerPlan]
+    ) -> Iterator[tuple[str, Calibration]]:
         """Yield each block's full name, and the calibration with the rows that it takes.
 
-        When the next is asked for, `tuned` has the plans of all groups in this one. Raises
-        `SqCpuError` for other batches than those of the calibration.
+        When the next is asked for, `tuned` has the plans of all groups in this one, and `layers`
+        of its linears that depart. Raises `SqCpuError` for other batches than those of the
+        calibration.
         """
         hidden = [call.hidden for call in self._calls]
         for index, block in enumerate(self._chain.names):
@@ -87,6 +90,7 @@ class QuantizedPrefix:
                     f"{self._calibration.tokens}: pass the same"
                 )
             yield block, sampled.calibration()
+            departing = SmoothPlan((), tuple(layers.values()))
             plans = [
                 tuned[name]
                 for name, group in self._groups.items()
@@ -94,7 +98,11 @@ class QuantizedPrefix:
             ]
             statistics = {
                 planned.name: group_statistics(
-                    self._model, self._groups[planned.name], self._calibration, self._scheme
+                    self._model,
+                    self._groups[planned.name],
+                    self._calibration,
+                    self._scheme,
+                    departing,
                 )
                 for planned in plans
             }

@@ -95,6 +95,9 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
         lines += [f"  {_linears(n)} with {kind} activations" for kind, n in others.most_common()]
         if clipped := sum(layer.weight_clip != 1 for layer in planned):
             lines.append(f"  {_linears(clipped)} with a weight clip")
+    if record.decomposed:
+        channels = sum(record.decomposed.values())
+        lines.append(f"  {_linears(len(record.decomposed))} with {channels} channels in float")
     reasons = Counter(record.kept.values())
     for reason, count in reasons.most_common():
         lines.append(f"  {_linears(count)} in float: {reason}")

@@ -197,6 +197,7 @@ def group_statistics(
                 gradient_weights=calibration.gradient_weights.get(name),
                 scheme=plan.layer_scheme(scheme, name),
                 weight_clip=plan.layer(name).weight_clip,
+                outliers=plan.layer(name).outliers,
                 name=name,
             )
             for name in covered

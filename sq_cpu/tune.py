@@ -23,8 +23,8 @@ from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.linears import linearized
-from sq_cpu.losses import check_loss, default_loss, loss_of, of_parts
-from sq_cpu.plan import GroupPlan, SmoothPlan, uniform_plan
+from sq_cpu.losses import NEGLIGIBLE, check_loss, default_loss, loss_of, of_parts
+from sq_cpu.plan import GroupPlan, LayerPlan, SmoothPlan, quantized_consumers, uniform_plan
 from sq_cpu.progress import track
 from sq_cpu.rules import (
     GroupStatistics,
@@ -46,6 +46,9 @@ Curve = Mapping[float, Mapping[str, float]]
 # Of the calibrated range: below 1 rare large values clip and all others are rounded more finely;
 # above 1 there is room for values that calibration did not see.
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+# A channel is massive from so many times the median channel's absmax on. In SmolLM2 two of the 30
+# down_proj gain sevenfold by keeping theirs, of 275 and 1730 times, in float, and no other 1.5.
+_MASSIVE = 16.0
 _GOLDEN_STEPS = 4  # a bracket of two grid steps, 0.1, shrinks to 0.015
 
 
@@ -60,16 +63,18 @@ def tune(
     alphas: tuple[float, float, float] = (0.0, 1.0, 0.05),
     sequential: bool = False,
     clip: bool = True,
+    outliers: int = 4,
     method: Literal["offline", "inc"] = "offline",
     batches: Iterable[Batch] | None = None,
     progress: bool | None = None,
 ) -> SmoothPlan:
-    """Return the plan whose alphas, and clips of static scales, give each group the least loss.
+    """Return the plan whose alphas, clips of static scales and outliers give the least loss.
 
-    Each group is scored alone, on the float model's inputs; the model is not changed. The result
-    depends on nothing but the arguments. Extra memory is a few times one group's weights in fp32
-    (one for each of the 4 folds, and what the search is at), and one group's sampled rows; with
-    `block_wise` those of a block.
+    Each group is scored alone, on the float model's inputs unless `sequential`; the model is not
+    changed. The result depends on nothing but the arguments. Extra memory is a few times one
+    group's weights in fp32 (one for each of the 4 folds, and what the search is at), and one
+    group's sampled rows; with `block_wise` those of a block; with `sequential` the batches' hidden
+    states between two blocks, too, and one block's weights in fp32.
 
     Parameters
     ----------
@@ -84,18 +89,30 @@ def tune(
         One alpha, and one clip, for all groups of a decoder block: that of the least sum.
     alphas : (least, greatest, step)
         The grid, which a golden-section search then refines.
+    sequential : bool
+        Score each decoder block on the inputs that the blocks before it, quantized as tuned, give
+        it on `batches`, which are to be those of the calibration. For a model with one stack of
+        blocks; what is outside of it, and linears that not every token reaches, are scored on the
+        float model's inputs. It runs every block twice on the batches.
     clip : bool
         Search a static scale's clip, too (`GroupPlan.clip`); dynamic schemes have none.
+    outliers : int
+        Greatest number of a linear's input channels that may stay in float (`LayerPlan.outliers`).
+        They are those of massive activations, whose absmax is 16 times the median channel's or
+        more. They do where that halves the loss of the group or better, and by more than
+        `losses.NEGLIGIBLE`. 0: none.
     method : "offline" or "inc"
         "inc" is Neural Compressor's auto-alpha (see `sq_cpu.auto_alpha`), a baseline: it runs the
-        model on `batches`, which it alone needs, and takes of these settings only `criterion` and
-        `alphas`.
+        model on `batches`, and takes of these settings only `criterion` and `alphas`.
+    batches : iterable, optional
+        As for `calibrate`; for `sequential` and "inc" alone.
 
     Raises
     ------
     SqCpuError
-        For an unknown scheme, loss or criterion, alphas outside [0, 1], a calibration without
-        sampled rows (or gradients, for "kl"), and weights that changed since it.
+        For an unknown scheme, loss or criterion, negative `outliers`, alphas outside [0, 1], a
+        calibration without sampled rows (or gradients, for "kl"), and weights that changed since
+        it; with `sequential` for other batches, and a model whose blocks are not one chain.
     """
     scheme = Scheme.of(scheme).resolve(has_vnni())
     loss = loss or default_loss(calibration)
@@ -104,6 +121,8 @@ def tune(
         raise SqCpuError(f"criterion is {criterion!r}; it is one of {get_args(Criterion)}")
     if method not in ("offline", "inc"):
         raise SqCpuError(f'method is {method!r}; it is "offline" or "inc"')
+    if outliers < 0:
+        raise SqCpuError(f"outliers={outliers}: a number of channels is >= 0")
     grid = _grid(alphas)
     with linearized(model):
         groups = {group.name: group for group in smoothing_groups(model)}
@@ -114,10 +133,10 @@ def tune(
         if method == "inc":
             assert batches is not None
             choose = CRITERIA[criterion]
-            found = auto_alpha(
+            plans = auto_alpha(
                 model, groups, uniform.groups, calibration, batches, scheme, grid, choose, progress
             )
-            return SmoothPlan(tuple(found), scheme=scheme)
+            return SmoothPlan(tuple(plans), scheme=scheme)
         search = _Search(
             tokens=calibration.tokens,
             loss=loss,
@@ -126,19 +145,41 @@ def tune(
             clips=_CLIPS if clip and scheme.activations == "static" else (1.0,),
         )
         tuned: dict[str, GroupPlan] = {}
+        layers: dict[str, LayerPlan] = {}
         units = _units(uniform, groups, block_wise)
         fed: Iterable[_Fed] = [(unit, calibration) for unit in units]
         if sequential:
             prefix = QuantizedPrefix(model, calibration, batches or (), groups, scheme)
-            fed = _block_by_block(units, groups, prefix, calibration, tuned)
+            fed = _block_by_block(units, groups, prefix, calibration, tuned, layers)
         for unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
-            scored = [
-                _Scored(planned, _statistics(model, groups[planned.name], seen, scheme))
+
+            def best(departing: SmoothPlan, unit: list[GroupPlan], seen: Calibration) -> _Found:
+                return search.best(
+                    [
+                        _Scored(p, _statistics(model, groups[p.name], seen, scheme, departing))
+                        for p in unit
+                    ]
+                )
+
+            found = best(SmoothPlan(()), unit, seen)
+            massive = {
+                planned.name: linears
                 for planned in unit
-            ]
-            tuned |= {planned.name: planned for planned in search.best(scored)}
+                if (linears := _massive(model, groups[planned.name], seen, scheme, outliers))
+            }
+            if massive:
+                departing = tuple(layer for linears in massive.values() for layer in linears)
+                kept = best(SmoothPlan((), departing), unit, seen)
+                before, after = found.loss(massive), kept.loss(massive)
+                if after <= 0.5 * before and before - after >= NEGLIGIBLE.get(search.loss, 0.0):
+                    note = f"massive activations; {search.loss} {before:.3g} without"
+                    layers |= {layer.name: replace(layer, note=note) for layer in departing}
+                    found = kept
+            tuned |= {planned.name: planned for planned in found.plans}
     # Named as the uniform plan is, so in the model's order.
-    return SmoothPlan(tuple(tuned[group.name] for group in uniform.groups), scheme=scheme)
+    return SmoothPlan(
+        tuple(tuned[group.name] for group in uniform.groups), tuple(layers.values()), scheme
+    )
 
 
 def _grid(alphas: tuple[float, float, float]) -> tuple[float, ...]:
@@ -174,10 +215,11 @@ def _block_by_block(
     prefix: QuantizedPrefix,
     calibration: Calibration,
     tuned: Mapping[str, GroupPlan],
+    layers: Mapping[str, LayerPlan],
 ) -> Iterator[_Fed]:
     """Yield the units of each block in its turn, then those outside of the blocks."""
     rest = list(units)
-    for block, seen in prefix.blocks(tuned):
+    for block, seen in prefix.blocks(tuned, layers):
         inside = [
             unit for unit in rest if groups[unit[0].name].consumers[0].startswith(f"{block}.")
         ]
@@ -222,6 +264,20 @@ class _Scored:
 
 
 @dataclass(frozen=True)
+class _Found:
+    """The plans of groups that share a choice, and the loss of each."""
+
+    plans: list[GroupPlan]
+    losses: list[float]
+
+    def loss(self, groups: Iterable[str]) -> float:
+        """Return the sum over these groups."""
+        names = set(groups)
+        pairs = zip(self.plans, self.losses, strict=True)
+        return sum(loss for planned, loss in pairs if planned.name in names)
+
+
+@dataclass(frozen=True)
 class _Search:
     """How the choice that groups share is found."""
 
@@ -231,7 +287,7 @@ class _Search:
     grid: tuple[float, ...]
     clips: tuple[float, ...]
 
-    def best(self, groups: Sequence[_Scored]) -> list[GroupPlan]:
+    def best(self, groups: Sequence[_Scored]) -> _Found:
         """Return these groups planned with the alpha and clip that suit them best together."""
         tried: dict[tuple[float, float], list[dict[str, float]]] = {}
 
@@ -264,7 +320,7 @@ class _Search:
         if self.criterion != "mean":
             curve = {a: _merged(losses(a, clip)) for a in (alpha, *self.grid)}
             alpha = CRITERIA[self.criterion](curve)
-        return [
+        plans = [
             replace(
                 group.planned,
                 alpha=round(alpha, 4),
@@ -276,6 +332,7 @@ class _Search:
             )
             for index, (group, of_group) in enumerate(zip(groups, losses(alpha, clip), strict=True))
         ]
+        return _Found(plans, [_sum([of_group]) for of_group in losses(alpha, clip)])
 
 
 def _least_sum(curve: Curve) -> float:
@@ -312,13 +369,36 @@ def _joined(*notes: str) -> str:
     return "; ".join(filter(None, notes))
 
 
+def _massive(
+    model: nn.Module,
+    group: SmoothingGroup,
+    calibration: Calibration,
+    scheme: Scheme,
+    most: int,
+) -> list[LayerPlan]:
+    """Return a group's linears with massive activations, keeping those channels in float."""
+    found = []
+    for name in quantized_consumers(model, group, calibration, scheme):
+        absmax = calibration.absmax(name)
+        alive = absmax[absmax > 0]
+        massive = int((alive >= _MASSIVE * alive.median()).sum()) if len(alive) else 0
+        channels = absmax.topk(min(massive, most)).indices.sort().values.tolist()
+        if channels:
+            found.append(LayerPlan(name=name, outliers=tuple(channels)))
+    return found
+
+
 def _statistics(
-    model: nn.Module, group: SmoothingGroup, calibration: Calibration, scheme: Scheme
+    model: nn.Module,
+    group: SmoothingGroup,
+    calibration: Calibration,
+    scheme: Scheme,
+    departing: SmoothPlan,
 ) -> list[GroupStatistics]:
     """Return what each fold says of a group; one that reached none of it says nothing."""
     found = [
-        group_statistics(model, group, held_out, scheme)
+        group_statistics(model, group, held_out, scheme, departing)
         for held_out in calibration.held_out(group.consumers)
         if any(name in held_out.channel_min for name in group.consumers)
     ]
-    return found or [group_statistics(model, group, calibration, scheme)]
+    return found or [group_statistics(model, group, calibration, scheme, departing)]

@@ -60,6 +60,18 @@ def test_tune_writes_a_plan_that_quantize_carries_out(folder: Path, tmp_path: Pa
     assert quantized["layers"] == 14
 
 
+def test_tune_block_by_block(folder: Path, tmp_path: Path) -> None:
+    options = ["--window", 64, "--windows", 4]
+    plans = []
+    for flag in ([], ["--sequential"]):
+        run("tune", folder, "-o", tmp_path / "plan.json", *options, *flag)
+        plans.append(SmoothPlan.load(tmp_path / "plan.json"))
+    assert [group.name for group in plans[0].groups] == [group.name for group in plans[1].groups]
+    assert plans[0] != plans[1]
+    both = error_of("tune", folder, "-o", tmp_path / "p.json", "--goal", "1%", "--sequential")
+    assert "--goal chooses the activations itself" in both
+
+
 def test_autotune_writes_the_plan_the_trials_and_the_report(
     folder: Path, tmp_path: Path, small: list[object]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoModelForCausalLM
 
 import sq_cpu
-from sq_cpu import QuantLinear, Scheme, SmoothPlan, SqCpuError
+from sq_cpu import LayerPlan, QuantLinear, Scheme, SmoothPlan, SqCpuError
 from sq_cpu.convert import linear_bytes
 from sq_cpu.decomposition import DecomposedLinear, decomposed_reference, outlier_columns
 from sq_cpu.groups import smoothing_groups
-from sq_cpu.rounding import quantize_weight
+from sq_cpu.rounding import quantize_weight, static_code
+from sq_cpu.smooth import plan_scales
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 K, N = 70, 20
@@ -99,6 +101,26 @@ def test_the_layer_equals_the_reference(
         )
         assert torch.equal(layer(x), y)
         assert (layer.regular.bias is None) == (not bias)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("columns", COUNTS.values(), ids=COUNTS)
+def test_static_activations(each_isa: str, columns: list[int], symmetric: bool) -> None:
+    _, linear, x = make(columns, torch.float32)
+    scheme = Scheme.of("O3", symmetric=symmetric)
+    s = torch.rand(K) + 0.5
+    rest = (x / s).index_fill(1, torch.tensor(columns, dtype=torch.int64), 0)
+    ends = float(rest.min()), float(rest.max())
+    layer = DecomposedLinear.from_float(
+        linear, scheme, torch.tensor(columns, dtype=torch.int64), ends, smoothing=s
+    )
+    assert layer.regular.static == static_code(scheme, *ends)
+    assert torch.equal(layer(x), layer.reference(x))
+    # A massive activation is no matter of the others' codes.
+    x[3, columns] = 2.0**12
+    y = layer(x)
+    assert torch.equal(y, layer.reference(x))
+    torch.testing.assert_close(y, linear(x), rtol=1e-4, atol=0.15)
 
 
 def test_a_weight_clip_is_of_the_int8_channels() -> None:
@@ -294,6 +316,41 @@ def test_outliers_are_those_of_the_smoothed_input() -> None:
     sq_cpu.quantize(model, calibration, plan, scheme=LLM_INT8)
     # At alpha = 1 every smoothed channel has an absmax of 1.
     assert model.sq_cpu_config.decomposed == {}
+
+
+BEHIND_NORMS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+
+
+@pytest.mark.parametrize("scheme", ["O1", "O3"])
+def test_channels_that_a_plan_keeps_in_float(scheme: str, tmp_path: Path) -> None:
+    float_model = planted()
+    calibration = sq_cpu.calibrate(float_model, batches())
+    outliers = {name: (3, 17) for name in calibration.channel_min if name.endswith(BEHIND_NORMS)}
+    uniform = SmoothPlan.uniform(float_model, calibration, 0.4)
+    layers = tuple(LayerPlan(name=name, outliers=columns) for name, columns in outliers.items())
+    plan = SmoothPlan.from_json(replace(uniform, layers=layers).to_json())
+    assert plan.layers == layers
+    model = sq_cpu.quantize(planted(), calibration, plan, scheme=scheme)
+    assert model.sq_cpu_config.decomposed == dict.fromkeys(outliers, 2)
+    for name, module in model.named_modules():
+        if name in outliers:
+            assert module.columns.tolist() == [3, 17]
+            if scheme == "O3":  # of the other channels, smoothed
+                group = next(g for g in smoothing_groups(float_model) if name in g.consumers)
+                planned = SmoothPlan(tuple(g for g in plan.groups if g.name == group.name))
+                (s,) = plan_scales(float_model, planned, calibration).values()
+                absmax = (calibration.absmax(name) / s).index_fill(0, module.columns, 0)
+                assert module.regular.input_scale == pytest.approx(float(absmax.max()) / 127)
+    loaded = sq_cpu.load(sq_cpu.save(model, tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(model))
+    alone = sq_cpu.quantize(planted(), calibration, SmoothPlan((), layers), scheme=scheme)
+    naive = sq_cpu.quantize(planted(), calibration, scheme=scheme, smooth=False)
+    y = logits(float_model)
+    assert (logits(alone) - y).norm() < 0.5 * (logits(naive) - y).norm()
+
+    beyond = replace(uniform, layers=(LayerPlan(name=next(iter(outliers)), outliers=(3, 32)),))
+    with pytest.raises(SqCpuError, match=r"keeps channel 32 of .*q_proj in float, which has 32"):
+        sq_cpu.quantize(planted(), calibration, beyond, scheme=scheme)
 
 
 def test_the_threshold_needs_a_calibration() -> None:

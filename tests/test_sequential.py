@@ -62,7 +62,7 @@ def test_rows_are_those_behind_a_quantized_first_block() -> None:
     plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
     tuned = {group.name: replace(group, fold=False, clip=0.9) for group in plan.groups}
     prefix = QuantizedPrefix(model, calibration, batches(5), groups, SCHEME)
-    fed = dict(prefix.blocks(tuned))
+    fed = dict(prefix.blocks(tuned, {}))
     assert list(fed) == ["model.layers.0", "model.layers.1"]
 
     # The real thing: the first block in int8 kernels.

@@ -191,6 +191,40 @@ def test_clip_is_searched_for_static_scales_alone() -> None:
         assert all(group.clip == 1 for group in plan.groups)
 
 
+def massive(model_type: str = "llama") -> torch.nn.Module:
+    """Make a tiny model with one channel before down_proj that is thousands of the others."""
+    model = tiny_model(model_type)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[7] *= 4000
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"block_wise": True}, {"sequential": True}], ids=str)
+@pytest.mark.parametrize("gradient_rows", [0, 64])
+def test_massive_activations_stay_in_float(gradient_rows: int, options: dict[str, Any]) -> None:
+    model, data = massive(), batches(4)
+    calibration = sq_cpu.calibrate(model, data, gradient_rows=gradient_rows)
+    settings = options | {"batches": data}
+    plan = sq_cpu.tune(model, calibration, **settings)
+    down = plan.layer("model.layers.1.mlp.down_proj")
+    assert down.outliers == (7,)
+    assert down.note.startswith("massive activations; ")
+    without = sq_cpu.tune(model, calibration, outliers=0, **settings)
+    assert without.layers == ()
+    loss, before = (sum(float(g.note.split()[-1]) for g in p.groups) for p in (plan, without))
+    assert loss < before
+    quantized = sq_cpu.quantize(massive(), calibration, plan)
+    assert quantized.sq_cpu_config.decomposed == {down.name: 1}
+
+
+def test_only_what_is_massive_is_looked_at() -> None:
+    model = tiny_model("llama")
+    calibration = sq_cpu.calibrate(model, batches(4))
+    assert sq_cpu.tune(model, calibration) == sq_cpu.tune(model, calibration, outliers=0)
+    with pytest.raises(SqCpuError, match="outliers=-1: a number of channels"):
+        sq_cpu.tune(model, calibration, outliers=-1)
+
+
 def test_scored_are_rows_that_did_not_make_the_range() -> None:
     # Fold by fold another channel has the outlier: at alpha 1 on the rows that made the range
     # nothing clips, and held out the outlier of the fold does.

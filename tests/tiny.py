@@ -208,8 +208,9 @@ def mixed_plan(model: Any, calibration: Calibration, scheme: Scheme) -> SmoothPl
         {"activations": "per_tensor", "weight_clip": 0.6},
         {},
         {"activations": "per_token"},
-        {"weight_clip": 0.8},
+        {"weight_clip": 0.8, "outliers": (2,)},
         {"in_float": True},
+        {"activations": "static", "outliers": (0, 5, 11)},
     ]
     layers = [
         LayerPlan(name=name, **kind)

@@ -109,12 +109,20 @@ def tune_command(
     window: Window = 512,
     ignore: _Ignore = None,
     dtype: _DtypeOption = Dtype.fp32,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential", help="Tune each block on what the quantized ones before it give."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
     if goal is not None:
-        if scheme is not None:
-            raise typer.BadParameter("--goal chooses the activations itself; drop it or --scheme")
+        if scheme is not None or sequential:
+            raise typer.BadParameter(
+                "--goal chooses the activations itself; drop it, or --scheme and --sequential"
+            )
         autotune_command(
             model,
             out,
@@ -133,7 +141,7 @@ def tune_command(
     loaded, _, batches = data.load()
     calibration = data.calibration(loaded, batches)
     settings = Scheme.of((scheme or SchemeName.o3).value, ignore=data.ignore)
-    plan = tune(loaded, calibration, scheme=settings)
+    plan = tune(loaded, calibration, scheme=settings, sequential=sequential, batches=batches)
     plan.save(out)
     seconds = round(time.perf_counter() - start, 1)
     alphas = [group.alpha for group in plan.groups]
