@@ -38,7 +38,8 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluate import TextPerplexity, token_windows
 from sq_cpu.progress import track
 
-FLOAT, TUNE, INC, AUTOTUNE = "fp32", "tune", "inc", "autotune"
+FLOAT, TUNE, SEQUENTIAL, INC, AUTOTUNE = "fp32", "tune", "sequential", "inc", "autotune"
+VARIANTS = FLOAT, TUNE, SEQUENTIAL, INC, AUTOTUNE
 
 
 class Cost:
@@ -124,6 +125,13 @@ class Bench:
         calibration, model = self.calibration(), self.subject.model
         makers: dict[str, Callable[[], SmoothPlan]] = {
             TUNE: lambda: sq_cpu.tune(model, calibration, scheme=self.scheme),
+            SEQUENTIAL: lambda: sq_cpu.tune(
+                model,
+                calibration,
+                scheme=self.scheme,
+                sequential=True,
+                batches=self.subject.batches,
+            ),
             INC: lambda: sq_cpu.tune(
                 model, calibration, scheme=self.scheme, method="inc", batches=self.subject.batches
             ),
@@ -140,6 +148,7 @@ class Bench:
         if variant == TUNE and self._calibrated is not None:
             facts["calibration_seconds"] = self._calibrated.seconds
             facts["calibration_peak_mb"] = self._calibrated.peak_mb
+        facts["outliers"] = {layer.name: list(layer.outliers) for layer in plan.layers}
         facts["alphas"] = {group.name: group.alpha for group in plan.groups}
         return plan, facts
 
@@ -174,8 +183,8 @@ class Bench:
 def _known(variants: str) -> list[str]:
     names = [name for name in variants.split(",") if name]
     for name in names:
-        if name not in (FLOAT, TUNE, INC, AUTOTUNE):
-            raise SqCpuError(f"no variant {name}; known: {FLOAT}, {TUNE}, {INC}, {AUTOTUNE}")
+        if name not in VARIANTS:
+            raise SqCpuError(f"no variant {name}; known: {', '.join(VARIANTS)}")
     return names
 
 
@@ -238,7 +247,8 @@ def _facts(row: Row) -> tuple[str, str, str]:
     if "calibration_seconds" in row:
         before = f"{row['calibration_seconds']:.0f}, {row['calibration_peak_mb']:.0f}"
     if "in_float" not in row:
-        return cost, before, ""
+        channels = sum(map(len, row.get("outliers", {}).values()))
+        return cost, before, f"{channels} channels in float" if channels else ""
     return (
         cost,
         before,
@@ -254,7 +264,7 @@ def main(
         "smollm2-llama,gemma3-270m,opt-6m"
     ),
     variants: Annotated[
-        str, typer.Option(help="Any of fp32, tune, inc and autotune.")
+        str, typer.Option(help="Any of fp32, tune, sequential, inc, autotune.")
     ] = f"{FLOAT},{TUNE},{INC}",
     alphas: Annotated[str, typer.Option(help="Uniform alphas: LEAST:GREATEST:STEP.")] = "0:1:0.05",
     scheme: Annotated[str, typer.Option(help="Preset.")] = "O3",

@@ -510,7 +510,8 @@ class _Stream:
                 if isinstance(module, QuantLinear):
                     after += module.nbytes
                 else:  # kept in float, or a DecomposedLinear's channels that are
-                    after += sum(t.nbytes for t in module.state_dict().values())
+                    held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                    after += sum(each.nbytes for each in held)
         entries: dict[str, Tensor] = {}
         for name in modules:
             module = self.model.get_submodule(name)
