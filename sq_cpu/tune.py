@@ -37,11 +37,14 @@ from sq_cpu.search import argmin
 from sq_cpu.sequential import QuantizedPrefix
 from sq_cpu.smooth import group_statistics
 
-__all__ = ["Criterion", "tune"]
+__all__ = ["OUTLIERS", "Criterion", "tune"]
 
 Criterion = Literal["mean", "min", "max"]
 Curve = Mapping[float, Mapping[str, float]]
 """The loss of every linear at each alpha that was tried."""
+
+OUTLIERS = 4
+"""Channels that a linear may keep in float, unless told otherwise."""
 
 # Of the calibrated range: below 1 rare large values clip and all others are rounded more finely;
 # above 1 there is room for values that calibration did not see.
@@ -63,7 +66,7 @@ def tune(
     alphas: tuple[float, float, float] = (0.0, 1.0, 0.05),
     sequential: bool = False,
     clip: bool = True,
-    outliers: int = 4,
+    outliers: int = OUTLIERS,
     method: Literal["offline", "inc"] = "offline",
     batches: Iterable[Batch] | None = None,
     progress: bool | None = None,

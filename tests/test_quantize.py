@@ -308,25 +308,33 @@ def test_mixed_plans_are_carried_out_linear_by_linear(
         layer, planned = model.get_submodule(name), plan.layer(name)
         in_pass, s = name in smoothed.in_pass, smoothed.scales.get(name)
         weight = folded.get_submodule(name).weight
-        kinds.add((type(layer), getattr(layer, "scheme", None), planned.weight_clip, in_pass))
+        outliers = torch.tensor(planned.outliers, dtype=torch.int64)
+        if planned.outliers:
+            assert torch.equal(layer.columns, outliers)
+            kept = weight[:, outliers]
+            assert torch.equal(layer.outlier_weight, kept)
+            assert record.decomposed[name] == len(outliers)
+            layer = layer.regular
+        kinds.add((type(layer), getattr(layer, "scheme", None), planned.weight_clip))
         if planned.in_float:
             assert record.kept[name] == (planned.note or "the plan keeps it in float")
             assert type(layer) is nn.Linear
             assert torch.equal(layer.weight, weight)
             continue
         assert layer.scheme == plan.layer_scheme(Scheme.of(scheme), name)
-        assert (layer.smoothing is not None) == (name in record.smoothed) == in_pass
-        weight = weight * s if in_pass else weight
+        assert (name in record.smoothed) == (in_pass and not planned.outliers)
+        assert (layer.smoothing is not None) == (in_pass or bool(planned.outliers))
+        weight = (weight * s if in_pass else weight).index_fill(1, outliers, 0)
         codes, scale = quantize_weight(weight, clip=planned.weight_clip)
         assert torch.equal(layer.weight_int8(), codes)
         assert torch.equal(layer.weight_scale, scale)
         if layer.scheme.activations == "static":
-            low, high = found.channels(name)
-            ends = [clips[name] * float(end) for end in ((low / s).min(), (high / s).max())]
+            low, high = ((e / s).index_fill(0, outliers, 0) for e in found.channels(name))
+            ends = [clips[name] * float(end) for end in (low.min(), high.max())]
             assert layer.input_scale == static_code(layer.scheme, *ends)[0]
         else:
             assert layer.input_scale is None
-    assert {kind[:3] for kind in kinds} >= {
+    assert kinds >= {
         (nn.Linear, None, 1.0),
         (QuantLinear, Scheme.of("O3"), 1.0),
         (QuantLinear, Scheme.of("O2"), 0.6),

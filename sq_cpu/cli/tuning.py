@@ -47,7 +47,7 @@ from sq_cpu.refine import Rank
 from sq_cpu.report import Trial, report
 from sq_cpu.scheme import Scheme
 from sq_cpu.trials import has_study, opened_storage, quiet_optuna
-from sq_cpu.tune import tune
+from sq_cpu.tune import OUTLIERS, tune
 from sq_cpu.tuning_job import Goal
 
 _Out = Annotated[Path, typer.Option("-o", "--out", metavar="PLAN.json", help="File to write.")]
@@ -115,13 +115,21 @@ def tune_command(
             "--sequential", help="Tune each block on what the quantized ones before it give."
         ),
     ] = False,
+    outliers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Massive channels that a linear may keep in float. [default: 4]",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
     if goal is not None:
-        if scheme is not None or sequential:
+        if scheme is not None or sequential or outliers is not None:
             raise typer.BadParameter(
-                "--goal chooses the activations itself; drop it, or --scheme and --sequential"
+                "--goal chooses the activations itself; drop it, or --scheme, --sequential and "
+                "--outliers"
             )
         autotune_command(
             model,
@@ -141,7 +149,14 @@ def tune_command(
     loaded, _, batches = data.load()
     calibration = data.calibration(loaded, batches)
     settings = Scheme.of((scheme or SchemeName.o3).value, ignore=data.ignore)
-    plan = tune(loaded, calibration, scheme=settings, sequential=sequential, batches=batches)
+    plan = tune(
+        loaded,
+        calibration,
+        scheme=settings,
+        sequential=sequential,
+        outliers=OUTLIERS if outliers is None else outliers,
+        batches=batches,
+    )
     plan.save(out)
     seconds = round(time.perf_counter() - start, 1)
     alphas = [group.alpha for group in plan.groups]
@@ -149,6 +164,7 @@ def tune_command(
         "output": str(out),
         "scheme": settings.to_dict(),
         "groups": len(alphas),
+        "channels_in_float": sum(len(layer.outliers) for layer in plan.layers),
         "alpha": {"least": min(alphas, default=None), "greatest": max(alphas, default=None)},
         "seconds": seconds,
     }
