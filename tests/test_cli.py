@@ -546,7 +546,7 @@ def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: P
         made = json_of(*arguments, stream, *small())
         assert (made["plan"], made["rule"], made["alpha"]) == (str(plan), None, None)
         assert made["scheme"] == Scheme.of("O3", symmetric=False).to_dict()
-        assert made["layers"] == len(model.sq_cpu_config.layers) == 10
+        assert made["layers"] == len(model.sq_cpu_config.layers) == 11
         loaded = sq_cpu.load(out)
         assert loaded.sq_cpu_config == model.sq_cpu_config
         assert torch.equal(loaded(ids).logits, model(ids).logits)
@@ -563,6 +563,7 @@ def test_options_that_are_given_change_the_scheme_of_the_plan(
     said = run(*start).stdout
     assert "2 linears with per_tensor activations" in said
     assert "4 linears with a weight clip" in said
+    assert "3 linears with 5 channels in float" in said
     assert "2 linears in float: for the test" in said
 
 
