@@ -148,7 +148,9 @@ class Bench:
         if variant == TUNE and self._calibrated is not None:
             facts["calibration_seconds"] = self._calibrated.seconds
             facts["calibration_peak_mb"] = self._calibrated.peak_mb
-        facts["outliers"] = {layer.name: list(layer.outliers) for layer in plan.layers}
+        facts["outliers"] = {
+            layer.name: list(layer.outliers) for layer in plan.layers if layer.outliers
+        }
         facts["alphas"] = {group.name: group.alpha for group in plan.groups}
         return plan, facts
 

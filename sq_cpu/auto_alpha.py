@@ -52,7 +52,7 @@ def auto_alpha(
     """Return the plans of a linearized model's groups with the alphas that the samples chose.
 
     Runs the model twice a sample, and every linear once for each alpha; one sample's inputs and
-    outputs of all linears are held, and the quantized weights in fp32.
+    outputs of all linears are held.
     """
     samples = list(batches)
     statistics = {
@@ -110,7 +110,7 @@ def _losses(
         # An expert that the quantized pass routes other tokens to has nothing to compare with.
         if y is None or x is None or len(x) != len(y):
             continue
-        delta = quantized_output(x, sample, s, scheme) - y
+        delta = quantized_output(x.float(), sample, s, scheme) - y
         found[sample.name] = LOCAL_LOSSES["sqrt_abs"](y, delta) * y.numel()
     return found
 

@@ -35,6 +35,11 @@ class BlockCalls:
     """What the first block takes."""
     blocks: list[Example] = field(default_factory=list)
 
+    def take(self) -> Tensor:
+        """Return `hidden`, and let go of it."""
+        hidden, self.hidden = self.hidden, torch.empty(0)
+        return hidden
+
 
 class _Captured(Exception):  # noqa: N818  ends a forward whose rest is not needed
     """All that was asked of a forward is known."""
@@ -46,7 +51,7 @@ class BlockChain:
     Parameters
     ----------
     otherwise : str
-        What messages of models that are no chain tell to do instead.
+        The advice that ends the message where a model is no chain.
 
     Raises
     ------

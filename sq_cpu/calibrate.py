@@ -342,6 +342,7 @@ class InputRanges:
         return Calibration(
             **tensors,
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
+            rows_seen={name: seen.rows for name, seen in reached.items()},
             tokens=max((seen.rows for seen in reached.values()), default=0),
             batches=self._batches,
             unreached=tuple(name for name in self._ranges if name not in reached),

@@ -65,6 +65,8 @@ class Calibration:
     """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
     row_places: dict[str, Tensor] = field(default_factory=dict)
     """The number of each of `rows` among all that the linear saw, int64."""
+    rows_seen: dict[str, int] = field(default_factory=dict)
+    """Rows that each linear saw, padding not counted where it can be told."""
     gradient_rows: dict[str, Tensor] = field(default_factory=dict)
     """Input rows that are known with gradients, like `rows` but not uniformly drawn."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -173,6 +175,7 @@ class Calibration:
             "batches": self.batches,
             "unreached": list(self.unreached),
             "fingerprints": self.fingerprints,
+            "rows_seen": self.rows_seen,
             "example": plain,
         }
         with replacing(path) as temporary:
@@ -203,6 +206,7 @@ class Calibration:
                 )
             tokens, batches = int(header["tokens"]), int(header["batches"])
             unreached, fingerprints = tuple(header["unreached"]), dict(header["fingerprints"])
+            rows_seen = dict(header.get("rows_seen", {}))
             example = _join_example(given, header.get("example"))
         except (KeyError, TypeError) as error:
             raise SqCpuError(
@@ -210,6 +214,7 @@ class Calibration:
             ) from error
         return cls(
             fingerprints=fingerprints,
+            rows_seen=rows_seen,
             tokens=tokens,
             batches=batches,
             unreached=unreached,

@@ -6,8 +6,8 @@ Input channels with outliers stay in float, the others are int8, and the two pro
 
 The paper looks for outliers in each batch; here they are found once, by calibration or by `tune`,
 so that W_o is the only float copy of any weight. SmoothQuant keeps every channel int8; but a
-massive activation (arXiv 2402.17762), which one channel has at a few tokens, a thousand times the
-others, takes the range of either the static scale or the weights that it is smoothed into.
+massive activation (arXiv 2402.17762), which one channel has at a few tokens, hundreds of times the
+others', takes the range of either the static scale or the weights that it is smoothed into.
 """
 
 from __future__ import annotations

@@ -116,11 +116,12 @@ class Reservoir:
 class SampledRows:
     """Takes the rows again that a calibration sampled, from another run on the same batches.
 
-    Of linears that not every token reaches none are taken: another run may send others.
+    Of linears that not each of the `tokens` reaches none are taken: another run may send others.
     """
 
-    def __init__(self, calibration: Calibration) -> None:
+    def __init__(self, calibration: Calibration, tokens: int) -> None:
         self._calibration = calibration
+        self._tokens = tokens
         self._input = InputRows()
         self._batches = 0
         self._seen: dict[str, int] = {}
@@ -149,14 +150,10 @@ class SampledRows:
                 here = (places[name] >= first) & (places[name] < first + len(rows))
                 new.setdefault(name, old[name].clone())[here] = rows[places[name][here] - first]
 
-    @property
-    def tokens(self) -> int:
-        """Rows that the busiest linear saw."""
-        return max(self._seen.values(), default=0)
-
     def calibration(self) -> Calibration:
         """Return the calibration with the rows as they were in this run."""
-        every = {name for name, seen in self._seen.items() if seen == self._calibration.tokens}
+        before = self._calibration.rows_seen
+        every = {n for n, seen in self._seen.items() if seen == self._tokens == before[n]}
         return replace(
             self._calibration,
             rows=self._calibration.rows | _only(every, self._rows),

@@ -76,8 +76,7 @@ LOCAL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], float]] = {
 LOSSES = (_KL, *LOCAL_LOSSES)
 
 NEGLIGIBLE: Mapping[str, float] = {_KL: 2e-4}
-"""What one group's loss may be without anyone's noticing, of the losses that have a unit: 0.02 % of
-a perplexity."""
+"""Below this, a change of one group's loss is not seen: in nats 0.02 % of a perplexity."""
 
 
 def loss_of(

@@ -179,7 +179,7 @@ def _prepare(
         clip_of = {group.name: group.clip for group in plan.groups}
         clips = {name: clip_of[group.name] for group in scales for name in group.consumers}
     by_linear = consumer_scales(scales)
-    outliers = _outliers(linears, schemes, calibration, by_linear, plan)
+    outliers = _outliers(schemes, calibration, by_linear, plan)
     ranges = _input_ranges(schemes, calibration, by_linear, clips, outliers)
     in_pass: frozenset[str] = frozenset()
     if plan is not None and plan.groups:
@@ -303,8 +303,8 @@ def _check_linears(linears: Mapping[str, nn.Linear]) -> None:
                 raise SqCpuError(f"{name}.{kind} has NaN or Inf; repair the model or ignore it")
 
 
-def check_layers(linears: Iterable[str], plan: SmoothPlan | None) -> None:
-    """Raise `SqCpuError` for layers of the plan that are not among the linears to quantize."""
+def check_layers(linears: Mapping[str, nn.Linear], plan: SmoothPlan | None) -> None:
+    """Raise `SqCpuError` for layers of the plan that these linears to quantize do not have."""
     known = set(linears)
     unknown = [layer.name for layer in plan.layers if layer.name not in known] if plan else []
     if unknown:
@@ -312,6 +312,13 @@ def check_layers(linears: Iterable[str], plan: SmoothPlan | None) -> None:
             f"the plan has an entry for {', '.join(unknown)}, no linear of the model that the "
             "scheme would quantize; plan for this very model, and for what is not ignored"
         )
+    for layer in plan.layers if plan else ():
+        channels = linears[layer.name].in_features
+        if layer.outliers and layer.outliers[-1] >= channels:
+            raise SqCpuError(
+                f"the plan keeps channel {layer.outliers[-1]} of {layer.name} in float, which has "
+                f"{channels}; plan for this very model"
+            )
 
 
 def _check_replaceable(
@@ -393,7 +400,6 @@ def _input_ranges(
 
 
 def _outliers(
-    linears: Mapping[str, nn.Linear],
     schemes: Mapping[str, Scheme],
     calibration: Calibration | None,
     scales: Mapping[str, Tensor],
@@ -406,11 +412,6 @@ def _outliers(
     outliers: dict[str, Tensor] = {}
     for name, scheme in schemes.items():
         planned = () if plan is None else plan.layer(name).outliers
-        if planned and planned[-1] >= linears[name].in_features:
-            raise SqCpuError(
-                f"the plan keeps channel {planned[-1]} of {name} in float, which has "
-                f"{linears[name].in_features}; plan for this very model"
-            )
         columns = torch.tensor(planned, dtype=torch.int64)
         threshold = scheme.outlier_threshold
         if calibration is not None and threshold is not None and name not in calibration.unreached:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
-from sq_cpu.block_chain import BlockChain
+from sq_cpu.block_chain import BlockCalls, BlockChain
 from sq_cpu.calibrate import Batch, evaluating, model_inputs
 from sq_cpu.calibration import Calibration
 from sq_cpu.errors import SqCpuError
@@ -23,7 +23,12 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.simulation import simulating
 from sq_cpu.smooth import group_statistics
 
-__all__ = ["QuantizedPrefix"]
+__all__ = ["QuantizedPrefix", "is_inside"]
+
+
+def is_inside(group: SmoothingGroup, block: str) -> bool:
+    """Say whether a group's linears are in a block, given by its full name."""
+    return group.consumers[0].startswith(f"{block}.")
 
 
 class QuantizedPrefix:
@@ -35,8 +40,8 @@ class QuantizedPrefix:
     Raises
     ------
     SqCpuError
-        For a model whose blocks are not one chain, batches that `calibrate` refuses, and a
-        calibration that does not know where its rows were.
+        For a model whose blocks are not one chain, other batches than those of the calibration,
+        and a calibration that does not know where its rows were.
     """
 
     def __init__(
@@ -47,8 +52,7 @@ class QuantizedPrefix:
         groups: Mapping[str, SmoothingGroup],
         scheme: Scheme,
     ) -> None:
-        known = calibration.row_places.keys() | calibration.gradient_places.keys()
-        if (calibration.rows.keys() | calibration.gradient_rows.keys()) - known:
+        if not calibration.rows_seen:
             raise SqCpuError(
                 "the calibration is of an earlier version, which did not keep the rows' places: "
                 "calibrate again"
@@ -62,6 +66,12 @@ class QuantizedPrefix:
         with evaluating(model):
             self._chain.probe(given[0])
             self._calls = self._chain.capture(given)
+        self._tokens = sum(_tokens(call) for call in self._calls)
+        if len(given) != calibration.batches or self._tokens not in calibration.rows_seen.values():
+            raise SqCpuError(
+                f"these {len(given)} batches have {self._tokens} tokens, and are not the "
+                f"{calibration.batches} that were calibrated on: pass those"
+            )
 
     def blocks(
         self, tuned: Mapping[str, GroupPlan], layers: Mapping[str, LayerPlan]
@@ -69,33 +79,23 @@ class QuantizedPrefix:
         """Yield each block's full name, and the calibration with the rows that it takes.
 
         When the next is asked for, `tuned` has the plans of all groups in this one, and `layers`
-        of its linears that depart. Raises `SqCpuError` for other batches than those of the
-        calibration.
+        of its linears that depart.
         """
-        hidden = [call.hidden for call in self._calls]
+        hidden = [call.take() for call in self._calls]
         for index, block in enumerate(self._chain.names):
             linears = {
                 name: self._model.get_submodule(name)
                 for name in self._calibration.channel_min
                 if name.startswith(f"{block}.")
             }
-            sampled = SampledRows(self._calibration)
+            sampled = SampledRows(self._calibration, self._tokens)
             with evaluating(self._model), watching_inputs(linears, "input", sampled.see):
                 for call, states in zip(self._calls, hidden, strict=True):
                     with sampled.batch(call.mask):
                         self._chain.run(index, call, states)
-            if linears and sampled.tokens != self._calibration.tokens:
-                raise SqCpuError(
-                    f"the batches have {sampled.tokens} tokens and those of the calibration had "
-                    f"{self._calibration.tokens}: pass the same"
-                )
             yield block, sampled.calibration()
             departing = SmoothPlan((), tuple(layers.values()))
-            plans = [
-                tuned[name]
-                for name, group in self._groups.items()
-                if name in tuned and group.consumers[0] in linears
-            ]
+            plans = [planned for n, planned in tuned.items() if is_inside(self._groups[n], block)]
             statistics = {
                 planned.name: group_statistics(
                     self._model,
@@ -106,8 +106,14 @@ class QuantizedPrefix:
                 )
                 for planned in plans
             }
-            with evaluating(self._model), simulating(self._model, statistics, plans):
-                hidden = [
-                    self._chain.run(index, call, states)
-                    for call, states in zip(self._calls, hidden, strict=True)
-                ]
+            with evaluating(self._model), simulating(self._model, statistics, plans, hold=True):
+                for number, call in enumerate(self._calls):
+                    hidden[number] = self._chain.run(index, call, hidden[number])
+
+
+def _tokens(call: BlockCalls) -> int:
+    """Return the tokens of a batch, padding not counted."""
+    mask = call.mask
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return int(mask.bool().sum())
+    return call.hidden.shape[:-1].numel()

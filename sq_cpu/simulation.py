@@ -35,16 +35,18 @@ def simulating(
     statistics: Mapping[str, GroupStatistics],
     plans: Iterable[GroupPlan],
     see: Callable[[LinearSample, Tensor], object] = lambda _, __: None,
+    *,
+    hold: bool = False,
 ) -> Iterator[None]:
     """Run a block in which the groups' linears compute as planned.
 
     `statistics` has the groups by name; `see` is told each linear's sample and the rows of its
-    input, fp32 [rows, in_features]. Each linear's quantized weight is held in fp32 from its first
-    call on.
+    input, of the model's dtype [rows, in_features]. With `hold` each linear's quantized weight is
+    made once, and kept in fp32.
     """
     handles = [
         model.get_submodule(sample.name).register_forward_hook(
-            _quantized(sample, scheme, smoothing_of(of_group, planned), planned.clip, see),
+            _quantized(sample, scheme, smoothing_of(of_group, planned), planned.clip, see, hold),
             with_kwargs=True,
         )
         for planned in plans
@@ -65,16 +67,16 @@ def _quantized(
     s: Tensor,
     clip: float,
     see: Callable[[LinearSample, Tensor], object],
+    hold: bool,
 ) -> Callable[..., Tensor]:
-    weights: list[Tensor] = []
+    held = quantized_weight(sample, s, scheme) if hold else None
 
     def hook(linear: nn.Linear, args: Any, kwargs: Any, y: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = x.reshape(-1, x.shape[-1])
         see(sample, rows)
-        if not weights:
-            weights.append(quantized_weight(sample, s, scheme))
-        made = quantized_rows(rows, sample, s, scheme, clip) @ weights[0].T
+        weight = quantized_weight(sample, s, scheme) if held is None else held
+        made = quantized_rows(rows.float(), sample, s, scheme, clip) @ weight.T
         if linear.bias is not None:
             made = made + linear.bias.float()
         return made.to(y.dtype).reshape(y.shape)

@@ -341,7 +341,7 @@ class _Stream:
             hidden: list[Tensor] = []
             if calibrated:
                 calls = self.capture([*batches, example_of(*batches[0])])
-                hidden = state.carried() if state.blocks else [call.hidden for call in calls]
+                hidden = state.carried() if state.blocks else [call.take() for call in calls]
             for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
                 state.finish(self.block(index, calls, hidden, smooth), hidden)
             parts = list(state.parts)

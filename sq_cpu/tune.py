@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -34,7 +35,7 @@ from sq_cpu.rules import (
 from sq_cpu.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.search import argmin
-from sq_cpu.sequential import QuantizedPrefix
+from sq_cpu.sequential import QuantizedPrefix, is_inside
 from sq_cpu.smooth import group_statistics
 
 __all__ = ["OUTLIERS", "Criterion", "tune"]
@@ -50,7 +51,8 @@ OUTLIERS = 4
 # above 1 there is room for values that calibration did not see.
 _CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 # A channel is massive from so many times the median channel's absmax on. In SmolLM2 two of the 30
-# down_proj gain sevenfold by keeping theirs, of 275 and 1730 times, in float, and no other 1.5.
+# down_proj gain sevenfold by keeping theirs in float, of 275 and 1730 times; the others gain less
+# than half.
 _MASSIVE = 16.0
 _GOLDEN_STEPS = 4  # a bracket of two grid steps, 0.1, shrinks to 0.015
 
@@ -102,7 +104,7 @@ def tune(
     outliers : int
         Greatest number of a linear's input channels that may stay in float (`LayerPlan.outliers`).
         They are those of massive activations, whose absmax is 16 times the median channel's or
-        more. They do where that halves the loss of the group or better, and by more than
+        more. They do where that halves the loss of their group, and by more than
         `losses.NEGLIGIBLE`. 0: none.
     method : "offline" or "inc"
         "inc" is Neural Compressor's auto-alpha (see `sq_cpu.auto_alpha`), a baseline: it runs the
@@ -124,6 +126,8 @@ def tune(
         raise SqCpuError(f"criterion is {criterion!r}; it is one of {get_args(Criterion)}")
     if method not in ("offline", "inc"):
         raise SqCpuError(f'method is {method!r}; it is "offline" or "inc"')
+    if sequential and method == "inc":
+        raise SqCpuError('method="inc" has its own way of running the model: drop sequential')
     if outliers < 0:
         raise SqCpuError(f"outliers={outliers}: a number of channels is >= 0")
     grid = _grid(alphas)
@@ -147,37 +151,36 @@ def tune(
             grid=grid,
             clips=_CLIPS if clip and scheme.activations == "static" else (1.0,),
         )
+
+        def best(
+            unit: list[GroupPlan], seen: Calibration, layers: Sequence[LayerPlan] = ()
+        ) -> _Found:
+            departing = SmoothPlan((), tuple(layers))
+            return search.best(
+                [
+                    _Scored(p, _statistics(model, groups[p.name], seen, scheme, departing))
+                    for p in unit
+                ]
+            )
+
         tuned: dict[str, GroupPlan] = {}
         layers: dict[str, LayerPlan] = {}
         units = _units(uniform, groups, block_wise)
         fed: Iterable[_Fed] = [(unit, calibration) for unit in units]
         if sequential:
-            prefix = QuantizedPrefix(model, calibration, batches or (), groups, scheme)
+            assert batches is not None
+            prefix = QuantizedPrefix(model, calibration, batches, groups, scheme)
             fed = _block_by_block(units, groups, prefix, calibration, tuned, layers)
         for unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
-
-            def best(departing: SmoothPlan, unit: list[GroupPlan], seen: Calibration) -> _Found:
-                return search.best(
-                    [
-                        _Scored(p, _statistics(model, groups[p.name], seen, scheme, departing))
-                        for p in unit
-                    ]
-                )
-
-            found = best(SmoothPlan(()), unit, seen)
+            found = best(unit, seen)
             massive = {
                 planned.name: linears
                 for planned in unit
                 if (linears := _massive(model, groups[planned.name], seen, scheme, outliers))
             }
             if massive:
-                departing = tuple(layer for linears in massive.values() for layer in linears)
-                kept = best(SmoothPlan((), departing), unit, seen)
-                before, after = found.loss(massive), kept.loss(massive)
-                if after <= 0.5 * before and before - after >= NEGLIGIBLE.get(search.loss, 0.0):
-                    note = f"massive activations; {search.loss} {before:.3g} without"
-                    layers |= {layer.name: replace(layer, note=note) for layer in departing}
-                    found = kept
+                found, kept = _keeping(massive, found, partial(best, unit, seen), loss)
+                layers |= {layer.name: layer for layer in kept}
             tuned |= {planned.name: planned for planned in found.plans}
     # Named as the uniform plan is, so in the model's order.
     return SmoothPlan(
@@ -223,11 +226,9 @@ def _block_by_block(
     """Yield the units of each block in its turn, then those outside of the blocks."""
     rest = list(units)
     for block, seen in prefix.blocks(tuned, layers):
-        inside = [
-            unit for unit in rest if groups[unit[0].name].consumers[0].startswith(f"{block}.")
-        ]
-        rest = [unit for unit in rest if unit not in inside]
-        yield from ((unit, seen) for unit in inside)
+        inside = [is_inside(groups[unit[0].name], block) for unit in rest]
+        yield from ((unit, seen) for unit, here in zip(rest, inside, strict=True) if here)
+        rest = [unit for unit, here in zip(rest, inside, strict=True) if not here]
     yield from ((unit, calibration) for unit in rest)
 
 
@@ -268,16 +269,37 @@ class _Scored:
 
 @dataclass(frozen=True)
 class _Found:
-    """The plans of groups that share a choice, and the loss of each."""
+    """The plans of groups that share a choice, and the loss of each by its name."""
 
     plans: list[GroupPlan]
-    losses: list[float]
+    losses: Mapping[str, float]
 
-    def loss(self, groups: Iterable[str]) -> float:
-        """Return the sum over these groups."""
-        names = set(groups)
-        pairs = zip(self.plans, self.losses, strict=True)
-        return sum(loss for planned, loss in pairs if planned.name in names)
+
+def _keeping(
+    massive: Mapping[str, Sequence[LayerPlan]],
+    without: _Found,
+    best: Callable[[Sequence[LayerPlan]], _Found],
+    loss: str,
+) -> tuple[_Found, list[LayerPlan]]:
+    """Return what `best` finds where those groups keep their channels that gain by it, and these.
+
+    `massive` has by group the linears with massive channels, `without` what is found without.
+    """
+
+    def gains(name: str, found: _Found) -> bool:
+        before, after = without.losses[name], found.losses[name]
+        return after <= 0.5 * before and before - after > NEGLIGIBLE.get(loss, 0.0)
+
+    found = best([layer for linears in massive.values() for layer in linears])
+    worth = [name for name in massive if gains(name, found)]
+    kept = [
+        replace(layer, note=f"massive activations; {loss} {without.losses[name]:.3g} without")
+        for name in worth
+        for layer in massive[name]
+    ]
+    if not worth:
+        return without, []
+    return (found if len(worth) == len(massive) else best(kept)), kept
 
 
 @dataclass(frozen=True)
@@ -335,7 +357,8 @@ class _Search:
             )
             for index, (group, of_group) in enumerate(zip(groups, losses(alpha, clip), strict=True))
         ]
-        return _Found(plans, [_sum([of_group]) for of_group in losses(alpha, clip)])
+        pairs = zip(plans, losses(alpha, clip), strict=True)
+        return _Found(plans, {planned.name: _sum([of_group]) for planned, of_group in pairs})
 
 
 def _least_sum(curve: Curve) -> float:

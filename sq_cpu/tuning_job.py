@@ -183,7 +183,7 @@ class TuningJob:
             clip = min(layer.weight_clip, configuration.weight_clip)
             layer = replace(layer, in_float=False, activations=None, weight_clip=clip)
             if choice != configuration.activations:
-                note = f"{_NOTE}: {choice} activations"
+                note = "; ".join(filter(None, [layer.note, f"{_NOTE}: {choice} activations"]))
                 layer = replace(layer, activations=choice, note=note)
             layers[name] = layer
         departing = (layer for layer in layers.values() if layer != LayerPlan(name=layer.name))
@@ -191,7 +191,7 @@ class TuningJob:
         return replace(base, layers=tuple(departing), scheme=scheme)
 
     def _smoothing(self, configuration: Configuration) -> SmoothPlan:
-        # Weight clip and departing linears are no matter of tune.
+        # Weight clip and how linears depart are no matter of tune.
         settings = replace(configuration.settings(), weight_clip=1.0)
         key = settings.key
         if key not in self._plans:

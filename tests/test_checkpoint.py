@@ -179,8 +179,10 @@ def test_mixed_plans(name: str, scheme: str, dtype: torch.dtype, tmp_path: Path)
         assert torch.equal(loaded(IDS[:1, :1] + 1).logits, one)
         assert loaded.sq_cpu_config == model.sq_cpu_config
         for path in model.sq_cpu_config.layers:
-            if path not in model.sq_cpu_config.decomposed:
-                assert loaded.get_submodule(path).scheme == model.get_submodule(path).scheme
+            pair = loaded.get_submodule(path), model.get_submodule(path)
+            if path in model.sq_cpu_config.decomposed:
+                pair = pair[0].regular, pair[1].regular
+            assert pair[0].scheme == pair[1].scheme
     again = save(load(out), tmp_path / "again")
     assert (again / "config.json").read_bytes() == (out / "config.json").read_bytes()
 

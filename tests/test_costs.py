@@ -13,6 +13,7 @@ from torch import nn
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError, costs
 from sq_cpu.costs import CHOICES, Costs, cache_file, machine, measured_costs
+from sq_cpu.decomposition import DecomposedLinear
 from sq_cpu.linear import QuantLinear
 
 
@@ -120,8 +121,9 @@ def test_the_latency_of_a_model_is_the_sum_of_its_linears() -> None:
         QuantLinear.from_float(linear, Scheme.of("O1")),
         QuantLinear.from_float(linear, Scheme.of("O3"), (-1.0, 1.0)),
         QuantLinear.from_float(linear, Scheme.of("O2"), smoothing=torch.ones(32)),
+        DecomposedLinear.from_float(linear, Scheme.of("O2"), torch.tensor([3])),
     ]
-    assert table.of(layers) == 64 + 2 + 1 + 12
+    assert table.of(layers) == 64 + 2 + 1 + 12 + 12
 
 
 def test_a_table_is_its_own_json() -> None:

@@ -351,6 +351,18 @@ def test_channels_that_a_plan_keeps_in_float(scheme: str, tmp_path: Path) -> Non
     beyond = replace(uniform, layers=(LayerPlan(name=next(iter(outliers)), outliers=(3, 32)),))
     with pytest.raises(SqCpuError, match=r"keeps channel 32 of .*q_proj in float, which has 32"):
         sq_cpu.quantize(planted(), calibration, beyond, scheme=scheme)
+    with pytest.raises(SqCpuError, match=r"keeps channel 32 of .*q_proj in float, which has 32"):
+        sq_cpu.analyze(planted(), calibration, beyond, scheme=scheme)
+    errors, naively = (
+        {
+            layer.name: layer.error
+            for group in sq_cpu.analyze(planted(), calibration, made, scheme=scheme).groups
+            for layer in group.linears
+        }
+        for made in (SmoothPlan((), layers), SmoothPlan(()))
+    )
+    for name, error in errors.items():
+        assert error < 0.1 * naively[name] if name in outliers else error == naively[name]
 
 
 def test_the_threshold_needs_a_calibration() -> None:

@@ -28,14 +28,13 @@ def test_the_same_run_gives_the_same_rows(model_type: str) -> None:
     calibration = sq_cpu.calibrate(model, data, rows=12, gradient_rows=12)
     with linearized(model):
         linears = quantizable_linears(model, ("lm_head",))
-        sampled = SampledRows(calibration)
+        sampled = SampledRows(calibration, 5 * 2 * 16 - 6)
         with evaluating(model), watching_inputs(linears, "input", sampled.see):
             for batch in data:
                 mapping = batch if isinstance(batch, dict) else {"input_ids": batch}
                 with sampled.batch(mapping.get("attention_mask")):
                     model(**mapping)
     again = sampled.calibration()
-    assert sampled.tokens == calibration.tokens
     for name in calibration.rows:
         torch.testing.assert_close(again.rows[name], calibration.rows[name])
         torch.testing.assert_close(again.gradient_rows[name], calibration.gradient_rows[name])
@@ -110,6 +109,25 @@ def test_later_blocks_are_tuned_on_other_rows(model_type: str, gradient_rows: in
     assert "forward" not in {key for m in model.modules() for key in vars(m)}
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_padding(model_type: str) -> None:
+    """Experts see the padding, too, and are scored on the float model's rows."""
+    model, data = planted(model_type), batches(4)
+    mask = torch.ones_like(data[0])
+    mask[:, 10:] = 0
+    padded = [{"input_ids": ids, "attention_mask": mask} for ids in data]
+    calibration = sq_cpu.calibrate(model, padded)
+    with linearized(model):
+        groups = {group.name: group for group in smoothing_groups(model)}
+        plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
+        tuned = {group.name: replace(group, clip=0.7) for group in plan.groups}
+        prefix = QuantizedPrefix(model, calibration, iter(padded), groups, SCHEME)
+        _, (_, seen) = prefix.blocks(tuned, {})
+    for name, rows in seen.rows.items():
+        if ".1." in name:
+            assert torch.equal(rows, calibration.rows[name]) == ("experts" in name)
+
+
 def test_a_family_that_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = planted("llama"), batches(4)
     model.config.model_type = "something"
@@ -127,9 +145,14 @@ def test_what_sequential_tuning_refuses() -> None:
         sq_cpu.tune(model, calibration, sequential=True)
     with pytest.raises(SqCpuError, match="tuning got no batches"):
         sq_cpu.tune(model, calibration, sequential=True, batches=[])
-    with pytest.raises(SqCpuError, match="have 64 tokens and those of the calibration had 128"):
+    message = r"these 2 batches have 64 tokens, and are not the 4 that were calibrated on"
+    with pytest.raises(SqCpuError, match=message):
         sq_cpu.tune(model, calibration, sequential=True, batches=data[:2])
-    old = replace(calibration, row_places={})
+    with pytest.raises(SqCpuError, match="have 120 tokens, and are not the 4"):
+        sq_cpu.tune(model, calibration, sequential=True, batches=[*data[:3], data[3][:, :12]])
+    with pytest.raises(SqCpuError, match="drop sequential"):
+        sq_cpu.tune(model, calibration, sequential=True, batches=data, method="inc")
+    old = replace(calibration, rows_seen={})
     with pytest.raises(SqCpuError, match="of an earlier version"):
         sq_cpu.tune(model, old, sequential=True, batches=data)
     whisper = tiny_model("whisper")

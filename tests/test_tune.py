@@ -1,5 +1,6 @@
 """Alpha per group: the least output error, found from one calibration."""
 
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -217,10 +218,34 @@ def test_massive_activations_stay_in_float(gradient_rows: int, options: dict[str
     assert quantized.sq_cpu_config.decomposed == {down.name: 1}
 
 
-def test_only_what_is_massive_is_looked_at() -> None:
+def test_channels_are_kept_where_that_halves_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, module = "model.layers.1.mlp.down_proj", sys.modules["sq_cpu.tune"]
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[[7, 9, 20]] *= 4000
+    calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64)
+
+    def kept(outliers: int = 4) -> tuple[int, ...]:
+        return sq_cpu.tune(model, calibration, outliers=outliers).layer(name).outliers
+
+    assert kept() == (7, 9, 20)
+    greatest = calibration.absmax(name).topk(2).indices.sort().values.tolist()
+    assert kept(2) in ((), tuple(greatest))
+    monkeypatch.setattr(module, "_MASSIVE", 1e6)
+    assert kept() == ()
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "NEGLIGIBLE", {"kl": 1.0})
+    assert kept() == ()
+    monkeypatch.undo()
+    # What is no outlier gains nothing by being in float.
+    monkeypatch.setattr(module, "_MASSIVE", 1.5)
+    plain = tiny_model("llama")
+    assert sq_cpu.tune(plain, sq_cpu.calibrate(plain, batches(4))).layers == ()
+
+
+def test_bad_numbers_of_outliers() -> None:
     model = tiny_model("llama")
     calibration = sq_cpu.calibrate(model, batches(4))
-    assert sq_cpu.tune(model, calibration) == sq_cpu.tune(model, calibration, outliers=0)
     with pytest.raises(SqCpuError, match="outliers=-1: a number of channels"):
         sq_cpu.tune(model, calibration, outliers=-1)
 

@@ -119,7 +119,7 @@ def tune_command(
         int | None,
         typer.Option(
             min=0,
-            help="Massive channels that a linear may keep in float. [default: 4]",
+            help=f"Massive channels that a linear may keep in float. [default: {OUTLIERS}]",
         ),
     ] = None,
     as_json: Json = False,
@@ -128,7 +128,7 @@ def tune_command(
     if goal is not None:
         if scheme is not None or sequential or outliers is not None:
             raise typer.BadParameter(
-                "--goal chooses the activations itself; drop it, or --scheme, --sequential and "
+                "--goal leaves all of the plan to autotune; drop it, or --scheme, --sequential and "
                 "--outliers"
             )
         autotune_command(
