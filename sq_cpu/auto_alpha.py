@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sq_cpu.calibrate import Batch, evaluating, model_inputs
 from sq_cpu.calibration import Calibration
 from sq_cpu.groups import SmoothingGroup
+from sq_cpu.inputs import removing
 from sq_cpu.losses import LOCAL_LOSSES
 from sq_cpu.plan import GroupPlan
 from sq_cpu.rules import GroupStatistics, LinearSample, quantized_output
@@ -133,8 +134,5 @@ def _watching_outputs(
         for of_group in statistics.values()
         for sample in of_group.samples
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

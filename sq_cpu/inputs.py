@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sq_cpu.calibration import Calibration
 
-__all__ = ["InputRows", "Reservoir", "SampledRows", "watching_inputs"]
+__all__ = ["InputRows", "Reservoir", "SampledRows", "removing", "watching_inputs"]
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Run a block, and remove these hooks when it ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -28,11 +39,8 @@ def watching_inputs(
         module.register_forward_pre_hook(hook(name), with_kwargs=True)
         for name, module in modules.items()
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class InputRows:

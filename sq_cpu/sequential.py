@@ -94,6 +94,8 @@ class QuantizedPrefix:
                     with sampled.batch(call.mask):
                         self._chain.run(index, call, states)
             yield block, sampled.calibration()
+            if block == self._chain.names[-1]:
+                return  # no block takes what it gives
             departing = SmoothPlan((), tuple(layers.values()))
             plans = [planned for n, planned in tuned.items() if is_inside(self._groups[n], block)]
             statistics = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sq_cpu.inputs import removing
 from sq_cpu.plan import GroupPlan
 from sq_cpu.rules import (
     GroupStatistics,
@@ -54,11 +55,8 @@ def simulating(
         if of_group.samples
         for sample, scheme in of_group.quantized()
     ]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _quantized(
