@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from sq_cpu import Scheme, demo, texts
-from sq_cpu.convert import Job, convert
-from sq_cpu.evaluate import token_windows
+from sq_cpu import Scheme, texts
+from sq_cpu.cli import demo
+from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.streaming.convert import Job, convert
 
 
 @pytest.fixture(scope="session")

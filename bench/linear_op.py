@@ -22,9 +22,9 @@ from results import record
 from shapes import Shape
 from torch import Tensor, nn
 
-from sq_cpu import _core
-from sq_cpu.linear import QuantLinear
-from sq_cpu.rounding import quantize_weight
+from sq_cpu.kernels import _core
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.numerics.rounding import quantize_weight
 from sq_cpu.scheme import Scheme
 
 SUBJECT, INT_MM = "sq_cpu", "torch int_mm"

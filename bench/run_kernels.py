@@ -16,8 +16,8 @@ from machine import facts, headline, make_console, numbers
 from rich.table import Table
 from torch import nn
 
-from sq_cpu import _core
-from sq_cpu.linear import QuantLinear
+from sq_cpu.kernels import _core
+from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 

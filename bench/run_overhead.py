@@ -24,8 +24,8 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from sq_cpu import _core
-from sq_cpu.linear import QuantLinear
+from sq_cpu.kernels import _core
+from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 

@@ -33,9 +33,9 @@ from transformers.utils import logging
 
 import sq_cpu
 from sq_cpu import Calibration, Scheme, SmoothPlan, texts
-from sq_cpu.calibrate import TUNING_ROWS
+from sq_cpu.calibration.calibrate import TUNING_ROWS
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import TextPerplexity, token_windows
+from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
 from sq_cpu.progress import track
 
 FLOAT, TUNE, SEQUENTIAL, INC, AUTOTUNE = "fp32", "tune", "sequential", "inc", "autotune"

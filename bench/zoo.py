@@ -24,10 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from sq_cpu import demo, hf, perplexity, texts
-from sq_cpu.calibrate import Batch, evaluating
+from sq_cpu import perplexity, texts
+from sq_cpu.calibration.calibrate import Batch, evaluating
+from sq_cpu.checkpoint import sources
+from sq_cpu.cli import demo
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import token_windows
+from sq_cpu.evaluation.perplexity import token_windows
 
 WINDOW, CALIBRATED, SCORED = 512, 16, 20  # tokens; windows
 CACHE = Path("~/.cache/sq_cpu")
@@ -132,11 +134,11 @@ def _from_gguf(places: Places, kept: str, find: Callable[[Path], Path]) -> tuple
 
     def convert(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            model, tokenizer = hf.load_source(find(Path(scratch)))
+            model, tokenizer = sources.load_source(find(Path(scratch)))
         model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)
 
-    return hf.load_source(_kept(places.cache / kept, convert))
+    return sources.load_source(_kept(places.cache / kept, convert))
 
 
 def _smollm2(name: str, places: Places) -> Subject:
@@ -170,7 +172,7 @@ def _trained(name: str, places: Places) -> Subject:
     """Load a model of 6 M parameters in full precision, and plant outliers."""
     if places.trained is None:
         raise SqCpuError(f"{name} does not come with a package: say in which folder it is")
-    model, tokenizer = hf.load_source(places.trained / name)
+    model, tokenizer = sources.load_source(places.trained / name)
     plant_outliers(model, norm_consumers(model))
     return language_model(name, model, tokenizer)
 

@@ -47,7 +47,7 @@ class Scheme:
     VNNI; `resolve` decides."""
     static_range: StaticRange = "minmax"
     """What static activations cover: all that calibration saw, a percentile of the sampled values,
-    or the clip with the least squared error on them (see `sq_cpu.ranges`)."""
+    or the clip with the least squared error on them (see `sq_cpu.numerics.ranges`)."""
     percentile: float = 99.99
     """Share of the values, in percent, that a `"percentile"` range keeps; in (50, 100]."""
     ignore: tuple[str, ...] = ("lm_head",)

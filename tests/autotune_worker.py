@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from test_tune import planted
 from tiny import batches
-from tuning_cases import QUICK, Divergence, costs
+from tuning_cases import QUICK, Divergence, costs, planted
 
 import sq_cpu
 

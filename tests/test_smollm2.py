@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import sq_cpu
 from sq_cpu import Calibration, QuantLinear, SmoothPlan, texts
-from sq_cpu.evaluate import token_windows
-from sq_cpu.linears import quantizable_linears
-from sq_cpu.smooth import fold
+from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.models.linears import quantizable_linears
+from sq_cpu.smoothing.scales import fold
 
 pytestmark = pytest.mark.slow
 

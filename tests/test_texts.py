@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from sq_cpu import texts
-from sq_cpu.evaluate import token_windows
+from sq_cpu.evaluation.perplexity import token_windows
 
 # SHA-256 of the ids (int32, little-endian) of the windows cut from the two whole texts by
 # SmolLM2's tokenizer: 16 and 20 windows of 512, number k at k * ((len - 512) // windows).

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sq_cpu import texts
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import token_windows
+from sq_cpu.evaluation.perplexity import token_windows
 
 LLAMA: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "head_dim": 8}
 

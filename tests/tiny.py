@@ -14,11 +14,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sq_cpu.calibrate import Calibration
-from sq_cpu.checkpoint_settings import config_digest
-from sq_cpu.linears import linearized, quantizable_linears
-from sq_cpu.plan import LayerPlan, SmoothPlan
+from sq_cpu.calibration.calibrate import Calibration
+from sq_cpu.checkpoint.config import config_digest
+from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 
 VOCABULARY = 64
 

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna.trial import Trial
 
-from sq_cpu.trials import Trials, opened_storage, quiet_optuna
+from sq_cpu.autotuning.trials import Trials, opened_storage, quiet_optuna
 
 SIDE = 6
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import batches
+from tiny import batches, tiny_model
 from torch import nn
 
 from sq_cpu import SearchSpace
-from sq_cpu.costs import CHOICES, Costs
+from sq_cpu.autotuning.latency import CHOICES, Costs
+from sq_cpu.models.groups import smoothing_groups
 
 # Quick: without `tune`.
 QUICK = SearchSpace(smoothing=("smoothquant",), static_range=("minmax",))
@@ -58,3 +59,20 @@ def costs(model: nn.Module) -> Costs:
             row |= {f"{c}+smoothing": ms + 0.01 * size for c, ms in row.items() if c != "float"}
             entries[f"{linear.out_features}x{linear.in_features}"] = row
     return Costs(tokens=32, dtype="float32", entries=entries)
+
+
+def planted(model_type: str, **config: Any) -> torch.nn.Module:
+    """Make a tiny model whose norm outputs have outliers: exact, so its function is unchanged."""
+    model = tiny_model(model_type, **config)
+    scale = torch.ones(32)
+    scale[[3, 17]] = 1 / 64
+    with torch.no_grad():
+        for group in smoothing_groups(model):
+            if "norm" not in group.name:
+                continue
+            producer = model.get_submodule(group.name)
+            for parameter in producer.parameters():
+                parameter.div_(scale)
+            for consumer in group.consumers:
+                model.get_submodule(consumer).weight.mul_(scale)
+    return model

@@ -16,10 +16,11 @@ import transformers
 import typer
 from torch import Tensor, nn
 
-from sq_cpu import checkpoint, hf, texts
-from sq_cpu.convert import load
+from sq_cpu import texts
+from sq_cpu.checkpoint import checkpoint, sources
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import token_windows
+from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.streaming.convert import load
 
 
 class Dtype(str, Enum):
@@ -92,7 +93,7 @@ def check_file(path: Path) -> None:
 
 def check_float(model: str) -> None:
     """Refuse a model that is quantized already, before it is loaded."""
-    if hf.is_checkpoint(Path(model).expanduser()):
+    if sources.is_checkpoint(Path(model).expanduser()):
         raise SqCpuError(f"{model} is quantized already; give the float model")
 
 

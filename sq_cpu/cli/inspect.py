@@ -9,9 +9,13 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from sq_cpu import hf, show, texts
-from sq_cpu.analysis import Analysis, analyze
-from sq_cpu.calibrate import calibrate
+from sq_cpu import texts
+from sq_cpu.analysis.analysis import Analysis, analyze
+from sq_cpu.analysis.report import report as write_report
+from sq_cpu.analysis.saturation import count_saturation
+from sq_cpu.calibration.calibrate import calibrate
+from sq_cpu.checkpoint import sources
+from sq_cpu.cli import show
 from sq_cpu.cli.common import (
     Dtype,
     Json,
@@ -30,14 +34,12 @@ from sq_cpu.cli.common import (
     shipped_windows,
 )
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import token_windows
-from sq_cpu.linears import linearized, quantizable_linears
-from sq_cpu.plan import SmoothPlan, scheme_of
-from sq_cpu.record import QuantizationRecord
-from sq_cpu.report import report as write_report
-from sq_cpu.runtime import isa
-from sq_cpu.saturation import count_saturation
+from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.kernels.runtime import isa
+from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
 
 _CALIBRATION_WINDOWS = 16
 _SATURATION_WINDOWS = 4
@@ -119,7 +121,7 @@ def inspect_command(
         "--window": window,
     }
     given = {name for name, value in options.items() if value is not None}
-    is_int8 = hf.is_checkpoint(Path(model).expanduser())
+    is_int8 = sources.is_checkpoint(Path(model).expanduser())
     _check_options(
         given, is_int8=is_int8, model=model, report=report is not None, saturation=saturation
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 from torch import Tensor
 
-from sq_cpu import show
+from sq_cpu.cli import show
 from sq_cpu.cli.common import (
     TORCH_DTYPES,
     Dtype,
@@ -26,9 +26,9 @@ from sq_cpu.cli.common import (
     read_all,
     say,
 )
-from sq_cpu.convert import Job, convert
-from sq_cpu.plan import SmoothPlan, scheme_of
 from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
+from sq_cpu.streaming.convert import Job, convert
 
 
 class _Weights(str, Enum):

@@ -11,7 +11,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from sq_cpu import demo, show, texts
+from sq_cpu import texts
+from sq_cpu.cli import demo, show
 from sq_cpu.cli.common import (
     Dtype,
     Json,
@@ -29,8 +30,8 @@ from sq_cpu.cli.common import (
     shipped_windows,
 )
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import perplexity
-from sq_cpu.runtime import isa
+from sq_cpu.evaluation.perplexity import perplexity
+from sq_cpu.kernels.runtime import isa
 
 
 def eval_command(

@@ -18,10 +18,14 @@ import typer
 from torch import Tensor, nn
 
 from sq_cpu import texts
-from sq_cpu.analysis import analyze
-from sq_cpu.autotune import Autotuned, Candidate, autotune
-from sq_cpu.calibrate import TUNING_ROWS, calibrate
-from sq_cpu.calibration import Calibration
+from sq_cpu.analysis.analysis import analyze
+from sq_cpu.analysis.report import Trial, report
+from sq_cpu.autotuning.autotune import Autotuned, Candidate, autotune
+from sq_cpu.autotuning.evaluator import Goal
+from sq_cpu.autotuning.refine import Rank
+from sq_cpu.autotuning.trials import has_study, opened_storage, quiet_optuna
+from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
+from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.cli.common import (
     Dtype,
     Json,
@@ -41,14 +45,10 @@ from sq_cpu.cli.common import (
     shipped_windows,
 )
 from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluate import TextPerplexity, token_windows
-from sq_cpu.lm_harness import lm_eval_accuracy
-from sq_cpu.refine import Rank
-from sq_cpu.report import Trial, report
+from sq_cpu.evaluation.lm_eval import lm_eval_accuracy
+from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
 from sq_cpu.scheme import Scheme
-from sq_cpu.trials import has_study, opened_storage, quiet_optuna
-from sq_cpu.tune import OUTLIERS, tune
-from sq_cpu.tuning_job import Goal
+from sq_cpu.tuning.tune import OUTLIERS, tune
 
 _Out = Annotated[Path, typer.Option("-o", "--out", metavar="PLAN.json", help="File to write.")]
 _Calib = Annotated[

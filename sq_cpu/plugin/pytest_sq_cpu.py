@@ -7,7 +7,7 @@ inside: to import anything of sq_cpu is to import torch. It does so where the fi
         sq_cpu_regression("model-int8")
 
 is three tests, of accuracy, prefill and decode, each a row of pytest-benchmark; the arguments of
-the call are those of `sq_cpu.regression.Gate.check`.
+the call are those of `sq_cpu.evaluation.regression.Gate.check`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 if TYPE_CHECKING:
-    from sq_cpu.regression import Gate
+    from sq_cpu.evaluation.regression import Gate
 
 _GATE = pytest.StashKey["Gate"]()
 
@@ -90,7 +90,7 @@ def pytest_terminal_summary(
 
 
 def _gate_of(config: pytest.Config) -> Gate:
-    from sq_cpu.regression import Gate, Settings
+    from sq_cpu.evaluation.regression import Gate, Settings
 
     if _GATE not in config.stash:
         option = config.getoption
@@ -119,7 +119,7 @@ class _Fixture:
     ) -> Callable[..., None]:
         """Compare a saved model with the stored baseline of this machine class.
 
-        Call it once a test, with the model's folder; see `sq_cpu.regression.Gate.check`.
+        Call it once a test, with the model's folder; see `sq_cpu.evaluation.regression.Gate.check`.
         """
         from sq_cpu.errors import SqCpuError
 

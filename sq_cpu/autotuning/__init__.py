@@ -1,0 +1,1 @@
+"""Accuracy-aware tuning: many configurations, evaluated by workers that share a study."""

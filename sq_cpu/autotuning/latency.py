@@ -1,0 +1,223 @@
+"""What a linear costs on this machine: milliseconds by shape and by how it is quantized.
+
+Measured once with the layers that a model runs, and kept in a JSON file for each machine class:
+processor, instruction set in use, threads, versions. A plan's latency is the sum of its linears'.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.files import replacing
+from sq_cpu.kernels.runtime import Machine
+from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.progress import track
+from sq_cpu.scheme import Activations, Scheme
+
+__all__ = ["CHOICES", "Choice", "Costs", "cache_file", "machine", "measured_costs"]
+
+Choice = Literal["static", "per_token", "per_tensor", "float"]
+CHOICES: tuple[Choice, ...] = get_args(Choice)
+"""How a linear can run: int8 with one of three kinds of activation scales, or float."""
+
+_ROUNDS = 9
+# Written between two calls. Ours and a model's other weights are as far from the core's caches.
+_FLUSHED_BYTES = 128 << 20
+
+_Entries = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Median milliseconds of one call of a linear, at a fixed number of rows."""
+
+    tokens: int
+    """Rows of the input; those of an expert of a mixture count as much as any other's."""
+    dtype: str
+    """Of the input, and of a float linear: "float32", "bfloat16" or "float16"."""
+    entries: Mapping[str, Mapping[str, float]]
+    """Shape, as in "1536x576" (out_features, in_features) -> `Choice`, with "+smoothing" where the
+    input is divided by s while it is quantized -> milliseconds."""
+
+    def milliseconds(self, linear: nn.Module, choice: Choice, *, smoothed: bool = False) -> float:
+        """Return what one call costs; `SqCpuError` for a shape that was not measured."""
+        try:
+            return self.entries[_shape(linear)][_variant(choice, smoothed)]
+        except KeyError:
+            raise SqCpuError(
+                f"the cost table has no linear of {_shape(linear)}, {choice}: measure this model"
+            ) from None
+
+    def of(self, linears: Iterable[nn.Module]) -> float:
+        """Return the milliseconds of linears as they stand, each either int8 or float.
+
+        Of a `DecomposedLinear` the few channels in float are not counted.
+        """
+        total = 0.0
+        for linear in linears:
+            if isinstance(linear, DecomposedLinear):
+                linear = linear.regular
+            if isinstance(linear, QuantLinear):
+                smoothed = linear.smoothing is not None
+                total += self.milliseconds(linear, linear.scheme.activations, smoothed=smoothed)
+            else:
+                total += self.milliseconds(linear, "float")
+        return total
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as JSON types."""
+        entries = {shape: dict(row) for shape, row in self.entries.items()}
+        return {"tokens": self.tokens, "dtype": self.dtype, "entries": entries}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Costs:
+        """Rebuild what `to_dict` gave; `SqCpuError` on anything else."""
+        try:
+            return cls(int(values["tokens"]), str(values["dtype"]), dict(values["entries"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise SqCpuError(f"not a cost table of this version: {error}") from error
+
+
+def machine() -> dict[str, Any]:
+    """Return what a cost table holds for: processor, instruction set, threads and versions."""
+    versions = {"torch": torch.__version__, "sq_cpu": version("sq_cpu")}
+    return asdict(Machine.here()) | versions
+
+
+def cache_file() -> Path:
+    """Return where this machine class keeps its table: in $XDG_CACHE_HOME or ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(root) if root else Path.home() / ".cache"
+    digest = hashlib.sha256(json.dumps(machine(), sort_keys=True).encode()).hexdigest()
+    return folder / "sq_cpu" / f"costs-{digest[:12]}.json"
+
+
+def measured_costs(
+    linears: Iterable[nn.Module],
+    *,
+    tokens: int = 512,
+    dtype: torch.dtype = torch.float32,
+    cache: Path | None = None,
+    progress: bool | None = None,
+) -> Costs:
+    """Return the costs of all shapes among `linears`, measuring those that are not cached.
+
+    Parameters
+    ----------
+    linears : modules with out_features and in_features; nothing else of them is read
+    tokens : rows of the input: 512 for a prefill, 1 for decoding
+    dtype : fp32, bf16 or fp16, of activations and float weights
+    cache : the file; None: `cache_file()`. One that is absent or damaged is written anew.
+
+    Every call finds its weights outside the core's caches; the variants of a shape take turns, and
+    the median of each counts. It takes about a second a shape, and seven times its weights.
+
+    Raises
+    ------
+    SqCpuError
+        For tokens < 1, another dtype, and a cache that cannot be written.
+    """
+    if tokens < 1:
+        raise SqCpuError(f"tokens is {tokens}; a call has at least 1 row")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise SqCpuError(f"costs are measured in fp32, bf16 or fp16, not {dtype}")
+    path = cache_file() if cache is None else cache
+    kind = str(dtype).removeprefix("torch.")
+    known = _read(path, tokens, kind)
+    shapes = {_shape(linear): linear for linear in linears}
+    missing = [shape for shape in shapes if shape not in known]
+    for shape in track(missing, "measuring linears", progress):
+        known[shape] = _measure(shapes[shape], tokens, dtype)
+    if missing:
+        _write(path, tokens, kind, known)
+    return Costs(tokens, kind, {shape: known[shape] for shape in shapes})
+
+
+def _shape(linear: Any) -> str:
+    return f"{linear.out_features}x{linear.in_features}"
+
+
+def _variant(choice: Choice, smoothed: bool) -> str:
+    return f"{choice}+smoothing" if smoothed else choice
+
+
+def _variants(linear: nn.Linear) -> Iterator[tuple[str, nn.Module]]:
+    yield _variant("float", False), linear
+    s = torch.full((linear.in_features,), 0.5)
+    for activations in get_args(Activations):
+        scheme = Scheme(activations=activations)
+        for smoothing in (None, s):
+            layer = QuantLinear.from_float(linear, scheme, (-4.0, 4.0), smoothing=smoothing)
+            yield _variant(activations, smoothing is not None), layer
+
+
+@torch.inference_mode()
+def _measure(like: Any, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+    linear = nn.Linear(like.in_features, like.out_features, bias=False)
+    linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) / 16)
+    layers = dict(_variants(linear.to(dtype)))
+    x = torch.randn(tokens, like.in_features, generator=generator).to(dtype)
+    flushed = torch.zeros(_FLUSHED_BYTES, dtype=torch.uint8)
+    seconds: dict[str, list[float]] = {name: [] for name in layers}
+    for round_ in range(_ROUNDS + 1):
+        for name, layer in layers.items():
+            flushed.add_(1)
+            x.abs()  # the layer before has just written it
+            start = time.perf_counter()
+            layer(x)
+            if round_:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def _read(path: Path, tokens: int, dtype: str) -> _Entries:
+    """Return what the file holds of whole rows; nothing of a file that is absent or damaged."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        entries = json.loads(path.read_text(encoding="utf-8"))["costs"][dtype][str(tokens)]
+        rows = {shape: {name: float(row[name]) for name in row} for shape, row in entries.items()}
+        return {shape: row for shape, row in rows.items() if _is_whole(row)}
+    return {}
+
+
+def _is_whole(row: Mapping[str, float]) -> bool:
+    needed = {_variant(choice, smoothed) for choice in CHOICES for smoothed in (False, True)}
+    needed.discard(_variant("float", True))
+    return needed == set(row) and all(0 < value < math.inf for value in row.values())
+
+
+def _write(path: Path, tokens: int, dtype: str, entries: _Entries) -> None:
+    content: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("costs"), dict):
+        content = {"costs": {}}
+    content["machine"] = machine()
+    of_dtype = content["costs"].setdefault(dtype, {})
+    if not isinstance(of_dtype, dict):
+        of_dtype = content["costs"][dtype] = {}
+    of_dtype[str(tokens)] = entries
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SqCpuError(
+            f"cannot make the cache folder {path.parent} ({error.strerror}): set XDG_CACHE_HOME"
+        ) from error
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,78 @@
+"""Which linears suffer most from being int8: the estimate that an autotuning ranks them by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sq_cpu.autotuning.latency import Choice
+from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.kernels.runtime import has_vnni
+from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.models.linears import linearized
+from sq_cpu.progress import track
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan, quantized_consumers
+from sq_cpu.smoothing.rules import quantized_weight, smoothing_scale
+from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.tuning.losses import default_loss, loss_of
+
+__all__ = ["Errors", "estimated_errors"]
+
+Errors = dict[str, dict[Choice, float]]
+
+
+def estimated_errors(
+    model: nn.Module,
+    calibration: Calibration,
+    plan: SmoothPlan,
+    scheme: Scheme,
+    choices: Iterable[Choice],
+    *,
+    progress: bool | None = None,
+) -> Errors:
+    """Return what each calibrated linear's int8 output would be off, by how it is quantized.
+
+    It is `tune`'s default loss (nats per token where the calibration has gradients, the share of
+    the output's energy otherwise) over the calibration's sampled rows, with the smoothing of `plan`
+    and the numerics of the kernels; 0 for "float". Which linears the plan leaves in float or gives
+    activations of their own does not matter. The model is not changed; extra memory is one group's
+    weights in fp32, a few times.
+
+    Raises `SqCpuError` for a calibration without sampled rows, and where `smoothing_scale` does.
+    """
+    scheme = scheme.resolve(has_vnni())
+    choices = tuple(choices)
+    planned = {group.name: group for group in plan.groups}
+    # Weight clips stay; what departs otherwise is what is asked about.
+    layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
+    everything = replace(plan, layers=layers)
+    errors: Errors = {}
+    loss = default_loss(calibration)
+    with linearized(model):
+        for group in track(smoothing_groups(model), "estimating errors", progress):
+            names = quantized_consumers(model, group, calibration, scheme)
+            for name in names:
+                errors[name] = {"float": 0.0}
+            if not names:
+                continue
+            for choice in choices:
+                if choice == "float":
+                    continue
+                of_choice = scheme.with_activations(choice)
+                statistics = group_statistics(model, group, calibration, of_choice, everything)
+                s = torch.ones_like(statistics.act_absmax)
+                if group.name in planned:
+                    entry = planned[group.name]
+                    statistics = replace(statistics, clip=entry.clip)
+                    s = smoothing_scale(entry.rule, statistics, entry.alpha)
+                wide = statistics.widen(s)
+                for sample, of_layer in statistics.quantized():
+                    weight, clip = quantized_weight(sample, wide, of_layer), statistics.clip
+                    errors[sample.name][choice] = loss_of(
+                        loss, sample, wide, weight, of_layer, clip, calibration.tokens
+                    )
+    return errors

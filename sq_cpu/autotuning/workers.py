@@ -1,0 +1,379 @@
+"""Processes at work on one autotuning: each goes all the way, and what one evaluates all know."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import torch
+from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.trial import Trial
+
+from sq_cpu.autotuning.configurations import Configuration, SearchSpace
+from sq_cpu.autotuning.evaluator import TuningJob
+from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.refine import Rank, Refinement, ranked
+from sq_cpu.autotuning.trials import Outcome, Trials, opened_storage, quiet_optuna
+from sq_cpu.errors import SqCpuError, Terminated
+from sq_cpu.scheme import Activations
+
+__all__ = ["Course", "Stopped", "Worker", "run_workers"]
+
+Stopped = Literal["done", "trials", "time", "interrupted", "terminated"]
+
+_POLL = 0.2
+# Suggestions in a row that were tried before: the sampler has nothing new to say.
+_REPEATS = 20
+# Of the fastest milliseconds there can be: what measures no better.
+_FAST_ENOUGH = 1.02
+# Of the time limit: what the search leaves to the refinement.
+_SEARCH_SHARE = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """How to go about it; the same for all workers."""
+
+    study: str
+    space: SearchSpace
+    trials: int
+    refine_trials: int
+    time_limit: float
+    """Seconds; may be infinite."""
+    rank: Rank
+    sampler: BaseSampler | None
+    pruner: BasePruner | None
+    seed: int
+
+
+class _Stop(Exception):  # noqa: N818  it is no error
+    def __init__(self, why: Stopped) -> None:
+        super().__init__(why)
+        self.why: Stopped = why
+
+
+class Worker:
+    """One process at work on a study."""
+
+    def __init__(
+        self, job: TuningJob, storage: BaseStorage, course: Course, index: int = 0
+    ) -> None:
+        self.job = job
+        self.course = course
+        start = time.monotonic()
+        self._deadline = start + course.time_limit
+        self._search_deadline = start + _SEARCH_SHARE * course.time_limit
+        self.search = Trials(storage, course.study, pruner=course.pruner)
+        # A run that goes on must not suggest once more what its sampler began with.
+        seed = course.seed + 7919 * len(self.search) + 104729 * index
+        own = optuna.samplers.TPESampler(seed=seed % 2**32)
+        self.search.use(course.sampler or own)
+        none = optuna.samplers.RandomSampler(seed=0)
+        self.refined = Trials(storage, f"{course.study}: refine", none)
+        job.kept = self.search.kept
+        self._look: Callable[[], object] = lambda: None
+
+    def remaining(self) -> float:
+        """Return the seconds that are left."""
+        return max(0.0, self._deadline - time.monotonic())
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """Return all that was evaluated, by key."""
+        return self.refined.outcomes() | self.search.outcomes()
+
+    def best(self) -> Outcome | None:
+        """Return the best of them; None before the first."""
+        return min(self.outcomes().values(), key=lambda o: (o.value, o.key), default=None)
+
+    def work(self, look: Callable[[], object]) -> Stopped:
+        """Search and refine until done or stopped; `look` is called after every trial."""
+        self._look = look
+        try:
+            self._search()
+            for start in self._starts():
+                # With linears in float it would be worse than what does without.
+                best = self.best()
+                without = best is not None and best.value < 1 and not best.result["in_float"]
+                self._refinement().run(start, in_float=not without)
+        except _Stop as stop:
+            return stop.why
+        except KeyboardInterrupt as stop:
+            if self.best() is None:
+                raise
+            return _signalled(stop)
+        return "done"
+
+    def _search(self) -> None:
+        @cache
+        def ranked_by(choice: Choice) -> list[str]:
+            plain = Configuration(smoothing="smoothquant", alpha=(0.5,))
+            gains = self.job.gains(plain, choice)
+            return ranked(gains, self._prices(gains, plain, choice))
+
+        def key_of(trial: Trial) -> str:
+            return self.course.space.suggest(trial, ranked_by).key
+
+        def evaluate(trial: Trial, key: str) -> Mapping[str, Any]:
+            def report(metric: float, step: int) -> None:
+                trial.report(-metric if self.job.higher_is_better else metric, step)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+
+            # A refinement before may have got there.
+            known = self.refined.outcomes().get(key)
+            return known.result if known else self.job.result(Configuration.from_key(key), report)
+
+        if self._has_search_to_do():
+            self.search.propose(self.course.space.defaults())
+        repeats = 0
+        while self._has_search_to_do() and repeats < _REPEATS:
+            if self.course.space.departs(self.search.proposed()):
+                # Before the trial: others wait until it says its key.
+                ranked_by("per_token")
+                ranked_by("float")
+            repeats = 0 if self.search.run(key_of, evaluate) else repeats + 1
+            self._look()
+        # What others still evaluate decides where the refinement starts.
+        while self.search.running() and time.monotonic() < self._deadline:
+            time.sleep(_POLL)
+            self._look()
+        if time.monotonic() >= self._deadline:
+            raise _Stop("time")
+
+    def _has_search_to_do(self) -> bool:
+        if time.monotonic() >= self._search_deadline and self.best() is not None:
+            return False
+        if time.monotonic() >= self._deadline:
+            raise _Stop("time")
+        return self.search.count() < self.course.trials and not self._cannot_be_faster()
+
+    def _starts(self) -> list[Configuration]:
+        """Return where to refine from: the best, and the most accurate of the fastest settings."""
+        found = [(o, Configuration.from_key(o.key)) for o in self.search.outcomes().values()]
+        if not found:
+            return []
+        starts = [min(found, key=lambda pair: (pair[0].value, pair[0].key))[1]]
+        fastest = self._fastest()[1]
+        plain = [
+            (o.result["loss"], o.key, configuration)
+            for o, configuration in found
+            if configuration.activations == fastest and not configuration.layers
+            if o.result["loss"] is not None
+        ]
+        if starts[0].activations != fastest and plain:
+            starts.append(min(plain)[2])
+        return starts
+
+    def _fastest(self) -> tuple[float, Activations]:
+        """Return the least milliseconds that all linears can take, and with which activations."""
+        linears = self.job.linears.values()
+        return min(
+            (sum(self.job.price(linear, activations) for linear in linears), activations)
+            for activations in self.course.space.activations
+        )
+
+    def _cannot_be_faster(self) -> bool:
+        best = self.best()
+        if best is None or best.value >= 1 or best.result["in_float"]:
+            return False
+        fastest, _ = self._fastest()
+        return bool(best.result["milliseconds"] <= _FAST_ENOUGH * fastest)
+
+    def _prices(
+        self, names: Iterable[str], configuration: Configuration, choice: Choice
+    ) -> dict[str, float]:
+        linears = self.job.linears
+        return {
+            name: self.job.price(linears[name], choice)
+            - self.job.price(linears[name], configuration.choice(name))
+            for name in names
+        }
+
+    def _refinement(self) -> Refinement:
+        linears = self.job.linears
+        return Refinement(
+            names=tuple(linears),
+            loss=self._loss,
+            goal=self.job.goal.limit,
+            gains=self._gains,
+            prices=lambda name, choice: self.job.price(linears[name], choice),
+            rank=self.course.rank,
+        )
+
+    def _gains(self, configuration: Configuration, choice: Choice) -> dict[str, float]:
+        def check() -> None:
+            if self._refined_enough():  # an order is for evaluations to come
+                raise _Stop("trials")
+
+        return self.job.gains(configuration, choice, check)
+
+    def _loss(self, frontier: Sequence[Configuration]) -> float:
+        """Return the loss of the first; while another worker evaluates it, evaluate the others."""
+        while True:
+            known = self.outcomes()
+            if frontier[0].key in known:
+                loss = known[frontier[0].key].result["loss"]
+                return math.inf if loss is None else float(loss)
+            if time.monotonic() >= self._deadline:
+                raise _Stop("time")
+            running = self.refined.running() | self.search.running()
+            if frontier[0].key not in running and self._refined_enough():
+                raise _Stop("trials")
+            open_ = [c for c in frontier if c.key not in known and c.key not in running]
+            if open_ and not self._refined_enough():
+                self._refine(open_[0])
+            else:
+                time.sleep(_POLL)
+            self._look()
+
+    def _refined_enough(self) -> bool:
+        return self.refined.count() >= self.course.refine_trials
+
+    def _refine(self, configuration: Configuration) -> None:
+        self.refined.run(lambda _: configuration.key, lambda _, __: self.job.result(configuration))
+
+
+def run_workers(
+    worker: Worker,
+    where: str | os.PathLike[str] | BaseStorage,
+    count: int,
+    look: Callable[[], object],
+) -> Stopped:
+    """Have `count` processes do the work of `worker`; `look` is called now and then.
+
+    torch's threads are shared out among them. One that dies leaves its work to the others.
+
+    Raises
+    ------
+    SqCpuError
+        When the model, the evaluation or the sampler cannot be pickled, when a worker fails, and
+        when all of them die.
+    """
+    job, course = worker.job, worker.course
+    assert job.costs is not None
+    parts = {
+        "where": where,
+        "course": replace(course, time_limit=worker.remaining()),
+        "job": {
+            "model": job.model,
+            "calibration": job.calibration,
+            "evaluate": job.evaluate,
+            "goal": job.goal,
+            "higher_is_better": job.higher_is_better,
+            "ignore": job.ignore,
+            "costs": job.costs,
+            "float_metric": job.float_metric,
+        },
+    }
+    threads = max(1, torch.get_num_threads() // count)
+    context = multiprocessing.get_context("spawn")  # a fork would lose OpenMP's threads
+    with tempfile.TemporaryDirectory(prefix="sq_cpu-") as folder:
+        path = Path(folder) / "job.pt"
+        try:
+            # A file, which all of them map: weights are in memory once.
+            torch.save(parts, path)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise SqCpuError(
+                f"workers need a model and an evaluation that can be pickled: {error}; define "
+                "them in a module, or use workers=1 and start more processes on the same storage"
+            ) from error
+        pipes = []
+        processes = []
+        for index in range(count):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (str(path), index, threads, sender, os.getpid())
+            process = context.Process(target=_main, args=arguments)
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        try:
+            while any(process.is_alive() for process in processes):
+                processes[0].join(_POLL) if processes[0].is_alive() else time.sleep(_POLL)
+                look()
+        except KeyboardInterrupt as stop:
+            if worker.best() is None:
+                raise
+            return _signalled(stop)
+        finally:
+            for process in processes:
+                process.terminate()  # as Ctrl-C does
+            for process in processes:
+                process.join()
+        return _together([_said(pipe) for pipe in pipes])
+
+
+def _signalled(stop: KeyboardInterrupt) -> Stopped:
+    return "terminated" if isinstance(stop, Terminated) else "interrupted"
+
+
+def _said(pipe: Connection) -> tuple[str, str] | None:
+    """Return what a worker that has ended left to say; None for one that was killed."""
+    try:
+        said: tuple[str, str] = pipe.recv()
+    except EOFError:
+        return None
+    return said
+
+
+def _together(said: Sequence[tuple[str, str] | None]) -> Stopped:
+    errors = [text for kind, text in filter(None, said) if kind == "error"]
+    if errors:
+        raise SqCpuError(f"a worker failed: {errors[0]}")
+    reasons = {text for _, text in filter(None, said)}
+    order: tuple[Stopped, ...] = ("done", "trials", "time", "interrupted")
+    for why in order:
+        if why in reasons:
+            return why
+    raise SqCpuError(
+        "all workers died, perhaps of too little memory: use fewer; finished trials are kept, "
+        "run again to go on"
+    )
+
+
+class _Orphaned(KeyboardInterrupt):
+    """The parent died."""
+
+
+def _main(path: str, index: int, threads: int, pipe: Connection, parent: int) -> None:
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    torch.set_num_threads(threads)
+
+    def look() -> None:
+        if os.getppid() != parent:
+            raise _Orphaned
+
+    said = ("stopped", "interrupted")
+    try:
+        parts = torch.load(path, mmap=True, weights_only=False)
+        with quiet_optuna(), opened_storage(parts["where"]) as storage:
+            worker = Worker(TuningJob(**parts["job"]), storage, parts["course"], index)
+            said = ("stopped", worker.work(look))
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:
+        text = str(error) if isinstance(error, SqCpuError) else f"{type(error).__name__}: {error}"
+        said = ("error", text)
+    pipe.send(said)
+
+
+def _interrupt(*_: object) -> None:
+    # What marks the trial as failed must not be interrupted.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

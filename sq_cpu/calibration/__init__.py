@@ -1,0 +1,1 @@
+"""What the linears of a model see on sample text."""

@@ -1,0 +1,251 @@
+"""What a calibration pass saw: `Calibration`, a value that can be saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.files import replacing
+
+__all__ = ["FOLDS", "TENSORS", "Calibration", "Example", "fingerprint"]
+
+_FORMAT = "sq_cpu.calibration"
+_VERSION = 4
+FOLDS = 4
+"""Parts that the batches are dealt into, so that a search can be scored on what it did not see."""
+TENSORS = (
+    "channel_min",
+    "channel_max",
+    "rows",
+    "row_folds",
+    "row_places",
+    "gradient_rows",
+    "gradients",
+    "gradient_weights",
+    "gradient_folds",
+    "gradient_places",
+    "fold_min",
+    "fold_max",
+)
+_PLAIN = (bool, int, float, str, type(None))
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the linears' inputs look like, by the linears' full names."""
+
+    channel_min: dict[str, Tensor]
+    channel_max: dict[str, Tensor]
+    """Range of every input channel, fp32 [in_features] each."""
+    rows: dict[str, Tensor]
+    """A uniform sample of input rows, of the model's dtype [at most `rows`, in_features] each."""
+    fingerprints: dict[str, int]
+    """Checksum of some of each linear's weight rows, to tell when it has changed since."""
+    tokens: int
+    """Rows that the busiest linear saw, padding not counted."""
+    batches: int
+    unreached: tuple[str, ...] = field(default=())
+    """Linears that no batch reached; they have no ranges."""
+    example: Example | None = None
+    """The first batch, if it is token ids alone their first 32: what folds are proven with."""
+    row_folds: dict[str, Tensor] = field(default_factory=dict)
+    """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
+    row_places: dict[str, Tensor] = field(default_factory=dict)
+    """The number of each of `rows` among all that the linear saw, int64."""
+    rows_seen: dict[str, int] = field(default_factory=dict)
+    """Rows that each linear saw, padding not counted where it can be told."""
+    gradient_rows: dict[str, Tensor] = field(default_factory=dict)
+    """Input rows that are known with gradients, like `rows` but not uniformly drawn."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Of the model's sampled loss (see `sampled_loss`) with respect to each linear's output, for
+    each of `gradient_rows`, [gradient_rows, out_features]. Empty unless asked for, and without the
+    linears that the model runs without gradients."""
+    gradient_weights: dict[str, Tensor] = field(default_factory=dict)
+    """How many of all rows each of `gradient_rows` stands for, fp32."""
+    gradient_folds: dict[str, Tensor] = field(default_factory=dict)
+    """The fold of each of `gradient_rows`, uint8."""
+    gradient_places: dict[str, Tensor] = field(default_factory=dict)
+    """The number of each of `gradient_rows` among all that the linear saw, int64."""
+    fold_min: dict[str, Tensor] = field(default_factory=dict)
+    fold_max: dict[str, Tensor] = field(default_factory=dict)
+    """Range of every input channel in each fold, fp32 [FOLDS, in_features]; min > max: no rows."""
+
+    def absmax(self, name: str) -> Tensor:
+        """Return max|X_j| of a linear's input, fp32 [in_features]."""
+        low, high = self.channels(name)
+        return torch.maximum(low.abs(), high.abs())
+
+    def channels(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the least and the greatest value of each input channel of a linear."""
+        if name in self.unreached:
+            raise SqCpuError(
+                f"no calibration batch reached {name}: calibrate on text that does, or ignore it"
+            )
+        if name not in self.channel_min:
+            raise SqCpuError(
+                f"the calibration does not cover {name}: calibrate this very model, "
+                "ignoring no more than the scheme does"
+            )
+        return self.channel_min[name], self.channel_max[name]
+
+    def check_weight(self, name: str, linear: nn.Module) -> None:
+        """Raise `SqCpuError` unless a linear's weight is still what it was when calibrated.
+
+        Ranges hold for one set of weights: folding changes both.
+        """
+        self.channels(name)
+        if self.fingerprints.get(name) != fingerprint(linear):
+            raise SqCpuError(
+                f"the weights of {name} changed since the calibration: calibrate again"
+            )
+
+    def held_out(self, names: Iterable[str]) -> tuple[Calibration, ...]:
+        """Return for each fold these linears' rows, with the ranges that the other folds saw.
+
+        What is chosen by ranges and scored on rows is then scored on what it has not seen, as it
+        will be used. A calibration of one batch, or from a file without folds, is returned as is.
+        """
+        names = [name for name in names if name in self.fold_min]
+        folds = (self._of_fold(fold, names) for fold in range(FOLDS))
+        return tuple(held for held in folds if held is not None) or (self,)
+
+    def _of_fold(self, fold: int, names: Iterable[str]) -> Calibration | None:
+        others = [other for other in range(FOLDS) if other != fold]
+        low = {name: self.fold_min[name][others].amin(dim=0) for name in names}
+        high = {name: self.fold_max[name][others].amax(dim=0) for name in names}
+        reached = [
+            name
+            for name in names
+            if (low[name] <= high[name]).all()
+            and (self.fold_min[name][fold] <= self.fold_max[name][fold]).all()
+            and self._has_rows(name, fold)
+        ]
+        if not reached:
+            return None
+
+        def part(kind: dict[str, Tensor], folds: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: kind[name][folds[name] == fold] for name in reached if name in kind}
+
+        return replace(
+            self,
+            channel_min={name: low[name] for name in reached},
+            channel_max={name: high[name] for name in reached},
+            rows=part(self.rows, self.row_folds),
+            row_folds={},
+            row_places={},
+            gradient_rows=part(self.gradient_rows, self.gradient_folds),
+            gradients=part(self.gradients, self.gradient_folds),
+            gradient_weights=part(self.gradient_weights, self.gradient_folds),
+            gradient_folds={},
+            gradient_places={},
+            fold_min={},
+            fold_max={},
+        )
+
+    def _has_rows(self, name: str, fold: int) -> bool:
+        folds = [kind[name] for kind in (self.row_folds, self.gradient_folds) if name in kind]
+        return not folds or any(bool((of_rows == fold).any()) for of_rows in folds)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a safetensors file; it appears whole or not at all."""
+        tensors = {
+            f"{kind}.{name}": value.contiguous()
+            for kind in TENSORS
+            for name, value in getattr(self, kind).items()
+        }
+        given, plain = _split_example(self.example)
+        tensors |= {f"example.{key}": value for key, value in given.items()}
+        header = {
+            "format": _FORMAT,
+            "format_version": _VERSION,
+            "tokens": self.tokens,
+            "batches": self.batches,
+            "unreached": list(self.unreached),
+            "fingerprints": self.fingerprints,
+            "rows_seen": self.rows_seen,
+            "example": plain,
+        }
+        with replacing(path) as temporary:
+            temporary.write_bytes(safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read what `save` wrote; `SqCpuError` on anything else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise SqCpuError(f"cannot read the calibration {path}: {error}") from error
+        if header is None:
+            raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
+        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*TENSORS, "example")}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            kinds.setdefault(kind, {})[name] = tensor
+        given = kinds["example"]
+        try:
+            if header["format_version"] > _VERSION:
+                raise SqCpuError(
+                    f"{path} has calibration format {header['format_version']}, newer than this "
+                    f"sq_cpu reads ({_VERSION}): upgrade sq_cpu"
+                )
+            tokens, batches = int(header["tokens"]), int(header["batches"])
+            unreached, fingerprints = tuple(header["unreached"]), dict(header["fingerprints"])
+            rows_seen = dict(header.get("rows_seen", {}))
+            example = _join_example(given, header.get("example"))
+        except (KeyError, TypeError) as error:
+            raise SqCpuError(
+                f"the header of {path} is not one that sq_cpu writes: calibrate again"
+            ) from error
+        return cls(
+            fingerprints=fingerprints,
+            rows_seen=rows_seen,
+            tokens=tokens,
+            batches=batches,
+            unreached=unreached,
+            example=example,
+            **{kind: kinds[kind] for kind in TENSORS},
+        )
+
+
+def _split_example(example: Example | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Return an example's tensors and the rest by position or keyword; None: JSON cannot say it."""
+    args, kwargs = example or ((), {})
+    values = {str(index): value for index, value in enumerate(args)} | kwargs
+    given = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    plain = {key: value for key, value in values.items() if key not in given}
+    if example is None or not all(isinstance(value, _PLAIN) for value in plain.values()):
+        return {}, None
+    return {key: value.contiguous() for key, value in given.items()}, plain
+
+
+def _join_example(given: dict[str, Tensor], plain: dict[str, Any] | None) -> Example | None:
+    """Put together what `Calibration.save` took apart; None of a file without an example."""
+    if plain is None:
+        return None
+    values = given | plain
+    positions = sorted(int(key) for key in values if key.isdigit())
+    args = tuple(values[str(index)] for index in positions)
+    return args, {key: value for key, value in values.items() if not key.isdigit()}
+
+
+def fingerprint(linear: nn.Module) -> int:
+    """Return the CRC-32 of the bytes of at most 8 evenly spaced rows of a linear's weight."""
+    weight = linear.get_parameter("weight").detach()
+    rows = torch.linspace(0, len(weight) - 1, min(8, len(weight))).long()
+    return zlib.crc32(weight[rows].contiguous().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,173 @@
+"""The inputs of linears: watched, seen as rows without padding, and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sq_cpu.calibration.calibration import Calibration
+
+__all__ = ["InputRows", "Reservoir", "SampledRows", "removing", "watching_inputs"]
+
+
+@contextmanager
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Run a block, and remove these hooks when it ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watching_inputs(
+    modules: Mapping[str, nn.Module], argument: str, see: Callable[[str, Any], None]
+) -> Iterator[None]:
+    """Call see(name, input) before every call of a module; `argument` names its input."""
+
+    def hook(name: str) -> Any:
+        return lambda _module, args, kwargs: see(name, args[0] if args else kwargs[argument])
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in modules.items()
+    ]
+    with removing(handles):
+        yield
+
+
+class InputRows:
+    """The rows of the input seen last, and their range.
+
+    q, k and v are handed the same tensor in a row, which is looked at once.
+    """
+
+    batch = 0
+    mask: Tensor | None = None
+    key: tuple[int, int] | None = None
+    held: Tensor | None = None  # keeps the address from being reused while the key stands
+    rows: Tensor
+    kept: Tensor | None = None
+    """Which rows of x are no padding, bool; None: all."""
+    copied: Tensor | None = None
+    low: Tensor
+    high: Tensor
+
+    def begin(self, batch: int, mask: Any) -> None:
+        """Start a batch; `mask`, if it is a tensor [batch, tokens], has 0 for padding."""
+        self.batch = batch
+        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all()
+        self.mask = mask.bool() if padded else None
+
+    def forget(self) -> None:
+        """Let go of the tensors."""
+        self.key = self.held = self.copied = None
+        self.rows = torch.empty(0)
+
+    def look(self, x: Tensor) -> None:
+        """Set `rows` to x without padding, [rows, in_features], and `low` and `high` to theirs."""
+        # Inference tensors have no version that would show an in-place change: never cached.
+        key = None if x.is_inference() else (id(x), x._version)
+        if key is not None and key == self.key:
+            return
+        self.rows = x.detach().reshape(-1, x.shape[-1])
+        # OPT hands its MLP [batch * sequence, features].
+        self.kept = None
+        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
+            self.kept = self.mask.reshape(-1)
+            self.rows = self.rows[self.kept]
+        if len(self.rows):
+            self.low, self.high = self.rows.amin(dim=0).float(), self.rows.amax(dim=0).float()
+        self.key, self.held, self.copied = key, x, None
+
+    def copy(self) -> Tensor:
+        """Return the rows for later, when x may have been changed in place."""
+        if self.copied is None:
+            self.copied = self.rows.clone() if self.kept is None else self.rows
+        return self.copied
+
+
+class Reservoir:
+    """The `size` rows of greatest priority of all that were seen, in any columns."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.threshold = 0.0
+        """The greatest priority of a row that is not kept."""
+        self._priority = torch.empty(0)
+        self.columns: dict[str, Tensor] = {}
+        """Of the rows that are kept; empty before any was seen."""
+
+    def add(self, priority: Tensor, **columns: Tensor) -> None:
+        """Take in rows, [rows] or [rows, features] a column."""
+        count = len(self._priority)
+        ordered, order = torch.cat([self._priority, priority]).sort(descending=True)
+        if len(order) > self.size:
+            self.threshold = max(self.threshold, float(ordered[self.size]))
+        kept = order[: self.size]
+        is_old = kept < count
+        old, new = kept[is_old], kept[~is_old] - count
+        before = self.columns or {name: column[:0] for name, column in columns.items()}
+        self.columns = {
+            name: torch.cat([before[name][old], column[new]]) for name, column in columns.items()
+        }
+        self._priority = torch.cat([self._priority[old], priority[new]])
+
+
+class SampledRows:
+    """Takes the rows again that a calibration sampled, from another run on the same batches.
+
+    Of linears that not each of the `tokens` reaches none are taken: another run may send others.
+    """
+
+    def __init__(self, calibration: Calibration, tokens: int) -> None:
+        self._calibration = calibration
+        self._tokens = tokens
+        self._input = InputRows()
+        self._batches = 0
+        self._seen: dict[str, int] = {}
+        self._rows: dict[str, Tensor] = {}
+        self._gradient_rows: dict[str, Tensor] = {}
+
+    @contextmanager
+    def batch(self, mask: Any) -> Iterator[None]:
+        """Run one batch, as `InputRanges.batch`."""
+        self._input.begin(self._batches, mask)
+        yield
+        self._input.forget()
+        self._batches += 1
+
+    def see(self, name: str, x: Tensor) -> None:
+        """Look at the input of a linear."""
+        self._input.look(x)
+        rows, first = self._input.rows, self._seen.get(name, 0)
+        self._seen[name] = first + len(rows)
+        before = self._calibration
+        for places, old, new in (
+            (before.row_places, before.rows, self._rows),
+            (before.gradient_places, before.gradient_rows, self._gradient_rows),
+        ):
+            if name in places:
+                here = (places[name] >= first) & (places[name] < first + len(rows))
+                new.setdefault(name, old[name].clone())[here] = rows[places[name][here] - first]
+
+    def calibration(self) -> Calibration:
+        """Return the calibration with the rows as they were in this run."""
+        before = self._calibration.rows_seen
+        every = {n for n, seen in self._seen.items() if seen == self._tokens == before[n]}
+        return replace(
+            self._calibration,
+            rows=self._calibration.rows | _only(every, self._rows),
+            gradient_rows=self._calibration.gradient_rows | _only(every, self._gradient_rows),
+        )
+
+
+def _only(names: set[str], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name in names}

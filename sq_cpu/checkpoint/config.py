@@ -1,0 +1,171 @@
+"""What a checkpoint's config.json says of it: read, and held against the files it names.
+
+`sq_cpu.checkpoint.checkpoint` describes the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.quantization.record import QuantizationRecord
+
+__all__ = [
+    "CONFIG",
+    "CONFIG_DIGEST",
+    "FLOATS",
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "check_dtype",
+    "check_files",
+    "check_settings",
+    "config_digest",
+    "read_settings",
+    "record_of_settings",
+    "sha256",
+]
+
+FORMAT_VERSION = 3
+QUANT_METHOD = "sq_cpu"
+CONFIG = "config.json"
+CONFIG_DIGEST = "config_sha256"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read and check ``quantization_config``; its files are not looked at."""
+    path = folder / CONFIG
+    settings: dict[str, Any] = _read_config(path)["quantization_config"]
+    check_settings(settings, path)
+    return settings
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Read a config.json that has a ``quantization_config``, whatever that holds."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SqCpuError(
+            f"{path} does not exist; give the folder that sq_cpu.save wrote"
+        ) from error
+    # ValueError: not UTF-8 or not JSON; RecursionError: brackets without end.
+    except (OSError, ValueError, RecursionError) as error:
+        raise SqCpuError(
+            f"{path} cannot be read as JSON ({first_line(error)}); copy the checkpoint again"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
+        raise SqCpuError(
+            f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
+        )
+    return content
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ``SqCpuError`` for a dtype that the layers do not run in; None is as stored."""
+    if dtype is not None and dtype not in FLOATS:
+        raise SqCpuError(f"dtype is {dtype}, expected torch.float32, torch.bfloat16 or float16")
+
+
+def check_settings(settings: Mapping[str, Any], path: Path) -> None:
+    """Raise ``SqCpuError``, naming ``path``, for another method's settings or a newer format."""
+    if settings.get("quant_method") != QUANT_METHOD:
+        raise SqCpuError(
+            f"{path}: quant_method is {settings.get('quant_method')!r}, expected "
+            f"{QUANT_METHOD!r}; load it with transformers instead"
+        )
+    version = settings.get("format_version")
+    if type(version) is not int or version < 1:  # a bool is an int
+        raise SqCpuError(f"{path}: format_version is {version!r}, expected a positive integer")
+    if version > FORMAT_VERSION:
+        raise SqCpuError(
+            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the newest this "
+            "sq_cpu reads; upgrade sq_cpu"
+        )
+
+
+def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationRecord:
+    """Give what a ``quantization_config`` records; ``SqCpuError`` names ``path`` if it is bad."""
+    try:
+        for key in ("layers", "smoothed"):
+            names = settings.get(key, None if key == "layers" else [])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise SqCpuError(f"{key} is not a list of names")
+        decomposed = settings.get("decomposed", {})
+        if not isinstance(decomposed, dict) or not all(
+            type(count) is int and count > 0 for count in decomposed.values()
+        ):
+            raise SqCpuError("decomposed is not a table of layers and positive counts")
+        for key in ("smoothed", "decomposed"):
+            if unknown := sorted(set(settings.get(key, ())) - set(settings["layers"])):
+                raise SqCpuError(f"{key} names {unknown[0]}, which is not one of layers")
+        return QuantizationRecord.from_dict(settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise SqCpuError(
+            f"{path}: bad quantization_config ({first_line(error)}); "
+            "save the model again with sq_cpu.save"
+        ) from error
+
+
+def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> list[str]:
+    """Give the names of the safetensors files, all of which exist.
+
+    ``verify`` compares these, config.json and its companions with their SHA-256; a companion that
+    is absent is not missed, for the hub's client fetches each when it is read. What is missing or
+    damaged raises ``SqCpuError``.
+    """
+    config = folder / CONFIG
+    if verify and config.exists():  # from_pretrained may have got its config elsewhere
+        content = _read_config(config)
+        stored = content["quantization_config"].get(CONFIG_DIGEST)
+        _check_digest(config, config_digest(content), stored)
+    files, companions = settings.get("files"), settings.get("companions")
+    if not isinstance(files, dict) or not files:
+        raise SqCpuError(f"{config} lists no files; save the model again")
+    if not isinstance(companions, dict):
+        raise SqCpuError(f"{config}: companions is not a table of files; save the model again")
+    for name in (*files, *companions):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise SqCpuError(f"{config}: file name {name!r} leaves the folder; rename it")
+    for name in files:
+        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
+            raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
+    for name, digest in (files | companions).items() if verify else ():
+        if os.path.isfile(folder / name):
+            _check_digest(folder / name, sha256(folder / name), digest)
+    return list(files)
+
+
+def config_digest(content: Mapping[str, Any]) -> str:
+    """Give the SHA-256 of a config.json: of its JSON with sorted keys, without this digest."""
+    settings = dict(content["quantization_config"])
+    settings.pop(CONFIG_DIGEST, None)
+    canonical = json.dumps({**content, "quantization_config": settings}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check_digest(path: Path, found: str, stored: object) -> None:
+    if found != stored:
+        raise SqCpuError(
+            f"{path} is damaged or was edited: its SHA-256 is not the one in {CONFIG}; copy the "
+            "checkpoint again, or load what you edited with sq_cpu.load(path, verify=False)"
+        )
+
+
+def sha256(path: Path) -> str:
+    """Give a file's SHA-256; ``SqCpuError`` where it cannot be read."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+    except OSError as error:
+        raise SqCpuError(f"cannot read {path}: {error.strerror}") from error
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""`AutoModelForCausalLM.from_pretrained("out/")` for what `sq_cpu.save` wrote.
+
+Importing this module registers the method "sq_cpu" with transformers, which then builds the model
+and its generation config, with the caller's options, while `sq_cpu.checkpoint` checks the files and
+fills the weights, so that the result is the model that `sq_cpu.load` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sq_cpu.checkpoint import checkpoint
+from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.errors import SqCpuError
+
+__all__ = ["SqCpuConfig", "SqCpuQuantizer"]
+
+_CONFIG = "config.json"
+
+
+@register_quantization_config(checkpoint_config.QUANT_METHOD)
+class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The `quantization_config` of a checkpoint, its fields as attributes.
+
+    It describes a saved model and cannot ask for one to be quantized: see `sq_cpu.quantize`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.__dict__.update(settings)
+        self.quant_method = checkpoint_config.QUANT_METHOD
+
+
+@register_quantizer(checkpoint_config.QUANT_METHOD)
+class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
+    """What `from_pretrained` calls on its way. All errors are `SqCpuError`, of one line."""
+
+    def __init__(self, quantization_config: SqCpuConfig, *, pre_quantized: bool = True) -> None:
+        if not pre_quantized:
+            raise SqCpuError(
+                "from_pretrained does not quantize with sq_cpu; load the float model without "
+                "quantization_config, then call sq_cpu.calibrate and sq_cpu.quantize"
+            )
+        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        # Before any file is looked for: a newer format may name them otherwise.
+        checkpoint_config.check_settings(self._settings, Path(_CONFIG))
+        self._dtype: torch.dtype | None = None
+        self._folder = Path()
+        self._ignored: set[str] | None = None
+
+    @property
+    def _settings(self) -> Mapping[str, Any]:
+        return vars(self.quantization_config)
+
+    def validate_environment(self, *, device_map: Any = None, **_: Any) -> None:
+        """Refuse every device but the CPU; a string, as "auto", leaves the choice to us."""
+        for device in device_map.values() if isinstance(device_map, dict) else ():
+            if str(device).partition(":")[0] != "cpu":
+                raise SqCpuError(
+                    f"device_map asks for {device}, but sq_cpu runs on the CPU only; "
+                    'leave it out or give device_map="cpu"'
+                )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Let "auto" mean the CPU, whatever else the machine has."""
+        return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Note the dtype of everything that is not quantized."""
+        checkpoint_config.check_dtype(dtype)
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, *, checkpoint_files: list[str] | None, **_: Any
+    ) -> None:
+        """Check the model and its files, and leave transformers no weight to load."""
+        if not checkpoint_files:
+            raise SqCpuError("from_pretrained needs the folder of an sq_cpu checkpoint: give it")
+        self._folder = Path(checkpoint_files[0]).parent
+        self._check_model(model)
+        files = checkpoint_config.check_files(self._folder, self._settings, verify=True)
+        if foreign := {Path(file).name for file in checkpoint_files} - set(files):
+            raise SqCpuError(
+                f"{self._folder / min(foreign)} is not a file of this checkpoint; remove it, "
+                "or the arguments that choose it"
+            )
+        # transformers would hold all int8 weights unpacked beside the packed ones. It loads what
+        # the state dict names, and initialises what is not marked; buffers it makes as always.
+        model.state_dict = lambda *_, **__: {}
+        self._ignored = model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = {""}  # a pattern: every key
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        """Fill the weights as `sq_cpu.load` does."""
+        del model.state_dict
+        model._keys_to_ignore_on_load_unexpected = self._ignored
+        record = checkpoint_config.record_of_settings(self._settings, self._folder / _CONFIG)
+        # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.
+        stored = AutoConfig.from_pretrained(self._folder).dtype
+        dtype = None if self._dtype == stored else self._dtype
+        checkpoint.restore(model, self._folder, record, list(self._settings["files"]), dtype)
+
+    def _check_model(self, model: Any) -> None:
+        (architecture, *_) = model.config.architectures or ("unknown model",)
+        if type(model).__name__ != architecture:
+            raise SqCpuError(
+                f"{self._folder} holds a {architecture}, not a {type(model).__name__}; "
+                f"load it with transformers.{architecture}"
+            )
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise SqCpuError(
+                "a checkpoint of sq_cpu is loaded whole by one process; "
+                "leave out tp_plan and distributed_config"
+            )
+
+    def is_serializable(self) -> bool:
+        """Refuse `save_pretrained`, whose files config.json would not describe."""
+        raise SqCpuError("save_pretrained cannot write this model; call sq_cpu.save(model, path)")
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: the int8 layers have no gradient."""
+        return False

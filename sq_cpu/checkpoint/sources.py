@@ -1,0 +1,120 @@
+"""Models from where people keep them: a folder, a checkpoint of ours, a GGUF file or the hub."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sq_cpu.checkpoint import checkpoint
+from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.errors import SqCpuError, first_line
+
+__all__ = ["check_float", "is_checkpoint", "load_source", "load_tokenizer"]
+
+# "gpt2", "owner/name": what can be a repository on the hub.
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+def load_source(
+    source: str | Path, *, dtype: torch.dtype | None = torch.float32
+) -> tuple[nn.Module, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    source : str or Path
+        A folder that transformers wrote, a folder that :func:`sq_cpu.save` wrote, a ``.gguf`` file
+        (dequantized by transformers), or the name of a model on the hub.
+    dtype : torch.dtype, optional
+        fp32, bf16 or fp16. None keeps the dtype that the folder or the hub says; a GGUF file, whose
+        weights have none, then becomes fp32.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In eval mode, on the CPU.
+    tokenizer : transformers.PreTrainedTokenizerBase
+
+    Raises
+    ------
+    SqCpuError
+        Nothing there, a damaged file, an architecture that transformers does not know, weights that
+        lack a tensor, or a hub that cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if is_checkpoint(path):
+            return checkpoint.load(path, dtype=dtype), load_tokenizer(path, f"checkpoint {path}")
+        check_float(path)
+        return _load(path, dtype or "auto", f"model folder {path}")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SqCpuError(f"{path} is a file, but not a .gguf; give the model's folder instead")
+        return _load_gguf(path, dtype or torch.float32)
+    if path.suffix.lower() != ".gguf" and _HUB_NAME.fullmatch(str(source)):
+        return _load(source, dtype or "auto", f"{source} (no such folder) from the hub")
+    raise SqCpuError(f"{source}: no such file or folder; give a model folder or a .gguf file")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Tell whether a folder's config.json says that :func:`sq_cpu.save` wrote it."""
+    return _quant_method(folder) == checkpoint_config.QUANT_METHOD
+
+
+def _quant_method(folder: Path) -> str | None:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str(config["quantization_config"]["quant_method"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None  # not there or not readable: what loads the model says so, with the reason
+
+
+def check_float(folder: Path) -> None:
+    """Raise `SqCpuError` for a folder whose model is quantized already."""
+    method = _quant_method(folder)
+    if method is not None:
+        raise SqCpuError(
+            f"{folder} is already quantized ({method}); give the model in fp32, bf16 or fp16"
+        )
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SqCpuError(f"{path} is not a GGUF file: its first bytes are not 'GGUF'")
+    model, tokenizer = _load(path.parent, dtype, f"GGUF file {path}", gguf_file=path.name)
+    # The weights are floats now, but the model still says "gguf", and so refuses save and .to().
+    model.hf_quantizer.remove_quantization_config(model)
+    return model, tokenizer
+
+
+def _load(
+    source: str | Path, dtype: torch.dtype | str, what: str, **options: Any
+) -> tuple[Any, Any]:
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **options
+        )
+    except Exception as error:  # files that are missing, damaged or unknown raise all kinds
+        raise SqCpuError(f"cannot load {what}: {first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers fills them with random numbers and goes on.
+        raise SqCpuError(
+            f"cannot load {what}: the weights lack {missing[0]} (and {len(missing) - 1} more); "
+            "get the whole model"
+        )
+    return model.eval(), load_tokenizer(source, what, **options)
+
+
+def load_tokenizer(source: str | Path, what: str, **options: Any) -> Any:
+    """Load the tokenizer of `what`, or raise `SqCpuError`."""
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        raise SqCpuError(f"cannot load the tokenizer of {what}: {first_line(error)}") from error

@@ -1,0 +1,6 @@
+"""The C++ library as functions of tensors.
+
+The one place that imports torch before the extension: that uses the OpenMP runtime torch loads.
+"""
+
+import torch  # noqa: F401

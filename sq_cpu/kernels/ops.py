@@ -1,0 +1,333 @@
+"""The kernels as functions of tensors: checked calls, quantized activations, the torch operator.
+
+The names are those of cpp/include/sq_cpu/linear.h.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels import _core
+
+__all__ = [
+    "Activation",
+    "Epilogue",
+    "QuantizedActivation",
+    "check",
+    "is_plain",
+    "linear",
+    "linear_quantized",
+    "linear_requantized",
+    "make_quantizer",
+    "quantize_activations",
+]
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
+
+_DTYPES = {
+    torch.float32: _core.DType.float32,
+    torch.bfloat16: _core.DType.bfloat16,
+    torch.float16: _core.DType.float16,
+}
+_ACTIVATIONS = {None: _core.Activation.none} | {
+    name: getattr(_core.Activation, name) for name in get_args(Activation)
+}
+_NO_STEPS = (_core.Activation.none, 0, 0)
+
+_NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad()"
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedActivation:
+    """Activations [*leading, in_features] as u8 codes, ready for several int8 linears.
+
+    Row i of the m rows stands for (codes - zero_point[i]) * scale[i].
+    """
+
+    codes: Tensor
+    """uint8 [codes_bytes(m, in_features)], in the blocks that cpp/include/sq_cpu/linear.h draws."""
+    scale: Tensor
+    """fp32 [m]; NaN for a row that is not finite."""
+    zero_point: Tensor
+    """int32 [m]."""
+    leading: tuple[int, ...]
+    """The shape without the last dimension; m is its product."""
+    in_features: int
+    dtype: torch.dtype
+    """What it was quantized from, and what a linear makes of it: fp32, bf16 or fp16."""
+    quantizer: _core.ActivationQuantizer
+    """How it was quantized; a layer takes what its own quantizer could have made."""
+
+    @property
+    def max_code(self) -> int:
+        """The largest code there is: 255, or 127 with `reduce_range`."""
+        return self.quantizer.max_code
+
+    def rows(self) -> Tensor:
+        """Return the codes in row-major order, uint8 [m, in_features]."""
+        m, k = len(self.scale), self.in_features
+        height, tiles = max(1, min(16, m)), -(-k // 64)
+        blocks = self.codes.view(-(-m // height), tiles, height, 64).transpose(1, 2)
+        return blocks.reshape(-1, tiles * 64)[:m, :k]
+
+    def dequantize(self) -> Tensor:
+        """Return the activations, [*leading, in_features] of `dtype`, as far as 8 bits hold them.
+
+        They are those that were quantized, thus divided by the smoothing scale if there was one.
+        """
+        centred = self.rows().int() - self.zero_point[:, None]
+        x = (centred * self.scale[:, None]).to(self.dtype)
+        return x.view(*self.leading, self.in_features)
+
+
+def make_quantizer(
+    activations: str,
+    symmetric: bool,
+    reduce_range: bool,
+    scale: float,
+    zero_point: int,
+    smoothing: Tensor | None,
+) -> _core.ActivationQuantizer:
+    """Return the kernels' quantizer of a scheme; `smoothing` is s, fp32 [in_features].
+
+    Raises
+    ------
+    SqCpuError
+        When s or 1 / s is not positive and finite.
+    """
+    inverse: list[float] = []
+    if smoothing is not None:
+        reciprocal = 1 / smoothing
+        if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
+            raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
+        inverse = reciprocal.tolist()
+    granularity = getattr(_core.Granularity, activations)
+    return _core.ActivationQuantizer(
+        granularity, symmetric, reduce_range, scale, zero_point, inverse
+    )
+
+
+def is_plain(x: object) -> bool:
+    """Tell whether `x` is an ordinary tensor that nothing traces or transforms."""
+    return not torch.compiler.is_compiling() and _core.is_plain(x)
+
+
+class Epilogue(NamedTuple):
+    """What follows a linear's sum v, in this order: activation(v) * other + residual."""
+
+    activation: str | None = None
+    other: Tensor | None = None
+    residual: Tensor | None = None
+
+    def checked(self, shape: tuple[int, ...], dtype: torch.dtype) -> Epilogue:
+        """Return it with operands whose addresses the kernels can read."""
+        if self.activation not in _ACTIVATIONS:
+            raise SqCpuError(
+                f"int8 linear: activation is {self.activation!r}, known are "
+                + ", ".join(get_args(Activation))
+            )
+        other, residual = (
+            None if operand is None else _operand(name, operand, shape, dtype)
+            for name, operand in (("other", self.other), ("residual", self.residual))
+        )
+        return Epilogue(self.activation, other, residual)
+
+    def arguments(self) -> tuple[_core.Activation, int, int]:
+        """Return what the bindings take; the addresses live as long as this epilogue."""
+        other = 0 if self.other is None else self.other.data_ptr()
+        residual = 0 if self.residual is None else self.residual.data_ptr()
+        return _ACTIVATIONS[self.activation], other, residual
+
+
+def _operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if tuple(operand.shape) != shape or operand.dtype != dtype or not operand.is_cpu:
+        raise SqCpuError(
+            f"int8 linear: {name} is {operand.dtype} {list(operand.shape)} on {operand.device}, "
+            f"the output {dtype} {list(shape)} on cpu"
+        )
+    if operand.requires_grad and torch.is_grad_enabled():
+        raise SqCpuError(_NO_GRADIENT)
+    return operand.resolve_neg().contiguous()
+
+
+def check(x: Tensor, packed: Tensor, in_features: int) -> tuple[_core.DType, list[int]]:
+    """Return the kernels' dtype of x [*leading, in_features], and `leading`; else `SqCpuError`."""
+    kind = _DTYPES.get(x.dtype)
+    if kind is None:
+        raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
+    *leading, width = x.shape or (-1,)
+    if width != in_features:
+        raise SqCpuError(
+            f"int8 linear: input is {list(x.shape)}, the layer needs [..., {in_features}]"
+        )
+    if not (x.is_cpu and packed.is_cpu):
+        raise SqCpuError(
+            f"int8 linear: input is on {x.device}, weights on {packed.device}; "
+            "sq_cpu runs on the CPU only"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise SqCpuError(_NO_GRADIENT)
+    return kind, leading
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    in_features: int,
+    out_features: int,
+    quantizer: _core.ActivationQuantizer,
+    epilogue: Epilogue | None = None,
+) -> Tensor:
+    """Return y [..., out_features] of x's dtype, for a plain x."""
+    kind, leading = check(x, packed, in_features)
+    if x.is_neg():
+        x = x.resolve_neg()
+    x = x.contiguous()
+    y = x.new_empty(*leading, out_features)  # a tuple would take longer
+    if epilogue is not None:
+        epilogue = epilogue.checked(tuple(y.shape), y.dtype)
+    activation, other, residual = _NO_STEPS if epilogue is None else epilogue.arguments()
+    torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
+    _core.linear(
+        x.data_ptr(),
+        kind,
+        math.prod(leading),
+        packed.data_ptr(),
+        out_features,
+        in_features,
+        quantizer,
+        y.data_ptr(),
+        activation,
+        other,
+        residual,
+    )
+    return y
+
+
+def _empty_codes(
+    leading: tuple[int, ...],
+    in_features: int,
+    dtype: torch.dtype,
+    quantizer: _core.ActivationQuantizer,
+) -> QuantizedActivation:
+    m = math.prod(leading)
+    codes, scale, zero_point = (
+        torch.empty(size, dtype=kind, device="cpu")
+        for size, kind in (
+            (_core.codes_bytes(m, in_features), torch.uint8),
+            (m, torch.float32),
+            (m, torch.int32),
+        )
+    )
+    return QuantizedActivation(codes, scale, zero_point, leading, in_features, dtype, quantizer)
+
+
+def _addresses(x: QuantizedActivation) -> tuple[int, int, int]:
+    return x.codes.data_ptr(), x.scale.data_ptr(), x.zero_point.data_ptr()
+
+
+def quantize_activations(x: Tensor, quantizer: _core.ActivationQuantizer) -> QuantizedActivation:
+    """Quantize x [..., in_features], a plain fp32, bf16 or fp16 tensor, as `linear` does."""
+    *leading, in_features = x.shape
+    x = x.resolve_neg().contiguous()
+    out = _empty_codes(tuple(leading), in_features, x.dtype, quantizer)
+    torch.get_num_threads()
+    _core.quantize_activations(
+        x.data_ptr(), _DTYPES[x.dtype], len(out.scale), in_features, quantizer, *_addresses(out)
+    )
+    return out
+
+
+def linear_quantized(
+    x: QuantizedActivation, packed: Tensor, out_features: int, epilogue: Epilogue
+) -> Tensor:
+    """Return what `linear` returns for what `x` was quantized from, bit for bit."""
+    shape = (*x.leading, out_features)
+    epilogue = epilogue.checked(shape, x.dtype)
+    y = torch.empty(shape, dtype=x.dtype, device="cpu")
+    torch.get_num_threads()
+    _core.linear_quantized(
+        *_addresses(x),
+        len(x.scale),
+        x.max_code,
+        packed.data_ptr(),
+        out_features,
+        x.in_features,
+        y.data_ptr(),
+        _DTYPES[x.dtype],
+        *epilogue.arguments(),
+    )
+    return y
+
+
+def linear_requantized(
+    x: QuantizedActivation,
+    packed: Tensor,
+    out_features: int,
+    quantizer: _core.ActivationQuantizer,
+    epilogue: Epilogue,
+) -> QuantizedActivation:
+    """Return the codes of y by `quantizer`, which must be static, without rounding y before."""
+    epilogue = epilogue.checked((*x.leading, out_features), x.dtype)
+    y = _empty_codes(x.leading, out_features, x.dtype, quantizer)
+    torch.get_num_threads()
+    _core.linear_requantized(
+        *_addresses(x),
+        len(x.scale),
+        x.max_code,
+        packed.data_ptr(),
+        out_features,
+        x.in_features,
+        quantizer,
+        *_addresses(y),
+        _DTYPES[x.dtype],
+        *epilogue.arguments(),
+    )
+    return y
+
+
+@torch.library.custom_op("sq_cpu::linear", mutates_args=(), device_types="cpu")
+def _linear_op(
+    x: Tensor,
+    packed: Tensor,
+    out_features: int,
+    activations: str,
+    symmetric: bool,
+    reduce_range: bool,
+    scale: float,
+    zero_point: int,
+    smoothing: Tensor | None = None,
+    activation: str | None = None,
+    other: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Run the kernel where torch traces or transforms; plain calls go straight to `linear`."""
+    _check_packed(x, packed, out_features)
+    quantizer = make_quantizer(activations, symmetric, reduce_range, scale, zero_point, smoothing)
+    epilogue = Epilogue(activation, other, residual)
+    return linear(x, packed, x.shape[-1], out_features, quantizer, epilogue)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, packed: Tensor, out_features: int, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _check_packed(x: Tensor, packed: Tensor, out_features: int) -> None:
+    if x.dtype not in _DTYPES or x.dim() == 0:
+        raise SqCpuError(
+            f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
+            "use float32, bfloat16 or float16, of one or more"
+        )
+    size = _core.packed_bytes(out_features, x.shape[-1])
+    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != size:
+        raise SqCpuError(
+            f"int8 linear: {packed.numel()} elements of {packed.dtype} are not a packed weight "
+            f"[{out_features}, {x.shape[-1]}], which takes {size} of uint8"
+        )

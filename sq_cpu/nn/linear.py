@@ -1,0 +1,563 @@
+"""The int8 linear layer: `QuantLinear` runs the kernels, `linear_reference` defines their result.
+
+Weights are int8 with one fp32 scale per output channel (the same for all of a
+tensor or group of channels, where the scheme says so), activations become u8 codes with one scale
+and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 2):
+
+    y = (codes - zero_point) @ weight.T * row_scale * weight_scale + bias
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels import _core, ops
+from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
+from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
+from sq_cpu.scheme import Scheme
+
+__all__ = ["QuantLinear", "linear_reference"]
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
+    "silu": nn.functional.silu,
+}
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    scheme: Scheme,
+    static: tuple[float, int] | None = None,
+    *,
+    smoothing: Tensor | None = None,
+    activation: Activation | None = None,
+    other: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Compute in plain torch exactly what the kernels compute.
+
+    Of the activations only relu is exact: the others are rounded from fp64 here, while the kernels
+    err by up to 3.5e-7 of the value.
+
+    Parameters
+    ----------
+    x : fp32, bf16 or fp16 [..., in_features]
+    weight : int8 [out_features, in_features]
+    weight_scale, bias : fp32 [out_features]
+    static : (scale, zero point) of a static scheme's activations, from `static_code`
+    smoothing : s, fp32 [in_features]; x is multiplied by 1 / s first
+    activation : "relu", "gelu", "gelu_tanh" or "silu"
+    other, residual : multiplied and added after the activation, [..., out_features]
+
+    Returns
+    -------
+    [..., out_features], of x's dtype
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if smoothing is not None:
+        rows = rows * (1 / smoothing)
+    codes, row_scale, zero_point = quantize_rows(rows, scheme, static)
+    # Integers up to 2^31 and their products are exact in fp64.
+    total = (codes.double() - zero_point.double()[:, None]) @ weight.double().T
+    scale = (row_scale[:, None] * weight_scale).double()
+    y = total.float().double() * scale + (0.0 if bias is None else bias.double())
+    y = y.float().reshape(*x.shape[:-1], weight.shape[0])
+    if activation is not None:
+        y = _ACTIVATIONS[activation](y.double()).float()
+    if other is not None:
+        y = y * other.float()
+    if residual is not None:
+        y = y + residual.float()
+    return y.to(x.dtype)
+
+
+_HUGE_PAGE = 2 << 20
+
+
+def _untouched_zeros(size: int) -> Tensor:
+    """Return uint8 zeros whose pages no thread has touched.
+
+    The kernels pack into them: huge pages can be asked for, and each page lies near the thread that
+    will read it. torch.zeros writes the zeros.
+    """
+    if size < _HUGE_PAGE:
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+class _Unreadable(Tensor):
+    """A tensor without values; one on the meta device is no safe one, as products take it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        raise SqCpuError(
+            f"{func} needs the values of a QuantLinear's weight, which is packed: call the layer, "
+            "or read weight_int8()"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<packed weight {list(self.shape)}, {self.dtype}>"
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with int8 weights and int8 activations, for inference.
+
+    The packed weight is the only resident copy: int8 tiles, column sums, scales and bias in one
+    uint8 buffer, which `deepcopy`, pickling, `share_memory` and `.to(dtype)` carry along unchanged.
+    `state_dict` unpacks it exactly, into `weight` (int8 [out_features, in_features]),
+    `weight_scale` (fp32 [out_features]), `bias`, and for static schemes `input_scale` and
+    `input_zero_point`, and `smoothing` if there is one; `load_state_dict` packs them again.
+
+    Attributes
+    ----------
+    packed : uint8 buffer, laid out as cpp/include/sq_cpu/linear.h draws it
+    input_scale, input_zero_point : of a static scheme; None and 0 otherwise
+    smoothing : s, fp32 [in_features], which divides the input (SmoothQuant, arXiv 2211.10438,
+        eq. 3) while it is quantized; None where that was folded into the layer before
+    """
+
+    packed: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool,
+        smoothed: bool = False,
+    ) -> None:
+        """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.has_bias = bias
+        self.scheme = scheme
+        packed = _untouched_zeros(_core.packed_bytes(out_features, in_features))
+        self.register_buffer("packed", packed, persistent=False)
+        static = None if scheme.activations != "static" else (1.0, scheme.zero_point)
+        smoothing = torch.ones(in_features, dtype=torch.float32, device="cpu") if smoothed else None
+        self._set_quantizer(static, smoothing)
+
+    @classmethod
+    def from_float(
+        cls,
+        linear: nn.Linear,
+        scheme: Scheme,
+        input_range: tuple[float, float] | None = None,
+        *,
+        smoothing: Tensor | None = None,
+        weight_clip: float = 1.0,
+    ) -> QuantLinear:
+        """Quantize `linear`.
+
+        Parameters
+        ----------
+        input_range : (min, max) of the layer's input, divided by `smoothing`, for a static scheme
+        smoothing : s, [in_features]: the weight is multiplied by it, the input will be divided
+        weight_clip : fraction, in (0, 1], of each weight scale's absmax that the codes cover
+
+        Raises
+        ------
+        SqCpuError
+            When the weight is not finite, in_features exceeds 66310 (where an int32 sum could
+            overflow), a static scheme has no input range, s is not positive and finite, or the
+            clip is out of its range.
+        """
+        static = None
+        if scheme.activations == "static":
+            if input_range is None:
+                raise SqCpuError("a static scheme needs the input's range: calibrate the model")
+            static = static_code(scheme, *input_range)
+        layer = cls(linear.in_features, linear.out_features, scheme, bias=linear.bias is not None)
+        if smoothing is not None:
+            smoothing = smoothing.detach().to("cpu", torch.float32, copy=True).contiguous()
+        layer._set_quantizer(static, smoothing)
+        weight = linear.weight.detach()
+        if smoothing is not None:
+            weight = weight.float() * smoothing
+        layer._pack(
+            *quantize_weight(weight, scheme.weights, scheme.weight_group_rows, weight_clip),
+            None if linear.bias is None else linear.bias.detach(),
+        )
+        return layer
+
+    def forward(
+        self,
+        x: Tensor | QuantizedActivation,
+        *,
+        activation: Activation | None = None,
+        other: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Return y [..., out_features] for x [..., in_features], both fp32, bf16 or fp16.
+
+        Parameters
+        ----------
+        x : a tensor, or what `quantize_input` of this layer or of one that quantizes alike gave
+        activation : "relu", "gelu" (by erf), "gelu_tanh" or "silu"
+        other, residual : [..., out_features] of y's dtype; y = activation(v) * other + residual,
+            each step in fp32 and the result rounded once
+
+        Raises
+        ------
+        SqCpuError
+            For another dtype, shape or device, for an input that asks for gradients, and for one
+            that was quantized otherwise than this layer does.
+        """
+        packed: Any = self._buffers["packed"]  # self.packed takes nn.Module's long way
+        steps = None
+        if activation is not None or other is not None or residual is not None:
+            steps = Epilogue(activation, other, residual)
+        elif not is_compiling():
+            y = _core.linear_tensor(x, packed, self.in_features, self.out_features, self._quantizer)
+            if y is not None:
+                return y
+        if isinstance(x, QuantizedActivation):
+            self._check_quantized(x)
+            return ops.linear_quantized(x, packed, self.out_features, steps or Epilogue())
+        operands = [operand for operand in (other, residual) if operand is not None]
+        if ops.is_plain(x) and all(ops.is_plain(operand) for operand in operands):
+            return ops.linear(
+                x, packed, self.in_features, self.out_features, self._quantizer, steps
+            )
+        ops.check(x, packed, self.in_features)
+        return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
+            x,
+            packed,
+            self.out_features,
+            self.scheme.activations,
+            self.scheme.symmetric,
+            self.scheme.reduce_range,
+            self.input_scale or 0.0,
+            self.input_zero_point,
+            self.smoothing,
+            activation,
+            other,
+            residual,
+        )
+
+    def quantize_input(self, x: Tensor) -> QuantizedActivation:
+        """Quantize x [..., in_features] once for every layer that quantizes alike.
+
+        Alike are layers of one width and scheme, with equal static scales and smoothings.
+
+        Raises
+        ------
+        SqCpuError
+            For what `forward` refuses, and where torch traces or transforms the call.
+        """
+        ops.check(x, self.packed, self.in_features)
+        if not ops.is_plain(x):
+            raise SqCpuError("quantize_input cannot be traced or transformed; call the layer on x")
+        return ops.quantize_activations(x, self._quantizer)
+
+    def forward_int8(
+        self,
+        x: Tensor | QuantizedActivation,
+        next_layer: QuantLinear,
+        *,
+        activation: Activation | None = None,
+        other: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> QuantizedActivation:
+        """Return `forward`'s y as the codes that `next_layer` takes: int8 from layer to layer.
+
+        y is not rounded to a float dtype between: its codes are those of the fp32 values. A row
+        that is not finite has a scale of NaN. The scheme must be static, and `next_layer` without
+        a smoothing of its own.
+
+        Raises
+        ------
+        SqCpuError
+            For what `forward` and `quantize_input` refuse, and a `next_layer` that does not fit.
+        """
+        if next_layer.in_features != self.out_features:
+            raise SqCpuError(
+                f"int8 linear: the next layer takes {next_layer.in_features} features, "
+                f"this one gives {self.out_features}"
+            )
+        if next_layer.input_scale is None or next_layer.smoothing is not None:
+            raise SqCpuError(
+                "int8 linear: codes for the next layer need its static input scale and no "
+                "smoothing of its own; call this layer, then that one"
+            )
+        if isinstance(x, QuantizedActivation):
+            self._check_quantized(x)
+        else:
+            x = self.quantize_input(x)
+        steps = Epilogue(activation, other, residual)
+        return ops.linear_requantized(
+            x, self.packed, self.out_features, next_layer._quantizer, steps
+        )
+
+    @property
+    def static(self) -> tuple[float, int] | None:
+        """Scale and zero point of a static scheme's activations."""
+        return None if self.input_scale is None else (self.input_scale, self.input_zero_point)
+
+    def reference(
+        self,
+        x: Tensor,
+        *,
+        activation: Activation | None = None,
+        other: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Return what `forward` returns, computed in plain torch by `linear_reference`."""
+        return linear_reference(
+            x,
+            self.weight_int8(),
+            self.weight_scale,
+            self.bias,
+            self.scheme,
+            self.static,
+            smoothing=self.smoothing,
+            activation=activation,
+            other=other,
+            residual=residual,
+        )
+
+    def count_saturation(self, x: Tensor | QuantizedActivation) -> tuple[int, int]:
+        """Return how many pairs of products `forward` adds for `x`, and how many leave int16.
+
+        A pair is u[2j] w[2j] + u[2j+1] w[2j+1] of the codes and the weights; raises as `forward`.
+        """
+        if isinstance(x, QuantizedActivation):
+            self._check_quantized(x)
+            codes = x
+        else:
+            codes = self.quantize_input(x.detach())
+        return _core.count_saturation(
+            codes.codes.data_ptr(),
+            codes.zero_point.data_ptr(),
+            len(codes.scale),
+            codes.max_code,
+            self.packed.data_ptr(),
+            self.out_features,
+            self.in_features,
+        )
+
+    def weight_int8(self) -> Tensor:
+        """Return the weight, int8 [out_features, in_features], unpacked into new memory."""
+        shape = (self.out_features, self.in_features)
+        weight = torch.empty(shape, dtype=torch.int8, device="cpu")
+        self._unpack(weight=weight)
+        return weight
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the weight's shape, dtype and device, int8 [out_features, in_features], no values.
+
+        For models that look at their linears' weights before they call them (T5 does). Whatever
+        reads or computes with it raises `SqCpuError`; `weight_int8` has the values.
+        """
+        shape = (self.out_features, self.in_features)
+        return Tensor._make_wrapper_subclass(
+            _Unreadable, shape, dtype=torch.int8, device=self.packed.device
+        )
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """Return the weight's scales, fp32 [out_features]."""
+        scale = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
+        self._unpack(scale=scale)
+        return scale
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Return the bias, fp32 [out_features], or None."""
+        if not self.has_bias:
+            return None
+        bias = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
+        self._unpack(bias=bias)
+        return bias
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes: the packed weight with its scales and bias, and s with 1 / s."""
+        return self.packed.nbytes + (0 if self.smoothing is None else 2 * self.smoothing.nbytes)
+
+    def extra_repr(self) -> str:
+        """Return the shape and the scheme, for `print(model)`."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.has_bias}, scheme={self.scheme.name}"
+        )
+
+    def _check_quantized(self, x: QuantizedActivation) -> None:
+        if x.in_features != self.in_features:
+            raise SqCpuError(
+                f"int8 linear: input is quantized [..., {x.in_features}], "
+                f"the layer needs [..., {self.in_features}]"
+            )
+        if x.quantizer != self._quantizer:
+            raise SqCpuError(
+                "int8 linear: input is quantized by another scheme, static scale or smoothing; "
+                "use this layer's quantize_input"
+            )
+        if not self.packed.is_cpu:
+            raise SqCpuError(
+                f"int8 linear: weights are on {self.packed.device}; sq_cpu runs on the CPU only"
+            )
+
+    def _make_quantizer(
+        self, static: tuple[float, int] | None, smoothing: Tensor | None
+    ) -> _core.ActivationQuantizer:
+        if static is not None:
+            scale, zero_point = static
+            symmetric = zero_point == self.scheme.zero_point
+            fits = symmetric if self.scheme.symmetric else 0 <= zero_point <= self.scheme.levels
+            if not (0 < scale < math.inf and fits):
+                raise SqCpuError(
+                    f"static input scale {scale:g} with zero point {zero_point} is not of this "
+                    "scheme: calibrate and quantize the model again"
+                )
+        if smoothing is not None and smoothing.shape != (self.in_features,):
+            raise SqCpuError(
+                f"the smoothing scale is {list(smoothing.shape)}, the layer needs "
+                f"[{self.in_features}]"
+            )
+        return ops.make_quantizer(
+            self.scheme.activations,
+            self.scheme.symmetric,
+            self.scheme.qmax == 63,
+            0.0 if static is None else static[0],
+            0 if static is None else static[1],
+            smoothing,
+        )
+
+    def _set_quantizer(
+        self,
+        static: tuple[float, int] | None,
+        smoothing: Tensor | None,
+        quantizer: _core.ActivationQuantizer | None = None,
+    ) -> None:
+        quantizer = quantizer or self._make_quantizer(static, smoothing)
+        # Neither parameters nor buffers: .to(bfloat16) must not round them.
+        self.input_scale = None if static is None else static[0]
+        self.input_zero_point = 0 if static is None else static[1]
+        self.smoothing = smoothing
+        self._quantizer = quantizer
+
+    def _pack(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        tensors = [self.packed, weight, scale, *([] if bias is None else [bias])]
+        if not all(tensor.is_cpu for tensor in tensors):
+            raise SqCpuError("int8 linear: sq_cpu packs on the CPU only; move the weight there")
+        if not scale.isfinite().all():
+            raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
+        weight, scale = weight.contiguous(), scale.float().contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
+        _core.pack_weight(
+            weight.data_ptr(),
+            scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            self.out_features,
+            self.in_features,
+            self.packed.data_ptr(),
+        )
+
+    def _unpack(self, **out: Tensor) -> None:
+        if not self.packed.is_cpu:
+            raise SqCpuError(
+                f"int8 linear: the weight is on {self.packed.device}; sq_cpu runs on the CPU only"
+            )
+        addresses = dict.fromkeys(("weight", "scale", "bias"), 0)
+        addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
+        _core.unpack_weight(
+            self.packed.data_ptr(), self.out_features, self.in_features, **addresses
+        )
+
+    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and dtype of each entry of the state dict."""
+        entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((self.out_features, self.in_features), torch.int8),
+            "weight_scale": ((self.out_features,), torch.float32),
+        }
+        if self.has_bias:
+            entries["bias"] = ((self.out_features,), torch.float32)
+        if self.scheme.activations == "static":
+            entries |= {
+                "input_scale": ((), torch.float32),
+                "input_zero_point": ((), torch.int32),
+            }
+        if self.smoothing is not None:
+            entries["smoothing"] = ((self.in_features,), torch.float32)
+        return entries
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        destination[prefix + "weight"] = self.weight_int8()
+        destination[prefix + "weight_scale"] = self.weight_scale
+        if self.has_bias:
+            destination[prefix + "bias"] = self.bias
+        if self.input_scale is not None:
+            destination[prefix + "input_scale"] = torch.tensor(
+                self.input_scale, dtype=torch.float32, device="cpu"
+            )
+            destination[prefix + "input_zero_point"] = torch.tensor(
+                self.input_zero_point, dtype=torch.int32, device="cpu"
+            )
+        if self.smoothing is not None:
+            destination[prefix + "smoothing"] = self.smoothing.clone()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        entries = self.entries()
+        found: dict[str, Tensor] = {}
+        for name, (shape, dtype) in entries.items():
+            tensor = state_dict.get(prefix + name)
+            if tensor is None:
+                missing_keys.append(prefix + name)
+            elif tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                error_msgs.append(
+                    f"{prefix}{name} is {tensor.dtype} {tuple(tensor.shape)}, "
+                    f"the layer needs {dtype} {shape}"
+                )
+            else:
+                found[name] = tensor
+        if strict:
+            unexpected_keys += [
+                key
+                for key in state_dict
+                if key.startswith(prefix) and key.removeprefix(prefix) not in entries
+            ]
+        if len(found) < len(entries):
+            return
+        # Checked before, taken over after the weight: a refusal leaves the layer as it was.
+        static = None
+        if "input_scale" in found:
+            static = float(found["input_scale"]), int(found["input_zero_point"])
+        smoothing = found.get("smoothing")
+        smoothing = None if smoothing is None else smoothing.cpu().clone()
+        quantizer = self._make_quantizer(static, smoothing)
+        self._pack(found["weight"], found["weight_scale"], found.get("bias"))
+        self._set_quantizer(static, smoothing, quantizer)

@@ -1,0 +1,431 @@
+"""The one stage that changes a model: fold the smoothing, then swap Linear for QuantLinear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels import _core
+from sq_cpu.kernels.runtime import has_vnni
+from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
+from sq_cpu.models.linears import (
+    check_ignore,
+    contiguous_linears,
+    float_linears,
+    free_experts,
+    is_ignored,
+    linearize,
+    quantizable_linears,
+    restore_modules,
+)
+from sq_cpu.nn.decomposed import DecomposedLinear, outlier_columns
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.numerics.ranges import static_range
+from sq_cpu.progress import track
+from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan
+from sq_cpu.smoothing.scales import (
+    Run,
+    consumer_scales,
+    fold_scales,
+    plan_scales,
+    running,
+)
+
+__all__ = [
+    "check_layers",
+    "mark_quantized",
+    "quantize",
+    "quantize_part",
+    "replace_linears",
+]
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Calibration | None = None,
+    plan: SmoothPlan | None = None,
+    *,
+    scheme: str | Scheme | None = None,
+    smooth: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Quantize the linears of `model` in place to int8 and return it, ready to run.
+
+    `scheme=None` is the plan's scheme, or O1 where it has none. With `plan=None` every linear to
+    quantize is smoothed at alpha 0.5. `smooth=False` leaves the weights as they are (naive W8A8);
+    only there, or with a plan without groups, and where no linear is static or decomposed, may the
+    calibration be omitted. A group of which no linear is quantized is not smoothed, and not in the
+    plan that is recorded. Linears that no batch reached (an expert that no token was routed to)
+    stay in float where their scheme is static, and are not smoothed otherwise. A linear that the
+    plan gives `outliers`, or whose smoothed input reaches `scheme.outlier_threshold` in some
+    channels, becomes a `DecomposedLinear`.
+
+    Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
+    as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
+    why. transformers' Conv1D, FalconLinear and 3-D experts are then linears of their own (see
+    `sq_cpu.models.linears`). Extra memory is that of the folds' proof, then that of one linear.
+
+    Raises `SqCpuError` before anything is changed: for an unknown scheme, an entry of `ignore` that
+    matches no linear, a group or layer of the plan that the model lacks, a model that is quantized
+    already or has no linear, linears with hooks or parametrizations or in a module that reads their
+    weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
+    older than the weights, not finite, or without the rows that the scheme's range needs.
+    """
+    scheme = scheme_of(scheme, plan).resolve(has_vnni())
+    if plan is not None and not smooth:
+        raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
+    replaced = linearize(model)
+    try:
+        check_ignore(model, scheme.ignore)
+        if any(isinstance(module, QuantLinear) for module in model.modules()):
+            raise SqCpuError("the model is quantized already; start from its float weights")
+        linears = quantizable_linears(model, scheme.ignore)
+        check_layers(linears, plan)
+        in_float = {} if plan is None else plan.in_float
+        for name in in_float:
+            del linears[name]
+        kept = float_linears(model, scheme.ignore) | in_float
+        _check_replaceable(model, scheme.ignore, in_float)
+        if not linears:
+            raise SqCpuError(
+                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
+            )
+        unreached = () if calibration is None else calibration.unreached
+        if _needs_calibration(plan, scheme, smooth) and linears.keys() <= set(unreached):
+            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
+        example = None if calibration is None else calibration.example
+        run = running(model, example)
+        prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, run)
+    except BaseException:
+        restore_modules(replaced)
+        raise
+    part = _swap(model, linears, prepared, progress)
+    free_experts(model)
+    contiguous_linears(model)
+    mark_quantized(model, part.record(scheme, kept))
+    return model
+
+
+def quantize_part(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    calibration: Calibration | None,
+    plan: SmoothPlan | None,
+    scheme: Scheme,
+    groups: Sequence[SmoothingGroup],
+    run: Run | None,
+) -> QuantizedPart:
+    """Quantize some linears of a linearized model as `quantize` does all of them.
+
+    `groups` and `plan` (None: no smoothing) are those of these linears, `run` calls what holds
+    them and returns its outputs. `linears` is emptied, so that each can be freed.
+    """
+    smooth = plan is not None
+    prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, run)
+    return _swap(model, linears, prepared, progress=False)
+
+
+_Ranges = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What `_swap` needs beside the folded linears."""
+
+    plan: SmoothPlan | None
+    schemes: Mapping[str, Scheme]
+    scales: Mapping[str, Tensor]
+    in_pass: frozenset[str]
+    ranges: _Ranges
+    outliers: Mapping[str, Tensor]
+
+
+def _prepare(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    calibration: Calibration | None,
+    plan: SmoothPlan | None,
+    scheme: Scheme,
+    smooth: bool,
+    groups: Sequence[SmoothingGroup] | None,
+    run: Run | None,
+) -> _Prepared:
+    """Check, find all scales, and fold last: what raises leaves the weights as they were."""
+    _check_linears(linears)
+    _check_calibration(linears, calibration, _needs_calibration(plan, scheme, smooth))
+    if groups is None:
+        groups = smoothing_groups(model) if smooth else ()
+    if smooth and plan is None:
+        assert calibration is not None  # _check_calibration raised otherwise
+        plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
+    scales: dict[SmoothingGroup, Tensor] = {}
+    schemes = dict.fromkeys(linears, scheme)
+    clips: dict[str, float] = {}
+    if plan is not None:
+        plan = _of_quantized(plan, groups, linears)
+        schemes = {name: plan.layer_scheme(scheme, name) for name in linears}
+    if plan is not None and plan.groups:
+        assert calibration is not None  # likewise
+        scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups)
+        clip_of = {group.name: group.clip for group in plan.groups}
+        clips = {name: clip_of[group.name] for group in scales for name in group.consumers}
+    by_linear = consumer_scales(scales)
+    outliers = _outliers(schemes, calibration, by_linear, plan)
+    ranges = _input_ranges(schemes, calibration, by_linear, clips, outliers)
+    in_pass: frozenset[str] = frozenset()
+    if plan is not None and plan.groups:
+        smoothed = fold_scales(model, plan, scales, run)
+        plan, in_pass = smoothed.plan, smoothed.in_pass
+    return _Prepared(plan, schemes, by_linear, in_pass, ranges, outliers)
+
+
+def _needs_calibration(plan: SmoothPlan | None, scheme: Scheme, smooth: bool) -> bool:
+    return smooth or scheme.needs_calibration if plan is None else plan.needs_calibration(scheme)
+
+
+def _of_quantized(
+    plan: SmoothPlan, groups: Iterable[SmoothingGroup], linears: Mapping[str, nn.Linear]
+) -> SmoothPlan:
+    """Return the plan without the groups that have no linear to quantize."""
+    idle = {group.name for group in groups if not any(name in linears for name in group.consumers)}
+    return replace(plan, groups=tuple(group for group in plan.groups if group.name not in idle))
+
+
+def _swap(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    prepared: _Prepared,
+    progress: bool | None,
+) -> QuantizedPart:
+    ranges, outliers, schemes = prepared.ranges, prepared.outliers, prepared.schemes
+    static = {name for name in linears if schemes[name].activations == "static"}
+    unreached = tuple(name for name in linears if name in static and name not in ranges)
+    for name in unreached:
+        del linears[name]
+    layers = tuple(linears)
+    places = _places(model, linears)
+    for name in track(layers, "quantizing", progress):
+        # One at a time, so that each float weight is freed before the next int8 one is made.
+        linear = linears.pop(name)
+        _untie(model, linear)
+        s = prepared.scales[name] if name in prepared.in_pass else None
+        clip = 1.0 if prepared.plan is None else prepared.plan.layer(name).weight_clip
+        layer: nn.Module
+        if name in outliers:
+            layer = DecomposedLinear.from_float(
+                linear,
+                schemes[name],
+                outliers[name],
+                ranges.get(name),
+                smoothing=s,
+                weight_clip=clip,
+            )
+        else:
+            layer = QuantLinear.from_float(
+                linear, schemes[name], ranges.get(name), smoothing=s, weight_clip=clip
+            )
+        _put(layer, places[name])
+    in_pass = prepared.in_pass.difference(outliers)
+    return QuantizedPart(
+        plan=prepared.plan,
+        layers=layers,
+        smoothed=tuple(name for name in layers if name in in_pass),
+        decomposed={name: len(outliers[name]) for name in layers if name in outliers},
+        unreached=unreached,
+    )
+
+
+def mark_quantized(model: Any, record: QuantizationRecord) -> None:
+    """Make a model whose linears are int8 one for inference, and say what was done to it."""
+    model.eval().requires_grad_(False)
+    model.sq_cpu_config = record
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = _refuse_save_pretrained
+
+
+def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
+    # Its config would not say int8, and whoever loaded it would read the codes as weights.
+    raise SqCpuError("save_pretrained cannot write an int8 model: call sq_cpu.save(model, path)")
+
+
+def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put each module of `layers` (by full name) in the place of the model's module there.
+
+    A module that the model holds under several names is replaced under all of them.
+    """
+    places = _places(model, {name: model.get_submodule(name) for name in layers})
+    for name, module in layers.items():
+        _put(module, places[name])
+
+
+_Place = tuple[nn.Module, str]
+
+
+def _places(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[_Place]]:
+    """Return where the model holds each module, without a hold on the modules."""
+    names = {module: name for name, module in modules.items()}
+    places: dict[str, list[_Place]] = {name: [] for name in modules}
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child in names:
+                places[names[child]].append((parent, key))
+    return places
+
+
+def _put(module: nn.Module, places: Iterable[_Place]) -> None:
+    for parent, key in places:
+        setattr(parent, key, module)
+
+
+def _check_linears(linears: Mapping[str, nn.Linear]) -> None:
+    if "" in linears:
+        raise SqCpuError(
+            "the model is itself a Linear, which cannot be replaced in place; "
+            "use QuantLinear.from_float"
+        )
+    for name, linear in linears.items():
+        if linear.in_features > _core.MAX_DEPTH:
+            raise SqCpuError(
+                f"{name} has {linear.in_features} input channels; int32 sums hold "
+                f"{_core.MAX_DEPTH}: ignore it"
+            )
+        for kind, parameter in linear.named_parameters():
+            if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
+                raise SqCpuError(f"{name}.{kind} has NaN or Inf; repair the model or ignore it")
+
+
+def check_layers(linears: Mapping[str, nn.Linear], plan: SmoothPlan | None) -> None:
+    """Raise `SqCpuError` for layers of the plan that these linears to quantize do not have."""
+    known = set(linears)
+    unknown = [layer.name for layer in plan.layers if layer.name not in known] if plan else []
+    if unknown:
+        raise SqCpuError(
+            f"the plan has an entry for {', '.join(unknown)}, no linear of the model that the "
+            "scheme would quantize; plan for this very model, and for what is not ignored"
+        )
+    for layer in plan.layers if plan else ():
+        channels = linears[layer.name].in_features
+        if layer.outliers and layer.outliers[-1] >= channels:
+            raise SqCpuError(
+                f"the plan keeps channel {layer.outliers[-1]} of {layer.name} in float, which has "
+                f"{channels}; plan for this very model"
+            )
+
+
+def _check_replaceable(
+    model: nn.Module, ignore: tuple[str, ...], in_float: Mapping[str, str]
+) -> None:
+    """Raise for a linear that does more than its forward, or whose parent never calls it."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or is_ignored(model, name, ignore):
+            continue
+        if name in in_float:
+            continue
+        if is_parametrized(module):
+            raise SqCpuError(
+                f"{name} is parametrized, which int8 would lose: remove_parametrizations or "
+                "ignore it"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise SqCpuError(
+                f"{name} has forward hooks, which int8 would lose: remove them or ignore it"
+            )
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if hasattr(parent, "base_layer") and hasattr(parent, "unmerge"):  # peft's adapters
+            raise SqCpuError(
+                f"{name} has an adapter beside it: merge that first (model.merge_and_unload())"
+            )
+        if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            raise SqCpuError(
+                f"{name} is in a {type(parent).__name__}, which may read its weight without "
+                "calling it: ignore it"
+            )
+
+
+def _check_calibration(
+    linears: Mapping[str, nn.Linear], calibration: Calibration | None, needed: bool
+) -> None:
+    if not needed:
+        return
+    if calibration is None:
+        raise SqCpuError(
+            "smoothing, static activation scales and outlier_threshold need a calibration; pass "
+            "calibrate(...), or a dynamic scheme without threshold and smooth=False"
+        )
+    for name, linear in linears.items():
+        if name not in calibration.unreached:
+            calibration.check_weight(name, linear)
+
+
+def _input_ranges(
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration | None,
+    scales: Mapping[str, Tensor],
+    clips: Mapping[str, float],
+    outliers: Mapping[str, Tensor],
+) -> _Ranges:
+    """Return what the scale of each static linear covers of its smoothed input but the outliers.
+
+    s > 0 keeps the order of the values. A linear that no batch reached has none.
+    """
+    ranges: _Ranges = {}
+    for name, scheme in schemes.items():
+        if calibration is None or scheme.activations != "static" or name in calibration.unreached:
+            continue
+        low, high = calibration.channels(name)
+        rows = calibration.rows.get(name)
+        if name in scales:
+            low, high = low / scales[name], high / scales[name]
+            rows = None if rows is None else rows / scales[name]
+        if not (low.isfinite().all() and high.isfinite().all()):
+            raise SqCpuError(
+                f"the calibrated range of {name} is not finite: calibrate again, or ignore it"
+            )
+        if name in outliers:
+            low, high = (end.index_fill(0, outliers[name], 0.0) for end in (low, high))
+            rows = None if rows is None else rows.index_fill(1, outliers[name], 0.0)
+        least, greatest = static_range(low, high, rows, scheme)
+        clip = clips.get(name, 1.0)
+        ranges[name] = clip * least, clip * greatest
+    return ranges
+
+
+def _outliers(
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration | None,
+    scales: Mapping[str, Tensor],
+    plan: SmoothPlan | None,
+) -> dict[str, Tensor]:
+    """Return which input channels of a linear stay in float, if any: int64, ascending.
+
+    They are those that the plan names, and whose smoothed absmax reaches the scheme's threshold.
+    """
+    outliers: dict[str, Tensor] = {}
+    for name, scheme in schemes.items():
+        planned = () if plan is None else plan.layer(name).outliers
+        columns = torch.tensor(planned, dtype=torch.int64)
+        threshold = scheme.outlier_threshold
+        if calibration is not None and threshold is not None and name not in calibration.unreached:
+            absmax = calibration.absmax(name) / scales.get(name, torch.ones(1))
+            columns = torch.cat([columns, outlier_columns(absmax, threshold)])
+            columns = columns.unique(sorted=True)  # type: ignore[no-untyped-call]
+        if len(columns):
+            outliers[name] = columns
+    return outliers
+
+
+def _untie(model: nn.Module, linear: nn.Linear) -> None:
+    """Say in the config that a quantized head no longer shares the embedding's weight."""
+    config: Any = getattr(model, "config", None)
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if linear is head and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False

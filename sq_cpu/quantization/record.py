@@ -1,0 +1,89 @@
+"""What was done to a model: the value that a quantized model and its checkpoint carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan
+
+__all__ = ["QuantizationRecord", "QuantizedPart"]
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """What was done to a model, kept as `model.sq_cpu_config` and in its checkpoint."""
+
+    scheme: Scheme
+    plan: SmoothPlan | None
+    """As it was carried out; None for a model that was not smoothed."""
+    layers: tuple[str, ...]
+    """Full names of the quantized linears."""
+    smoothed: tuple[str, ...] = ()
+    """Full names of those that divide their input by a smoothing scale of their own."""
+    decomposed: Mapping[str, int] = field(default_factory=dict)
+    """Full names of those that are a `DecomposedLinear`, and how many channels each has in float.
+    """
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Linears left in float, by full name, and why."""
+
+    def layer_scheme(self, name: str) -> Scheme:
+        """Return the scheme of a quantized linear."""
+        return self.scheme if self.plan is None else self.plan.layer_scheme(self.scheme, name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON types; the last two only where there are such layers."""
+        plan = None if self.plan is None else self.plan.to_dict()
+        tables: dict[str, Any] = {
+            "smoothed": list(self.smoothed),
+            "decomposed": dict(self.decomposed),
+            "kept": dict(self.kept),
+        }
+        return {
+            "scheme": self.scheme.to_dict(),
+            "plan": plan,
+            "layers": list(self.layers),
+            **{name: table for name, table in tables.items() if table},
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantizationRecord:
+        """Rebuild what `to_dict` gave, from a mapping that may hold more; else `SqCpuError`."""
+        try:
+            scheme, plan, layers = values["scheme"], values["plan"], values["layers"]
+        except KeyError as error:
+            raise SqCpuError(f"the quantization record has no field {error}") from error
+        return cls(
+            scheme=Scheme.from_dict(scheme),
+            plan=None if plan is None else SmoothPlan.from_dict(plan),
+            layers=tuple(layers),
+            smoothed=tuple(values.get("smoothed", ())),
+            decomposed=dict(values.get("decomposed", {})),
+            kept=dict(values.get("kept", {})),
+        )
+
+
+@dataclass(frozen=True)
+class QuantizedPart:
+    """What was done to some of a model's linears."""
+
+    plan: SmoothPlan | None
+    layers: tuple[str, ...]
+    smoothed: tuple[str, ...]
+    decomposed: Mapping[str, int]
+    unreached: tuple[str, ...]
+
+    def record(self, scheme: Scheme, kept: Mapping[str, str]) -> QuantizationRecord:
+        """Return the record of a model of which this is all."""
+        unreached = dict.fromkeys(self.unreached, "no calibration batch reached it")
+        return QuantizationRecord(
+            scheme=scheme,
+            plan=self.plan,
+            layers=self.layers,
+            smoothed=self.smoothed,
+            decomposed=self.decomposed,
+            kept={**kept, **unreached},
+        )

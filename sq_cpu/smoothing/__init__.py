@@ -1,0 +1,1 @@
+"""From a calibration to the smoothing scales, and into the weights."""

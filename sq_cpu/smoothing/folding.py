@@ -1,0 +1,326 @@
+"""Folding a smoothing scale into the weights, and the proof that the function is preserved.
+
+Producer: output channels / s (a norm's weight and bias, a linear's rows and bias). Consumers: input
+columns * s. Right if, and only if, the group holds every consumer of the producer's output and all
+between is linear in it; the family's row says so, `refused_folds` proves it on the model at hand.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.groups import SmoothingGroup
+
+__all__ = ["apply_folds", "refused_folds"]
+
+_Scales = Mapping[SmoothingGroup, Tensor]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+_ROWS = 256  # of a weight that are in fp32 at a time
+
+
+def refused_folds(
+    model: nn.Module, scales: _Scales, run: Callable[[], Sequence[Tensor]]
+) -> dict[SmoothingGroup, str]:
+    """Return which of the folds would change the function of the model, and why; change nothing.
+
+    `scales` has s for each group that has a producer, `run` calls the model (or the one block that
+    holds all the groups), in evaluation mode without gradients, and returns its outputs.
+
+    The proof is exact: a hook divides every producer's output by random powers of two, a hook
+    multiplies every consumer's input by the same. Products with powers of two do not round, so in
+    any dtype the outputs are equal bit for bit, unless something else uses what a producer gives or
+    something between is not linear in it. What the hooks do to a linear, folding does to its
+    weights by the definition of a matrix product; how a norm uses its weight is not known, so each
+    is also called with the folded weights, which may move its output by rounding only.
+    Hooks of the model's own on a linear see other values once s is in the weights: refused.
+    Memory is that of two sets of outputs and of the norms' inputs. What the model draws at random
+    is the same in every run, and the generator's state stays.
+
+    Raises `SqCpuError` where the model gives NaN.
+    """
+    refused = _unfit(model, scales)
+    left = [group for group in scales if group not in refused]
+    norms = {
+        group: model.get_submodule(_producer(group))
+        for group in left
+        if type(model.get_submodule(_producer(group))) is not nn.Linear
+    }
+    calls: dict[nn.Module, _Arguments] = {}
+    called: dict[nn.Module, bool] = {}
+    with _watching(model, left, norms.values(), calls, called):
+        expected = _seeded(run)
+    if not expected:
+        return refused | dict.fromkeys(left, "the model returns no tensor that could be compared")
+    if any(output.isnan().any() for output in expected):  # -inf may be a mask
+        raise SqCpuError("the model gives NaN; check its weights and the batches")
+    for group in left:
+        modules = [model.get_submodule(name) for name in (*group.consumers, _producer(group))]
+        if not called.keys() >= set(modules):
+            refused[group] = "the example never reaches it, so the fold cannot be proven"
+        elif not called[modules[-1]]:
+            refused[group] = f"{group.producer} does not return a tensor with its channels last"
+        elif group in norms:
+            error = _norm_error(norms[group], group, scales[group], calls[norms[group]])
+            if error:
+                refused[group] = error
+
+    def preserved(groups: Sequence[SmoothingGroup]) -> bool:
+        with _rescaled(model, groups):
+            found = _seeded(run)
+        return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+    left = [group for group in left if group not in refused]
+    for group in _culprits(left, preserved):
+        refused[group] = _reason(model, group, run)
+    return refused
+
+
+def _seeded(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return run()
+
+
+def apply_folds(model: nn.Module, scales: _Scales) -> None:
+    """Fold s into the weights of each group, in fp32, rounded once to the parameters' dtype."""
+    with torch.no_grad():
+        for group, s in scales.items():
+            for name in group.consumers:
+                for rows in torch.split(model.get_parameter(f"{name}.weight"), _ROWS):
+                    rows.copy_(_columns(rows, group.layout.widen(s)))
+            producer = model.get_submodule(_producer(group))
+            weight = producer.get_parameter("weight")
+            by = group.layout.spread(s, len(weight))
+            for rows, divisor in zip(
+                torch.split(weight, _ROWS), torch.split(by, _ROWS), strict=True
+            ):
+                rows.copy_(_divided(rows, divisor, group.norm_offset))
+            if isinstance(bias := getattr(producer, "bias", None), Tensor):
+                bias.copy_(bias.float() / by)
+
+
+def _producer(group: SmoothingGroup) -> str:
+    assert group.producer is not None
+    return group.producer
+
+
+def _columns(weight: Tensor, s: Tensor) -> Tensor:
+    return weight.float() * s
+
+
+def _folded_producer(module: nn.Module, group: SmoothingGroup, s: Tensor) -> dict[str, Tensor]:
+    """Return the producer's changed parameters, fp32."""
+    weight = module.get_parameter("weight").detach()
+    by = group.layout.spread(s, len(weight))
+    folded = {"weight": _divided(weight, by, group.norm_offset)}
+    if isinstance(bias := getattr(module, "bias", None), Tensor):
+        folded["bias"] = bias.detach().float() / by
+    return folded
+
+
+def _divided(weight: Tensor, by: Tensor, norm_offset: float) -> Tensor:
+    """Return the rows of a linear's weight, or a norm's entries, each divided, fp32."""
+    divisor = by if weight.dim() == 1 else by[:, None]
+    return (weight.float() + norm_offset) / divisor - norm_offset
+
+
+def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:
+    """Return the groups whose weights cannot take s: shared ones, hooked, and those that overflow.
+
+    A module that the model holds twice shares nothing: it is one, and the proof sees all its calls.
+    """
+    names: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(path, recurse=False):
+            names.setdefault(parameter.data_ptr(), []).append(key)
+    refused = {}
+    for group, s in scales.items():
+        if s.shape != (group.layout.channels,) or not (s.isfinite() & (s > 0)).all():
+            raise SqCpuError(
+                f"group {group.name}: s must be {group.layout.channels} positive finite numbers"
+            )
+        producer = model.get_submodule(_producer(group))
+        folded = [model.get_parameter(f"{name}.weight") for name in group.consumers]
+        folded += producer.parameters(recurse=False)
+        for shared in (names[parameter.data_ptr()] for parameter in folded):
+            if len(shared) > 1:
+                refused[group] = f"{shared[0]} and {shared[1]} are the same parameter"
+        for name in (_producer(group), *group.consumers):
+            module = model.get_submodule(name)
+            hooks = module._forward_hooks or module._forward_pre_hooks
+            if hooks and isinstance(module, nn.Linear):
+                refused[group] = f"{name} has forward hooks, which would see other values"
+            weight = module.get_parameter("weight")
+            if weight.dtype == torch.float16 and not _fits(model, group, s, name):
+                refused[group] = f"{name}.weight would overflow float16"
+    return refused
+
+
+def _fits(model: nn.Module, group: SmoothingGroup, s: Tensor, name: str) -> bool:
+    module = model.get_submodule(name)
+    values = (
+        _folded_producer(module, group, s).values()
+        if name == group.producer
+        else [_columns(module.get_parameter("weight").detach(), group.layout.widen(s))]
+    )
+    return all(bool(value.half().isfinite().all()) for value in values)
+
+
+def _norm_error(norm: nn.Module, group: SmoothingGroup, s: Tensor, call: _Arguments) -> str:
+    """Return why the folded norm does not give its output / s; "" if it does."""
+    args, kwargs = call
+    y = norm(*args, **kwargs)
+    folded = {
+        name: value.to(norm.get_parameter(name).dtype)
+        for name, value in _folded_producer(norm, group, s).items()
+    }
+    y_folded = functional_call(norm, folded, args, kwargs).float() * s
+    y = y.float().reshape(-1, group.layout.channels)
+    size = y.abs().amax(dim=0)
+    if "bias" in folded:  # it may cancel the product, whose rounding stays
+        size = size + norm.get_parameter("bias").detach().float().abs()
+    # Weight, bias, and y are rounded by half an ulp each, in both calls; twice that for the sums.
+    # In fp32 more is harmless (offset norms round w, not 1 + w): int8 keeps 2^-8.
+    bound = max(8 * torch.finfo(norm.get_parameter("weight").dtype).eps, 2.0**-14) * size
+    moved = (y_folded.reshape(-1, group.layout.channels) - y).abs().amax(dim=0)
+    if (moved <= bound).all():
+        return ""
+    dtype = str(norm.get_parameter("weight").dtype).removeprefix("torch.")
+    return f"{group.producer} with folded weights is more than rounding in {dtype} away"
+
+
+def _powers_of_two(group: SmoothingGroup) -> Tensor:
+    # Its own for every group: with one s for all, two norms in each other's place would pass.
+    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
+    # At most 1: dividing cannot make a number subnormal, and 1/8 seldom overflows one.
+    powers = torch.randint(0, 4, (group.layout.channels,), generator=generator)
+    powers[0] = max(int(powers[0]), 1)  # never all ones
+    return torch.exp2(-powers.float())
+
+
+@contextmanager
+def _rescaled(model: nn.Module, groups: Sequence[SmoothingGroup]) -> Iterator[None]:
+    """Divide the outputs of producers, and multiply the inputs of consumers, by powers of two."""
+    handles = []
+
+    def divide(by: Tensor) -> Any:
+        return lambda _module, _args, output: output / by.to(output.dtype)
+
+    def multiply(by: Tensor) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (args[0] * by.to(args[0].dtype), *args[1:]), kwargs
+            return args, kwargs | {"input": kwargs["input"] * by.to(kwargs["input"].dtype)}
+
+        return hook
+
+    for group in groups:
+        s = _powers_of_two(group)
+        producer = model.get_submodule(_producer(group))
+        by = group.layout.spread(s, producer.get_parameter("weight").shape[0])
+        handles.append(producer.register_forward_hook(divide(by)))
+        for name in group.consumers:
+            consumer = model.get_submodule(name)
+            hook = multiply(group.layout.widen(s))
+            handles.append(consumer.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watching(
+    model: nn.Module,
+    groups: Sequence[SmoothingGroup],
+    norms: Any,
+    calls: dict[nn.Module, _Arguments],
+    called: dict[nn.Module, bool],
+) -> Iterator[None]:
+    """Note which modules of the groups are called, and with what the norms are.
+
+    `called` says of each whether its output has a channel for each row of its weight, last.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module in kept:
+            # Copies, for what follows may write to them.
+            calls[module] = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+
+    def after(module: nn.Module, _args: Any, output: Any) -> None:
+        outputs = len(module.get_parameter("weight"))
+        fits = isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == outputs
+        called[module] = fits and called.get(module, True)
+
+    kept = set(norms)
+    modules = {
+        model.get_submodule(name)
+        for group in groups
+        for name in (_producer(group), *group.consumers)
+    }
+    handles = [module.register_forward_hook(after) for module in modules]
+    handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in kept]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _culprits(
+    groups: Sequence[SmoothingGroup], preserved: Callable[[Sequence[SmoothingGroup]], bool]
+) -> list[SmoothingGroup]:
+    """Return the groups that are not preserved, by halving."""
+    if not groups or preserved(groups):
+        return []
+    if len(groups) == 1:
+        return list(groups)
+    middle = len(groups) // 2
+    return _culprits(groups[:middle], preserved) + _culprits(groups[middle:], preserved)
+
+
+def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> str:
+    """Say who else takes the producer's output, where a module does."""
+    readers: list[str] = []
+    outputs: list[Tensor] = []  # held, so that no other tensor gets their memory
+
+    def give(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        outputs.append(output)
+
+    def take(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor) and any(_same_memory(tensor, o) for o in outputs):
+                    readers.append(f"{name} ({type(module).__name__})")
+
+        return hook
+
+    handles = [model.get_submodule(_producer(group)).register_forward_hook(give)]
+    handles += [
+        module.register_forward_pre_hook(take(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name not in group.consumers and not any(True for _ in module.children())
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if readers:
+        return f"{readers[0]} takes the output of {group.producer}"
+    return f"something else uses the output of {group.producer}, or is not linear in it"
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

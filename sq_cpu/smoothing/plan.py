@@ -1,0 +1,346 @@
+"""A plan: which smoothing and static clip a group gets, and which linears depart from the scheme.
+
+It is the one value that goes from tuning to `quantize` and into the checkpoint, and a readable JSON
+file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.errors import SqCpuError
+from sq_cpu.files import json_text, replacing
+from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
+from sq_cpu.models.linears import is_ignored, linearized
+from sq_cpu.scheme import Activations, Scheme
+from sq_cpu.smoothing.rules import check_rule
+
+__all__ = [
+    "GroupPlan",
+    "LayerPlan",
+    "SmoothPlan",
+    "check_groups",
+    "covered_consumers",
+    "quantized_consumers",
+    "scheme_of",
+    "uniform_plan",
+]
+
+_MAX_CLIP = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupPlan:
+    """What one smoothing group gets. Raises `SqCpuError` for a value that is out of range."""
+
+    name: str
+    rule: str = "smoothquant"
+    """A key of `rules.RULES`."""
+    alpha: float = 0.5
+    """The migration strength, for the rule that has one."""
+    fold: bool = True
+    """Folded into the producer; or s divides the input while that is quantized."""
+    note: str = ""
+    """Why it is not folded, or how alpha was chosen."""
+    clip: float = 1.0
+    """Fraction, in (0, 2], of the range that `Scheme.static_range` finds, which the static scale
+    covers. It has no effect on linears whose activations are quantized dynamically."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """(alpha, loss) that a search tried, kept sorted by alpha, with 6 significant digits."""
+
+    def __post_init__(self) -> None:
+        try:
+            check_rule(self.rule)
+        except SqCpuError as error:
+            raise SqCpuError(f"group {self.name}: {error}") from None
+        if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
+            raise SqCpuError(f"group {self.name}: alpha is {self.alpha}; it lies in [0, 1]")
+        if not isinstance(self.fold, bool):
+            raise SqCpuError(f"group {self.name}: fold is {self.fold!r}, not true or false")
+        if not _in_range(self.clip, _MAX_CLIP):
+            raise SqCpuError(
+                f"group {self.name}: clip is {self.clip!r}; it is a number in (0, {_MAX_CLIP:g}]"
+            )
+        try:
+            curve = sorted((_rounded(alpha), _rounded(loss)) for alpha, loss in self.curve)
+        except (TypeError, ValueError):
+            raise SqCpuError(
+                f"group {self.name}: curve is pairs of an alpha and its loss, finite numbers"
+            ) from None
+        object.__setattr__(self, "curve", tuple(curve))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types; `clip` and `curve` only where they say something."""
+        curve = [list(point) for point in self.curve]
+        return _without_defaults(self, asdict(self) | {"curve": curve}, ("clip", "curve"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One linear that departs from the scheme. Raises `SqCpuError` for what cannot be."""
+
+    name: str
+    """The linear's full name."""
+    in_float: bool = False
+    """Left in the model's own float dtype."""
+    activations: Activations | None = None
+    """Granularity of its activation scale; None: the scheme's."""
+    weight_clip: float = 1.0
+    """Fraction, in (0, 1], of a weight scale's absmax that its int8 codes cover; what lies beyond
+    saturates."""
+    outliers: tuple[int, ...] = ()
+    """Input channels that stay in float, ascending: the linear is a `DecomposedLinear`."""
+    note: str = ""
+    """Why."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.in_float, bool):
+            raise SqCpuError(f"layer {self.name}: in_float is {self.in_float!r}, not true or false")
+        allowed = get_args(Activations)
+        if self.activations is not None and self.activations not in allowed:
+            raise SqCpuError(
+                f"layer {self.name}: activations={self.activations!r} is not one of "
+                f"{', '.join(map(repr, allowed))}, or null for the scheme's"
+            )
+        if not _in_range(self.weight_clip, 1.0):
+            raise SqCpuError(
+                f"layer {self.name}: weight_clip is {self.weight_clip!r}; it is a number in (0, 1]"
+            )
+        object.__setattr__(self, "outliers", _ascending(self.name, self.outliers))
+        if self.in_float and replace(self, in_float=False, note="") != LayerPlan(name=self.name):
+            raise SqCpuError(
+                f"layer {self.name}: in_float leaves nothing to quantize; drop it, or activations, "
+                "weight_clip and outliers"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types, but for those that say nothing."""
+        optional = ("in_float", "activations", "weight_clip", "outliers", "note")
+        return _without_defaults(self, asdict(self) | {"outliers": list(self.outliers)}, optional)
+
+
+@dataclass(frozen=True)
+class SmoothPlan:
+    """The groups to smooth, each with its rule; a group that is not listed is left as it is."""
+
+    groups: tuple[GroupPlan, ...]
+    layers: tuple[LayerPlan, ...] = ()
+    """The linears that depart from the scheme."""
+    scheme: Scheme | None = None
+    """What it was made for, and `quantize` takes when it is given none."""
+
+    def __post_init__(self) -> None:
+        if self.scheme is not None and not isinstance(self.scheme, Scheme):
+            raise SqCpuError(f"the plan's scheme is {self.scheme!r}, not a Scheme or None")
+        for kind, entries in (("group", self.groups), ("layer", self.layers)):
+            for name, count in Counter(entry.name for entry in entries).items():
+                if count > 1:
+                    raise SqCpuError(f"the plan has {count} entries for {kind} {name}; keep one")
+
+    @classmethod
+    def uniform(
+        cls,
+        model: nn.Module,
+        calibration: Calibration,
+        alpha: float = 0.5,
+        *,
+        rule: str = "smoothquant",
+        ignore: tuple[str, ...] = (),
+    ) -> SmoothPlan:
+        """Plan one rule for every group with a consumer that is calibrated and not ignored.
+
+        "outlier_suppression" is planned only for the groups behind a norm: it has no scale for
+        others. Raises `SqCpuError` on an unknown rule, and on weights that changed since the
+        calibration.
+        """
+        with linearized(model):
+            groups = smoothing_groups(model)
+            return uniform_plan(model, groups, calibration, alpha, rule=rule, ignore=ignore)
+
+    @cached_property
+    def _by_name(self) -> dict[str, LayerPlan]:
+        return {layer.name: layer for layer in self.layers}
+
+    def layer(self, name: str) -> LayerPlan:
+        """Return what is planned for a linear; of one that is not listed, the defaults."""
+        return self._by_name.get(name) or LayerPlan(name=name)
+
+    def layer_scheme(self, base: Scheme, name: str) -> Scheme:
+        """Return the scheme of a linear of a model whose scheme is `base`, if it is quantized."""
+        activations = self.layer(name).activations
+        return base if activations is None else base.with_activations(activations)
+
+    @cached_property
+    def in_float(self) -> dict[str, str]:
+        """The linears that stay in float, and why."""
+        return {
+            layer.name: layer.note or "the plan keeps it in float"
+            for layer in self.layers
+            if layer.in_float
+        }
+
+    def needs_calibration(self, base: Scheme) -> bool:
+        """Whether carrying the plan out rests on what a calibration saw."""
+        schemes = [self.layer_scheme(base, layer.name) for layer in self.layers]
+        return bool(self.groups) or any(s.needs_calibration for s in (base, *schemes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON types; `layers` and `scheme` only where there are any."""
+        values: dict[str, Any] = {"groups": [group.to_dict() for group in self.groups]}
+        if self.layers:
+            values["layers"] = [layer.to_dict() for layer in self.layers]
+        if self.scheme is not None:
+            values["scheme"] = self.scheme.to_dict()
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SmoothPlan:
+        """Rebuild what `to_dict` gave; absent new fields take defaults, else `SqCpuError`."""
+        try:
+            known = {field.name for field in fields(cls)}
+            if unknown := sorted(set(values) - known):
+                raise TypeError(f"unknown field {unknown[0]!r}")
+            scheme = values.get("scheme")
+            return cls(
+                tuple(GroupPlan(**group) for group in values["groups"]),
+                tuple(LayerPlan(**layer) for layer in values.get("layers", ())),
+                None if scheme is None else Scheme.from_dict(scheme),
+            )
+        except (AttributeError, KeyError, TypeError) as error:
+            raise SqCpuError(f"not a smoothing plan of this version: {error}") from error
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json_text(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> SmoothPlan:
+        """Rebuild what `to_json` gave; `SqCpuError` on anything else."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SqCpuError(f"the smoothing plan is not JSON: {error}") from error
+        return cls.from_dict(values)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON; the file appears whole or not at all."""
+        with replacing(path) as temporary:
+            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SmoothPlan:
+        """Read what `save` wrote."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise SqCpuError(f"cannot read the smoothing plan {path}: {error}") from error
+
+
+def scheme_of(scheme: str | Scheme | None, plan: SmoothPlan | None) -> Scheme:
+    """Return the scheme that is given, else the plan's, else O1."""
+    if scheme is None and plan is not None:
+        scheme = plan.scheme
+    return Scheme.of("O1" if scheme is None else scheme)
+
+
+def uniform_plan(
+    model: nn.Module,
+    groups: Iterable[SmoothingGroup],
+    calibration: Calibration,
+    alpha: float = 0.5,
+    *,
+    rule: str = "smoothquant",
+    ignore: tuple[str, ...],
+) -> SmoothPlan:
+    """Do what `SmoothPlan.uniform` does, for these groups of a linearized model."""
+    check_rule(rule)
+    planned = []
+    for group in groups:
+        covered = covered_consumers(group, calibration)
+        for name in covered:
+            calibration.check_weight(name, model.get_submodule(name))
+        if all(is_ignored(model, name, ignore) for name in covered):
+            continue
+        if rule == "outlier_suppression" and norm_weight(model, group) is None:
+            continue
+        planned.append(
+            GroupPlan(
+                name=group.name,
+                rule=rule,
+                alpha=alpha,
+                fold=group.producer is not None,
+                note=group.reason,
+            )
+        )
+    return SmoothPlan(tuple(planned))
+
+
+def covered_consumers(group: SmoothingGroup, calibration: Calibration) -> tuple[str, ...]:
+    """Return the linears of a group that some calibration batch reached."""
+    return tuple(name for name in group.consumers if name in calibration.channel_min)
+
+
+def quantized_consumers(
+    model: nn.Module, group: SmoothingGroup, calibration: Calibration, scheme: Scheme
+) -> tuple[str, ...]:
+    """Return the linears of a group that some batch reached and the scheme does not ignore."""
+    covered = covered_consumers(group, calibration)
+    return tuple(name for name in covered if not is_ignored(model, name, scheme.ignore))
+
+
+def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
+    """Raise `SqCpuError` for a planned group that is not among the model's."""
+    known = {group.name for group in groups}
+    for planned in plan.groups:
+        if planned.name not in known:
+            raise SqCpuError(
+                f"the model has no smoothing group {planned.name}; plan for this very model"
+            )
+
+
+def _in_range(value: object, greatest: float) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 < value <= greatest  # type: ignore[operator]
+
+
+def _ascending(name: str, channels: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(channels)
+        ascending = all(type(channel) is int and channel >= 0 for channel in found)
+        ascending = ascending and list(found) == sorted(set(found))
+    except TypeError:
+        ascending = False
+    if not ascending:
+        raise SqCpuError(
+            f"layer {name}: outliers={channels!r} is not a list of channels, each once, ascending"
+        )
+    return found
+
+
+def _rounded(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(value)
+    return float(f"{value:.6g}")
+
+
+def _without_defaults(
+    plan: GroupPlan | LayerPlan, values: dict[str, Any], optional: tuple[str, ...]
+) -> dict[str, Any]:
+    default = type(plan)(name=plan.name)
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in optional or getattr(plan, name) != getattr(default, name)
+    }

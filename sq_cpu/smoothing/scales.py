@@ -1,0 +1,226 @@
+"""SmoothQuant: X W^T = (X / s) (W s)^T, with the division folded into whatever makes X.
+
+`rules.RULES` has the rules, a `SmoothPlan` says which group gets which, and `fold` applies it: to
+the weights where that is proven to keep the function, and otherwise to the pass that quantizes the
+input, which divides it by s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sq_cpu.calibration.calibrate import evaluating
+from sq_cpu.calibration.calibration import Calibration, Example
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
+from sq_cpu.models.linears import is_ignored, linearized
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.folding import apply_folds, refused_folds
+from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
+from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, smoothing_scale
+
+__all__ = [
+    "Run",
+    "Smoothed",
+    "consumer_scales",
+    "fold",
+    "fold_scales",
+    "group_statistics",
+    "plan_scales",
+    "running",
+]
+
+Run = Callable[[], Sequence[Tensor]]
+
+
+def plan_scales(
+    model: nn.Module,
+    plan: SmoothPlan,
+    calibration: Calibration,
+    *,
+    scheme: Scheme | None = None,
+    among: Iterable[SmoothingGroup] | None = None,
+) -> dict[SmoothingGroup, Tensor]:
+    """Return s of every planned group, fp32 [its entries], of a linearized model.
+
+    `among` are the model's groups; None: `smoothing_groups` finds them.
+
+    All are computed from the weights as they stand, so the order of the groups does not matter.
+    What the plan does not fold has no producer here. `scheme`, resolved, and what the plan says of
+    layers is what the rule "aqas" minimizes the error of; other rules need none.
+
+    Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, for one
+    to be folded that cannot be, on weights that changed since the calibration, and where
+    `smoothing_scale` does.
+    """
+    among = smoothing_groups(model) if among is None else among
+    groups = {group.name: group for group in among}
+    check_groups(plan, groups.values())
+    scales = {}
+    for planned in plan.groups:
+        group = groups[planned.name]
+        s = _group_scales(model, group, planned, calibration, scheme, plan)
+        if planned.fold and group.producer is None:
+            raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
+        scales[group if planned.fold else group.in_pass(planned.note)] = s
+    return scales
+
+
+@dataclass(frozen=True)
+class Smoothed:
+    """What `fold` did."""
+
+    plan: SmoothPlan
+    """The plan as it was carried out: a fold that was refused has `fold=False` and the reason."""
+    scales: dict[str, Tensor]
+    """s of every consumer, by its full name, fp32 [in_features]."""
+    in_pass: frozenset[str]
+    """Consumers whose weights are as they were: they and their input are still to be scaled."""
+
+
+def fold(
+    model: nn.Module,
+    plan: SmoothPlan,
+    calibration: Calibration,
+    *,
+    scheme: Scheme | None = None,
+) -> Smoothed:
+    """Fold into `model`, in place, what the plan says and `refused_folds` proves.
+
+    Afterwards the calibration no longer fits the model. The proof runs the model on the
+    calibration's example, a few times in all. Raises `SqCpuError`, with the model unchanged, where
+    `plan_scales` or `refused_folds` does.
+    """
+    with linearized(model):
+        scales = plan_scales(model, plan, calibration, scheme=scheme)
+        return fold_scales(model, plan, scales, running(model, calibration.example))
+
+
+def running(model: nn.Module, example: Example | None) -> Run | None:
+    """Return what calls the model with an example and gives its outputs; None without one."""
+    if example is None:
+        return None
+    args, kwargs = example
+
+    def run() -> list[Tensor]:
+        # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
+        outputs = tree_leaves(model(*args, **kwargs), is_leaf=_is_cache)
+        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+
+    return run
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
+
+
+def fold_scales(
+    model: nn.Module,
+    plan: SmoothPlan,
+    scales: Mapping[SmoothingGroup, Tensor],
+    run: Run | None,
+) -> Smoothed:
+    """Do what `fold` does for the s that `plan_scales` gave, to a linearized model.
+
+    `run` is what `refused_folds` needs; without it nothing is folded.
+    """
+    folds = {group: s for group, s in scales.items() if group.producer is not None}
+    refused = dict.fromkeys(folds, "the calibration holds no example to prove it with")
+    if run is not None:
+        with evaluating(model):
+            refused = refused_folds(model, folds, run)
+    apply_folds(model, {group: s for group, s in folds.items() if group not in refused})
+    reasons = {group.name: reason for group, reason in refused.items()}
+    return Smoothed(
+        plan=replace(
+            plan,
+            groups=tuple(
+                replace(group, fold=False, note=reasons[group.name])
+                if group.name in reasons
+                else group
+                for group in plan.groups
+            ),
+        ),
+        scales=consumer_scales(scales),
+        in_pass=frozenset(
+            name
+            for group in scales
+            if group.producer is None or group in refused
+            for name in group.consumers
+        ),
+    )
+
+
+def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor]:
+    """Return s of every consumer, by full name, fp32 [in_features]."""
+    return {name: group.layout.widen(s) for group, s in scales.items() for name in group.consumers}
+
+
+def group_statistics(
+    model: nn.Module,
+    group: SmoothingGroup,
+    calibration: Calibration,
+    scheme: Scheme | None = None,
+    plan: SmoothPlan | None = None,
+) -> GroupStatistics:
+    """Return what the smoothing rules look at; weights and rows are not copied.
+
+    `scheme`, resolved, says which linears are quantized and how, but for the layers of `plan`.
+
+    Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.
+    """
+    plan = plan or SmoothPlan(())
+    # An uncovered group fails here, by the name of its first consumer.
+    covered = covered_consumers(group, calibration) or group.consumers[:1]
+    for name in covered:
+        calibration.check_weight(name, model.get_submodule(name))
+    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in group.consumers}
+    ends = [torch.aminmax(weight, dim=0) for weight in weights.values()]  # abs() would copy it
+    absmax = torch.stack([torch.maximum(-low, high).float() for low, high in ends])
+    return GroupStatistics(
+        act_absmax=group.layout.narrow(calibration.absmax(covered[0])),
+        weight_absmax=group.layout.narrow(absmax.amax(dim=0)),
+        norm_weight=norm_weight(model, group),
+        samples=tuple(
+            LinearSample(
+                weights[name],
+                calibration.rows.get(name),
+                *calibration.channels(name),
+                gradient_rows=calibration.gradient_rows.get(name),
+                gradient=calibration.gradients.get(name),
+                gradient_weights=calibration.gradient_weights.get(name),
+                scheme=plan.layer_scheme(scheme, name),
+                weight_clip=plan.layer(name).weight_clip,
+                outliers=plan.layer(name).outliers,
+                name=name,
+            )
+            for name in covered
+            if scheme is not None
+            and name not in plan.in_float
+            and not is_ignored(model, name, scheme.ignore)
+        ),
+        scheme=scheme,
+        widen=group.layout.widen,
+    )
+
+
+def _group_scales(
+    model: nn.Module,
+    group: SmoothingGroup,
+    planned: GroupPlan,
+    calibration: Calibration,
+    scheme: Scheme | None,
+    plan: SmoothPlan,
+) -> Tensor:
+    statistics = group_statistics(model, group, calibration, scheme, plan)
+    statistics = replace(statistics, clip=planned.clip)
+    try:
+        return smoothing_scale(planned.rule, statistics, planned.alpha)
+    except SqCpuError as error:
+        raise SqCpuError(f"group {group.name}: {error}") from None

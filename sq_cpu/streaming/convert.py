@@ -1,0 +1,173 @@
+"""From where a model is to an int8 checkpoint: in memory, or streamed where it does not fit."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sq_cpu.calibration.calibrate import calibrate
+from sq_cpu.checkpoint import checkpoint, sources
+from sq_cpu.kernels.runtime import available_memory
+from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.quantize import quantize
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.streaming import streaming
+from sq_cpu.streaming.streaming import QuantizedCheckpoint
+from sq_cpu.streaming.tensors import is_stored
+
+__all__ = ["Job", "convert", "linear_bytes", "load"]
+
+# What quantizing a model in memory needs, over its size in float.
+_SLACK = 1.3
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to make of which model; the fields are those of `quantize_checkpoint`."""
+
+    source: str
+    """A folder, a GGUF file or the name of a hub model."""
+    out: Path
+    scheme: Scheme
+    plan: SmoothPlan | None = None
+    """In the place of `alpha` and `rule`."""
+    alpha: float = 0.5
+    rule: str = "smoothquant"
+    smooth: bool = True
+    dtype: torch.dtype | None = torch.float32
+    overwrite: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether batches are needed."""
+        if self.plan is not None:
+            return self.plan.needs_calibration(self.scheme)
+        return self.smooth or self.scheme.needs_calibration
+
+
+def convert(
+    job: Job,
+    batches_of: Callable[[Any], list[Tensor]],
+    *,
+    stream: bool | None = None,
+    say: Say = lambda _: None,
+) -> QuantizedCheckpoint:
+    """Calibrate, smooth, quantize and save.
+
+    Parameters
+    ----------
+    batches_of : callable
+        Makes the calibration batches, of the tokenizer; called only where they are needed.
+    stream : bool, optional
+        One decoder block at a time, see `quantize_checkpoint`. None: to go on with interrupted
+        work, or where the float model does not fit in the memory that is available.
+    say : callable
+        Told, in a line, what is going on.
+
+    Raises
+    ------
+    SqCpuError
+        What loading, `calibrate`, `quantize` and `save`, or `quantize_checkpoint`, refuse.
+    """
+    if stream is None:
+        stream = _is_unfinished_or_too_large(job, say)
+    return _stream(job, batches_of, say) if stream else _whole(job, batches_of, say)
+
+
+def load(source: str, dtype: torch.dtype | None, say: Say) -> tuple[nn.Module, Any]:
+    """Do what `sources.load_source` does, with a line of ours instead of what libraries print."""
+    say(f"loading {source}")
+    # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
+    with contextlib.redirect_stderr(io.StringIO()):
+        return sources.load_source(source, dtype=dtype)
+
+
+def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
+    """Return the resident bytes of a model's linears, int8 or float, biases and scales included."""
+    total = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
+    for module in model.modules():
+        if isinstance(module, DecomposedLinear):
+            total += module.columns.nbytes + module.outlier_weight.nbytes
+    with linearized(model):
+        for linear in quantizable_linears(model, ignore).values():
+            total += sum(parameter.nbytes for parameter in linear.parameters())
+    return total
+
+
+def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
+    model, tokenizer = load(job.source, job.dtype, say)
+    ignore = job.scheme.ignore
+    float_bytes = linear_bytes(model, ignore)
+    calibration, plan = None, job.plan
+    if job.calibrated:
+        calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
+        if plan is None and job.smooth:
+            plan = SmoothPlan.uniform(model, calibration, job.alpha, rule=job.rule, ignore=ignore)
+    say(f"quantizing with {job.scheme.name}")
+    quantize(model, calibration, plan, scheme=job.scheme, smooth=job.smooth)
+    say(f"saving {job.out}")
+    checkpoint.save(model, job.out, tokenizer)
+    made: Any = model
+    return QuantizedCheckpoint(
+        path=job.out,
+        record=made.sq_cpu_config,
+        calibration_tokens=calibration.tokens if calibration else 0,
+        float_bytes=float_bytes,
+        int8_bytes=linear_bytes(model, ignore),
+        streamed=False,
+    )
+
+
+def _stream(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
+    folder = Path(job.source).expanduser()
+    streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
+    tokenizer = sources.load_tokenizer(folder, f"model folder {folder}")
+    batches = batches_of(tokenizer) if job.calibrated else None
+    say(f"quantizing with {job.scheme.name}, one block at a time")
+    try:
+        return streaming.quantize_checkpoint(
+            folder,
+            job.out,
+            batches,
+            scheme=job.scheme,
+            plan=job.plan,
+            alpha=job.alpha,
+            rule=job.rule,
+            smooth=job.smooth,
+            dtype=job.dtype,
+            tokenizer=tokenizer,
+            overwrite=job.overwrite,
+            say=say,
+        )
+    except KeyboardInterrupt:
+        if work := streaming.unfinished(job.out):
+            say(f"finished blocks are kept in {work}; the same command resumes")
+        raise
+
+
+def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
+    folder = Path(job.source).expanduser()
+    if streaming.unfinished(job.out):
+        return True
+    if not is_stored(folder):
+        return False
+    needed = streaming.float_bytes(folder, job.dtype) * _SLACK
+    available = available_memory()
+    if needed > available:
+        say(
+            f"{job.source} needs {needed / 1e9:.1f} GB of memory in {job.dtype or 'its dtype'}, "
+            f"and {available / 1e9:.1f} GB are available: streaming"
+        )
+    return needed > available

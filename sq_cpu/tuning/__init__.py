@@ -1,0 +1,1 @@
+"""The search of alpha and clips, offline, on what a calibration holds."""

@@ -1,0 +1,121 @@
+"""The rows that a search looks at, as the quantized part of the model before them makes them.
+
+Blocks are tuned in their order. The calibration batches, which the blocks before have taken through
+their quantized selves, run through a block before it is tuned, and the rows that the calibration
+sampled are taken again there. Ranges and gradients stay those of the float model: by those ranges
+the linears are quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+from sq_cpu.calibration.calibrate import Batch, evaluating, model_inputs
+from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.calibration.sampling import SampledRows, watching_inputs
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.block_chain import BlockCalls, BlockChain
+from sq_cpu.models.groups import SmoothingGroup
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
+from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.tuning.simulation import simulating
+
+__all__ = ["QuantizedPrefix", "is_inside"]
+
+
+def is_inside(group: SmoothingGroup, block: str) -> bool:
+    """Say whether a group's linears are in a block, given by its full name."""
+    return group.consumers[0].startswith(f"{block}.")
+
+
+class QuantizedPrefix:
+    """A linearized model, quantized up to a block, on the batches of its calibration.
+
+    Held are the batches' hidden states between two blocks, and one block's quantized weights in
+    fp32.
+
+    Raises
+    ------
+    SqCpuError
+        For a model whose blocks are not one chain, other batches than those of the calibration,
+        and a calibration that does not know where its rows were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        calibration: Calibration,
+        batches: Iterable[Batch],
+        groups: Mapping[str, SmoothingGroup],
+        scheme: Scheme,
+    ) -> None:
+        if not calibration.rows_seen:
+            raise SqCpuError(
+                "the calibration is of an earlier version, which did not keep the rows' places: "
+                "calibrate again"
+            )
+        self._model = model
+        self._calibration = calibration
+        self._groups = groups
+        self._scheme = scheme
+        self._chain = BlockChain(model, otherwise="tune it with sequential=False")
+        given = list(model_inputs(model, batches, "tuning", "reading batches", False))
+        with evaluating(model):
+            self._chain.probe(given[0])
+            self._calls = self._chain.capture(given)
+        self._tokens = sum(_tokens(call) for call in self._calls)
+        if len(given) != calibration.batches or self._tokens not in calibration.rows_seen.values():
+            raise SqCpuError(
+                f"these {len(given)} batches have {self._tokens} tokens, and are not the "
+                f"{calibration.batches} that were calibrated on: pass those"
+            )
+
+    def blocks(
+        self, tuned: Mapping[str, GroupPlan], layers: Mapping[str, LayerPlan]
+    ) -> Iterator[tuple[str, Calibration]]:
+        """Yield each block's full name, and the calibration with the rows that it takes.
+
+        When the next is asked for, `tuned` has the plans of all groups in this one, and `layers`
+        of its linears that depart.
+        """
+        hidden = [call.take() for call in self._calls]
+        for index, block in enumerate(self._chain.names):
+            linears = {
+                name: self._model.get_submodule(name)
+                for name in self._calibration.channel_min
+                if name.startswith(f"{block}.")
+            }
+            sampled = SampledRows(self._calibration, self._tokens)
+            with evaluating(self._model), watching_inputs(linears, "input", sampled.see):
+                for call, states in zip(self._calls, hidden, strict=True):
+                    with sampled.batch(call.mask):
+                        self._chain.run(index, call, states)
+            yield block, sampled.calibration()
+            if block == self._chain.names[-1]:
+                return  # no block takes what it gives
+            departing = SmoothPlan((), tuple(layers.values()))
+            plans = [planned for n, planned in tuned.items() if is_inside(self._groups[n], block)]
+            statistics = {
+                planned.name: group_statistics(
+                    self._model,
+                    self._groups[planned.name],
+                    self._calibration,
+                    self._scheme,
+                    departing,
+                )
+                for planned in plans
+            }
+            with evaluating(self._model), simulating(self._model, statistics, plans, hold=True):
+                for number, call in enumerate(self._calls):
+                    hidden[number] = self._chain.run(index, call, hidden[number])
+
+
+def _tokens(call: BlockCalls) -> int:
+    """Return the tokens of a batch, padding not counted."""
+    mask = call.mask
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return int(mask.bool().sum())
+    return call.hidden.shape[:-1].numel()

@@ -1,0 +1,182 @@
+"""Plans as values: what they refuse, their JSON, and whose scheme counts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import batches, mixed_plan, tiny_model
+
+from sq_cpu import GroupPlan, LayerPlan, Scheme, SmoothPlan, SqCpuError
+from sq_cpu.calibration.calibrate import calibrate
+from sq_cpu.smoothing.plan import scheme_of
+
+O1, O3 = Scheme.of("O1"), Scheme.of("O3")
+
+
+def test_plans_are_values(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    found = calibrate(model, batches())
+    plan = SmoothPlan.uniform(model, found, alpha=0.75)
+    assert len(plan.groups) == 8
+    assert plan.groups[0] == GroupPlan(name="model.layers.0.input_layernorm", alpha=0.75)
+    assert (plan.layers, plan.scheme) == ((), None)
+    mixed = mixed_plan(model, found, Scheme(activations="static", ignore=("lm_head", "down_proj")))
+    assert len(mixed.layers) == 10
+    for given in (plan, mixed):
+        assert SmoothPlan.from_json(given.to_json()) == given
+        assert SmoothPlan.load(given.save(tmp_path / "plan.json")) == given
+
+
+def test_json_says_what_departs_from_the_defaults() -> None:
+    curve = ((0.5, 1 / 3), (0.05, 2e-9), (1, 12345678))
+    group = GroupPlan(name="a", alpha=0.25, clip=0.9, curve=curve)
+    layers = LayerPlan(name="x", in_float=True, note="why"), LayerPlan(name="y", weight_clip=0.5)
+    plan = SmoothPlan((group, GroupPlan(name="b")), layers, O3)
+    assert plan.groups[0].curve == ((0.05, 2e-9), (0.5, 0.333333), (1.0, 12345700.0))
+    default = {"rule": "smoothquant", "fold": True, "note": ""}
+    assert json.loads(plan.to_json()) == {
+        "groups": [
+            {
+                **{"name": "a", "alpha": 0.25, **default, "clip": 0.9},
+                "curve": [[0.05, 2e-9], [0.5, 0.333333], [1.0, 12345700.0]],
+            },
+            {"name": "b", "alpha": 0.5, **default},
+        ],
+        "layers": [
+            {"name": "x", "in_float": True, "note": "why"},
+            {"name": "y", "weight_clip": 0.5},
+        ],
+        "scheme": O3.to_dict(),
+    }
+    assert '      "curve": [[0.05, 2e-09], [0.5, 0.333333], [1.0, 12345700.0]]\n' in plan.to_json()
+
+
+def test_plans_of_older_versions_are_read() -> None:
+    group = {"name": "a", "rule": "spiq", "alpha": 0.3, "fold": False, "note": "no row"}
+    plan = SmoothPlan.from_dict({"groups": [group]})
+    assert plan == SmoothPlan(
+        (GroupPlan(name="a", rule="spiq", alpha=0.3, fold=False, note="no row"),)
+    )
+    assert plan.to_dict() == {"groups": [group]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rule": "awq"}, "unknown rule 'awq'; known are smooth"),
+        ({"alpha": 1.01}, r"alpha is 1.01; it lies in \[0, 1\]"),
+        ({"fold": "no"}, "fold is 'no', not true or false"),
+        ({"clip": 0}, r"clip is 0; it is a number in \(0, 2\]"),
+        ({"clip": 2.01}, r"clip is 2.01; it is a number in \(0, 2\]"),
+        ({"clip": True}, "clip is True; it is a number"),
+        ({"clip": "1"}, "clip is '1'; it is a number"),
+        ({"clip": float("nan")}, "clip is nan; it is a number"),
+        ({"curve": [[0.5]]}, "curve is pairs of an alpha and its loss, finite"),
+        ({"curve": [["a", "b"]]}, "curve is pairs of an alpha and its loss, finite"),
+        ({"curve": [[0.5, float("nan")]]}, "curve is pairs of an alpha and its loss, finite"),
+        ({"curve": 1}, "curve is pairs of an alpha and its loss, finite"),
+    ],
+)
+def test_bad_groups_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SqCpuError, match=f"^group a: {message}") as caught:
+        SmoothPlan.from_dict({"groups": [{"name": "a", **fields}]})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"in_float": 1}, "in_float is 1, not true or false"),
+        ({"activations": "per_row"}, "activations='per_row' is not one of 'per_token', .* or null"),
+        ({"weight_clip": 0.0}, r"weight_clip is 0.0; it is a number in \(0, 1\]"),
+        ({"weight_clip": 1.001}, r"weight_clip is 1.001; it is a number in \(0, 1\]"),
+        ({"weight_clip": None}, "weight_clip is None; it is a number"),
+        (
+            {"outliers": [3, 1]},
+            r"outliers=\[3, 1\] is not a list of channels, each once",
+        ),
+        ({"outliers": [1, 1]}, r"outliers=\[1, 1\] is not a list"),
+        ({"outliers": [-1]}, r"outliers=\[-1\] is not a list"),
+        ({"outliers": [True]}, r"outliers=\[True\] is not a list"),
+        ({"outliers": "01"}, "outliers='01' is not a list"),
+        ({"outliers": 3}, "outliers=3 is not a list"),
+        ({"in_float": True, "outliers": [3]}, "in_float leaves nothing to quantize"),
+        ({"in_float": True, "activations": "static"}, "in_float leaves nothing to quantize"),
+        ({"in_float": True, "weight_clip": 0.5}, "in_float leaves nothing to quantize"),
+    ],
+)
+def test_bad_layers_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(SqCpuError, match=f"^layer x: {message}") as caught:
+        SmoothPlan.from_dict({"groups": [], "layers": [{"name": "x", **fields}]})
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_plans_are_refused(tmp_path: Path) -> None:
+    group, layer = GroupPlan(name="nowhere"), LayerPlan(name="x")
+    with pytest.raises(SqCpuError, match="2 entries for group nowhere"):
+        SmoothPlan((group, group))
+    with pytest.raises(SqCpuError, match="2 entries for layer x; keep one"):
+        SmoothPlan((), (layer, LayerPlan(name="x", in_float=True)))
+    with pytest.raises(SqCpuError, match="the plan's scheme is 'O3', not a Scheme"):
+        SmoothPlan((), scheme="O3")  # type: ignore[arg-type]
+    with pytest.raises(SqCpuError, match="scheme: no field 'bits'"):
+        SmoothPlan.from_dict({"groups": [], "scheme": {"bits": 4}})
+    with pytest.raises(SqCpuError, match="not JSON"):
+        SmoothPlan.from_json("{")
+    for text in (
+        "[]",
+        "{}",
+        '{"groups": [{"beta": 1}]}',
+        '{"groups": [], "layers": [{"name": "x", "bits": 4}]}',
+        '{"groups": [], "layers": 1}',
+        '{"groups": [], "blocks": []}',
+    ):
+        with pytest.raises(SqCpuError, match="not a smoothing plan of this version"):
+            SmoothPlan.from_json(text)
+    with pytest.raises(SqCpuError, match="cannot read the smoothing plan"):
+        SmoothPlan.load(tmp_path / "missing")
+
+
+def test_the_scheme_of_a_layer() -> None:
+    layers = (
+        LayerPlan(name="static", activations="static"),
+        LayerPlan(name="token", activations="per_token"),
+        LayerPlan(name="clipped", weight_clip=0.5),
+    )
+    plan = SmoothPlan((), layers)
+    base = Scheme(activations="static", static_range="percentile", percentile=99, symmetric=False)
+    assert plan.layer_scheme(base, "token") == Scheme(symmetric=False)
+    for name in ("static", "clipped", "other"):
+        assert plan.layer_scheme(base, name) is base
+    threshold = Scheme(outlier_threshold=6.0, weights="per_tensor")
+    assert plan.layer_scheme(threshold, "token") is threshold
+    expected = Scheme(activations="static", weights="per_tensor")
+    assert plan.layer_scheme(threshold, "static") == expected
+    assert plan.layer("other") == LayerPlan(name="other")
+
+
+def test_what_needs_a_calibration() -> None:
+    assert not SmoothPlan(()).needs_calibration(O1)
+    assert SmoothPlan(()).needs_calibration(O3)
+    assert SmoothPlan((GroupPlan(name="a"),)).needs_calibration(O1)
+    assert SmoothPlan((), (LayerPlan(name="x", activations="static"),)).needs_calibration(O1)
+    assert not SmoothPlan((), (LayerPlan(name="x", in_float=True),)).needs_calibration(O1)
+
+
+def test_a_given_scheme_counts_before_that_of_the_plan() -> None:
+    assert scheme_of(None, None) == scheme_of(None, SmoothPlan(())) == O1
+    assert scheme_of(None, SmoothPlan((), scheme=O3)) == O3
+    assert scheme_of("O2", SmoothPlan((), scheme=O3)) == Scheme.of("O2")
+
+
+def test_why_linears_stay_in_float() -> None:
+    layers = (
+        LayerPlan(name="a", in_float=True, note="reverted"),
+        LayerPlan(name="b", in_float=True),
+        LayerPlan(name="c", note="not this one"),
+    )
+    expected = {"a": "reverted", "b": "the plan keeps it in float"}
+    assert SmoothPlan((), layers).in_float == expected

@@ -1,0 +1,161 @@
+"""Rows as the quantized part of a model makes them, and alphas tuned on them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import batches, inputs, tiny_model
+from tuning_cases import planted
+
+import sq_cpu
+from sq_cpu import Scheme, SqCpuError
+from sq_cpu.calibration.calibrate import evaluating
+from sq_cpu.calibration.sampling import SampledRows, watching_inputs
+from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.smoothing.plan import uniform_plan
+from sq_cpu.tuning.sequential import QuantizedPrefix
+
+SCHEME = Scheme.of("O3").resolve(True)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral"])
+def test_the_same_run_gives_the_same_rows(model_type: str) -> None:
+    model, data = tiny_model(model_type), batches(5)
+    mask = torch.ones_like(data[0])
+    mask[1, 10:] = 0
+    data[0] = {"input_ids": data[0].where(mask > 0, 0), "attention_mask": mask}
+    calibration = sq_cpu.calibrate(model, data, rows=12, gradient_rows=12)
+    with linearized(model):
+        linears = quantizable_linears(model, ("lm_head",))
+        sampled = SampledRows(calibration, 5 * 2 * 16 - 6)
+        with evaluating(model), watching_inputs(linears, "input", sampled.see):
+            for batch in data:
+                mapping = batch if isinstance(batch, dict) else {"input_ids": batch}
+                with sampled.batch(mapping.get("attention_mask")):
+                    model(**mapping)
+    again = sampled.calibration()
+    for name in calibration.rows:
+        torch.testing.assert_close(again.rows[name], calibration.rows[name])
+        torch.testing.assert_close(again.gradient_rows[name], calibration.gradient_rows[name])
+
+
+def every_row(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return all inputs of all linears over five batches, in the order in which they come."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        seen.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
+
+    linears = {n: m for n, m in model.named_modules() if hasattr(m, "in_features")}
+    with evaluating(model), watching_inputs(linears, "input", see):
+        for ids in batches(5):
+            model(ids)
+    return {name: torch.cat(rows) for name, rows in seen.items()}
+
+
+def test_rows_are_those_behind_a_quantized_first_block() -> None:
+    model = planted("llama")
+    calibration = sq_cpu.calibrate(model, batches(5), rows=12, gradient_rows=12)
+    groups = {group.name: group for group in smoothing_groups(model)}
+    plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
+    tuned = {group.name: replace(group, fold=False, clip=0.9) for group in plan.groups}
+    prefix = QuantizedPrefix(model, calibration, batches(5), groups, SCHEME)
+    fed = dict(prefix.blocks(tuned, {}))
+    assert list(fed) == ["model.layers.0", "model.layers.1"]
+
+    # The real thing: the first block in int8 kernels.
+    second = [name for name in calibration.channel_min if name.startswith("model.layers.1.")]
+    of_first = [g for g in tuned.values() if groups[g.name].block == "model.layers.0"]
+    quantized = sq_cpu.quantize(
+        planted("llama"),
+        calibration,
+        replace(plan, groups=tuple(of_first)),
+        scheme=Scheme.of("O3", ignore=("lm_head", *second)),
+    )
+    rows, before = every_row(quantized), every_row(model)
+    for name in calibration.rows:
+        seen = fed[".".join(name.split(".")[:3])]
+        for places, of_kind in (
+            (calibration.row_places, seen.rows),
+            (calibration.gradient_places, seen.gradient_rows),
+        ):
+            if name in second:
+                expected = rows[name][places[name]]
+                torch.testing.assert_close(of_kind[name], expected, rtol=1e-4, atol=1e-5)
+                assert not torch.equal(of_kind[name], before[name][places[name]])
+            else:
+                torch.testing.assert_close(of_kind[name], before[name][places[name]])
+        assert torch.equal(seen.channel_max[name], calibration.channel_max[name])
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral", "gemma3_text"])
+@pytest.mark.parametrize("gradient_rows", [0, 16])
+def test_later_blocks_are_tuned_on_other_rows(model_type: str, gradient_rows: int) -> None:
+    model, data = planted(model_type), batches(4)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    calibration = sq_cpu.calibrate(model, data, gradient_rows=gradient_rows)
+    alone = sq_cpu.tune(model, calibration)
+    plans = [sq_cpu.tune(model, calibration, sequential=True, batches=data) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert [g.name for g in plans[0].groups] == [g.name for g in alone.groups]
+    same = [a == b for a, b in zip(alone.groups, plans[0].groups, strict=True)]
+    first = {g.name for g in smoothing_groups(model) if ".0." in g.consumers[0]}
+    for group, equal in zip(alone.groups, same, strict=True):
+        assert equal or group.name not in first
+    assert not all(same)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert "forward" not in {key for m in model.modules() for key in vars(m)}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_padding(model_type: str) -> None:
+    """Experts see the padding, too, and are scored on the float model's rows."""
+    model, data = planted(model_type), batches(4)
+    mask = torch.ones_like(data[0])
+    mask[:, 10:] = 0
+    padded = [{"input_ids": ids, "attention_mask": mask} for ids in data]
+    calibration = sq_cpu.calibrate(model, padded)
+    with linearized(model):
+        groups = {group.name: group for group in smoothing_groups(model)}
+        plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
+        tuned = {group.name: replace(group, clip=0.7) for group in plan.groups}
+        prefix = QuantizedPrefix(model, calibration, iter(padded), groups, SCHEME)
+        _, (_, seen) = prefix.blocks(tuned, {})
+    for name, rows in seen.rows.items():
+        if ".1." in name:
+            assert torch.equal(rows, calibration.rows[name]) == ("experts" in name)
+
+
+def test_a_family_that_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = planted("llama"), batches(4)
+    model.config.model_type = "something"
+    calibration = sq_cpu.calibrate(model, data)
+    alone = sq_cpu.tune(model, calibration)
+    fed = sq_cpu.tune(model, calibration, sequential=True, batches=data)
+    assert [g.name for g in fed.groups] == [g.name for g in alone.groups]
+    assert fed != alone
+
+
+def test_what_sequential_tuning_refuses() -> None:
+    model, data = tiny_model("llama"), batches(4)
+    calibration = sq_cpu.calibrate(model, data)
+    with pytest.raises(SqCpuError, match="sequential=True runs the model: pass batches"):
+        sq_cpu.tune(model, calibration, sequential=True)
+    with pytest.raises(SqCpuError, match="tuning got no batches"):
+        sq_cpu.tune(model, calibration, sequential=True, batches=[])
+    message = r"these 2 batches have 64 tokens, and are not the 4 that were calibrated on"
+    with pytest.raises(SqCpuError, match=message):
+        sq_cpu.tune(model, calibration, sequential=True, batches=data[:2])
+    with pytest.raises(SqCpuError, match="have 120 tokens, and are not the 4"):
+        sq_cpu.tune(model, calibration, sequential=True, batches=[*data[:3], data[3][:, :12]])
+    with pytest.raises(SqCpuError, match="drop sequential"):
+        sq_cpu.tune(model, calibration, sequential=True, batches=data, method="inc")
+    old = replace(calibration, rows_seen={})
+    with pytest.raises(SqCpuError, match="of an earlier version"):
+        sq_cpu.tune(model, old, sequential=True, batches=data)
+    whisper = tiny_model("whisper")
+    ids = inputs("whisper", 2)
+    with pytest.raises(SqCpuError, match=r"2 stacks of blocks; tune it with sequential=False"):
+        sq_cpu.tune(whisper, sq_cpu.calibrate(whisper, ids), sequential=True, batches=ids)
