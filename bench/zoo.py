@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from sq_cpu import perplexity, texts
-from sq_cpu.calibration.calibrate import Batch, evaluating
 from sq_cpu.checkpoint import sources
 from sq_cpu.cli import demo
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.models.calls import Batch, evaluating
 
 WINDOW, CALIBRATED, SCORED = 512, 16, 20  # tokens; windows
 CACHE = Path("~/.cache/sq_cpu")

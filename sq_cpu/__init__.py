@@ -21,7 +21,8 @@ from sq_cpu.evaluation.lm_eval import lm_eval_accuracy
 from sq_cpu.evaluation.perplexity import perplexity
 from sq_cpu.kernels.ops import QuantizedActivation
 from sq_cpu.kernels.runtime import isa
-from sq_cpu.models.families import Family, Group, Stack, register_family
+from sq_cpu.models.families import register_family
+from sq_cpu.models.family import Family, Group, Stack
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.quantize import quantize
 from sq_cpu.scheme import Scheme

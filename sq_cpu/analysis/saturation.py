@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import Batch, evaluating, model_inputs
-from sq_cpu.calibration.sampling import watching_inputs
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.ops import QuantizedActivation
+from sq_cpu.models.calls import Batch, evaluating, model_inputs
+from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.nn.linear import QuantLinear
 
 __all__ = ["Saturation", "SaturationCount", "count_saturation"]

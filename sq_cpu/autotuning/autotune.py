@@ -27,10 +27,11 @@ from sq_cpu.autotuning.latency import Choice, Costs, measured_costs
 from sq_cpu.autotuning.refine import Rank
 from sq_cpu.autotuning.trials import Outcome, is_shared, join_study, opened_storage, quiet_optuna
 from sq_cpu.autotuning.workers import Course, Stopped, Worker, run_workers
-from sq_cpu.calibration.calibrate import TUNING_ROWS, Batch, calibrate
+from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import Machine
+from sq_cpu.models.calls import Batch
 from sq_cpu.progress import status
 from sq_cpu.smoothing.plan import SmoothPlan
 

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 from sq_cpu.autotuning.configurations import Configuration
 from sq_cpu.autotuning.latency import Choice, Costs
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
-from sq_cpu.calibration.calibrate import evaluating
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import evaluating
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.quantization.quantize import quantize
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan

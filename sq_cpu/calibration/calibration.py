@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import replacing
+from sq_cpu.models.calls import Example
 
-__all__ = ["FOLDS", "TENSORS", "Calibration", "Example", "fingerprint"]
+__all__ = ["FOLDS", "TENSORS", "Calibration", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 4
@@ -39,8 +40,6 @@ TENSORS = (
     "fold_max",
 )
 _PLAIN = (bool, int, float, str, type(None))
-
-Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sq_cpu.calibration.calibrate import evaluating
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.models.calls import evaluating
 
 __all__ = ["lm_eval_accuracy"]
 

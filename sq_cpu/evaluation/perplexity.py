@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sq_cpu.calibration.calibrate import check_length, evaluating
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import check_length, evaluating
 from sq_cpu.progress import track
 
 __all__ = ["TextPerplexity", "perplexity", "token_windows"]

@@ -31,11 +31,11 @@ import torch
 from torch import nn
 
 from sq_cpu import texts
-from sq_cpu.calibration.calibrate import check_length
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.baselines import HOW_TO_WRITE, Baseline, Baselines
 from sq_cpu.evaluation.perplexity import perplexity, token_windows
 from sq_cpu.kernels.runtime import Machine
+from sq_cpu.models.calls import check_length
 from sq_cpu.streaming import convert
 
 __all__ = ["ATTEMPTS", "Evaluate", "Gate", "Settings"]

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibration import Example
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import Example
 from sq_cpu.models.families import family_of
 from sq_cpu.models.groups import stack_paths
 

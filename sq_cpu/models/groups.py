@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sq_cpu.models.families import Family, Group, Rows, Stack, family_of
+from sq_cpu.models.families import family_of
+from sq_cpu.models.family import Family, Group, Rows, Stack
 from sq_cpu.models.linears import quantizable_linears
 
 __all__ = ["Layout", "SmoothingGroup", "norm_weight", "smoothing_groups", "stack_paths"]

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import ops
-from sq_cpu.nn.linear import QuantLinear, linear_reference
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.nn.reference import linear_reference
 from sq_cpu.scheme import Scheme
 
 __all__ = ["DecomposedLinear", "decomposed_reference", "outlier_columns"]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,68 +21,11 @@ from torch.compiler import is_compiling
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
-from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
+from sq_cpu.nn.reference import linear_reference
+from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.scheme import Scheme
 
-__all__ = ["QuantLinear", "linear_reference"]
-
-
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": partial(nn.functional.gelu, approximate="tanh"),
-    "silu": nn.functional.silu,
-}
-
-
-def linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    scheme: Scheme,
-    static: tuple[float, int] | None = None,
-    *,
-    smoothing: Tensor | None = None,
-    activation: Activation | None = None,
-    other: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Compute in plain torch exactly what the kernels compute.
-
-    Of the activations only relu is exact: the others are rounded from fp64 here, while the kernels
-    err by up to 3.5e-7 of the value.
-
-    Parameters
-    ----------
-    x : fp32, bf16 or fp16 [..., in_features]
-    weight : int8 [out_features, in_features]
-    weight_scale, bias : fp32 [out_features]
-    static : (scale, zero point) of a static scheme's activations, from `static_code`
-    smoothing : s, fp32 [in_features]; x is multiplied by 1 / s first
-    activation : "relu", "gelu", "gelu_tanh" or "silu"
-    other, residual : multiplied and added after the activation, [..., out_features]
-
-    Returns
-    -------
-    [..., out_features], of x's dtype
-    """
-    rows = x.reshape(-1, x.shape[-1]).float()
-    if smoothing is not None:
-        rows = rows * (1 / smoothing)
-    codes, row_scale, zero_point = quantize_rows(rows, scheme, static)
-    # Integers up to 2^31 and their products are exact in fp64.
-    total = (codes.double() - zero_point.double()[:, None]) @ weight.double().T
-    scale = (row_scale[:, None] * weight_scale).double()
-    y = total.float().double() * scale + (0.0 if bias is None else bias.double())
-    y = y.float().reshape(*x.shape[:-1], weight.shape[0])
-    if activation is not None:
-        y = _ACTIVATIONS[activation](y.double()).float()
-    if other is not None:
-        y = y * other.float()
-    if residual is not None:
-        y = y + residual.float()
-    return y.to(x.dtype)
+__all__ = ["QuantLinear"]
 
 
 _HUGE_PAGE = 2 << 20

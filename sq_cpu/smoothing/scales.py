@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sq_cpu.calibration.calibrate import evaluating
-from sq_cpu.calibration.calibration import Calibration, Example
+from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import Example, evaluating
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored, linearized
 from sq_cpu.scheme import Scheme

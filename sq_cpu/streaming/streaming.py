@@ -30,21 +30,14 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import (
-    SAMPLED_ROWS,
-    Batch,
-    Calibration,
-    Example,
-    InputRanges,
-    evaluating,
-    example_of,
-    model_inputs,
-)
+from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
+from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.checkpoint import checkpoint, sources
 from sq_cpu.checkpoint import config as checkpoint_config
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
+from sq_cpu.models.calls import Batch, Example, evaluating, example_of, model_inputs
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.linears import (
     check_ignore,

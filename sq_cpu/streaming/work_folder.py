@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sq_cpu.calibration.calibration import Example
 from sq_cpu.checkpoint import checkpoint
 from sq_cpu.checkpoint import config as checkpoint_config
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import replacing
+from sq_cpu.models.calls import Example
 
 __all__ = [
     "Part",

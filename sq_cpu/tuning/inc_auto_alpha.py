@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import Batch, evaluating, model_inputs
 from sq_cpu.calibration.calibration import Calibration
-from sq_cpu.calibration.sampling import removing
+from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.groups import SmoothingGroup
+from sq_cpu.models.hooks import removing
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan
 from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, quantized_output

@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import Batch, evaluating, model_inputs
 from sq_cpu.calibration.calibration import Calibration
-from sq_cpu.calibration.sampling import SampledRows, watching_inputs
+from sq_cpu.calibration.sampling import SampledRows
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
+from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.groups import SmoothingGroup
+from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
 from sq_cpu.smoothing.scales import group_statistics

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sq_cpu.calibration.sampling import removing
+from sq_cpu.models.hooks import removing
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan
 from sq_cpu.smoothing.rules import (

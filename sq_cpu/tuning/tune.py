@@ -18,10 +18,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import Batch
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
+from sq_cpu.models.calls import Batch
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
 from sq_cpu.numerics.golden_section import argmin

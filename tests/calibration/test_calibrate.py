@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from tiny import batches, tiny_model
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import Calibration, calibrate, example_of
+from sq_cpu.calibration.calibrate import Calibration, calibrate
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import example_of
 
 
 class Two(nn.Module):

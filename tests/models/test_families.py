@@ -15,10 +15,12 @@ from tiny import CONFIGS, inputs, tiny_model
 from torch import Tensor, nn
 
 import sq_cpu
-from sq_cpu.calibration.calibrate import calibrate, evaluating
+from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models import families
-from sq_cpu.models.families import FAMILIES, Family, Group, Stack, family_of, register_family
+from sq_cpu.models.calls import evaluating
+from sq_cpu.models.families import FAMILIES, family_of, register_family
+from sq_cpu.models.family import Family, Group, Stack
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearize, linearized, quantizable_linears
 from sq_cpu.nn.linear import QuantLinear

@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import sq_cpu
 from sq_cpu import QuantLinear, Scheme, SqCpuError
 from sq_cpu.kernels import _core
-from sq_cpu.nn.linear import linear_reference
+from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,8 +11,9 @@ import torch
 from tiny import batches, logits, tiny_model
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import calibrate, evaluating
+from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.smoothing.folding import apply_folds, refused_folds
 from sq_cpu.smoothing.plan import SmoothPlan

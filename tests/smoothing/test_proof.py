@@ -11,7 +11,7 @@ from tiny import batches, inputs, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from sq_cpu.calibration.calibrate import evaluating
+from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import Layout, SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
 from sq_cpu.smoothing.folding import refused_folds

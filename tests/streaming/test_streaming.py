@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
-from sq_cpu.calibration.calibrate import Batch
 from sq_cpu.models.block_chain import BlockChain
+from sq_cpu.models.calls import Batch
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan
 from sq_cpu.streaming import streaming
 from sq_cpu.streaming.convert import linear_bytes

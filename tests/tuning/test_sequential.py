@@ -9,9 +9,10 @@ from tuning_cases import planted
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
-from sq_cpu.calibration.calibrate import evaluating
-from sq_cpu.calibration.sampling import SampledRows, watching_inputs
+from sq_cpu.calibration.sampling import SampledRows
+from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.smoothing.plan import uniform_plan
 from sq_cpu.tuning.sequential import QuantizedPrefix

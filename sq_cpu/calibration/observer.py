@@ -1,0 +1,193 @@
+"""What is seen of the linears' inputs while a model runs: ranges and samples, batch by batch."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sq_cpu.calibration.calibration import FOLDS, TENSORS, Calibration, fingerprint
+from sq_cpu.calibration.sampling import InputRows, Reservoir
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import Example
+from sq_cpu.models.hooks import watching_inputs
+
+__all__ = ["InputRanges"]
+
+
+class _Seen:
+    """What was seen of one linear: the range of its input channels, and samples of its rows."""
+
+    def __init__(self, name: str, linear: nn.Linear, rows: int, gradient_rows: int) -> None:
+        self.name = name
+        self.linear = linear
+        self.rows = 0
+        self.sample = Reservoir(rows)
+        self.costly = Reservoir(gradient_rows)
+        self.differentiated = False
+        # The same seed for all: linears that share an input keep the same rows.
+        self.generator = torch.Generator().manual_seed(0)
+        # Another one each: what chance adds to the loss of one linear evens out over all.
+        self.gradient_generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        self.low = torch.full((FOLDS, linear.in_features), torch.inf)
+        self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
+
+    def add(self, x: Tensor, recent: InputRows) -> None:
+        recent.look(x)
+        first, self.rows = self.rows, self.rows + len(recent.rows)
+        if not len(recent.rows):  # an expert that no token was routed to, or all padding
+            return
+        if not (recent.low.isfinite().all() and recent.high.isfinite().all()):
+            raise SqCpuError(
+                f"calibration batch {recent.batch}: NaN or Inf in the input of {self.name}; "
+                "check the batch and the model's weights"
+            )
+        fold = recent.batch % FOLDS
+        torch.minimum(self.low[fold], recent.low, out=self.low[fold])
+        torch.maximum(self.high[fold], recent.high, out=self.high[fold])
+        chance = torch.rand(len(recent.rows), generator=self.generator)
+        self.sample.add(
+            chance,
+            rows=recent.rows,
+            fold=_all_of(fold, recent.rows),
+            place=torch.arange(first, self.rows),
+        )
+
+    def gradient_taker(self, recent: InputRows) -> Callable[[Tensor], None]:
+        """Return what takes the gradient of the output whose input was added last.
+
+        Rows are drawn by priority sampling (Duffield, Lund, Thorup 2007), which needs one pass: a
+        row of size w has priority w / u, u uniform in (0, 1], and if kept counts
+        max(1, threshold / w) times. Sums over rows are unbiased, of little variance where w grows
+        with a row's share of them: so w is |gradient| times how near the row comes to the ends of
+        the channels' ranges, as what clips there, or sets a coarse scale, is few rows.
+        """
+        self.differentiated = True
+        rows, kept = recent.copy(), recent.kept
+        batch, fold = recent.batch, recent.batch % FOLDS
+        places = torch.arange(self.rows - len(rows), self.rows)
+        ends = torch.maximum(-self.low.amin(dim=0), self.high.amax(dim=0))
+        near = (rows.abs() / ends.clamp_min(1e-30)).amax(dim=1).float()
+
+        def take(gradient: Tensor) -> None:
+            of_rows = gradient.detach().reshape(-1, gradient.shape[-1])
+            of_rows = of_rows if kept is None else of_rows[kept]
+            size = of_rows.float().norm(dim=1) * near
+            if not size.isfinite().all():
+                raise SqCpuError(
+                    f"calibration batch {batch}: NaN or Inf in the gradient of {self.name}; "
+                    "calibrate in fp32 or bf16"
+                )
+            chance = 1 - torch.rand(len(size), generator=self.gradient_generator)
+            self.costly.add(
+                size / chance,
+                rows=rows,
+                gradient=of_rows,
+                size=size,
+                fold=_all_of(fold, rows),
+                place=places,
+            )
+
+        return take
+
+    # Each of these by the names of the fields of a `Calibration`.
+
+    def ranges(self) -> dict[str, Tensor]:
+        """Return the range of every channel, over all and in each fold."""
+        return {
+            "channel_min": self.low.amin(dim=0),
+            "channel_max": self.high.amax(dim=0),
+            "fold_min": self.low,
+            "fold_max": self.high,
+        }
+
+    def sampled(self) -> dict[str, Tensor]:
+        """Return the uniform sample; nothing, if none was asked for."""
+        if not self.sample.size:
+            return {}
+        column = self.sample.columns
+        return {
+            "rows": column["rows"],
+            "row_folds": column["fold"],
+            "row_places": column["place"],
+        }
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return rows with gradients; nothing where the model ran without them."""
+        if not self.differentiated:
+            return {}
+        column = self.costly.columns
+        if not column:  # nothing that the model gives depends on this linear
+            none = self.linear.weight.detach()[:0]
+            column = {
+                "rows": none,
+                "gradient": none.new_empty(0, self.linear.out_features),
+                "size": torch.empty(0),
+                "fold": _all_of(0, none),
+                "place": torch.arange(0),
+            }
+        # 0 / 0 is of rows that cost nothing, when all that do are kept.
+        weights = (self.costly.threshold / column["size"]).nan_to_num(1.0).clamp_min(1.0)
+        return {
+            "gradient_rows": column["rows"],
+            "gradients": column["gradient"],
+            "gradient_weights": weights,
+            "gradient_folds": column["fold"],
+            "gradient_places": column["place"],
+        }
+
+
+def _all_of(fold: int, rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), fold, dtype=torch.uint8)
+
+
+class InputRanges:
+    """Gathers a `Calibration` of linears, batch by batch, from whatever runs them."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear], rows: int, gradient_rows: int = 0) -> None:
+        self._linears = linears
+        self._ranges = {
+            name: _Seen(name, linear, rows, gradient_rows) for name, linear in linears.items()
+        }
+        self._recent = InputRows()
+        self._batches = 0
+
+    def _see(self, name: str, x: Tensor) -> None:
+        self._ranges[name].add(x, self._recent)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Return a context in which the inputs of the linears are seen."""
+        return watching_inputs(self._linears, "input", self._see)
+
+    def see_gradients(self, name: str) -> Callable[[Tensor], None]:
+        """Return what takes the gradient of a linear's output, right after the linear ran."""
+        return self._ranges[name].gradient_taker(self._recent)
+
+    @contextmanager
+    def batch(self, mask: Any) -> Iterator[None]:
+        """Run one batch; `mask`, if it is a tensor [batch, tokens], has 0 for padding."""
+        self._recent.begin(self._batches, mask)
+        yield
+        self._recent.forget()
+        self._batches += 1
+
+    def calibration(self, example: Example | None = None) -> Calibration:
+        """Return what was seen so far."""
+        reached = {name: seen for name, seen in self._ranges.items() if seen.rows}
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
+        for name, seen in reached.items():
+            for kind, tensor in (seen.ranges() | seen.sampled() | seen.gradients()).items():
+                tensors[kind][name] = tensor
+        return Calibration(
+            **tensors,
+            fingerprints={name: fingerprint(self._linears[name]) for name in reached},
+            rows_seen={name: seen.rows for name, seen in reached.items()},
+            tokens=max((seen.rows for seen in reached.values()), default=0),
+            batches=self._batches,
+            unreached=tuple(name for name in self._ranges if name not in reached),
+            example=example,
+        )

@@ -1,0 +1,117 @@
+"""Batches as the arguments of a model's call, and a model ready to be called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.progress import track
+
+__all__ = ["Batch", "Example", "check_length", "evaluating", "example_of", "model_inputs"]
+
+_EXAMPLE_TOKENS = 32
+
+Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+"""A tensor (a model's one positional argument), positional arguments, or keyword arguments."""
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
+
+
+def example_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
+    """Copy a batch; if it is sequences of ids (masks, labels) of one length, its first tokens only.
+
+    Beside images or embeddings the ids stay whole: some of them may stand for these.
+    """
+
+    def is_ids(value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    lengths = {value.shape[1] for value in tensors if is_ids(value)}
+    ids_alone = all(is_ids(value) or value.dim() < 2 for value in tensors) and len(lengths) == 1
+
+    def cut(value: Any) -> Any:
+        if ids_alone and is_ids(value):
+            return value[:, :_EXAMPLE_TOKENS].clone()
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+
+
+def model_inputs(
+    model: nn.Module, batches: Iterable[Batch], what: str, doing: str, progress: bool | None
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Yield each batch as the model's arguments, positional and by keyword, under a progress bar.
+
+    Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
+    the model's context; messages call it batch number so and so of `what`.
+    """
+    if isinstance(batches, Tensor | Mapping | str):
+        raise SqCpuError(
+            f"batches is one {type(batches).__name__}; pass an iterable of batches, as in [batch]"
+        )
+    empty = True
+    for index, batch in enumerate(track(batches, doing, progress)):
+        empty = False
+        args, kwargs = _arguments(batch, f"{what} batch {index}")
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.dim() == 2:
+                check_length(model, tensor.shape[1], f"{what} batch {index}")
+        yield args, kwargs
+    if empty:
+        raise SqCpuError(f"{what} got no batches: pass at least one (a generator runs once)")
+
+
+def check_length(model: nn.Module, length: int, what: str) -> None:
+    """Raise `SqCpuError` when `what` has more tokens than the model's config has positions."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < length:
+        raise SqCpuError(
+            f"{what} has {length} tokens and the model {limit} positions: use shorter windows"
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block with `model` in evaluation mode and without gradients; restore every module."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _arguments(batch: Any, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, tuple | list):
+        args = tuple(batch)
+    elif isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    else:
+        raise SqCpuError(
+            f"{what} is a {type(batch).__name__}; "
+            "a batch is a tensor, a tuple of positional or a dict of keyword arguments"
+        )
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if not tensors:
+        raise SqCpuError(
+            f"{what} holds no tensor: a batch needs tensors, such as token ids "
+            'from tokenizer(text, return_tensors="pt")'
+        )
+    if any(tensor.numel() == 0 for tensor in tensors):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise SqCpuError(f"{what} is empty ({shapes}): drop it")
+    return args, kwargs

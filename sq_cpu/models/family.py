@@ -1,0 +1,69 @@
+"""What a family of models is, as types: the rows are in `families`.
+
+A group is one producer (a norm, or a linear whose output channels reach the consumers one to one)
+and *every* consumer of its output; its consumers share one smoothing scale s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from sq_cpu.errors import SqCpuError
+
+__all__ = ["Family", "Group", "Rows", "Stack"]
+
+
+Rows = Literal["all", "second_half", "value", "qkv", "qkv_by_head", "last_of_head"]
+"""Which output rows of a producer reach the consumers:
+
+all             every row
+second_half     of [gate; up], the rows of up
+value           every row, each key-value head read by several query heads (grouped-query attention)
+qkv             of [q; k; v], the rows of v, which may have fewer heads than q
+qkv_by_head     the same for each key-value head: [q, ..., q, k, v], [q, ..., q, k, v], ...
+last_of_head    of each head, as many last rows as a head has channels: [k; v], or [q; k; v]
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A producer and every consumer of its output, as paths within a block.
+
+    A `*` stands for each of a module list's children, the same one in all the paths. A block that
+    has none of the modules (a dense one among mixtures of experts) is passed over.
+    """
+
+    producer: str | None
+    """None: nothing can be folded, but these share their input, and so one s."""
+    consumers: tuple[str, ...]
+    rows: Rows = "all"
+    when: Mapping[str, object] = field(default_factory=dict)
+    """Config attributes (of a part of the config, with a dot) on whose values the fold depends."""
+
+    def __post_init__(self) -> None:
+        if self.rows not in get_args(Rows) or not self.consumers:
+            raise SqCpuError(
+                f"group {self.producer}: needs consumers, and rows of {get_args(Rows)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A list of like blocks and the groups of each."""
+
+    blocks: str
+    """Path of the module list, from the base model (the one without a head)."""
+    groups: tuple[Group, ...]
+    norm_offset: float = 0.0
+    """Norms multiply by weight + norm_offset: 1 for Gemma's x * (1 + w)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One row: where the blocks are, and what is folded in each."""
+
+    model_types: tuple[str, ...]
+    """`config.model_type` of transformers' models, or the names of other models' classes."""
+    stacks: tuple[Stack, ...]
