@@ -25,7 +25,7 @@ from sq_cpu.models.linears import (
     quantizable_linears,
 )
 from sq_cpu.progress import track
-from sq_cpu.quantization.quantize import check_layers
+from sq_cpu.quantization.checks import check_layers
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import (
     SmoothPlan,

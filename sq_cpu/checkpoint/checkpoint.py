@@ -66,8 +66,8 @@ from sq_cpu.files import json_text
 from sq_cpu.models.linears import linearize
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.quantization.quantize import mark_quantized, replace_linears
 from sq_cpu.quantization.record import QuantizationRecord
+from sq_cpu.quantization.replace import mark_quantized, replace_linears
 
 __all__ = ["load", "save"]
 

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels import _core
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
@@ -20,7 +18,6 @@ from sq_cpu.models.linears import (
     contiguous_linears,
     float_linears,
     free_experts,
-    is_ignored,
     linearize,
     quantizable_linears,
     restore_modules,
@@ -29,7 +26,15 @@ from sq_cpu.nn.decomposed import DecomposedLinear, outlier_columns
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.numerics.ranges import static_range
 from sq_cpu.progress import track
-from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
+from sq_cpu.quantization.checks import (
+    check_calibration,
+    check_layers,
+    check_linears,
+    check_replaceable,
+    needs_calibration,
+)
+from sq_cpu.quantization.record import QuantizedPart
+from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan
 from sq_cpu.smoothing.scales import (
@@ -40,13 +45,7 @@ from sq_cpu.smoothing.scales import (
     running,
 )
 
-__all__ = [
-    "check_layers",
-    "mark_quantized",
-    "quantize",
-    "quantize_part",
-    "replace_linears",
-]
+__all__ = ["quantize", "quantize_part"]
 
 
 def quantize(
@@ -94,13 +93,13 @@ def quantize(
         for name in in_float:
             del linears[name]
         kept = float_linears(model, scheme.ignore) | in_float
-        _check_replaceable(model, scheme.ignore, in_float)
+        check_replaceable(model, scheme.ignore, in_float)
         if not linears:
             raise SqCpuError(
                 "nothing to quantize: the model has no Linear that is not ignored or kept in float"
             )
         unreached = () if calibration is None else calibration.unreached
-        if _needs_calibration(plan, scheme, smooth) and linears.keys() <= set(unreached):
+        if needs_calibration(plan, scheme, smooth) and linears.keys() <= set(unreached):
             raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
         example = None if calibration is None else calibration.example
         run = running(model, example)
@@ -160,8 +159,8 @@ def _prepare(
     run: Run | None,
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
-    _check_linears(linears)
-    _check_calibration(linears, calibration, _needs_calibration(plan, scheme, smooth))
+    check_linears(linears)
+    check_calibration(linears, calibration, needs_calibration(plan, scheme, smooth))
     if groups is None:
         groups = smoothing_groups(model) if smooth else ()
     if smooth and plan is None:
@@ -188,10 +187,6 @@ def _prepare(
     return _Prepared(plan, schemes, by_linear, in_pass, ranges, outliers)
 
 
-def _needs_calibration(plan: SmoothPlan | None, scheme: Scheme, smooth: bool) -> bool:
-    return smooth or scheme.needs_calibration if plan is None else plan.needs_calibration(scheme)
-
-
 def _of_quantized(
     plan: SmoothPlan, groups: Iterable[SmoothingGroup], linears: Mapping[str, nn.Linear]
 ) -> SmoothPlan:
@@ -212,7 +207,7 @@ def _swap(
     for name in unreached:
         del linears[name]
     layers = tuple(linears)
-    places = _places(model, linears)
+    places = places_of(model, linears)
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
@@ -233,7 +228,7 @@ def _swap(
             layer = QuantLinear.from_float(
                 linear, schemes[name], ranges.get(name), smoothing=s, weight_clip=clip
             )
-        _put(layer, places[name])
+        put(layer, places[name])
     in_pass = prepared.in_pass.difference(outliers)
     return QuantizedPart(
         plan=prepared.plan,
@@ -242,128 +237,6 @@ def _swap(
         decomposed={name: len(outliers[name]) for name in layers if name in outliers},
         unreached=unreached,
     )
-
-
-def mark_quantized(model: Any, record: QuantizationRecord) -> None:
-    """Make a model whose linears are int8 one for inference, and say what was done to it."""
-    model.eval().requires_grad_(False)
-    model.sq_cpu_config = record
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = _refuse_save_pretrained
-
-
-def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
-    # Its config would not say int8, and whoever loaded it would read the codes as weights.
-    raise SqCpuError("save_pretrained cannot write an int8 model: call sq_cpu.save(model, path)")
-
-
-def replace_linears(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put each module of `layers` (by full name) in the place of the model's module there.
-
-    A module that the model holds under several names is replaced under all of them.
-    """
-    places = _places(model, {name: model.get_submodule(name) for name in layers})
-    for name, module in layers.items():
-        _put(module, places[name])
-
-
-_Place = tuple[nn.Module, str]
-
-
-def _places(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[_Place]]:
-    """Return where the model holds each module, without a hold on the modules."""
-    names = {module: name for name, module in modules.items()}
-    places: dict[str, list[_Place]] = {name: [] for name in modules}
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if child in names:
-                places[names[child]].append((parent, key))
-    return places
-
-
-def _put(module: nn.Module, places: Iterable[_Place]) -> None:
-    for parent, key in places:
-        setattr(parent, key, module)
-
-
-def _check_linears(linears: Mapping[str, nn.Linear]) -> None:
-    if "" in linears:
-        raise SqCpuError(
-            "the model is itself a Linear, which cannot be replaced in place; "
-            "use QuantLinear.from_float"
-        )
-    for name, linear in linears.items():
-        if linear.in_features > _core.MAX_DEPTH:
-            raise SqCpuError(
-                f"{name} has {linear.in_features} input channels; int32 sums hold "
-                f"{_core.MAX_DEPTH}: ignore it"
-            )
-        for kind, parameter in linear.named_parameters():
-            if parameter.numel() and not torch.stack(parameter.aminmax()).isfinite().all():
-                raise SqCpuError(f"{name}.{kind} has NaN or Inf; repair the model or ignore it")
-
-
-def check_layers(linears: Mapping[str, nn.Linear], plan: SmoothPlan | None) -> None:
-    """Raise `SqCpuError` for layers of the plan that these linears to quantize do not have."""
-    known = set(linears)
-    unknown = [layer.name for layer in plan.layers if layer.name not in known] if plan else []
-    if unknown:
-        raise SqCpuError(
-            f"the plan has an entry for {', '.join(unknown)}, no linear of the model that the "
-            "scheme would quantize; plan for this very model, and for what is not ignored"
-        )
-    for layer in plan.layers if plan else ():
-        channels = linears[layer.name].in_features
-        if layer.outliers and layer.outliers[-1] >= channels:
-            raise SqCpuError(
-                f"the plan keeps channel {layer.outliers[-1]} of {layer.name} in float, which has "
-                f"{channels}; plan for this very model"
-            )
-
-
-def _check_replaceable(
-    model: nn.Module, ignore: tuple[str, ...], in_float: Mapping[str, str]
-) -> None:
-    """Raise for a linear that does more than its forward, or whose parent never calls it."""
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or is_ignored(model, name, ignore):
-            continue
-        if name in in_float:
-            continue
-        if is_parametrized(module):
-            raise SqCpuError(
-                f"{name} is parametrized, which int8 would lose: remove_parametrizations or "
-                "ignore it"
-            )
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise SqCpuError(
-                f"{name} has forward hooks, which int8 would lose: remove them or ignore it"
-            )
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if hasattr(parent, "base_layer") and hasattr(parent, "unmerge"):  # peft's adapters
-            raise SqCpuError(
-                f"{name} has an adapter beside it: merge that first (model.merge_and_unload())"
-            )
-        if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            raise SqCpuError(
-                f"{name} is in a {type(parent).__name__}, which may read its weight without "
-                "calling it: ignore it"
-            )
-
-
-def _check_calibration(
-    linears: Mapping[str, nn.Linear], calibration: Calibration | None, needed: bool
-) -> None:
-    if not needed:
-        return
-    if calibration is None:
-        raise SqCpuError(
-            "smoothing, static activation scales and outlier_threshold need a calibration; pass "
-            "calibrate(...), or a dynamic scheme without threshold and smooth=False"
-        )
-    for name, linear in linears.items():
-        if name not in calibration.unreached:
-            calibration.check_weight(name, linear)
 
 
 def _input_ranges(

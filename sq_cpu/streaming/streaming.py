@@ -49,7 +49,8 @@ from sq_cpu.models.linears import (
 )
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
-from sq_cpu.quantization.quantize import check_layers, quantize_part
+from sq_cpu.quantization.checks import check_layers
+from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan

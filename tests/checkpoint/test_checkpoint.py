@@ -38,7 +38,8 @@ from sq_cpu.checkpoint import checkpoint
 from sq_cpu.checkpoint.checkpoint import load, save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.quantization.quantize import quantize, replace_linears
+from sq_cpu.quantization.quantize import quantize
+from sq_cpu.quantization.replace import replace_linears
 from sq_cpu.scheme import Scheme
 
 VOCABULARY = 97

@@ -25,8 +25,9 @@ from sq_cpu.models.linears import linearize
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.numerics.ranges import static_range
 from sq_cpu.numerics.rounding import quantize_weight, static_code
-from sq_cpu.quantization.quantize import quantize, replace_linears
+from sq_cpu.quantization.quantize import quantize
 from sq_cpu.quantization.record import QuantizationRecord
+from sq_cpu.quantization.replace import replace_linears
 from sq_cpu.scheme import Activations, Scheme, StaticRange, Weights
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 from sq_cpu.smoothing.scales import fold
