@@ -15,7 +15,8 @@ from sq_cpu.autotuning.configurations import SearchSpace
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.checkpoint import hf_quantizer as _transformers_plugin  # noqa: F401  registers itself
-from sq_cpu.checkpoint.checkpoint import load, save
+from sq_cpu.checkpoint.load import load
+from sq_cpu.checkpoint.save import save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.lm_eval import lm_eval_accuracy
 from sq_cpu.evaluation.perplexity import perplexity

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sq_cpu.checkpoint import checkpoint
-from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
+from sq_cpu.checkpoint.load import load
 from sq_cpu.errors import SqCpuError, first_line
 
 __all__ = ["check_float", "is_checkpoint", "load_source", "load_tokenizer"]
@@ -50,7 +50,7 @@ def load_source(
     path = Path(source).expanduser()
     if path.is_dir():
         if is_checkpoint(path):
-            return checkpoint.load(path, dtype=dtype), load_tokenizer(path, f"checkpoint {path}")
+            return load(path, dtype=dtype), load_tokenizer(path, f"checkpoint {path}")
         check_float(path)
         return _load(path, dtype or "auto", f"model folder {path}")
     if path.is_file():
@@ -64,12 +64,12 @@ def load_source(
 
 def is_checkpoint(folder: Path) -> bool:
     """Tell whether a folder's config.json says that :func:`sq_cpu.save` wrote it."""
-    return _quant_method(folder) == checkpoint_config.QUANT_METHOD
+    return _quant_method(folder) == QUANT_METHOD
 
 
 def _quant_method(folder: Path) -> str | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # not there or not readable: what loads the model says so, with the reason

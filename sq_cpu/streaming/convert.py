@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import calibrate
-from sq_cpu.checkpoint import checkpoint, sources
+from sq_cpu.checkpoint import sources
+from sq_cpu.checkpoint.save import save
 from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
@@ -118,7 +119,7 @@ def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qua
     say(f"quantizing with {job.scheme.name}")
     quantize(model, calibration, plan, scheme=job.scheme, smooth=job.smooth)
     say(f"saving {job.out}")
-    checkpoint.save(model, job.out, tokenizer)
+    save(model, job.out, tokenizer)
     made: Any = model
     return QuantizedCheckpoint(
         path=job.out,

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sq_cpu.checkpoint import checkpoint
-from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.checkpoint.config import sha256
+from sq_cpu.checkpoint.folder import check_replaceable
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import replacing
 from sq_cpu.models.calls import Example
@@ -43,7 +43,7 @@ __all__ = [
 
 def check_target(target: Path) -> None:
     """Refuse an output that could not be replaced in the end, before the long work."""
-    checkpoint.check_replaceable(target)
+    check_replaceable(target)
     parent = next(parent for parent in target.parents if parent.exists())
     if not target.exists():
         return
@@ -132,7 +132,7 @@ class State:
             return cls.anew(work, settings)
         for part in state.parts:
             file = work / "checkpoint" / part.file
-            if not file.exists() or checkpoint_config.sha256(file) != part.sha256:
+            if not file.exists() or sha256(file) != part.sha256:
                 raise SqCpuError(f"{file} is missing or damaged; remove {work} and start anew")
         return state
 
