@@ -26,6 +26,7 @@ from sq_cpu.cli.common import (
     read_all,
     say,
 )
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
 from sq_cpu.streaming.convert import Job, convert
@@ -150,7 +151,13 @@ def quantize_command(
     base = scheme_of(None if scheme is None else scheme.value, planned)
     # A default is not to change the plan's scheme.
     given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
-    settings = Scheme.of(base, **given)
+    recipe = Recipe.of(
+        Scheme.of(base, **given),
+        planned,
+        smooth=smooth,
+        alpha=Recipe.alpha if alpha is None else alpha,
+        rule=Recipe.rule if rule is None else rule.value,
+    )
     check_float(model)
     check_output(out, overwrite)
     calibration_texts = read_all(calib or [])
@@ -158,11 +165,7 @@ def quantize_command(
     job = Job(
         source=model,
         out=out,
-        scheme=settings,
-        plan=planned,
-        alpha=0.5 if alpha is None else alpha,
-        rule="smoothquant" if rule is None else rule.value,
-        smooth=smooth,
+        recipe=recipe,
         dtype=TORCH_DTYPES[dtype],
         overwrite=overwrite,
     )
@@ -177,14 +180,13 @@ def quantize_command(
     made = convert(job, batches_of, stream=stream, say=say)
     record = made.record
     folded = {group.name: group.fold for group in record.plan.groups} if record.plan else {}
-    uniform = smooth and plan is None
     result = {
         "output": str(out),
         "scheme": record.scheme.to_dict(),
         "smooth": smooth,
         "plan": None if plan is None else str(plan),
-        "rule": job.rule if uniform else None,
-        "alpha": job.alpha if uniform and job.rule == "smoothquant" else None,
+        "rule": recipe.rule if recipe.is_uniform else None,
+        "alpha": recipe.alpha if recipe.is_uniform and recipe.rule == "smoothquant" else None,
         "layers": len(record.layers),
         "groups": {"folded": sum(folded.values()), "in_pass": len(folded) - sum(folded.values())},
         "kept": dict(record.kept),
@@ -195,7 +197,7 @@ def quantize_command(
     }
     before, after = show.megabytes(made.float_bytes), show.megabytes(made.int8_bytes)
     lines = [
-        f"{out}: {result['layers']} linears in int8 ({settings.name}), "
+        f"{out}: {result['layers']} linears in int8 ({record.scheme.name}), "
         f"{before} -> {after} MB, in {result['seconds']:.0f} s",
         *show.plan_lines(record),
     ]

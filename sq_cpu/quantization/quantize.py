@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
     check_ignore,
@@ -31,12 +30,12 @@ from sq_cpu.quantization.checks import (
     check_layers,
     check_linears,
     check_replaceable,
-    needs_calibration,
 )
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan
+from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
 from sq_cpu.smoothing.scales import (
     Run,
     consumer_scales,
@@ -79,9 +78,8 @@ def quantize(
     weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
     older than the weights, not finite, or without the rows that the scheme's range needs.
     """
-    scheme = scheme_of(scheme, plan).resolve(has_vnni())
-    if plan is not None and not smooth:
-        raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
+    recipe = Recipe.of(scheme, plan, smooth=smooth)
+    scheme = recipe.scheme
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)
@@ -99,7 +97,7 @@ def quantize(
                 "nothing to quantize: the model has no Linear that is not ignored or kept in float"
             )
         unreached = () if calibration is None else calibration.unreached
-        if needs_calibration(plan, scheme, smooth) and linears.keys() <= set(unreached):
+        if recipe.needs_calibration and linears.keys() <= set(unreached):
             raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
         example = None if calibration is None else calibration.example
         run = running(model, example)
@@ -160,7 +158,8 @@ def _prepare(
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
     check_linears(linears)
-    check_calibration(linears, calibration, needs_calibration(plan, scheme, smooth))
+    recipe = Recipe(scheme=scheme, plan=plan, smooth=smooth)
+    check_calibration(linears, calibration, recipe.needs_calibration)
     if groups is None:
         groups = smoothing_groups(model) if smooth else ()
     if smooth and plan is None:

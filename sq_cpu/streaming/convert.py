@@ -20,7 +20,7 @@ from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.quantize import quantize
-from sq_cpu.scheme import Scheme
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
@@ -36,26 +36,14 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to make of which model; the fields are those of `quantize_checkpoint`."""
+    """What to make of which model; the other fields are those of `quantize_checkpoint`."""
 
     source: str
     """A folder, a GGUF file or the name of a hub model."""
     out: Path
-    scheme: Scheme
-    plan: SmoothPlan | None = None
-    """In the place of `alpha` and `rule`."""
-    alpha: float = 0.5
-    rule: str = "smoothquant"
-    smooth: bool = True
+    recipe: Recipe
     dtype: torch.dtype | None = torch.float32
     overwrite: bool = False
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether batches are needed."""
-        if self.plan is not None:
-            return self.plan.needs_calibration(self.scheme)
-        return self.smooth or self.scheme.needs_calibration
 
 
 def convert(
@@ -109,15 +97,18 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
 
 def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
     model, tokenizer = load(job.source, job.dtype, say)
-    ignore = job.scheme.ignore
+    recipe, plan = job.recipe, job.recipe.plan
+    ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)
-    calibration, plan = None, job.plan
-    if job.calibrated:
+    calibration = None
+    if recipe.needs_calibration:
         calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
-        if plan is None and job.smooth:
-            plan = SmoothPlan.uniform(model, calibration, job.alpha, rule=job.rule, ignore=ignore)
-    say(f"quantizing with {job.scheme.name}")
-    quantize(model, calibration, plan, scheme=job.scheme, smooth=job.smooth)
+        if recipe.is_uniform:
+            plan = SmoothPlan.uniform(
+                model, calibration, recipe.alpha, rule=recipe.rule, ignore=ignore
+            )
+    say(f"quantizing with {recipe.scheme.name}")
+    quantize(model, calibration, plan, scheme=recipe.scheme, smooth=recipe.smooth)
     say(f"saving {job.out}")
     save(model, job.out, tokenizer)
     made: Any = model
@@ -135,18 +126,14 @@ def _stream(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qu
     folder = Path(job.source).expanduser()
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = sources.load_tokenizer(folder, f"model folder {folder}")
-    batches = batches_of(tokenizer) if job.calibrated else None
-    say(f"quantizing with {job.scheme.name}, one block at a time")
+    batches = batches_of(tokenizer) if job.recipe.needs_calibration else None
+    say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:
-        return streaming.quantize_checkpoint(
+        return streaming.stream_checkpoint(
             folder,
             job.out,
             batches,
-            scheme=job.scheme,
-            plan=job.plan,
-            alpha=job.alpha,
-            rule=job.rule,
-            smooth=job.smooth,
+            job.recipe,
             dtype=job.dtype,
             tokenizer=tokenizer,
             overwrite=job.overwrite,

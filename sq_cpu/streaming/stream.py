@@ -36,8 +36,8 @@ from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import check_layers
 from sq_cpu.quantization.quantize import quantize_part
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
-from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
 from sq_cpu.smoothing.scales import Run, running
 from sq_cpu.streaming.loader import Loader
@@ -76,10 +76,7 @@ class Stream:
         chain: BlockChain,
         work: Path,
         state: State,
-        scheme: Scheme,
-        plan: SmoothPlan | None,
-        alpha: float,
-        rule: str,
+        recipe: Recipe,
     ) -> None:
         self.loader = loader
         self.model = model = loader.model
@@ -87,10 +84,9 @@ class Stream:
         self.blocks = blocks = chain.names
         self.work = work
         self.state = state
-        self.scheme = scheme
-        self.plan = plan
-        self.alpha = alpha
-        self.rule = rule
+        self.recipe = recipe
+        self.scheme = scheme = recipe.scheme
+        self.plan = plan = recipe.plan
         with linearized(model):
             check_ignore(model, scheme.ignore)
             linears = quantizable_linears(model, scheme.ignore)
@@ -121,8 +117,6 @@ class Stream:
     def run(
         self,
         batches: Sequence[Example],
-        smooth: bool,
-        calibrated: bool,
         tokenizer: Any,
         progress: bool | None,
     ) -> QuantizationRecord:
@@ -134,16 +128,16 @@ class Stream:
             # The last is the example that folds are proven with.
             calls: list[BlockCalls] = []
             hidden: list[Tensor] = []
-            if calibrated:
+            if self.recipe.needs_calibration:
                 calls = self.capture([*batches, example_of(*batches[0])])
                 hidden = state.carried() if state.blocks else [call.take() for call in calls]
             for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
-                state.finish(self.block(index, calls, hidden, smooth), hidden)
+                state.finish(self.block(index, calls, hidden), hidden)
             parts = list(state.parts)
             if self.outer:
-                parts.append(self.quantize_outer(calls, hidden, smooth))
+                parts.append(self.quantize_outer(calls, hidden))
                 state.parts.append(parts[-1])
-        return self.seal(parts, calibrated, tokenizer)
+        return self.seal(parts, tokenizer)
 
     def file(self, index: int) -> Path:
         """Return where a part goes: 0 is what is outside of the blocks, then come these."""
@@ -209,9 +203,7 @@ class Stream:
         finally:
             setattr(self.model.get_submodule(parent), key, bare)
 
-    def block(
-        self, index: int, calls: Sequence[BlockCalls], hidden: list[Tensor], smooth: bool
-    ) -> Part:
+    def block(self, index: int, calls: Sequence[BlockCalls], hidden: list[Tensor]) -> Part:
         """Quantize and write a block; `hidden` becomes what its float weights make of it."""
         name = self.blocks[index]
         with self.loaded(index) as block:
@@ -238,11 +230,9 @@ class Stream:
                 def run() -> list[Tensor]:
                     return [call(-1, example)]
 
-            return self.part(index + 1, [name], linears, calibration, smooth, run)
+            return self.part(index + 1, [name], linears, calibration, run)
 
-    def quantize_outer(
-        self, calls: Sequence[BlockCalls], hidden: Sequence[Tensor], smooth: bool
-    ) -> Part:
+    def quantize_outer(self, calls: Sequence[BlockCalls], hidden: Sequence[Tensor]) -> Part:
         """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
         linearize(self.model)
         linears = {name: self.model.get_submodule(name) for name in self.outer}
@@ -264,7 +254,7 @@ class Stream:
                 current = len(calls) - 1
                 run = running(self.model, calls[-1].arguments)
             index = len(self.blocks) + 1
-            return self.part(index, self.outer, linears, calibration, smooth, run)
+            return self.part(index, self.outer, linears, calibration, run)
 
     def part(
         self,
@@ -272,7 +262,6 @@ class Stream:
         modules: Sequence[str],
         linears: dict[str, nn.Linear],
         calibration: Calibration | None,
-        smooth: bool,
         run: Run | None,
     ) -> Part:
         """Quantize linears and write the modules, by full name, that are or hold them."""
@@ -282,21 +271,21 @@ class Stream:
             del linears[name]
         groups = [group for group in self.groups if not names.isdisjoint(group.consumers)]
         plan = None
-        if smooth and self.plan is not None:
+        if self.plan is not None:
             own = {group.name for group in groups}
             plan = replace(
                 self.plan,
                 groups=tuple(group for group in self.plan.groups if group.name in own),
                 layers=tuple(layer for layer in self.plan.layers if layer.name in names),
             )
-        elif smooth:
+        elif self.recipe.smooth:
             assert calibration is not None  # quantize_checkpoint asked for batches
             plan = uniform_plan(
                 self.model,
                 groups,
                 calibration,
-                self.alpha,
-                rule=self.rule,
+                self.recipe.alpha,
+                rule=self.recipe.rule,
                 ignore=self.scheme.ignore,
             )
         done = quantize_part(self.model, linears, calibration, plan, self.scheme, groups, run)
@@ -329,11 +318,11 @@ class Stream:
             int8_bytes=after,
         )
 
-    def seal(self, parts: Sequence[Part], calibrated: bool, tokenizer: Any) -> QuantizationRecord:
+    def seal(self, parts: Sequence[Part], tokenizer: Any) -> QuantizationRecord:
         """Write what describes the finished files."""
         folder = self.work / "checkpoint"
         layers = {name for part in parts for name in part.layers}
-        if not layers or (calibrated and not self.state.tokens):
+        if not layers or (self.recipe.needs_calibration and not self.state.tokens):
             raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
         smoothed = {name for part in parts for name in part.smoothed}
         plans = [SmoothPlan.from_dict(part.plan) for part in parts if part.plan is not None]

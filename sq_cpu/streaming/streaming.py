@@ -32,13 +32,12 @@ from sq_cpu.checkpoint.folder import move_into_place
 from sq_cpu.checkpoint.load import read_generation_config, skeleton
 from sq_cpu.checkpoint.save import check_architecture
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.block_chain import BlockChain
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
-from sq_cpu.smoothing.rules import check_rule
+from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.stream import Stream
 from sq_cpu.streaming.tensors import WHOLE, stored_dtype, stored_tensors
@@ -51,7 +50,13 @@ from sq_cpu.streaming.work_folder import (
     work_folder,
 )
 
-__all__ = ["QuantizedCheckpoint", "float_bytes", "quantize_checkpoint", "unfinished"]
+__all__ = [
+    "QuantizedCheckpoint",
+    "float_bytes",
+    "quantize_checkpoint",
+    "stream_checkpoint",
+    "unfinished",
+]
 
 
 @dataclass(frozen=True)
@@ -122,17 +127,35 @@ def quantize_checkpoint(
         missing or damaged one; a model whose blocks are not one stack, or that does not hand the
         hidden states alone from block to block; unfinished work of other settings.
     """
-    scheme = scheme_of(scheme, plan).resolve(has_vnni())
-    if plan is not None and not smooth:
-        raise SqCpuError("quantize_checkpoint got a plan and smooth=False; drop one of them")
-    if not 0.0 <= alpha <= 1.0:
-        raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
+    recipe = Recipe.of(scheme, plan, smooth=smooth, alpha=alpha, rule=rule)
+    return stream_checkpoint(
+        source,
+        out,
+        batches,
+        recipe,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        progress=progress,
+        say=say,
+    )
+
+
+def stream_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    batches: Iterable[Batch] | None,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype | None,
+    tokenizer: Any,
+    overwrite: bool,
+    progress: bool | None = None,
+    say: Callable[[str], object],
+) -> QuantizedCheckpoint:
+    """Do what `quantize_checkpoint` does, as `recipe` says."""
     check_dtype(dtype)
-    check_rule(rule)
-    calibrated = smooth or scheme.needs_calibration
-    if plan is not None:
-        calibrated = plan.needs_calibration(scheme)
-    if calibrated and batches is None:
+    if recipe.needs_calibration and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
         )
@@ -146,18 +169,14 @@ def quantize_checkpoint(
     model = _skeleton(folder, dtype)
     chain = BlockChain(model, WHOLE)
     inputs: list[Example] = []
-    if calibrated and batches is not None:
+    if recipe.needs_calibration and batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
             inputs.append(given)
     settings = {
         **{package: version(package) for package in ("sq_cpu", "torch", "transformers")},
         "source": source_digest(folder),
         "batches": batches_digest(inputs),
-        "scheme": scheme.to_dict(),
-        "plan": None if plan is None else plan.to_dict(),
-        "alpha": alpha if smooth and plan is None else None,
-        "rule": rule if smooth and plan is None else None,
-        "smooth": smooth,
+        **recipe.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
     }
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -169,8 +188,8 @@ def quantize_checkpoint(
                 say(f"resuming: {state.blocks} of {len(chain.names)} blocks are finished")
             try:
                 loader = Loader(model, weights, folder)
-                stream = Stream(loader, chain, work, state, scheme, plan, alpha, rule)
-                record = stream.run(inputs, smooth, calibrated, tokenizer, progress)
+                stream = Stream(loader, chain, work, state, recipe)
+                record = stream.run(inputs, tokenizer, progress)
                 move_into_place(work / "checkpoint", target)
             except BaseException:
                 if not state.blocks:
