@@ -14,6 +14,8 @@ import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, cli
 from sq_cpu.streaming import convert, streaming
 
+pytest_plugins = ["cli_fixtures"]
+
 
 def test_command_line_equals_python(folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "int8"

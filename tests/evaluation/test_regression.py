@@ -1,4 +1,4 @@
-"""The fixture `sq_cpu_regression`: passes, failures, refusals; times are faked or far apart."""
+"""The fixture `sq_cpu_regression`: passes, failures, refusals; times are far apart."""
 
 import ctypes
 import json
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from byte_models import byte_model, byte_tokenizer
+from conftest import ROOT
 from rehost import norm_consumers, plant_outliers
 
 import sq_cpu
@@ -22,7 +23,6 @@ from sq_cpu.nn.linear import QuantLinear
 
 pytest_plugins = ["pytester"]
 
-ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "sq_cpu" / "plugin"
 # Options of pytest within this process. Its faulthandler plugin, when such a run ends, would take
 # away the SIGILL handler that was installed after it: the AMX emulator's.

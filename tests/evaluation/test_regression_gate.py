@@ -1,4 +1,4 @@
-"""The fixture `sq_cpu_regression` against times that are faked."""
+"""How a model is compared with its baseline; the times are faked."""
 
 import math
 from collections.abc import Callable, Sequence
