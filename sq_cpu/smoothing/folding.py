@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.groups import SmoothingGroup
+from sq_cpu.models.hooks import removing
 
 __all__ = ["apply_folds", "refused_folds"]
 
@@ -233,11 +234,8 @@ def _rescaled(model: nn.Module, groups: Sequence[SmoothingGroup]) -> Iterator[No
             consumer = model.get_submodule(name)
             hook = multiply(group.layout.widen(s))
             handles.append(consumer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -271,11 +269,8 @@ def _watching(
     }
     handles = [module.register_forward_hook(after) for module in modules]
     handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in kept]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _culprits(
@@ -312,11 +307,8 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
         for name, module in model.named_modules()
         if name not in group.consumers and not any(True for _ in module.children())
     ]
-    try:
+    with removing(handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     if readers:
         return f"{readers[0]} takes the output of {group.producer}"
     return f"something else uses the output of {group.producer}, or is not linear in it"
