@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sq_cpu.models.hf_private import tied_weights
 from sq_cpu.nn.linear import QuantLinear
 
 __all__ = ["float_entries", "layer_entries", "own_entries"]
@@ -17,13 +18,14 @@ def float_entries(model: Any, part: nn.Module, prefix: str = "") -> dict[str, Te
 
     Tied weights are under one name only; no two of the tensors share memory.
     """
+    ties = tied_weights(model)
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     for path, module in part.named_modules(prefix=prefix):
         if isinstance(module, QuantLinear):
             continue
         for name, tensor in own_entries(module, path).items():
-            if not _is_tied(model, name, model.all_tied_weights_keys):
+            if not _is_tied(model, name, ties):
                 storage = tensor.untyped_storage().data_ptr()
                 stored[name] = tensor.clone() if storage in storages else tensor
                 storages.add(storage)

@@ -7,7 +7,7 @@ fills the weights, so that the result is the model that `sq_cpu.load` returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from sq_cpu.checkpoint.config import (
 )
 from sq_cpu.checkpoint.load import restore
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.hf_private import load_nothing
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
 
@@ -57,7 +58,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         check_settings(self._settings, Path(CONFIG))
         self._dtype: torch.dtype | None = None
         self._folder = Path()
-        self._ignored: set[str] | None = None
+        self._undo: Callable[[], None] = lambda: None
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -96,18 +97,12 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{self._folder / min(foreign)} is not a file of this checkpoint; remove it, "
                 "or the arguments that choose it"
             )
-        # transformers would hold all int8 weights unpacked beside the packed ones. It loads what
-        # the state dict names, and initialises what is not marked; buffers it makes as always.
-        model.state_dict = lambda *_, **__: {}
-        self._ignored = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {""}  # a pattern: every key
-        for parameter in model.parameters():
-            parameter._is_hf_initialized = True
+        # transformers would hold all int8 weights unpacked beside the packed ones.
+        self._undo = load_nothing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Fill the weights as `sq_cpu.load` does."""
-        del model.state_dict
-        model._keys_to_ignore_on_load_unexpected = self._ignored
+        self._undo()
         record = record_of_settings(self._settings, self._folder / CONFIG)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.
         stored = AutoConfig.from_pretrained(self._folder).dtype

@@ -10,10 +10,8 @@ from typing import Any, cast
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
 
 from sq_cpu.checkpoint.config import (
     CONFIG,
@@ -25,6 +23,13 @@ from sq_cpu.checkpoint.config import (
 )
 from sq_cpu.checkpoint.entries import layer_entries, own_entries
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.models.hf_private import (
+    bare_model,
+    check_version,
+    from_config,
+    set_ties,
+    tied_weights,
+)
 from sq_cpu.models.linears import linearize
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
@@ -87,24 +92,17 @@ def read_generation_config(model: Any, folder: Path) -> None:
 def _skeleton(folder: Path, dtype: torch.dtype | None) -> Any:
     def make(config: Any) -> Any:
         del config.quantization_config
-        model_class = getattr(transformers, config.architectures[0])
-        return model_class._from_config(config, dtype=dtype or config.dtype)
+        return from_config(config.architectures[0], config, dtype or config.dtype)
 
     return skeleton(folder, make)
 
 
 def skeleton(folder: Path, make: Callable[[Any], Any]) -> Any:
     """Build a model from its config, with parameters on the meta device and buffers in memory."""
+    check_version()
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = make(config)
-        # Buffers were made of what the model's dtype rounds (GPT-J's frequencies). Once more in
-        # fp32, as from_pretrained does; what is marked stays.
-        for parameter in model.parameters():
-            parameter._is_hf_initialized = True
-        model.initialize_weights()
-        return model
+        return bare_model(lambda: make(config))
     except Exception as error:  # a config may be wrong in any way, and raise anything
         raise SqCpuError(
             f"{folder / CONFIG}: transformers {transformers.__version__} cannot build this model "
@@ -194,7 +192,7 @@ def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None)
         names = {name for entries in expected.values() for name in entries}
         tied = {
             target: source
-            for target, source in model.all_tied_weights_keys.items()
+            for target, source in tied_weights(model).items()
             if target in names - quantized - found.keys() and source in found
         }
         if missing := sorted(names - found.keys() - tied.keys()):
@@ -229,7 +227,7 @@ def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None)
     for target, source in tied.items():
         parent, _, key = target.rpartition(".")
         setattr(model.get_submodule(parent), key, model.get_parameter(source))
-    model.all_tied_weights_keys = tied
+    set_ties(model, tied)
 
 
 def _read_tensor(

@@ -21,7 +21,6 @@ from sq_cpu.checkpoint import sources
 from sq_cpu.checkpoint.folder import check_replaceable
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import token_windows
-from sq_cpu.streaming.convert import load
 
 
 class Dtype(str, Enum):
@@ -168,7 +167,7 @@ def calibration_batches(
 def load_model(source: str | Path, dtype: Dtype | None) -> tuple[nn.Module, Any]:
     """Load a model, quantized or not, and its tokenizer."""
     quiet()
-    return load(str(source), TORCH_DTYPES[dtype], say)
+    return sources.load_source(source, dtype=TORCH_DTYPES[dtype], say=say)
 
 
 def quiet() -> None:

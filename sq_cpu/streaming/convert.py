@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import calibrate
-from sq_cpu.checkpoint import sources
 from sq_cpu.checkpoint.save import save
+from sq_cpu.checkpoint.sources import load_source, load_tokenizer
 from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
@@ -26,7 +24,7 @@ from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
 from sq_cpu.streaming.tensors import is_stored
 
-__all__ = ["Job", "convert", "linear_bytes", "load"]
+__all__ = ["Job", "convert", "linear_bytes"]
 
 # What quantizing a model in memory needs, over its size in float.
 _SLACK = 1.3
@@ -75,14 +73,6 @@ def convert(
     return _stream(job, batches_of, say) if stream else _whole(job, batches_of, say)
 
 
-def load(source: str, dtype: torch.dtype | None, say: Say) -> tuple[nn.Module, Any]:
-    """Do what `sources.load_source` does, with a line of ours instead of what libraries print."""
-    say(f"loading {source}")
-    # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
-    with contextlib.redirect_stderr(io.StringIO()):
-        return sources.load_source(source, dtype=dtype)
-
-
 def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
     """Return the resident bytes of a model's linears, int8 or float, biases and scales included."""
     total = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
@@ -96,7 +86,7 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
 
 
 def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
-    model, tokenizer = load(job.source, job.dtype, say)
+    model, tokenizer = load_source(job.source, dtype=job.dtype, say=say)
     recipe, plan = job.recipe, job.recipe.plan
     ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)
@@ -125,7 +115,7 @@ def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qua
 def _stream(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
     folder = Path(job.source).expanduser()
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
-    tokenizer = sources.load_tokenizer(folder, f"model folder {folder}")
+    tokenizer = load_tokenizer(folder, f"model folder {folder}")
     batches = batches_of(tokenizer) if job.recipe.needs_calibration else None
     say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:

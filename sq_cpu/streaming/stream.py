@@ -148,7 +148,9 @@ class Stream:
     def open_outside(self, files: ExitStack) -> None:
         """Map what is outside of the blocks into the model, from a copy of the right dtype."""
         found, ties = self.loader.outside(self.blocks)
-        dtypes = {name: (tensor, self.loader.dtype_of(name)) for name, tensor in found.items()}
+        dtypes = {
+            name: (tensor, self.loader.layout.dtype_of(name)) for name, tensor in found.items()
+        }
         # A linear that becomes int8 is in a file of its own, unless an embedding shares it.
         own = {
             name
