@@ -20,6 +20,7 @@ from torch import nn
 import sq_cpu
 from sq_cpu import QuantLinear, Scheme, SqCpuError
 from sq_cpu.kernels import _core
+from sq_cpu.nn.packed_weight import PackedWeight
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 
@@ -65,12 +66,18 @@ def test_the_published_integer_product(each_isa: str) -> None:
         [57, 50, 11, 21],
         [91, 1, 11, 127],
     ]
-    packed = torch.zeros(_core.packed_bytes(2, 3), dtype=torch.uint8)
-    ones = torch.ones(2)
-    _core.pack_weight(weight.data_ptr(), ones.data_ptr(), 0, 2, 3, packed.data_ptr())
+    packed = PackedWeight.zeros(2, 3)
+    packed.pack(weight, torch.ones(2), None)
     y = torch.zeros(4, 2, dtype=torch.int32)
     _core.gemm(
-        codes.data_ptr(), zero_point.data_ptr(), 4, 255, packed.data_ptr(), 2, 3, y.data_ptr()
+        codes.data_ptr(),
+        zero_point.data_ptr(),
+        4,
+        255,
+        packed.buffer.data_ptr(),
+        2,
+        3,
+        y.data_ptr(),
     )
     assert y.T.tolist() == [[17509, 7608, 4055, 16599], [21020, 10016, 9860, 22444]]
 
