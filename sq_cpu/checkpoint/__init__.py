@@ -4,6 +4,7 @@ A checkpoint is a folder as transformers writes it, with int8 weights where a li
 
     config.json                  the model's config plus ``quantization_config`` (below)
     model.safetensors            or model-0000x-of-0000y.safetensors and an index of them
+    search_curves.json           group -> [[alpha, loss], ...], where a search of alpha tried some
     generation_config.json, ...  what the model and the tokenizer add
 
 A quantized linear ``L`` of shape [N, K] is stored unpacked, so that a file serves every machine:
@@ -21,7 +22,8 @@ The scheme of a layer is ``scheme``, but for the activations that ``plan`` gives
 :func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and if any ``smoothed``, the layers with
 a ``smoothing``, ``decomposed``, layer -> O, and ``kept``, linear -> why it is in float), ``files``
 (name -> SHA-256 of every safetensors file), ``companions`` (the same of the other files that
-:func:`save` wrote) and ``config_sha256`` (of config.json itself, see ``checkpoint_settings``).
+:func:`save` wrote) and ``config_sha256`` (of config.json itself, see ``sq_cpu.checkpoint.config``).
+Earlier files have a group's ``curve`` in ``plan``, and no search_curves.json.
 Version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``; versions
 1 and 2 had ``groups`` alone in ``plan``.
 """

@@ -24,6 +24,7 @@ from sq_cpu.checkpoint.config import (
     check_settings,
     record_of_settings,
 )
+from sq_cpu.checkpoint.curves import with_stored_curves
 from sq_cpu.checkpoint.load import restore
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import load_nothing
@@ -104,6 +105,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         """Fill the weights as `sq_cpu.load` does."""
         self._undo()
         record = record_of_settings(self._settings, self._folder / CONFIG)
+        record = with_stored_curves(record, self._folder, self._settings)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.
         stored = AutoConfig.from_pretrained(self._folder).dtype
         dtype = None if self._dtype == stored else self._dtype

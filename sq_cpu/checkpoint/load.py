@@ -21,6 +21,7 @@ from sq_cpu.checkpoint.config import (
     read_settings,
     record_of_settings,
 )
+from sq_cpu.checkpoint.curves import with_stored_curves
 from sq_cpu.checkpoint.entries import layer_entries, own_entries
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import (
@@ -74,6 +75,7 @@ def load(
     settings = read_settings(folder)
     files = check_files(folder, settings, verify=verify)
     record = record_of_settings(settings, folder / CONFIG)
+    record = with_stored_curves(record, folder, settings)
     model = _skeleton(folder, dtype)
     restore(model, folder, record, files, dtype)
     read_generation_config(model, folder)

@@ -26,6 +26,7 @@ from sq_cpu.checkpoint.config import (
     config_digest,
     sha256,
 )
+from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, layer_entries, own_entries
 from sq_cpu.checkpoint.folder import check_replaceable, contents, hidden, is_empty, move_into_place
 from sq_cpu.errors import SqCpuError, first_line
@@ -157,6 +158,7 @@ def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:
     """Complete config.json, when all else is written; ``files`` is name -> SHA-256."""
+    record = write_curves(folder, record)
     settings = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
