@@ -199,7 +199,7 @@ def scheme_text(scheme: Scheme) -> str:
     weights = {
         "per_channel": "one weight scale per output channel",
         "per_tensor": "one weight scale per layer",
-        "per_group": f"one weight scale per {scheme.weight_group_rows} output channels",
+        "per_rows": f"one weight scale per {scheme.rows_per_scale} output channels",
     }[scheme.weights]
     parts = ["int8 weights", f"{7 if scheme.reduce_range else 8}-bit activations", activations]
     parts += [weights, "symmetric" if scheme.symmetric else "asymmetric activations"]

@@ -33,7 +33,7 @@ from sq_cpu.streaming.convert import Job, convert
 
 
 class _Weights(str, Enum):
-    per_channel, per_tensor, per_group = "per_channel", "per_tensor", "per_group"
+    per_channel, per_tensor, per_rows = "per_channel", "per_tensor", "per_rows"
 
 
 class _Range(str, Enum):
@@ -86,9 +86,9 @@ def quantize_command(
         bool, typer.Option("--symmetric/--asymmetric", help="Activation range.")
     ] = True,
     weights: Annotated[_Weights, typer.Option(help="Weight scales.")] = _Weights.per_channel,
-    weight_group_rows: Annotated[
-        int, typer.Option(help="Output channels that share a scale, with per_group weights.")
-    ] = Scheme.weight_group_rows,
+    rows_per_scale: Annotated[
+        int, typer.Option(help="Output channels that share a scale, with per_rows weights.")
+    ] = Scheme.rows_per_scale,
     static_range: Annotated[
         _Range,
         typer.Option("--range", help="What O3's scale covers: all, a percentile, the least error."),
@@ -139,7 +139,7 @@ def quantize_command(
     overrides: dict[str, Any] = {
         "symmetric": symmetric,
         "weights": weights.value,
-        "weight_group_rows": weight_group_rows,
+        "rows_per_scale": rows_per_scale,
         "static_range": static_range.value,
         "percentile": percentile,
         "reduce_range": reduce_range.setting(),

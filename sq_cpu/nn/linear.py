@@ -106,7 +106,7 @@ class QuantLinear(nn.Module):
         if smoothing is not None:
             weight = weight.float() * smoothing
         layer.packed_weight.pack(
-            *quantize_weight(weight, scheme.weights, scheme.weight_group_rows, weight_clip),
+            *quantize_weight(weight, scheme.weights, scheme.rows_per_scale, weight_clip),
             None if linear.bias is None else linear.bias.detach(),
         )
         return layer

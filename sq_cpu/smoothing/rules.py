@@ -305,7 +305,7 @@ def quantized_weight(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
     codes, scale = quantize_weight(
         weight.masked_fill(outliers, 0.0),
         scheme.weights,
-        scheme.weight_group_rows,
+        scheme.rows_per_scale,
         sample.weight_clip,
     )
     return torch.where(outliers, weight, codes.float() * scale[:, None])

@@ -44,7 +44,7 @@ def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
     assert made["scheme"] == {
         "activations": "per_tensor",
         "weights": "per_tensor",
-        "weight_group_rows": 64,
+        "rows_per_scale": 64,
         "symmetric": False,
         "reduce_range": True,
         "static_range": "minmax",
@@ -60,10 +60,10 @@ def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
 def test_groups_and_ranges_arrive(folder: Path, tmp_path: Path) -> None:
     start = ("quantize", folder, "-o", tmp_path / "out", "--overwrite", "--scheme", "O3")
     made = json_of(
-        *(*start, "--weights", "per_group", "--weight-group-rows", 8),
+        *(*start, "--weights", "per_rows", "--rows-per-scale", 8),
         *("--range", "percentile", "--percentile", 99.5, *small()),
     )["scheme"]
-    assert (made["weights"], made["weight_group_rows"]) == ("per_group", 8)
+    assert (made["weights"], made["rows_per_scale"]) == ("per_rows", 8)
     assert (made["static_range"], made["percentile"]) == ("percentile", 99.5)
     assert json_of(*start, "--range", "mse", *small())["scheme"]["static_range"] == "mse"
 
@@ -93,8 +93,8 @@ def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
         (("--scheme", "O1", "--range", "mse"), "static_range='mse' has no effect on per_token"),
         (("--scheme", "O3", "--percentile", 99), "percentile=99.0 has no effect on a minmax"),
         (("--scheme", "O3", "--range", "percentile", "--percentile", 50), r"50.0 is not a number"),
-        (("--weight-group-rows", 8), "weight_group_rows=8 has no effect on per_channel weights"),
-        (("--weights", "per_group", "--weight-group-rows", 0), "rows=0 is not a positive integer"),
+        (("--rows-per-scale", 8), "rows_per_scale=8 has no effect on per_channel weights"),
+        (("--weights", "per_rows", "--rows-per-scale", 0), "rows=0 is not a positive integer"),
     ],
 )
 def test_schemes_that_make_no_sense_are_refused(

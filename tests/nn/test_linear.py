@@ -92,15 +92,15 @@ def test_quantize_weight_is_within_half_a_step_and_never_minus_128() -> None:
 
 def test_quantize_weight_by_groups_of_rows() -> None:
     weight = torch.tensor([[127.0, 1.5], [-254.0, 2.5], [1.0, -0.5], [0.0, 0.0], [-6.35, 0.1]])
-    codes, scale = quantize_weight(weight, "per_group", 2)
+    codes, scale = quantize_weight(weight, "per_rows", 2)
     assert codes.tolist() == [[64, 1], [-127, 1], [127, -64], [0, 0], [-127, 2]]
     assert torch.allclose(scale, torch.tensor([2.0, 2.0, 1 / 127, 1 / 127, 0.05]))
     for granularity, rows in (("per_channel", 1), ("per_tensor", 5), ("per_tensor", 64)):
-        found = quantize_weight(weight, "per_group", rows)
+        found = quantize_weight(weight, "per_rows", rows)
         for value, expected in zip(found, quantize_weight(weight, granularity), strict=True):
             assert torch.equal(value, expected)
-    assert quantize_weight(torch.empty(0, 3), "per_group", 2)[0].shape == (0, 3)
-    with pytest.raises(SqCpuError, match="per_channel, per_tensor, per_group; not 'per_row'"):
+    assert quantize_weight(torch.empty(0, 3), "per_rows", 2)[0].shape == (0, 3)
+    with pytest.raises(SqCpuError, match="per_channel, per_tensor, per_rows; not 'per_row'"):
         quantize_weight(weight, "per_row")
 
 
@@ -119,7 +119,7 @@ def test_quantize_weight_of_zeros_and_of_nan() -> None:
     codes, scale = quantize_weight(torch.zeros(2, 3))
     assert not codes.any()
     assert (scale > 0).all()
-    for granularity in ("per_channel", "per_tensor", "per_group"):
+    for granularity in ("per_channel", "per_tensor", "per_rows"):
         with pytest.raises(SqCpuError, match="NaN or Inf"):
             quantize_weight(torch.tensor([[1.0, 2.0], [1.0, float("nan")]]), granularity, 2)
 

@@ -70,7 +70,7 @@ EVERY_SCHEME = [
         reduce_range=reduce_range,
         static_range=static_range,
         # Groups of 5 leave a shorter one at the end of each of the model's widths.
-        **({"weight_group_rows": 5} if weights == "per_group" else {}),
+        **({"rows_per_scale": 5} if weights == "per_rows" else {}),
         **({"percentile": 99.9} if static_range == "percentile" else {}),
     )
     for activations, weights, symmetric, reduce_range, static_range in itertools.product(
@@ -107,7 +107,7 @@ def test_every_scheme_runs_as_its_reference_and_is_saved(
     loaded = load(save(model, tmp_path / "out"))
     assert loaded.sq_cpu_config.scheme == scheme
     assert torch.equal(logits(loaded), kernels)
-    rows = {"per_channel": 1, "per_group": 5, "per_tensor": 32}[scheme.weights]
+    rows = {"per_channel": 1, "per_rows": 5, "per_tensor": 32}[scheme.weights]
     scale = loaded.model.layers[0].mlp.down_proj.weight_scale
     assert len(scale.unique_consecutive()) == -(-32 // rows)
     monkeypatch.setattr(QuantLinear, "forward", QuantLinear.reference)
