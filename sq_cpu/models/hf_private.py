@@ -16,7 +16,7 @@ import torch
 from sq_cpu.errors import SqCpuError
 
 __all__ = [
-    "StoredLayout",
+    "CheckpointLayout",
     "bare_model",
     "check_version",
     "forget_quantization",
@@ -114,7 +114,7 @@ def set_ties(model: Any, ties: Mapping[str, str]) -> None:
 # --- stored tensors -----------------------------------------------------------------------------
 
 
-class StoredLayout:
+class CheckpointLayout:
     """How from_pretrained names, casts and lays out stored tensors for a model."""
 
     def __init__(self, model: Any) -> None:

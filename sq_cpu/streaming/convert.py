@@ -22,7 +22,7 @@ from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
-from sq_cpu.streaming.tensors import is_stored
+from sq_cpu.streaming.tensors import has_safetensors
 
 __all__ = ["Job", "convert", "linear_bytes"]
 
@@ -139,7 +139,7 @@ def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
     folder = Path(job.source).expanduser()
     if streaming.unfinished(job.out):
         return True
-    if not is_stored(folder):
+    if not has_safetensors(folder):
         return False
     needed = streaming.float_bytes(folder, job.dtype) * _SLACK
     available = available_memory()

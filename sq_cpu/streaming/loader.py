@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.hf_private import StoredLayout, set_ties, tied_weights
-from sq_cpu.streaming.tensors import WHOLE, Stored
+from sq_cpu.models.hf_private import CheckpointLayout, set_ties, tied_weights
+from sq_cpu.streaming.tensors import WHOLE, LazyTensor
 
 __all__ = ["Loader"]
 
@@ -24,12 +24,12 @@ __all__ = ["Loader"]
 class Loader:
     """Fills a skeleton from stored tensors, under the names and in the layout of its modules."""
 
-    def __init__(self, model: Any, weights: Mapping[str, Stored], folder: Path) -> None:
+    def __init__(self, model: Any, weights: Mapping[str, LazyTensor], folder: Path) -> None:
         self.model = model
         self.folder = folder
-        self.layout = StoredLayout(model)
+        self.layout = CheckpointLayout(model)
         self.entries: dict[str, Tensor] = model.state_dict()
-        self.stored: dict[str, Stored] = {}
+        self.tensors: dict[str, LazyTensor] = {}
         self.name_of: dict[str, str] = {}
         self.converted: set[str] = set()
         """Names, of the model's, that are made of stored tensors in another layout."""
@@ -37,14 +37,14 @@ class Loader:
             name, is_converted = self.layout.name_of(key)
             if name in self.entries:  # all else from_pretrained ignores, too
                 self.name_of[key] = name
-                self.stored[key] = tensor
+                self.tensors[key] = tensor
                 if is_converted:
                     self.converted.add(name)
 
     def load(self, prefix: str) -> None:
         """Load everything below a module."""
         wanted = {}
-        for key, tensor in self.stored.items():
+        for key, tensor in self.tensors.items():
             name = self.name_of[key]
             if name.startswith(f"{prefix}."):
                 dtype = None if self.layout.mixes_dtypes else self.entries[name].dtype
@@ -71,7 +71,7 @@ class Loader:
             "get the whole model"
         )
 
-    def outside(self, blocks: Sequence[str]) -> tuple[dict[str, Stored], dict[str, str]]:
+    def outside(self, blocks: Sequence[str]) -> tuple[dict[str, LazyTensor], dict[str, str]]:
         """Return what is outside of the blocks by the model's names, and what is tied to what.
 
         A tensor that is stored under both names of a tie counts once, as for from_pretrained.
@@ -82,7 +82,7 @@ class Loader:
             raise SqCpuError(
                 f"{self.folder}: tensor {converted[0]} is stored in another layout; {WHOLE}"
             )
-        found = {name: self.stored[key] for key, name in self.name_of.items() if name in names}
+        found = {name: self.tensors[key] for key, name in self.name_of.items() if name in names}
         ties = {}
         for target, source in tied_weights(self.model).items():
             if target.startswith(stacks) or source.startswith(stacks):
@@ -107,6 +107,6 @@ class Loader:
         return found, ties
 
 
-def _same(a: Stored, b: Stored, dtype: torch.dtype) -> bool:
+def _same(a: LazyTensor, b: LazyTensor, dtype: torch.dtype) -> bool:
     pairs = zip(a.pieces(dtype), b.pieces(dtype), strict=True)
     return a.shape == b.shape and all(torch.equal(x, y) for x, y in pairs)

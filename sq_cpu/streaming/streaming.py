@@ -40,7 +40,7 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.stream import Stream
-from sq_cpu.streaming.tensors import WHOLE, stored_dtype, stored_tensors
+from sq_cpu.streaming.tensors import WHOLE, folder_dtype, folder_tensors
 from sq_cpu.streaming.work_folder import (
     State,
     batches_digest,
@@ -162,9 +162,9 @@ def stream_checkpoint(
     target = Path(os.path.realpath(out))
     check_target(target)
     folder = Path(source)
-    weights = stored_tensors(folder)
+    weights = folder_tensors(folder)
     sources.check_float(folder)
-    dtype = dtype or stored_dtype(folder, weights)
+    dtype = dtype or folder_dtype(folder, weights)
 
     model = _skeleton(folder, dtype)
     chain = BlockChain(model, WHOLE)
@@ -222,8 +222,8 @@ def unfinished(out: str | os.PathLike[str]) -> Path | None:
 
 def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> int:
     """Return the bytes of a folder's tensors in `dtype`; None: as stored."""
-    stored = stored_tensors(Path(source)).values()
-    return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in stored)
+    tensors = folder_tensors(Path(source)).values()
+    return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> Any:

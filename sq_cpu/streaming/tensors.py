@@ -22,12 +22,12 @@ from sq_cpu.errors import SqCpuError, first_line
 
 __all__ = [
     "WHOLE",
-    "Stored",
+    "LazyTensor",
     "copy_tensors",
     "file_tensors",
-    "is_stored",
-    "stored_dtype",
-    "stored_tensors",
+    "folder_dtype",
+    "folder_tensors",
+    "has_safetensors",
 ]
 
 _INDEX = "model.safetensors.index.json"
@@ -51,7 +51,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Stored:
+class LazyTensor:
     """A tensor in a safetensors file, read to memory of its own: no file pages stay resident."""
 
     path: Path
@@ -88,12 +88,12 @@ class Stored:
         return result
 
 
-def is_stored(folder: Path) -> bool:
+def has_safetensors(folder: Path) -> bool:
     """Say whether a folder has the safetensors files of a model, by the names that count."""
     return any((folder / name).is_file() for name in (_INDEX, _SINGLE))
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
     """Return every tensor of a folder's safetensors files by its name there."""
     if not folder.is_dir():
         raise SqCpuError(
@@ -110,18 +110,18 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             ) from error
     elif not (folder / _SINGLE).exists():
         raise SqCpuError(f"{folder} has no {_SINGLE} and no {_INDEX}; {WHOLE}")
-    stored: dict[str, Stored] = {}
+    found: dict[str, LazyTensor] = {}
     for name in names:
         for key, tensor in file_tensors(folder / name).items():
-            if key in stored:
+            if key in found:
                 raise SqCpuError(
-                    f"tensor {key} is in both {stored[key].path.name} and {name}; save again"
+                    f"tensor {key} is in both {found[key].path.name} and {name}; save again"
                 )
-            stored[key] = tensor
-    return stored
+            found[key] = tensor
+    return found
 
 
-def file_tensors(path: Path) -> dict[str, Stored]:
+def file_tensors(path: Path) -> dict[str, LazyTensor]:
     """Return every tensor of one safetensors file by its name there."""
     if not path.is_file():
         raise SqCpuError(f"{path} does not exist; copy the checkpoint again")
@@ -144,11 +144,11 @@ def file_tensors(path: Path) -> dict[str, Stored]:
                 f"{path}: tensor {name} is {entry['dtype']}; give the model in fp32, bf16 or fp16"
             )
         begin = 8 + length + entry["data_offsets"][0]
-        tensors[name] = Stored(path, begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        tensors[name] = LazyTensor(path, begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
     return tensors
 
 
-def stored_dtype(folder: Path, weights: Mapping[str, Stored]) -> torch.dtype:
+def folder_dtype(folder: Path, weights: Mapping[str, LazyTensor]) -> torch.dtype:
     """Return the dtype that from_pretrained takes for "auto"."""
     config = transformers.AutoConfig.from_pretrained(folder)
     if isinstance(config.dtype, torch.dtype):
@@ -156,7 +156,7 @@ def stored_dtype(folder: Path, weights: Mapping[str, Stored]) -> torch.dtype:
     return next((t.dtype for t in weights.values() if t.dtype.is_floating_point), torch.float32)
 
 
-def copy_tensors(path: Path, tensors: Mapping[str, tuple[Stored, torch.dtype]]) -> None:
+def copy_tensors(path: Path, tensors: Mapping[str, tuple[LazyTensor, torch.dtype]]) -> None:
     """Write a safetensors file piece by piece."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

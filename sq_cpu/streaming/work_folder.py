@@ -27,7 +27,7 @@ from torch import Tensor
 from sq_cpu.checkpoint.config import sha256
 from sq_cpu.checkpoint.folder import check_replaceable
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.files import replacing
+from sq_cpu.files import atomic_write
 from sq_cpu.models.calls import Example
 
 __all__ = [
@@ -152,7 +152,7 @@ class State:
         done = len(self.parts)
         carried = self.work / f"carried-{done}.safetensors"
         tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(hidden)}
-        with replacing(carried) as temporary:
+        with atomic_write(carried) as temporary:
             save_file(tensors, temporary)
         self.parts.append(part)
         content = {
@@ -160,7 +160,7 @@ class State:
             "outputs": self.outputs,
             "parts": [asdict(part) for part in self.parts],
         }
-        with replacing(self.work / "state.json") as temporary:
+        with atomic_write(self.work / "state.json") as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
         (self.work / f"carried-{done - 1}.safetensors").unlink(missing_ok=True)
 

@@ -79,7 +79,7 @@ def test_loading_leaves_transformers_settings_as_they_were(
         name = "model.norm.weight"
         with torch.no_grad():
             source.get_parameter(name).fill_(3.0)
-        info = hf_private.StoredLayout(target).load({name: source.get_parameter(name).data})
+        info = hf_private.CheckpointLayout(target).load({name: source.get_parameter(name).data})
         assert not info.mismatched_keys
         assert torch.equal(target.get_parameter(name), source.get_parameter(name))
         assert logging.is_progress_bar_enabled()
