@@ -256,15 +256,15 @@ void batched_matmul(const BatchedShape& shape, const BatchedLeft& a, const Batch
   if (shape.batch == 0 || shape.heads == 0 || shape.m == 0 || shape.n == 0) return;
   const Job job(shape, a, b, alpha, y);
   const int64_t heads = shape.batch * shape.kv_heads, rows = job.group * shape.m;
-  const int team = team_size(rows, heads * shape.n, shape.k);
-  const Split split = choose_split(heads, rows, row_step(job.kernel), job.strips, team);
+  const int workers = worker_count(rows, heads * shape.n, shape.k);
+  const Split split = choose_split(heads, rows, row_step(job.kernel), job.strips, workers);
   const int64_t parts = split.row_parts * split.strip_parts;
   thread_local Scratch<std::byte> scratch;
-  std::byte* const workspace = scratch.get(job.workspace_bytes * team);
+  std::byte* const workspace = scratch.get(job.workspace_bytes * workers);
   std::atomic<uint64_t> bits{0};
-  run_team(team, [&](int thread, int threads) {
-    Task task(job, workspace + job.workspace_bytes * thread);
-    for (int64_t t = thread; t < heads * parts; t += threads) {
+  run_team(workers, [&](int worker, int count) {
+    Task task(job, workspace + job.workspace_bytes * worker);
+    for (int64_t t = worker; t < heads * parts; t += count) {
       task.run(t / parts,
                part(rows, row_step(job.kernel), split.row_parts, t % parts / split.strip_parts),
                part(job.strips, 1, split.strip_parts, t % split.strip_parts));

@@ -1,5 +1,6 @@
 // The public ops: check the arguments, quantize rows, run the product.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -79,18 +80,25 @@ struct Activations {
 };
 
 // Statistics over all finite rows, for a per-tensor scale.
-RowStats tensor_stats(const Activations& x, const RowKernels& kernels, int threads) {
+RowStats tensor_stats(const Activations& x, const RowKernels& kernels) {
   const auto stats = kernels.stats[static_cast<int>(x.type)];
-  float low = 0.0f, high = 0.0f;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : low) \
-    reduction(max : high)
-  for (int64_t row = 0; row < x.m; ++row) {
-    const RowStats s = stats(x.row(row));
-    if (!s.finite) continue;
-    low = std::min(low, s.min);
-    high = std::max(high, s.max);
-  }
-  return {low, high, true};
+  RowStats whole{0.0f, 0.0f, true};
+  run_team(worker_count(x.m, x.k, 1), [&](int worker, int workers) {
+    float low = 0.0f, high = 0.0f;
+    const Range rows = part(x.m, 1, workers, worker);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const RowStats s = stats(x.row(row));
+      if (!s.finite) continue;
+      low = std::min(low, s.min);
+      high = std::max(high, s.max);
+    }
+#pragma omp critical(sq_cpu_tensor_stats)
+    {
+      whole.min = std::min(whole.min, low);
+      whole.max = std::max(whole.max, high);
+    }
+  });
+  return whole;
 }
 
 void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
@@ -160,29 +168,29 @@ const EpilogueSteps* make_steps(const Epilogue& epilogue, int64_t m, int64_t n,
   return any ? &steps : nullptr;
 }
 
-// One parallel region: each thread prepares its view of the product, then takes its part of it.
-// Prepare: void operator()(GemmArgs& own, int thread, int threads), called by every thread.
+// One parallel region: each worker prepares its view of the product, then takes its part of it.
+// Prepare: void operator()(GemmArgs& own, int worker, int workers), called by every worker.
 template <typename Prepare>
 void run_product(const GemmArgs& args, Prepare prepare) {
   const Isa isa = active_isa();
   const Microkernel& kernel = choose_microkernel(isa, args.x.max_code, args.x.m);
   const RowKernels& rows = row_kernels(isa);
-  const int team = team_size(args.x.m, args.weight.n, args.weight.k);
+  const int workers = worker_count(args.x.m, args.weight.n, args.weight.k);
   const int64_t k_blocks = k_block_count(args.weight.k);
   const Blocking blocking =
-      choose_blocking(kernel, args.x.m, strip_count(args.weight.n), k_blocks, team);
+      choose_blocking(kernel, args.x.m, strip_count(args.weight.n), k_blocks, workers);
   const int64_t own_sums =
       ceil_div(workspace_sums(kernel, blocking, k_blocks), kPageInts) * kPageInts;
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
   thread_local Scratch<int32_t> sums_scratch;
   thread_local Scratch<WorkCounter> counter_scratch;
-  int32_t* const sums = sums_scratch.get(own_sums * team);
+  int32_t* const sums = sums_scratch.get(own_sums * workers);
   WorkCounter* const counters = counter_scratch.get(tasks);
   std::uninitialized_default_construct_n(counters, tasks);
-  run_team(team, [&](int thread, int threads) {
+  run_team(workers, [&](int worker, int count) {
     GemmArgs own = args;
-    prepare(own, thread, threads);
-    run_tasks(own, kernel, rows, blocking, counters, sums + own_sums * thread, thread);
+    prepare(own, worker, count);
+    run_tasks(own, kernel, rows, blocking, counters, sums + own_sums * worker, worker);
   });
 }
 
@@ -214,11 +222,10 @@ void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuan
       quantize_rows(x, {0, x.m}, quantizer, whole, rows, own.x);
     });
   } else {
-    run_product(args, [&](GemmArgs& own, int thread, int threads) {
-      quantize_rows(x, part(x.m, 1, threads, thread), quantizer, whole, rows, own.x);
-      if (threads > 1) {  // alone, there may be a team around us
-#pragma omp barrier
-      }
+    Barrier quantized;
+    run_product(args, [&](GemmArgs& own, int worker, int workers) {
+      quantize_rows(x, part(x.m, 1, workers, worker), quantizer, whole, rows, own.x);
+      quantized.wait(workers);
     });
   }
 }
@@ -245,7 +252,7 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
   Activations part_x{x, x_type, m, weight.k, ldx, quantizer.inverse_smoothing};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) {
-    whole = tensor_stats(part_x, row_kernels(active_isa()), team_size(m, weight.k, 1));
+    whole = tensor_stats(part_x, row_kernels(active_isa()));
   }
   const int64_t pass = rows_per_pass(m, weight.k);
   thread_local Scratch<uint8_t> codes;
@@ -281,11 +288,10 @@ void quantize_activations(const void* x, DType x_type, int64_t ldx,
            ", the quantizer's is ", quantizer.max_code());
   const RowKernels& rows = row_kernels(active_isa());
   const Activations all{x, x_type, out.m, out.k, ldx, quantizer.inverse_smoothing};
-  const int threads = team_size(out.m, out.k, 1);
   RowStats whole{0.0f, 0.0f, true};
-  if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows, threads);
-  run_team(threads, [&](int thread, int count) {
-    quantize_rows(all, part(out.m, 1, count, thread), quantizer, whole, rows, out);
+  if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows);
+  run_team(worker_count(out.m, out.k, 1), [&](int worker, int workers) {
+    quantize_rows(all, part(out.m, 1, workers, worker), quantizer, whole, rows, out);
   });
 }
 
@@ -338,16 +344,19 @@ SaturationCount count_saturation(const QuantizedActivation& x, const PackedWeigh
   const auto count = row_kernels(active_isa()).count_saturated;
   const CodeLayout layout(x.m, x.k);
   const int64_t k_blocks = k_block_count(x.k), strips = strip_count(weight.n);
-  int64_t saturated = 0;
-#pragma omp parallel for num_threads(team_size(x.m, weight.n, x.k)) schedule(static) \
-    reduction(+ : saturated)
-  for (int64_t s = 0; s < strips; ++s) {
-    for (int64_t row = 0; row < x.m; row += layout.height) {
-      const auto rows = static_cast<int>(std::min(layout.height, x.m - row));
-      saturated += count({x.codes + layout.offset(row), layout.tile,
-                          weight.data + s * strip_bytes(x.k), k_blocks, rows});
+  std::atomic<int64_t> saturated{0};
+  run_team(worker_count(x.m, weight.n, x.k), [&](int worker, int workers) {
+    int64_t own = 0;
+    const Range mine = part(strips, 1, workers, worker);
+    for (int64_t s = mine.begin; s < mine.end; ++s) {
+      for (int64_t row = 0; row < x.m; row += layout.height) {
+        const auto rows = static_cast<int>(std::min(layout.height, x.m - row));
+        own += count({x.codes + layout.offset(row), layout.tile, weight.data + s * strip_bytes(x.k),
+                      k_blocks, rows});
+      }
     }
-  }
+    saturated += own;
+  });
   return {x.m * weight.n * ceil_div(x.k, 2), saturated};
 }
 
