@@ -10,6 +10,7 @@
 
 #include "blocking.h"
 #include "check.h"
+#include "dispatch.h"
 #include "gemm.h"
 #include "scratch.h"
 #include "team.h"
@@ -205,16 +206,18 @@ class Task {
     const BatchedShape& shape = job_.shape;
     const int64_t first_row = head_ * job_.group * shape.m + block_.begin;
     const float* scale = job_.a.scale == nullptr ? job_.ones : job_.a.scale + first_row;
-    const Output output = output_of(job_.y.type);
-    auto* y = static_cast<char*>(job_.y.data) +
-              (offset(job_.y.strides, block_.begin) + columns.begin) * element_bytes(output);
-    const GemmArgs args{{codes_, const_cast<float*>(scale), const_cast<int32_t*>(job_.zero_points),
-                         block_.size(), shape.k, job_.a.max_code},
-                        {packed_, columns.size(), shape.k},
-                        y,
-                        output,
-                        job_.ldy,
-                        nullptr};
+    GemmArgs args{};
+    args.x.codes = codes_;
+    args.x.scale = const_cast<float*>(scale);
+    args.x.zero_point = const_cast<int32_t*>(job_.zero_points);
+    args.x.m = block_.size();
+    args.x.k = shape.k;
+    args.x.max_code = job_.a.max_code;
+    args.weight = {packed_, columns.size(), shape.k};
+    args.output = output_of(job_.y.type);
+    args.y = static_cast<char*>(job_.y.data) +
+             (offset(job_.y.strides, block_.begin) + columns.begin) * element_bytes(args.output);
+    args.ldy = job_.ldy;
     WorkCounter counter;  // the blocking is for one thread: it has one task
     run_tasks(args, job_.kernel, job_.rows, job_.blocking, &counter, sums_, 0);
   }
