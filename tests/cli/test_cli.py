@@ -295,7 +295,7 @@ def test_inspect_counts_saturation(folder: Path, text: Path, tmp_path: Path) -> 
         arguments = ["inspect", out, "--saturation", "--text", text, *small()]
         shown = json_of(*arguments)
         tokenizer = byte_tokenizer()
-        batches = sq_cpu.evaluation.perplexity.token_windows(tokenizer, TEXT, window=64, windows=4)
+        batches = sq_cpu.token_windows(tokenizer, TEXT, window=64, windows=4)
         expected = sq_cpu.count_saturation(sq_cpu.load(out), batches)
         assert {n: f["saturation"] for n, f in shown["layers"].items()} == {
             n: count.to_dict() for n, count in expected.layers.items()

@@ -21,7 +21,7 @@ def test_command_line_equals_python(folder: Path, text: Path, tmp_path: Path) ->
     out = tmp_path / "int8"
     run("quantize", folder, "-o", out, "--scheme", "O2", "--calib", text, *small())
     model, tokenizer = byte_model(), byte_tokenizer()
-    windows = sq_cpu.evaluation.perplexity.token_windows(tokenizer, TEXT, window=64, windows=4)
+    windows = sq_cpu.token_windows(tokenizer, TEXT, window=64, windows=4)
     calibration = sq_cpu.calibrate(model, windows)
     sq_cpu.quantize(model, calibration, scheme="O2")
     ids = torch.arange(3, 40)[None]
@@ -132,9 +132,7 @@ def test_streaming_equals_quantizing_in_memory(folder: Path, tmp_path: Path) -> 
 
 def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: Path) -> None:
     model = byte_model()
-    windows = sq_cpu.evaluation.perplexity.token_windows(
-        byte_tokenizer(), TEXT, window=64, windows=4
-    )
+    windows = sq_cpu.token_windows(byte_tokenizer(), TEXT, window=64, windows=4)
     sq_cpu.quantize(model, sq_cpu.calibrate(model, windows), SmoothPlan.load(plan))
     ids = torch.arange(3, 40)[None]
     for stream in ("--stream", "--no-stream"):
