@@ -94,7 +94,7 @@ def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
         (("--scheme", "O3", "--percentile", 99), "percentile=99.0 has no effect on a minmax"),
         (("--scheme", "O3", "--range", "percentile", "--percentile", 50), r"50.0 is not a number"),
         (("--rows-per-scale", 8), "rows_per_scale=8 has no effect on per_channel weights"),
-        (("--weights", "per_rows", "--rows-per-scale", 0), "rows=0 is not a positive integer"),
+        (("--weights", "per_rows", "--rows-per-scale", 0), "_scale=0 is not a positive integer"),
     ],
 )
 def test_schemes_that_make_no_sense_are_refused(
