@@ -14,6 +14,7 @@ import pytest
 import torch
 from byte_models import byte_model, byte_tokenizer, save_float
 from command_line import TEXT, error_of, json_of, run, small
+from sameness import assert_same_model
 from tiny import batches, mixed_plan
 from typer.testing import CliRunner
 
@@ -41,6 +42,11 @@ def text(tmp_path: Path) -> Path:
 def quantized(tmp_path: Path) -> Path:
     model = sq_cpu.quantize(byte_model(), smooth=False)
     return sq_cpu.save(model, tmp_path / "int8", byte_tokenizer())
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits  # type: ignore[no-any-return]
 
 
 def test_whole_way(folder: Path, tmp_path: Path) -> None:
@@ -75,8 +81,7 @@ def test_command_line_equals_python(folder: Path, text: Path, tmp_path: Path) ->
     windows = sq_cpu.token_windows(tokenizer, TEXT, window=64, windows=4)
     calibration = sq_cpu.calibrate(model, windows)
     sq_cpu.quantize(model, calibration, scheme="O2")
-    ids = torch.arange(3, 40)[None]
-    assert torch.equal(sq_cpu.load(out)(ids).logits, model(ids).logits)
+    assert_same_model(sq_cpu.load(out), model, logits)
 
 
 def test_several_texts_share_the_windows(folder: Path, text: Path, tmp_path: Path) -> None:
@@ -498,9 +503,8 @@ def test_streaming_equals_quantizing_in_memory(folder: Path, tmp_path: Path) -> 
     assert (whole["streamed"], made["streamed"]) == (False, True)
     for key in ("scheme", "layers", "calibration_tokens", "linear_bytes"):
         assert made[key] == whole[key]
-    ids = torch.arange(3, 40)[None]
-    expected = sq_cpu.load(tmp_path / "whole")(ids).logits
-    assert torch.equal(sq_cpu.load(tmp_path / "streamed")(ids).logits, expected)
+    models = (sq_cpu.load(tmp_path / name) for name in ("streamed", "whole"))
+    assert_same_model(*models, logits)
 
 
 @pytest.fixture
@@ -516,7 +520,6 @@ def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: P
     model = byte_model()
     windows = sq_cpu.token_windows(byte_tokenizer(), TEXT, window=64, windows=4)
     sq_cpu.quantize(model, sq_cpu.calibrate(model, windows), SmoothPlan.load(plan))
-    ids = torch.arange(3, 40)[None]
     for stream in ("--stream", "--no-stream"):
         out = tmp_path / stream
         arguments = ("quantize", folder, "-o", out, "--plan", plan, "--calib", text)
@@ -526,7 +529,7 @@ def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: P
         assert made["layers"] == len(model.sq_cpu_config.layers) == 11
         loaded = sq_cpu.load(out)
         assert loaded.sq_cpu_config == model.sq_cpu_config
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert_same_model(loaded, model, logits)
 
 
 def test_options_that_are_given_change_the_scheme_of_the_plan(

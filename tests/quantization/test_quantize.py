@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from sameness import assert_same_model
 from tiny import batches, logits, mixed_plan, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -111,7 +112,7 @@ def test_every_scheme_runs_as_its_reference_and_is_saved(
     assert 0 < relative_error(kernels, before) < 0.06
     loaded = load(save(model, tmp_path / "out"))
     assert loaded.sq_cpu_config.scheme == scheme
-    assert torch.equal(logits(loaded), kernels)
+    assert_same_model(loaded, model, logits)
     rows = {"per_channel": 1, "per_group": 5, "per_tensor": 32}[scheme.weights]
     scale = loaded.model.layers[0].mlp.down_proj.weight_scale
     assert len(scale.unique_consecutive()) == -(-32 // rows)
@@ -241,7 +242,7 @@ def test_mixtures_of_experts_are_copied_and_pickled_and_hold_no_float_twice() ->
     # Those that no token was routed to; views would keep all the others alive.
     assert all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in kept)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), logits(model))
+        assert_same_model(twin, model, logits)
 
 
 def test_matrices_of_other_modules_are_accounted_for() -> None:
@@ -391,7 +392,7 @@ def test_a_clip_has_no_effect_on_dynamic_linears() -> None:
         plain, same = copy.deepcopy(model), copy.deepcopy(other)
         quantize(plain, found, plan, scheme=scheme)
         quantize(same, found, clipped, scheme=scheme)
-        assert torch.equal(logits(plain), logits(same))
+        assert_same_model(plain, same, logits)
 
 
 def test_a_group_of_float_linears_is_left_as_it_is() -> None:
