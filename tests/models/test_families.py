@@ -25,8 +25,9 @@ from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearize, linearized, quantizable_linears
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.quantize import quantize
-from sq_cpu.smoothing.folding import apply_folds, refused_folds
+from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.smoothing.proof import refused_folds
 from sq_cpu.smoothing.scales import fold
 
 

@@ -1,9 +1,4 @@
-"""Folding a smoothing scale into the weights, and the proof that the function is preserved.
-
-Producer: output channels / s (a norm's weight and bias, a linear's rows and bias). Consumers: input
-columns * s. Right if, and only if, the group holds every consumer of the producer's output and all
-between is linear in it; the family's row says so, `refused_folds` proves it on the model at hand.
-"""
+"""The proof that folding smoothing scales into a model's weights preserves its function."""
 
 from __future__ import annotations
 
@@ -19,13 +14,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.groups import SmoothingGroup
+from sq_cpu.smoothing.fold import folded_columns, folded_producer, producer_of
 
-__all__ = ["apply_folds", "refused_folds"]
+__all__ = ["refused_folds"]
 
 _Scales = Mapping[SmoothingGroup, Tensor]
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-_ROWS = 256  # of a weight that are in fp32 at a time
 
 
 def refused_folds(
@@ -51,9 +45,9 @@ def refused_folds(
     refused = _unfit(model, scales)
     left = [group for group in scales if group not in refused]
     norms = {
-        group: model.get_submodule(_producer(group))
+        group: model.get_submodule(producer_of(group))
         for group in left
-        if type(model.get_submodule(_producer(group))) is not nn.Linear
+        if type(model.get_submodule(producer_of(group))) is not nn.Linear
     }
     calls: dict[nn.Module, _Arguments] = {}
     called: dict[nn.Module, bool] = {}
@@ -64,7 +58,7 @@ def refused_folds(
     if any(output.isnan().any() for output in expected):  # -inf may be a mask
         raise SqCpuError("the model gives NaN; check its weights and the batches")
     for group in left:
-        modules = [model.get_submodule(name) for name in (*group.consumers, _producer(group))]
+        modules = [model.get_submodule(name) for name in (*group.consumers, producer_of(group))]
         if not called.keys() >= set(modules):
             refused[group] = "the example never reaches it, so the fold cannot be proven"
         elif not called[modules[-1]]:
@@ -91,49 +85,6 @@ def _seeded(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
         return run()
 
 
-def apply_folds(model: nn.Module, scales: _Scales) -> None:
-    """Fold s into the weights of each group, in fp32, rounded once to the parameters' dtype."""
-    with torch.no_grad():
-        for group, s in scales.items():
-            for name in group.consumers:
-                for rows in torch.split(model.get_parameter(f"{name}.weight"), _ROWS):
-                    rows.copy_(_columns(rows, group.layout.widen(s)))
-            producer = model.get_submodule(_producer(group))
-            weight = producer.get_parameter("weight")
-            by = group.layout.spread(s, len(weight))
-            for rows, divisor in zip(
-                torch.split(weight, _ROWS), torch.split(by, _ROWS), strict=True
-            ):
-                rows.copy_(_divided(rows, divisor, group.norm_offset))
-            if isinstance(bias := getattr(producer, "bias", None), Tensor):
-                bias.copy_(bias.float() / by)
-
-
-def _producer(group: SmoothingGroup) -> str:
-    assert group.producer is not None
-    return group.producer
-
-
-def _columns(weight: Tensor, s: Tensor) -> Tensor:
-    return weight.float() * s
-
-
-def _folded_producer(module: nn.Module, group: SmoothingGroup, s: Tensor) -> dict[str, Tensor]:
-    """Return the producer's changed parameters, fp32."""
-    weight = module.get_parameter("weight").detach()
-    by = group.layout.spread(s, len(weight))
-    folded = {"weight": _divided(weight, by, group.norm_offset)}
-    if isinstance(bias := getattr(module, "bias", None), Tensor):
-        folded["bias"] = bias.detach().float() / by
-    return folded
-
-
-def _divided(weight: Tensor, by: Tensor, norm_offset: float) -> Tensor:
-    """Return the rows of a linear's weight, or a norm's entries, each divided, fp32."""
-    divisor = by if weight.dim() == 1 else by[:, None]
-    return (weight.float() + norm_offset) / divisor - norm_offset
-
-
 def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:
     """Return the groups whose weights cannot take s: shared ones, hooked, and those that overflow.
 
@@ -149,13 +100,13 @@ def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:
             raise SqCpuError(
                 f"group {group.name}: s must be {group.layout.channels} positive finite numbers"
             )
-        producer = model.get_submodule(_producer(group))
+        producer = model.get_submodule(producer_of(group))
         folded = [model.get_parameter(f"{name}.weight") for name in group.consumers]
         folded += producer.parameters(recurse=False)
         for shared in (names[parameter.data_ptr()] for parameter in folded):
             if len(shared) > 1:
                 refused[group] = f"{shared[0]} and {shared[1]} are the same parameter"
-        for name in (_producer(group), *group.consumers):
+        for name in (producer_of(group), *group.consumers):
             module = model.get_submodule(name)
             hooks = module._forward_hooks or module._forward_pre_hooks
             if hooks and isinstance(module, nn.Linear):
@@ -169,9 +120,9 @@ def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:
 def _fits(model: nn.Module, group: SmoothingGroup, s: Tensor, name: str) -> bool:
     module = model.get_submodule(name)
     values = (
-        _folded_producer(module, group, s).values()
+        folded_producer(module, group, s).values()
         if name == group.producer
-        else [_columns(module.get_parameter("weight").detach(), group.layout.widen(s))]
+        else [folded_columns(module.get_parameter("weight").detach(), group.layout.widen(s))]
     )
     return all(bool(value.half().isfinite().all()) for value in values)
 
@@ -182,7 +133,7 @@ def _norm_error(norm: nn.Module, group: SmoothingGroup, s: Tensor, call: _Argume
     y = norm(*args, **kwargs)
     folded = {
         name: value.to(norm.get_parameter(name).dtype)
-        for name, value in _folded_producer(norm, group, s).items()
+        for name, value in folded_producer(norm, group, s).items()
     }
     y_folded = functional_call(norm, folded, args, kwargs).float() * s
     y = y.float().reshape(-1, group.layout.channels)
@@ -226,7 +177,7 @@ def _rescaled(model: nn.Module, groups: Sequence[SmoothingGroup]) -> Iterator[No
 
     for group in groups:
         s = _powers_of_two(group)
-        producer = model.get_submodule(_producer(group))
+        producer = model.get_submodule(producer_of(group))
         by = group.layout.spread(s, producer.get_parameter("weight").shape[0])
         handles.append(producer.register_forward_hook(divide(by)))
         for name in group.consumers:
@@ -267,7 +218,7 @@ def _watching(
     modules = {
         model.get_submodule(name)
         for group in groups
-        for name in (_producer(group), *group.consumers)
+        for name in (producer_of(group), *group.consumers)
     }
     handles = [module.register_forward_hook(after) for module in modules]
     handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in kept]
@@ -306,7 +257,7 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
 
         return hook
 
-    handles = [model.get_submodule(_producer(group)).register_forward_hook(give)]
+    handles = [model.get_submodule(producer_of(group)).register_forward_hook(give)]
     handles += [
         module.register_forward_pre_hook(take(name), with_kwargs=True)
         for name, module in model.named_modules()
