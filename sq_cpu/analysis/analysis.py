@@ -24,6 +24,7 @@ from sq_cpu.models.linears import (
     linearized,
     quantizable_linears,
 )
+from sq_cpu.numerics.fake_quant import LinearSample, smoothed_range
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import check_layers
 from sq_cpu.scheme import Scheme
@@ -34,8 +35,8 @@ from sq_cpu.smoothing.plan import (
     scheme_of,
     uniform_plan,
 )
-from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, output_errors, smoothed_range
 from sq_cpu.smoothing.scales import group_statistics, plan_scales
+from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 
 __all__ = ["Analysis", "GroupAnalysis", "LinearAnalysis", "analyze", "outlier_severity"]
 

@@ -13,10 +13,11 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.linears import linearized
+from sq_cpu.numerics.fake_quant import quantized_weight
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, quantized_consumers
-from sq_cpu.smoothing.rules import quantized_weight, smoothing_scale
+from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.scales import group_statistics
 from sq_cpu.tuning.losses import default_loss, loss_of
 

@@ -20,11 +20,13 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Example, evaluating
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored, linearized
+from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
 from sq_cpu.smoothing.proof import refused_folds
-from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, smoothing_scale
+from sq_cpu.smoothing.rules import smoothing_scale
+from sq_cpu.smoothing.statistics import GroupStatistics
 
 __all__ = [
     "Run",

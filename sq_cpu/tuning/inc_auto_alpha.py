@@ -23,10 +23,11 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import removing
+from sq_cpu.numerics.fake_quant import LinearSample, quantized_output
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan
-from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, quantized_output
 from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.losses import LOCAL_LOSSES
 from sq_cpu.tuning.simulation import simulating, smoothing_of
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.numerics.fake_quant import LinearSample, quantized_rows
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.rules import LinearSample, quantized_rows
 
 __all__ = [
     "LOCAL_LOSSES",

@@ -12,15 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sq_cpu.models.hooks import removing
+from sq_cpu.numerics.fake_quant import LinearSample, quantized_rows, quantized_weight
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan
-from sq_cpu.smoothing.rules import (
-    GroupStatistics,
-    LinearSample,
-    quantized_rows,
-    quantized_weight,
-    smoothing_scale,
-)
+from sq_cpu.smoothing.rules import smoothing_scale
+from sq_cpu.smoothing.statistics import GroupStatistics
 
 __all__ = ["simulating", "smoothing_of"]
 

@@ -24,6 +24,7 @@ from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.calls import Batch
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
+from sq_cpu.numerics.fake_quant import quantized_weight
 from sq_cpu.numerics.golden_section import argmin
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
@@ -34,12 +35,9 @@ from sq_cpu.smoothing.plan import (
     quantized_consumers,
     uniform_plan,
 )
-from sq_cpu.smoothing.rules import (
-    GroupStatistics,
-    quantized_weight,
-    smoothing_scale,
-)
+from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.inc_auto_alpha import auto_alpha
 from sq_cpu.tuning.losses import NEGLIGIBLE, check_loss, default_loss, loss_of, of_parts
 from sq_cpu.tuning.sequential import QuantizedPrefix, is_inside

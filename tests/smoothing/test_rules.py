@@ -15,19 +15,12 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.nn.decomposed import DecomposedLinear, outlier_columns
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
-from sq_cpu.smoothing.rules import (
-    ALPHAS,
-    RULES,
-    GroupStatistics,
-    LinearSample,
-    output_errors,
-    smoothing_scale,
-    smoothing_scales,
-    without_quiet,
-)
+from sq_cpu.smoothing.rules import ALPHAS, RULES, smoothing_scale, smoothing_scales, without_quiet
 from sq_cpu.smoothing.scales import fold, group_statistics, plan_scales
+from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 
 SCHEMES = [
     Scheme(),
