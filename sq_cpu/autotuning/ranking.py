@@ -13,7 +13,6 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.linears import linearized
-from sq_cpu.numerics.fake_quant import quantized_weight
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, quantized_consumers
@@ -60,20 +59,17 @@ def estimated_errors(
                 errors[name] = {"float": 0.0}
             if not names:
                 continue
+            of_group = group_statistics(model, group, calibration, scheme, everything)
+            entry = planned.get(group.name)
             for choice in choices:
                 if choice == "float":
                     continue
-                of_choice = scheme.with_activations(choice)
-                statistics = group_statistics(model, group, calibration, of_choice, everything)
+                statistics = replace(of_group, scheme=scheme.with_activations(choice))
                 s = torch.ones_like(statistics.act_absmax)
-                if group.name in planned:
-                    entry = planned[group.name]
+                if entry is not None:
                     statistics = replace(statistics, clip=entry.clip)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
-                wide = statistics.widen(s)
-                for sample, of_layer in statistics.quantized():
-                    weight, clip = quantized_weight(sample, wide, of_layer), statistics.clip
-                    errors[sample.name][choice] = loss_of(
-                        loss, sample, wide, weight, of_layer, clip, calibration.tokens
-                    )
+                for linear in statistics.fake_quantized(s):
+                    error = loss_of(loss, linear, calibration.tokens)
+                    errors[linear.sample.name][choice] = error
     return errors

@@ -35,6 +35,7 @@ __all__ = [
     "fold",
     "fold_scales",
     "group_statistics",
+    "linear_sample",
     "plan_scales",
     "running",
 ]
@@ -83,7 +84,7 @@ class Smoothed:
     """The plan as it was carried out: a fold that was refused has `fold=False` and the reason."""
     scales: dict[str, Tensor]
     """s of every consumer, by its full name, fp32 [in_features]."""
-    in_pass: frozenset[str]
+    at_run_time: frozenset[str]
     """Consumers whose weights are as they were: they and their input are still to be scaled."""
 
 
@@ -151,7 +152,7 @@ def fold_scales(
             ),
         ),
         scales=consumer_scales(scales),
-        in_pass=frozenset(
+        at_run_time=frozenset(
             name
             for group in scales
             if group.producer is None or group in refused
@@ -191,18 +192,7 @@ def group_statistics(
         weight_absmax=group.layout.narrow(absmax.amax(dim=0)),
         norm_weight=norm_weight(model, group),
         samples=tuple(
-            LinearSample(
-                weights[name],
-                calibration.rows.get(name),
-                *calibration.channels(name),
-                gradient_rows=calibration.gradient_rows.get(name),
-                gradient=calibration.gradients.get(name),
-                gradient_weights=calibration.gradient_weights.get(name),
-                scheme=plan.layer_scheme(scheme, name),
-                weight_clip=plan.layer(name).weight_clip,
-                outliers=plan.layer(name).outliers,
-                name=name,
-            )
+            linear_sample(name, weights[name], scheme, plan, calibration)
             for name in covered
             if scheme is not None
             and name not in plan.in_float
@@ -210,6 +200,39 @@ def group_statistics(
         ),
         scheme=scheme,
         widen=group.layout.widen,
+    )
+
+
+def linear_sample(
+    name: str,
+    weight: Tensor,
+    scheme: Scheme,
+    plan: SmoothPlan,
+    calibration: Calibration | None,
+) -> LinearSample:
+    """Return what is known of a linear; without a calibration, nothing of its input."""
+    layer = plan.layer(name)
+    sample = LinearSample(
+        weight,
+        rows=None,
+        low=None,
+        high=None,
+        scheme=None if layer.activations is None else scheme.with_activations(layer.activations),
+        weight_clip=layer.weight_clip,
+        outliers=layer.outliers,
+        name=name,
+    )
+    if calibration is None:
+        return sample
+    low, high = calibration.channels(name)
+    return replace(
+        sample,
+        rows=calibration.rows.get(name),
+        low=low,
+        high=high,
+        gradient_rows=calibration.gradient_rows.get(name),
+        gradient=calibration.gradients.get(name),
+        gradient_weights=calibration.gradient_weights.get(name),
     )
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.numerics.fake_quant import LinearSample, quantized_output
+from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.scheme import Scheme
 
-__all__ = ["GroupStatistics", "output_deltas", "output_errors"]
+__all__ = ["GroupStatistics", "live_median", "output_errors"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,51 +42,39 @@ class GroupStatistics:
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
 
-    def quantized(self) -> Iterator[tuple[LinearSample, Scheme]]:
-        """Yield each sample with its scheme; `SqCpuError` without a scheme or samples."""
+    def fake_quantized(self, s: Tensor) -> Iterator[FakeQuantizedLinear]:
+        """Yield each linear that will be quantized, with the smoothing scale s, fp32 [channels].
+
+        Raises `SqCpuError` without a scheme or samples.
+        """
         if self.scheme is None or not self.samples:
             raise SqCpuError(
                 "the output error needs a scheme and linears that it quantizes: pass the scheme, "
                 "and leave out groups that it ignores"
             )
+        wide = self.widen(s)
         for sample in self.samples:
-            yield sample, sample.scheme or self.scheme
+            yield FakeQuantizedLinear(sample, wide, sample.scheme or self.scheme, self.clip)
 
 
 @torch.no_grad()
 def output_errors(statistics: GroupStatistics, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squares of what `output_deltas` yields, and of the outputs.
+    """Return what smoothing by s and quantizing do to the outputs, and the outputs, squared.
 
-    They are |Q(X / s) Q(W s)^T - X W^T|^2 and |X W^T|^2 over the sampled rows, fp64 [samples] each.
-    Raises as `output_deltas`.
+    They are |Q(X / s) Q(W s)^T - X W^T|^2 and |X W^T|^2 over the sampled rows, fp64 [samples] each,
+    in the kernels' numerics; s is fp32 [channels].
+
+    Raises `SqCpuError` when the statistics have no scheme, no linear that is quantized, or no
+    sampled rows.
     """
-    pairs = [(delta, sample.output) for sample, delta in output_deltas(statistics, s)]
-    errors, outputs = zip(*pairs, strict=True)
-    return _squares(errors), _squares(outputs)
+    errors, outputs = [], []
+    for linear in statistics.fake_quantized(s):  # one quantized weight at a time
+        errors.append(linear.squared_error())
+        outputs.append(linear.sample.squared_output())
+    return torch.stack(errors), torch.stack(outputs)
 
 
-@torch.no_grad()
-def output_deltas(statistics: GroupStatistics, s: Tensor) -> Iterator[tuple[LinearSample, Tensor]]:
-    """Yield what smoothing by s and quantizing do to the outputs, in the kernels' numerics.
-
-    Parameters
-    ----------
-    s : fp32 [channels]
-
-    Yields
-    ------
-    each sample and Q(X / s) Q(W s)^T - X W^T over its rows, fp32 [rows, out_features]
-
-    Raises
-    ------
-    SqCpuError
-        When the statistics have no scheme, no linear that is quantized, or no sampled rows.
-    """
-    s = statistics.widen(s)
-    for sample, scheme in statistics.quantized():
-        y = quantized_output(sample.inputs(), sample, s, scheme, statistics.clip)
-        yield sample, y - sample.output
-
-
-def _squares(tensors: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([tensor.double().square().sum() for tensor in tensors])
+def live_median(absmax: Tensor) -> Tensor | None:
+    """Return the median of the channels' absmax, dead ones not counted; None where all are dead."""
+    alive = absmax[absmax > 0]
+    return alive.median() if len(alive) else None

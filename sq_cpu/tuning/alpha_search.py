@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from sq_cpu.numerics.fake_quant import quantized_weight
+from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
 from sq_cpu.numerics.golden_section import argmin
 from sq_cpu.smoothing.plan import GroupPlan
 from sq_cpu.smoothing.rules import smoothing_scale
@@ -37,30 +36,23 @@ class ScoredGroup:
         self._folds = folds
         # Of the alpha asked for last: many clips are tried with one, and weights take most time.
         self._alpha = math.nan
-        self._scales: list[Tensor] = []
-        self._weights: list[list[Tensor]] = []
-
-    def _quantize_weights(self, alpha: float) -> None:
-        self._alpha = alpha
-        self._weights = []  # freed before the next are made
-        self._scales = [
-            of_fold.widen(smoothing_scale("smoothquant", of_fold, alpha)) for of_fold in self._folds
-        ]
-        self._weights = [
-            [quantized_weight(sample, s, scheme) for sample, scheme in of_fold.quantized()]
-            for of_fold, s in zip(self._folds, self._scales, strict=True)
-        ]
+        self._linears: list[FakeQuantizedLinear] = []
 
     @torch.no_grad()
     def losses(self, loss: str, tokens: int, alpha: float, clip: float) -> dict[str, float]:
         """Return each linear's loss over all folds."""
         if alpha != self._alpha:
-            self._quantize_weights(alpha)
+            self._alpha = alpha
+            self._linears = []  # freed before the next are made
+            self._linears = [
+                linear
+                for of_fold in self._folds
+                for linear in of_fold.fake_quantized(smoothing_scale("smoothquant", of_fold, alpha))
+            ]
         found: dict[str, list[float]] = {}
-        for of_fold, s, weights in zip(self._folds, self._scales, self._weights, strict=True):
-            for (sample, scheme), weight in zip(of_fold.quantized(), weights, strict=True):
-                value = loss_of(loss, sample, s, weight, scheme, clip, tokens)
-                found.setdefault(sample.name, []).append(value)
+        for linear in self._linears:
+            value = loss_of(loss, linear.with_clip(clip), tokens)
+            found.setdefault(linear.sample.name, []).append(value)
         return {name: of_parts(loss, values) for name, values in found.items()}
 
 

@@ -23,13 +23,13 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import removing
-from sq_cpu.numerics.fake_quant import LinearSample, quantized_output
+from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan
 from sq_cpu.smoothing.scales import group_statistics
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.losses import LOCAL_LOSSES
-from sq_cpu.tuning.simulation import simulating, smoothing_of
+from sq_cpu.tuning.simulation import fake_quantized, simulating
 
 __all__ = ["Choose", "auto_alpha"]
 
@@ -105,15 +105,14 @@ def _losses(
     seen: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    s = smoothing_of(statistics, planned)
     found = {}
-    for sample, scheme in statistics.quantized() if statistics.samples else ():
-        y, x = outputs.get(sample.name), seen.get(sample.name)
+    for linear in fake_quantized(statistics, planned):
+        name = linear.sample.name
+        y, x = outputs.get(name), seen.get(name)
         # An expert that the quantized pass routes other tokens to has nothing to compare with.
         if y is None or x is None or len(x) != len(y):
             continue
-        delta = quantized_output(x.float(), sample, s, scheme) - y
-        found[sample.name] = LOCAL_LOSSES["sqrt_abs"](y, delta) * y.numel()
+        found[name] = LOCAL_LOSSES["sqrt_abs"](y, linear(x) - y) * y.numel()
     return found
 
 

@@ -11,6 +11,7 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import LayerPlan, quantized_consumers
+from sq_cpu.smoothing.statistics import live_median
 from sq_cpu.tuning.alpha_search import FoundPlans
 from sq_cpu.tuning.losses import NEGLIGIBLE
 
@@ -36,8 +37,8 @@ def massive_layers(
     found = []
     for name in quantized_consumers(model, group, calibration, scheme):
         absmax = calibration.absmax(name)
-        alive = absmax[absmax > 0]
-        massive = int((alive >= _MASSIVE * alive.median()).sum()) if len(alive) else 0
+        median = live_median(absmax)
+        massive = 0 if median is None else int((absmax >= _MASSIVE * median).sum())
         channels = absmax.topk(min(massive, most)).indices.sort().values.tolist()
         if channels:
             found.append(LayerPlan(name=name, outliers=tuple(channels)))

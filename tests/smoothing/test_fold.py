@@ -91,7 +91,7 @@ def test_a_refused_fold_divides_in_the_pass_and_says_why() -> None:
     assert (changed.name, changed.fold) == (name, False)
     assert "something else uses the output" in changed.note
     mlp = "model.layers.1.mlp"
-    assert smoothed.in_pass == {f"{mlp}.gate_proj", f"{mlp}.up_proj"}
+    assert smoothed.at_run_time == {f"{mlp}.gate_proj", f"{mlp}.up_proj"}
     torch.testing.assert_close(logits(model), before, rtol=0, atol=2.0**-14 * before.abs().max())
 
 
@@ -102,7 +102,7 @@ def test_without_an_example_nothing_is_folded() -> None:
     plan = SmoothPlan.uniform(model, found)
     smoothed = fold(model, plan, replace(found, example=None))
     assert all("no example" in group.note and not group.fold for group in smoothed.plan.groups)
-    assert smoothed.in_pass == found.channel_min.keys()
+    assert smoothed.at_run_time == found.channel_min.keys()
     assert_unchanged(model, before)
 
 
@@ -119,7 +119,7 @@ def test_smollm2_keeps_its_logits(smollm2: Callable[[], tuple[Any, Any]]) -> Non
     down = "model.layers.11.mlp.down_proj"
     assert found.absmax(down).max() > 100 * found.absmax(down).median()  # its known outlier
     smoothed = fold(model, SmoothPlan.uniform(model, found, alpha=0.8), found)
-    assert smoothed.in_pass == frozenset()
+    assert smoothed.at_run_time == frozenset()
     with torch.no_grad():
         after = model(**ids).logits
     # fp32 eps is 1.2e-7; this network amplifies a relative change of its weights about 100 times.
