@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
-from sq_cpu.smoothing.proof import refused_folds
+from sq_cpu.smoothing.proof import prove_folds, refused_folds
 
 TYPES = ["llama", "mistral", "qwen2", "opt"]
 
@@ -30,7 +30,9 @@ def refused(model: Any, scales: Scales) -> dict[str, str]:
     """Give what the proof refuses, by group name, and why."""
     (ids,) = batches(1)
     with evaluating(model):
-        found = refused_folds(model, scales, lambda: [model(ids).logits])
+        found = refused_folds(
+            model, scales, prove_folds(model, scales, lambda: [model(ids).logits])
+        )
     return {group.name: reason for group, reason in found.items()}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,16 +38,10 @@ from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan
-from sq_cpu.smoothing.scales import (
-    Run,
-    consumer_scales,
-    fold_scales,
-    linear_sample,
-    plan_scales,
-    running,
-)
+from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, running
+from sq_cpu.smoothing.scales import consumer_scales, fold_scales, linear_sample, plan_scales
 
-__all__ = ["quantize", "quantize_part"]
+__all__ = ["quantize", "quantize_part", "quantize_proven"]
 
 
 def quantize(
@@ -80,6 +75,25 @@ def quantize(
     weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
     older than the weights, not finite, or without the rows that the scheme's range needs.
     """
+    return quantize_proven(
+        model, calibration, plan, None, scheme=scheme, smooth=smooth, progress=progress
+    )
+
+
+def quantize_proven(
+    model: nn.Module,
+    calibration: Calibration | None,
+    plan: SmoothPlan | None,
+    proof: FoldProof | None,
+    *,
+    scheme: str | Scheme | None = None,
+    smooth: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Do what `quantize` does, with the folds proven before.
+
+    `proof` is of all groups of this model, or of one that it is a copy of; None: it is made here.
+    """
     scheme = scheme_of(scheme, plan).resolve(has_vnni())
     if plan is not None and not smooth:
         raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
@@ -102,9 +116,12 @@ def quantize(
         unreached = () if calibration is None else calibration.unreached
         if needs_calibration(plan, scheme, smooth) and linears.keys() <= set(unreached):
             raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
-        example = None if calibration is None else calibration.example
-        run = running(model, example)
-        prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, run)
+
+        def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
+            example = None if calibration is None else calibration.example
+            return proof or prove_folds(model, groups, running(model, example))
+
+        prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, prove)
     except BaseException:
         restore_modules(replaced)
         raise
@@ -130,7 +147,8 @@ def quantize_part(
     them and returns its outputs. `linears` is emptied, so that each can be freed.
     """
     smooth = plan is not None
-    prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, run)
+    prove = partial(prove_folds, model, run=run)
+    prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, prove)
     return _swap(model, linears, prepared, progress=False)
 
 
@@ -157,7 +175,7 @@ def _prepare(
     scheme: Scheme,
     smooth: bool,
     groups: Sequence[SmoothingGroup] | None,
-    run: Run | None,
+    prove: Callable[[Iterable[SmoothingGroup]], FoldProof],
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
     check_linears(linears)
@@ -182,7 +200,7 @@ def _prepare(
     ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, clips)
     at_run_time: frozenset[str] = frozenset()
     if plan is not None and plan.groups:
-        smoothed = fold_scales(model, plan, scales, run)
+        smoothed = fold_scales(model, plan, scales, prove(scales))
         plan, at_run_time = smoothed.plan, smoothed.at_run_time
     return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers)
 

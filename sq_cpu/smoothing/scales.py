@@ -7,29 +7,25 @@ input, which divides it by s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import Example, evaluating
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored, linearized
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
-from sq_cpu.smoothing.proof import refused_folds
+from sq_cpu.smoothing.proof import FoldProof, prove_folds, refused_folds, running
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.statistics import GroupStatistics
 
 __all__ = [
-    "Run",
     "Smoothed",
     "consumer_scales",
     "fold",
@@ -37,10 +33,7 @@ __all__ = [
     "group_statistics",
     "linear_sample",
     "plan_scales",
-    "running",
 ]
-
-Run = Callable[[], Sequence[Tensor]]
 
 
 def plan_scales(
@@ -95,50 +88,30 @@ def fold(
     *,
     scheme: Scheme | None = None,
 ) -> Smoothed:
-    """Fold into `model`, in place, what the plan says and `refused_folds` proves.
+    """Fold into `model`, in place, what the plan says and is proven to keep the function.
 
     Afterwards the calibration no longer fits the model. The proof runs the model on the
     calibration's example, a few times in all. Raises `SqCpuError`, with the model unchanged, where
-    `plan_scales` or `refused_folds` does.
+    `plan_scales`, `prove_folds` or `refused_folds` does.
     """
     with linearized(model):
         scales = plan_scales(model, plan, calibration, scheme=scheme)
-        return fold_scales(model, plan, scales, running(model, calibration.example))
-
-
-def running(model: nn.Module, example: Example | None) -> Run | None:
-    """Return what calls the model with an example and gives its outputs; None without one."""
-    if example is None:
-        return None
-    args, kwargs = example
-
-    def run() -> list[Tensor]:
-        # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
-        outputs = tree_leaves(model(*args, **kwargs), is_leaf=_is_cache)
-        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
-
-    return run
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")
+        proof = prove_folds(model, scales, running(model, calibration.example))
+        return fold_scales(model, plan, scales, proof)
 
 
 def fold_scales(
     model: nn.Module,
     plan: SmoothPlan,
     scales: Mapping[SmoothingGroup, Tensor],
-    run: Run | None,
+    proof: FoldProof,
 ) -> Smoothed:
     """Do what `fold` does for the s that `plan_scales` gave, to a linearized model.
 
-    `run` is what `refused_folds` needs; without it nothing is folded.
+    `proof` is of these groups or more of them.
     """
     folds = {group: s for group, s in scales.items() if group.producer is not None}
-    refused = dict.fromkeys(folds, "the calibration holds no example to prove it with")
-    if run is not None:
-        with evaluating(model):
-            refused = refused_folds(model, folds, run)
+    refused = refused_folds(model, folds, proof)
     apply_folds(model, {group: s for group, s in folds.items() if group not in refused})
     reasons = {group.name: reason for group, reason in refused.items()}
     return Smoothed(

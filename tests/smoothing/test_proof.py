@@ -16,8 +16,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import Layout, SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
-from sq_cpu.smoothing.proof import refused_folds
-from sq_cpu.smoothing.scales import running
+from sq_cpu.smoothing.proof import prove_folds, refused_folds, running
 
 
 def claim(model: Any, producer: str, *consumers: str, offset: float = 0.0) -> SmoothingGroup:
@@ -34,7 +33,9 @@ def refusal(name: str, model: Any, group: SmoothingGroup, s: Tensor | None = Non
     if s is None:
         s = torch.exp(0.1 * torch.randn(group.layout.channels, generator=generator))
     with evaluating(model):
-        found = refused_folds(model, {group: s}, lambda: [model(**batch)[0]])
+        found = refused_folds(
+            model, {group: s}, prove_folds(model, [group], lambda: [model(**batch)[0]])
+        )
     return found.get(group, "")
 
 
@@ -185,7 +186,9 @@ def test_two_producers_in_each_others_place_are_refused() -> None:
     (batch,) = inputs("llama", 1)
     s = dict.fromkeys(wrong, torch.ones(32))
     with evaluating(model):
-        assert refused_folds(model, s, lambda: [model(**batch)[0]]).keys() == set(wrong)
+        assert refused_folds(
+            model, s, prove_folds(model, s, lambda: [model(**batch)[0]])
+        ).keys() == set(wrong)
 
 
 @pytest.mark.parametrize("kind", ["producer", "consumer"])
@@ -259,7 +262,7 @@ def test_every_output_of_the_model_counts() -> None:
     run = running(model, ((batches(1)[0],), {}))
     assert run is not None
     with evaluating(model):
-        refused = refused_folds(model, scales, run)
+        refused = refused_folds(model, scales, prove_folds(model, scales, run))
     assert {group.name for group in refused} == {"model.layers.1.input_layernorm"}
 
 
@@ -395,7 +398,8 @@ def pair_refusal(model: nn.Module, *shape: int, outputs: Any = list) -> str:
     x = torch.randn(shape)
     s = torch.linspace(0.5, 2.0, 8)
     with evaluating(model):
-        return refused_folds(model, {group: s}, lambda: outputs([model(x)])).get(group, "")
+        proof = prove_folds(model, [group], lambda: outputs([model(x)]))
+        return refused_folds(model, {group: s}, proof).get(group, "")
 
 
 def test_outputs_without_a_tensor_prove_nothing() -> None:
