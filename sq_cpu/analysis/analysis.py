@@ -35,7 +35,7 @@ from sq_cpu.smoothing.plan import (
     scheme_of,
     uniform_plan,
 )
-from sq_cpu.smoothing.scales import group_statistics, plan_scales
+from sq_cpu.smoothing.scales import WeightStatistics, group_statistics, plan_scales
 from sq_cpu.smoothing.statistics import GroupStatistics, live_median
 
 __all__ = ["Analysis", "GroupAnalysis", "LinearAnalysis", "analyze", "outlier_severity"]
@@ -237,13 +237,16 @@ def _group(
     places: _Places,
 ) -> GroupAnalysis:
     planned = next((one for one in plan.groups if one.name == group.name), None)
-    naive = group_statistics(model, group, calibration, scheme)
+    weights = WeightStatistics(model)
+    naive = group_statistics(model, group, calibration, scheme, weights=weights)
     s = torch.ones_like(naive.act_absmax)
     if planned is not None:
         # What stays in float is measured as if it did not, so a rule may look at it too.
         layers = tuple(layer for layer in plan.layers if not layer.in_float)
         alone = replace(plan, groups=(planned,), layers=layers)
-        (s,) = plan_scales(model, alone, calibration, scheme=scheme, among=(group,)).values()
+        (s,) = plan_scales(
+            model, alone, calibration, scheme=scheme, among=(group,), weights=weights
+        ).values()
     clip = 1.0 if planned is None else planned.clip
     names = quantized_consumers(model, group, calibration, scheme)
     linears = tuple(

@@ -134,7 +134,7 @@ class FakeQuantizedLinear:
     @cached_property
     def weight(self) -> Tensor:
         """Q(W s), fp32 [out_features, in_features]."""
-        weight = self.sample.weight.float() * self.s
+        weight = self.sample.weight.detach().float() * self.s
         codes, scale = quantize_weight(
             weight.masked_fill(self.outliers, 0.0),
             self.scheme.weights,

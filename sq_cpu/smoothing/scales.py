@@ -27,12 +27,14 @@ from sq_cpu.smoothing.statistics import GroupStatistics
 
 __all__ = [
     "Smoothed",
+    "WeightStatistics",
     "consumer_scales",
     "fold",
     "fold_scales",
     "group_statistics",
     "linear_sample",
     "plan_scales",
+    "weight_absmax",
 ]
 
 
@@ -43,10 +45,12 @@ def plan_scales(
     *,
     scheme: Scheme | None = None,
     among: Iterable[SmoothingGroup] | None = None,
+    weights: WeightStatistics | None = None,
 ) -> dict[SmoothingGroup, Tensor]:
     """Return s of every planned group, fp32 [its entries], of a linearized model.
 
-    `among` are the model's groups; None: `smoothing_groups` finds them.
+    `among` are the model's groups; None: `smoothing_groups` finds them. `weights` is as for
+    `group_statistics`.
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
     What the plan does not fold has no producer here. `scheme`, resolved, and what the plan says of
@@ -62,7 +66,7 @@ def plan_scales(
     scales = {}
     for planned in plan.groups:
         group = groups[planned.name]
-        s = _group_scales(model, group, planned, calibration, scheme, plan)
+        s = _group_scales(model, group, planned, calibration, scheme, plan, weights)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
         scales[group if planned.fold else group.in_pass(planned.note)] = s
@@ -139,16 +143,40 @@ def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor
     return {name: group.layout.widen(s) for group, s in scales.items() for name in group.consumers}
 
 
+class WeightStatistics:
+    """max|W_j| of a model's groups, each found once, while the weights stay as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._absmax: dict[SmoothingGroup, Tensor] = {}
+
+    def absmax(self, group: SmoothingGroup) -> Tensor:
+        """Return max|W_j| over all linears of the group, fp32 [channels]."""
+        if group not in self._absmax:
+            self._absmax[group] = weight_absmax(self._model, group)
+        return self._absmax[group]
+
+
+def weight_absmax(model: nn.Module, group: SmoothingGroup) -> Tensor:
+    """Return max|W_j| over all linears of the group, fp32 [channels]; no weight is copied."""
+    weights = [model.get_parameter(f"{name}.weight").detach() for name in group.consumers]
+    ends = [torch.aminmax(weight, dim=0) for weight in weights]  # abs() would copy it
+    absmax = torch.stack([torch.maximum(-low, high).float() for low, high in ends])
+    return group.layout.narrow(absmax.amax(dim=0))
+
+
 def group_statistics(
     model: nn.Module,
     group: SmoothingGroup,
     calibration: Calibration,
     scheme: Scheme | None = None,
     plan: SmoothPlan | None = None,
+    weights: WeightStatistics | None = None,
 ) -> GroupStatistics:
     """Return what the smoothing rules look at; weights and rows are not copied.
 
     `scheme`, resolved, says which linears are quantized and how, but for the layers of `plan`.
+    `weights` are those of the model; None looks at them anew.
 
     Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.
     """
@@ -157,15 +185,14 @@ def group_statistics(
     covered = covered_consumers(group, calibration) or group.consumers[:1]
     for name in covered:
         calibration.check_weight(name, model.get_submodule(name))
-    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in group.consumers}
-    ends = [torch.aminmax(weight, dim=0) for weight in weights.values()]  # abs() would copy it
-    absmax = torch.stack([torch.maximum(-low, high).float() for low, high in ends])
     return GroupStatistics(
         act_absmax=group.layout.narrow(calibration.absmax(covered[0])),
-        weight_absmax=group.layout.narrow(absmax.amax(dim=0)),
+        weight_absmax=(weights or WeightStatistics(model)).absmax(group),
         norm_weight=norm_weight(model, group),
         samples=tuple(
-            linear_sample(name, weights[name], scheme, plan, calibration)
+            linear_sample(
+                name, model.get_parameter(f"{name}.weight").detach(), scheme, plan, calibration
+            )
             for name in covered
             if scheme is not None
             and name not in plan.in_float
@@ -216,8 +243,9 @@ def _group_scales(
     calibration: Calibration,
     scheme: Scheme | None,
     plan: SmoothPlan,
+    weights: WeightStatistics | None,
 ) -> Tensor:
-    statistics = group_statistics(model, group, calibration, scheme, plan)
+    statistics = group_statistics(model, group, calibration, scheme, plan, weights)
     statistics = replace(statistics, clip=planned.clip)
     try:
         return smoothing_scale(planned.rule, statistics, planned.alpha)

@@ -25,7 +25,7 @@ from sq_cpu.models.linears import linearized
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan, uniform_plan
-from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.alpha_search import (
     CLIPS,
@@ -130,6 +130,7 @@ def tune(
                 model, groups, uniform.groups, calibration, batches, scheme, grid, choose, progress
             )
             return SmoothPlan(tuple(plans), scheme=scheme)
+        weights = WeightStatistics(model)
         search = AlphaSearch(
             tokens=calibration.tokens,
             loss=loss,
@@ -141,10 +142,12 @@ def tune(
         def best(
             unit: list[GroupPlan], seen: Calibration, layers: Sequence[LayerPlan] = ()
         ) -> FoundPlans:
-            departing = SmoothPlan((), tuple(layers))
+            overrides = SmoothPlan((), tuple(layers))
             return search.best(
                 [
-                    ScoredGroup(p, _statistics(model, groups[p.name], seen, scheme, departing))
+                    ScoredGroup(
+                        p, _statistics(model, groups[p.name], seen, scheme, overrides, weights)
+                    )
                     for p in unit
                 ]
             )
@@ -155,7 +158,7 @@ def tune(
         fed: Iterable[_Fed] = [(unit, calibration) for unit in units]
         if sequential:
             assert batches is not None
-            prefix = QuantizedPrefix(model, calibration, batches, groups, scheme)
+            prefix = QuantizedPrefix(model, calibration, batches, groups, scheme, weights)
             fed = _block_by_block(units, groups, prefix, calibration, tuned, layers)
         for unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
             found = best(unit, seen)
@@ -223,12 +226,13 @@ def _statistics(
     group: SmoothingGroup,
     calibration: Calibration,
     scheme: Scheme,
-    departing: SmoothPlan,
+    overrides: SmoothPlan,
+    weights: WeightStatistics,
 ) -> list[GroupStatistics]:
     """Return what each fold says of a group; one that reached none of it says nothing."""
     found = [
-        group_statistics(model, group, held_out, scheme, departing)
+        group_statistics(model, group, held_out, scheme, overrides, weights)
         for held_out in calibration.held_out(group.consumers)
         if any(name in held_out.channel_min for name in group.consumers)
     ]
-    return found or [group_statistics(model, group, calibration, scheme, departing)]
+    return found or [group_statistics(model, group, calibration, scheme, overrides, weights)]
