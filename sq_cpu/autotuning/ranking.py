@@ -47,7 +47,7 @@ def estimated_errors(
     scheme = scheme.resolve(has_vnni())
     choices = tuple(choices)
     planned = {group.name: group for group in plan.groups}
-    # Weight clips stay; what departs otherwise is what is asked about.
+    # Weight clips stay; the other overrides are what is asked about.
     layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
     everything = replace(plan, layers=layers)
     errors: Errors = {}

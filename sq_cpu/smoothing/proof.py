@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Example, evaluating
 from sq_cpu.models.groups import SmoothingGroup
+from sq_cpu.models.hooks import removing
 from sq_cpu.smoothing.fold import folded_columns, folded_producer, producer_of
 
 __all__ = ["FoldProof", "Run", "prove_folds", "refused_folds", "running"]
@@ -246,11 +247,8 @@ def _rescaled(model: nn.Module, groups: Sequence[SmoothingGroup]) -> Iterator[No
             consumer = model.get_submodule(name)
             hook = multiply(group.layout.widen(s))
             handles.append(consumer.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -284,11 +282,8 @@ def _watching(
     }
     handles = [module.register_forward_hook(after) for module in modules]
     handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in kept]
-    try:
+    with removing(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _culprits(
@@ -306,7 +301,7 @@ def _culprits(
 def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> str:
     """Say who else takes the producer's output, where a module does."""
     readers: list[str] = []
-    outputs: list[Tensor] = []  # held, so that no other tensor gets their memory
+    outputs: list[Tensor] = []  # kept, so that no other tensor gets their memory
 
     def give(_module: nn.Module, _args: Any, output: Tensor) -> None:
         outputs.append(output)
@@ -325,11 +320,8 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
         for name, module in model.named_modules()
         if name not in group.consumers and not any(True for _ in module.children())
     ]
-    try:
+    with removing(handles):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     if readers:
         return f"{readers[0]} takes the output of {group.producer}"
     return f"something else uses the output of {group.producer}, or is not linear in it"

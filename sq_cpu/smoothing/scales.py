@@ -1,8 +1,8 @@
 """SmoothQuant: X W^T = (X / s) (W s)^T, with the division folded into whatever makes X.
 
-`rules.RULES` has the rules, a `SmoothPlan` says which group gets which, and `fold` applies it: to
-the weights where that is proven to keep the function, and otherwise to the pass that quantizes the
-input, which divides it by s.
+`rules.RULES` has the rules, a `SmoothPlan` says which group gets which, and `fold` applies it to
+the weights where that is proven to keep the function. Elsewhere the input is divided by s at run
+time, while it is quantized.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def plan_scales(
     `group_statistics`.
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
-    What the plan does not fold has no producer here. `scheme`, resolved, and what the plan says of
-    layers is what the rule "aqas" minimizes the error of; other rules need none.
+    A group that the plan does not fold has no producer here. The rule "aqas" minimizes the error
+    of `scheme`, resolved, with the plan's overrides; other rules need neither.
 
     Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, for one
     to be folded that cannot be, on weights that changed since the calibration, and where
@@ -69,7 +69,7 @@ def plan_scales(
         s = _group_scales(model, group, planned, calibration, scheme, plan, weights)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
-        scales[group if planned.fold else group.in_pass(planned.note)] = s
+        scales[group if planned.fold else group.at_run_time(planned.note)] = s
     return scales
 
 
@@ -82,7 +82,7 @@ class Smoothed:
     scales: dict[str, Tensor]
     """s of every consumer, by its full name, fp32 [in_features]."""
     at_run_time: frozenset[str]
-    """Consumers whose weights are as they were: they and their input are still to be scaled."""
+    """Consumers whose weights are as they were: they and their input are scaled at run time."""
 
 
 def fold(
@@ -175,7 +175,7 @@ def group_statistics(
 ) -> GroupStatistics:
     """Return what the smoothing rules look at; weights and rows are not copied.
 
-    `scheme`, resolved, says which linears are quantized and how, but for the layers of `plan`.
+    `scheme`, resolved, says which linears are quantized and how; the layers of `plan` override it.
     `weights` are those of the model; None looks at them anew.
 
     Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.

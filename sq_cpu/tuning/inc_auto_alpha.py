@@ -53,8 +53,8 @@ def auto_alpha(
 ) -> list[GroupPlan]:
     """Return the plans of a linearized model's groups with the alphas that the samples chose.
 
-    Runs the model twice a sample, and every linear once for each alpha; one sample's inputs and
-    outputs of all linears are held.
+    It runs the model twice a sample, and every linear once for each alpha. It keeps one sample's
+    inputs and outputs of all linears.
     """
     samples = list(batches)
     statistics = {
@@ -68,14 +68,14 @@ def auto_alpha(
         inputs = model_inputs(model, samples, "tuning", "auto-alpha", progress)
         for number, (args, kwargs) in enumerate(inputs, start=1):
             outputs: dict[str, Tensor] = {}
-            with _watching_outputs(model, statistics, outputs):
+            with _recording_outputs(model, statistics, outputs):
                 model(*args, **kwargs)
             seen: dict[str, Tensor] = {}
 
-            def see(sample: LinearSample, rows: Tensor, seen: dict[str, Tensor] = seen) -> None:
+            def observe(sample: LinearSample, rows: Tensor, seen: dict[str, Tensor] = seen) -> None:
                 seen[sample.name] = rows
 
-            with simulating(model, statistics, chosen.values(), see):
+            with simulating(model, statistics, chosen.values(), observe):
                 model(*args, **kwargs)
             for name, of_group in statistics.items():
                 curve: dict[float, Mapping[str, float]] = {
@@ -117,7 +117,7 @@ def _losses(
 
 
 @contextmanager
-def _watching_outputs(
+def _recording_outputs(
     model: nn.Module, statistics: Mapping[str, GroupStatistics], outputs: dict[str, Tensor]
 ) -> Iterator[None]:
     """Run a block that keeps each linear's output, without bias, fp32 [rows, out_features]."""

@@ -1,9 +1,9 @@
 """The rows that a search looks at, as the quantized part of the model before them makes them.
 
-Blocks are tuned in their order. The calibration batches, which the blocks before have taken through
-their quantized selves, run through a block before it is tuned, and the rows that the calibration
-sampled are taken again there. Ranges and gradients stay those of the float model: by those ranges
-the linears are quantized.
+Blocks are tuned in their order. Before a block is tuned, the calibration batches run through it, on
+the hidden states that the quantized blocks before it gave. The rows that the calibration sampled
+are taken again there. Ranges and gradients stay those of the float model: the linears are quantized
+with those ranges.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def is_inside(group: SmoothingGroup, block: str) -> bool:
 class QuantizedPrefix:
     """A linearized model, quantized up to a block, on the batches of its calibration.
 
-    Held are the batches' hidden states between two blocks, and one block's quantized weights in
-    fp32.
+    It keeps the hidden states of every batch between two blocks, and one block's quantized weights
+    in fp32.
 
     Raises
     ------
@@ -82,7 +82,7 @@ class QuantizedPrefix:
         """Yield each block's full name, and the calibration with the rows that it takes.
 
         When the next is asked for, `tuned` has the plans of all groups in this one, and `layers`
-        of its linears that have overrides.
+        the overrides of its linears.
         """
         hidden = [call.take() for call in self._calls]
         for index, block in enumerate(self._chain.names):

@@ -36,19 +36,19 @@ def simulating(
     model: nn.Module,
     statistics: Mapping[str, GroupStatistics],
     plans: Iterable[GroupPlan],
-    see: Callable[[LinearSample, Tensor], object] = lambda _, __: None,
+    observe: Callable[[LinearSample, Tensor], object] = lambda _, __: None,
     *,
     hold: bool = False,
 ) -> Iterator[None]:
     """Run a block in which the groups' linears compute as planned.
 
-    `statistics` has the groups by name; `see` is told each linear's sample and the rows of its
-    input, of the model's dtype [rows, in_features]. With `hold` each linear's range and quantized
-    weight are found once, and the weight is kept in fp32.
+    `statistics` has the groups by name; `observe` is called with each linear's sample and the rows
+    of its input, of the model's dtype [rows, in_features]. With `hold` each linear's range and
+    quantized weight are found once, and the weight is kept in fp32.
     """
     handles = [
         model.get_submodule(linear.sample.name).register_forward_hook(
-            _quantized(linear, see, hold), with_kwargs=True
+            _quantized(linear, observe, hold), with_kwargs=True
         )
         for planned in plans
         for linear in fake_quantized(statistics[planned.name], planned)
@@ -58,12 +58,12 @@ def simulating(
 
 
 def _quantized(
-    fake: FakeQuantizedLinear, see: Callable[[LinearSample, Tensor], object], hold: bool
+    fake: FakeQuantizedLinear, observe: Callable[[LinearSample, Tensor], object], hold: bool
 ) -> Callable[..., Tensor]:
     def hook(linear: nn.Linear, args: Any, kwargs: Any, y: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
         rows = x.reshape(-1, x.shape[-1])
-        see(fake.sample, rows)
+        observe(fake.sample, rows)
         # A copy keeps what it finds for itself.
         made = (fake if hold else replace(fake))(rows)
         if linear.bias is not None:

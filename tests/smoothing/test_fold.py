@@ -1,4 +1,4 @@
-"""Folds keep the model's function, or are refused and divided in the pass instead."""
+"""Folds keep the model's function, or are refused, and the input is divided at run time."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_narrow_dtype_is_rounded_once() -> None:
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def test_a_refused_fold_divides_in_the_pass_and_says_why() -> None:
+def test_a_refused_fold_divides_at_run_time_and_says_why() -> None:
     model = tiny_model("llama")
     model.model.layers[1].mlp = LeakyNorm(model.model.layers[1].mlp)
     before = logits(model)
