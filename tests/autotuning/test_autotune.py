@@ -373,7 +373,7 @@ def test_milliseconds_are_those_that_the_study_was_begun_with(
     doubled = {
         shape: {name: 2 * ms for name, ms in row.items()} for shape, row in table.entries.items()
     }
-    module = importlib.import_module("sq_cpu.autotune")
+    module = importlib.import_module("sq_cpu.autotuning.autotune")
     monkeypatch.setattr(module, "measured_costs", lambda *_, **__: table)
     begun = tuned(model, GOAL, costs=None, **options)
     with pytest.raises(SqCpuError, match="begun with other costs"):
