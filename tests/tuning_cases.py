@@ -12,7 +12,7 @@ from tiny import batches, tiny_model
 from torch import nn
 
 import sq_cpu
-from sq_cpu import Calibration, SearchSpace, SmoothPlan
+from sq_cpu import SearchSpace
 from sq_cpu.autotuning.latency import CHOICES, Costs
 from sq_cpu.models.groups import smoothing_groups
 
@@ -50,6 +50,19 @@ class Divergence:
         return sum(terms) / len(terms)
 
 
+def logit_error(
+    model_type: str, plan: sq_cpu.SmoothPlan | None, calibration: sq_cpu.Calibration, scheme: str
+) -> float:
+    """Return the squared error of the logits of `planted`, quantized, on unseen batches."""
+    float_model, model = planted(model_type), planted(model_type)
+    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=plan is not None)
+    with torch.no_grad():
+        return sum(
+            float((model(ids).logits - float_model(ids).logits).square().mean())
+            for ids in batches(6)[3:]
+        )
+
+
 def costs(model: nn.Module) -> Costs:
     """Return costs in proportion to the size of each linear of a model."""
     entries = {}
@@ -77,16 +90,3 @@ def planted(model_type: str, **config: Any) -> torch.nn.Module:
             for consumer in group.consumers:
                 model.get_submodule(consumer).weight.mul_(scale)
     return model
-
-
-def logit_error(
-    model_type: str, plan: SmoothPlan | None, calibration: Calibration, scheme: str
-) -> float:
-    """Return the squared error of the logits of `planted`, quantized, on unseen batches."""
-    float_model, model = planted(model_type), planted(model_type)
-    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=plan is not None)
-    with torch.no_grad():
-        return sum(
-            float((model(ids).logits - float_model(ids).logits).square().mean())
-            for ids in batches(6)[3:]
-        )
