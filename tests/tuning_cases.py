@@ -11,6 +11,7 @@ import torch
 from tiny import batches, tiny_model
 from torch import nn
 
+import sq_cpu
 from sq_cpu import SearchSpace
 from sq_cpu.autotuning.latency import CHOICES, Costs
 from sq_cpu.models.groups import smoothing_groups
@@ -47,6 +48,19 @@ class Divergence:
         pairs = zip(self.expected, self._logits(model), strict=True)
         terms = [float((p.exp() * (p - q)).sum(-1).mean()) for p, q in pairs]
         return sum(terms) / len(terms)
+
+
+def logit_error(
+    model_type: str, plan: sq_cpu.SmoothPlan | None, calibration: sq_cpu.Calibration, scheme: str
+) -> float:
+    """Return the squared error of the logits of `planted`, quantized, on unseen batches."""
+    float_model, model = planted(model_type), planted(model_type)
+    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=plan is not None)
+    with torch.no_grad():
+        return sum(
+            float((model(ids).logits - float_model(ids).logits).square().mean())
+            for ids in batches(6)[3:]
+        )
 
 
 def costs(model: nn.Module) -> Costs:

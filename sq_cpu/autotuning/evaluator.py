@@ -23,9 +23,11 @@ from sq_cpu.autotuning.ranking import Errors, estimated_errors
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import evaluating
+from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.linears import linearized, quantizable_linears
-from sq_cpu.quantization.quantize import quantize
+from sq_cpu.quantization.quantize import quantize_proven
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
+from sq_cpu.smoothing.proof import FoldProof, prove_folds, running
 from sq_cpu.tuning.tune import tune
 
 __all__ = ["Evaluate", "Goal", "Report", "TuningJob"]
@@ -103,6 +105,13 @@ class TuningJob:
             found = quantizable_linears(self.model, self.ignore)
         reached = self.calibration.channel_min
         return {name: linear for name, linear in found.items() if name in reached}
+
+    @cached_property
+    def proof(self) -> FoldProof:
+        """Which folds keep the model's function: proven once, for the copies that are quantized."""
+        with linearized(self.model):
+            groups = smoothing_groups(self.model)
+            return prove_folds(self.model, groups, running(self.model, self.calibration.example))
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this job from others, as JSON types; `check_ranges` tells the rest.
@@ -287,7 +296,7 @@ class TuningJob:
         assert self.costs is not None
         plan = self.plan(configuration)
         model = copy.deepcopy(self.model)
-        quantize(model, self.calibration, plan, progress=False)
+        quantize_proven(model, self.calibration, plan, self.proof, progress=False)
         milliseconds = self.costs.of(model.get_submodule(name) for name in names)
         metric = self._metric(model, report)
         freed = weakref.ref(model)

@@ -54,8 +54,8 @@ from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan
+from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.smoothing.rules import check_rule
-from sq_cpu.smoothing.scales import Run, running
 from sq_cpu.streaming.tensors import (
     WHOLE,
     Loader,

@@ -26,8 +26,9 @@ from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearize, linearized, quantizable_linears
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.quantize import quantize
-from sq_cpu.smoothing.folding import apply_folds, refused_folds
+from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.smoothing.proof import prove_folds, refused_folds
 from sq_cpu.smoothing.scales import fold
 
 
@@ -170,7 +171,9 @@ def proven(model: Any, scales: dict[SmoothingGroup, Tensor], name: str) -> dict[
     """Give what the proof refuses on a linearized model, by group name, and why."""
     (batch,) = inputs(name, 1)
     with evaluating(model):
-        refused = refused_folds(model, scales, lambda: [model(**batch)[0]])
+        refused = refused_folds(
+            model, scales, prove_folds(model, scales, lambda: [model(**batch)[0]])
+        )
     return {group.name: reason for group, reason in refused.items()}
 
 

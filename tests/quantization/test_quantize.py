@@ -308,7 +308,7 @@ def test_mixed_plans_are_carried_out_linear_by_linear(
     kinds = set()
     for name in found.channel_min:
         layer, planned = model.get_submodule(name), plan.layer(name)
-        in_pass, s = name in smoothed.in_pass, smoothed.scales.get(name)
+        at_run_time, s = name in smoothed.at_run_time, smoothed.scales.get(name)
         weight = folded.get_submodule(name).weight
         outliers = torch.tensor(planned.outliers, dtype=torch.int64)
         if planned.outliers:
@@ -324,9 +324,9 @@ def test_mixed_plans_are_carried_out_linear_by_linear(
             assert torch.equal(layer.weight, weight)
             continue
         assert layer.scheme == plan.layer_scheme(Scheme.of(scheme), name)
-        assert (name in record.smoothed) == (in_pass and not planned.outliers)
-        assert (layer.smoothing is not None) == (in_pass or bool(planned.outliers))
-        weight = (weight * s if in_pass else weight).index_fill(1, outliers, 0)
+        assert (name in record.smoothed) == (at_run_time and not planned.outliers)
+        assert (layer.smoothing is not None) == (at_run_time or bool(planned.outliers))
+        weight = (weight * s if at_run_time else weight).index_fill(1, outliers, 0)
         codes, scale = quantize_weight(weight, clip=planned.weight_clip)
         assert torch.equal(layer.weight_int8(), codes)
         assert torch.equal(layer.weight_scale, scale)
