@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from sq_cpu import Scheme, texts
+from sq_cpu import texts
 from sq_cpu.cli import demo
 from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.streaming.convert import Job, convert
 
 
@@ -26,7 +27,7 @@ def saved_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if given:
         return given
     out = tmp_path_factory.mktemp("saved") / "smollm2-135m-int8"
-    job = Job(source=str(demo.find_model()), out=out, scheme=Scheme.of("O3"), alpha=demo.ALPHA)
+    job = Job(source=str(demo.find_model()), out=out, recipe=Recipe.of("O3", alpha=demo.ALPHA))
     calibration = texts.calibration()
     convert(
         job,

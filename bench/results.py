@@ -18,7 +18,7 @@ from harness import Stats
 from rich.table import Table
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import replacing
+from sq_cpu.files import atomic_write
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -93,7 +93,7 @@ class ResultFile:
 
     def write(self) -> None:
         """Write the file."""
-        with replacing(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(self.content, indent=1) + "\n")
 
 

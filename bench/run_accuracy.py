@@ -44,7 +44,7 @@ def variants(schemes: Iterable[str], alpha: float, baselines: bool) -> list[Vari
     if baselines:
         found += [
             Variant("LLM.int8()", Scheme.of("O1", outlier_threshold=6.0)),
-            Variant("ZeroQuant", Scheme.of("O1", weights="per_group")),
+            Variant("ZeroQuant", Scheme.of("O1", weights="per_rows")),
         ]
     return found
 

@@ -10,8 +10,8 @@ from .autotuning.autotune import autotune as autotune
 from .autotuning.configurations import SearchSpace as SearchSpace
 from .calibration.calibrate import calibrate as calibrate
 from .calibration.calibration import Calibration as Calibration
-from .checkpoint.checkpoint import load as load
-from .checkpoint.checkpoint import save as save
+from .checkpoint.load import load as load
+from .checkpoint.save import save as save
 from .errors import SqCpuError as SqCpuError
 from .evaluation.lm_eval import lm_eval_accuracy as lm_eval_accuracy
 from .evaluation.perplexity import TextPerplexity as TextPerplexity

@@ -11,11 +11,11 @@ from typing import Any
 
 from sq_cpu.errors import SqCpuError
 
-__all__ = ["json_text", "replacing"]
+__all__ = ["atomic_write", "json_text"]
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside `path`; move it into place on success, else remove it.
 
     Raises `SqCpuError` where the file cannot be written.

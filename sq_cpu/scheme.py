@@ -12,11 +12,14 @@ from sq_cpu.errors import SqCpuError
 __all__ = ["Activations", "Scheme"]
 
 Activations = Literal["per_token", "per_tensor", "static"]
-Weights = Literal["per_channel", "per_tensor", "per_group"]
+Weights = Literal["per_channel", "per_tensor", "per_rows"]
 StaticRange = Literal["minmax", "percentile", "mse"]
 
 # SmoothQuant (arXiv 2211.10438), table 2. Its O1..O3 differ in the activations alone.
 _PRESETS: dict[str, Activations] = {"O1": "per_token", "O2": "per_tensor", "O3": "static"}
+
+# What fields were called in files of earlier versions.
+_RENAMED = {"weight_group_rows": "rows_per_scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,9 @@ class Scheme:
     or one per layer, fixed by calibration."""
     weights: Weights = "per_channel"
     """Granularity of the weight scale: one per output channel, one per weight matrix, or one per
-    group of consecutive output channels (ZeroQuant, arXiv 2206.01861)."""
-    weight_group_rows: int = 64
-    """Output channels that share a scale, for `"per_group"` weights; the last group may have less.
-    """
+    so many consecutive output channels (the groups of ZeroQuant, arXiv 2206.01861)."""
+    rows_per_scale: int = 64
+    """Output channels that share a scale, for `"per_rows"` weights; the last ones may be fewer."""
     symmetric: bool = True
     """Activations: a range centred on 0 with a fixed zero point, or min..max with its own."""
     outlier_threshold: float | None = None
@@ -54,13 +56,15 @@ class Scheme:
     """Linears left alone: those whose full name is an entry, or ends with a dot and an entry."""
 
     def __post_init__(self) -> None:
+        if str(self.weights) == "per_group":
+            raise SqCpuError("scheme: weights='per_group' is now 'per_rows', with rows_per_scale")
         _check("activations", self.activations, get_args(Activations))
         _check("weights", self.weights, get_args(Weights))
         _check("symmetric", self.symmetric, (True, False))
         _check_threshold(self)
         _check("reduce_range", self.reduce_range, (False, True, "auto"))
         _check("static_range", self.static_range, get_args(StaticRange))
-        self._check_group_rows()
+        self._check_rows_per_scale()
         self._check_static_range()
         names = self.ignore if isinstance(self.ignore, tuple | list) else (None,)
         if not all(isinstance(name, str) for name in names):
@@ -69,14 +73,14 @@ class Scheme:
             )
         object.__setattr__(self, "ignore", tuple(names))
 
-    def _check_group_rows(self) -> None:
-        rows = self.weight_group_rows
+    def _check_rows_per_scale(self) -> None:
+        rows = self.rows_per_scale
         if type(rows) is not int or rows < 1:
-            raise SqCpuError(f"scheme: weight_group_rows={rows!r} is not a positive integer")
-        if self.weights != "per_group" and rows != Scheme.weight_group_rows:
+            raise SqCpuError(f"scheme: rows_per_scale={rows!r} is not a positive integer")
+        if self.weights != "per_rows" and rows != Scheme.rows_per_scale:
             raise SqCpuError(
-                f"scheme: weight_group_rows={rows} has no effect on {self.weights} weights; "
-                "drop it or set weights='per_group'"
+                f"scheme: rows_per_scale={rows} has no effect on {self.weights} weights; "
+                "drop it or set weights='per_rows'"
             )
 
     def _check_static_range(self) -> None:
@@ -113,7 +117,13 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scheme:
-        """Rebuild what `to_dict` gave; absent fields take their defaults."""
+        """Rebuild what `to_dict` gave, also by earlier versions; absent fields take defaults."""
+        values = dict(values)
+        if values.get("weights") == "per_group":
+            values["weights"] = "per_rows"
+        for old, new in _RENAMED.items():
+            if old in values and new not in values:
+                values[new] = values.pop(old)
         _check_fields(values)
         return cls(**values)
 
@@ -205,5 +215,7 @@ def _check_threshold(scheme: Scheme) -> None:
 def _check_fields(values: Mapping[str, Any]) -> None:
     known = [field.name for field in fields(Scheme)]
     for name in values:
+        if name in _RENAMED:
+            raise SqCpuError(f"scheme: {name} is now {_RENAMED[name]}")
         if name not in known:
             raise SqCpuError(f"scheme: no field {name!r}; the fields are {', '.join(known)}")

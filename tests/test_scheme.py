@@ -9,6 +9,7 @@ import pytest
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan
 
 
 @pytest.mark.parametrize(
@@ -34,8 +35,8 @@ def test_of_takes_a_scheme_and_overrides() -> None:
     "fields",
     [
         {"weights": "per_tensor"},
-        {"weights": "per_group"},
-        {"weights": "per_group", "weight_group_rows": 128},
+        {"weights": "per_rows"},
+        {"weights": "per_rows", "rows_per_scale": 128},
         {"static_range": "mse"},
         {"static_range": "percentile"},
         {"static_range": "percentile", "percentile": 99},
@@ -52,10 +53,10 @@ def test_every_other_field_makes_a_preset_custom(fields: dict[str, Any]) -> None
     [
         ({"activations": "per_row"}, "activations='per_row' is not one of 'per_token'"),
         ({"weights": "per_row"}, "weights='per_row' is not one of"),
-        ({"weights": "per_group", "weight_group_rows": 0}, "=0 is not a positive integer"),
-        ({"weights": "per_group", "weight_group_rows": 8.0}, "=8.0 is not a positive integer"),
-        ({"weights": "per_group", "weight_group_rows": True}, "=True is not a positive integer"),
-        ({"weight_group_rows": 32}, "weight_group_rows=32 has no effect on per_channel weights"),
+        ({"weights": "per_rows", "rows_per_scale": 0}, "=0 is not a positive integer"),
+        ({"weights": "per_rows", "rows_per_scale": 8.0}, "=8.0 is not a positive integer"),
+        ({"weights": "per_rows", "rows_per_scale": True}, "=True is not a positive integer"),
+        ({"rows_per_scale": 32}, "rows_per_scale=32 has no effect on per_channel weights"),
         ({"static_range": "max"}, "static_range='max' is not one of 'minmax', 'percentile', 'mse'"),
         ({"static_range": "mse"}, "static_range='mse' has no effect on per_token activations"),
         (
@@ -119,11 +120,26 @@ def test_the_fields_of_the_first_checkpoints_are_enough() -> None:
     }
     assert Scheme.from_dict(old) == Scheme.of("O3")
     assert Scheme.of("O3").to_dict() == old | {
-        "weight_group_rows": 64,
+        "rows_per_scale": 64,
         "static_range": "minmax",
         "percentile": 99.99,
         "outlier_threshold": None,
     }
+
+
+def test_the_former_names_of_rows_per_scale_are_read_from_files_and_named_in_code() -> None:
+    scheme = Scheme(weights="per_rows", rows_per_scale=5)
+    former = scheme.to_dict() | {"weights": "per_group", "weight_group_rows": 5}
+    del former["rows_per_scale"]
+    assert Scheme.from_dict(former) == scheme
+    assert SmoothPlan.from_dict({"groups": [], "scheme": former}).scheme == scheme
+    assert Scheme.from_dict({"weight_group_rows": 64}) == Scheme()
+    with pytest.raises(SqCpuError, match="'per_group' is now 'per_rows', with rows_per_scale"):
+        Scheme(weights="per_group")  # type: ignore[arg-type]
+    with pytest.raises(SqCpuError, match="weight_group_rows is now rows_per_scale"):
+        Scheme.of("O1", weight_group_rows=5)
+    with pytest.raises(SqCpuError, match="weight_group_rows is now rows_per_scale"):
+        Scheme.from_dict({"weight_group_rows": 5, "rows_per_scale": 5})
 
 
 def test_a_decomposition_is_no_preset_and_survives_json() -> None:

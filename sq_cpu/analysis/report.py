@@ -21,7 +21,7 @@ from sq_cpu.analysis import plots
 from sq_cpu.analysis.analysis import Analysis, GroupAnalysis, LinearAnalysis
 from sq_cpu.analysis.figures import THEME, Picture
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import replacing
+from sq_cpu.files import atomic_write
 from sq_cpu.scheme import Scheme
 
 __all__ = ["Trial", "pareto_front", "report", "scheme_text"]
@@ -101,7 +101,7 @@ def report(
     sections = _pictures(analysis, of_trials)
     html = _html(analysis, name, of_trials, sections)
     _save_pictures([picture for part in sections.values() for picture in part], folder)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return path
 
@@ -129,7 +129,7 @@ def _save_pictures(pictures: Sequence[Picture], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         new = {f"{_PREFIX}{picture.name}.png": picture.png for picture in pictures}
         for name, content in new.items():
-            with replacing(folder / name) as temporary:
+            with atomic_write(folder / name) as temporary:
                 temporary.write_bytes(content)
         for old in folder.glob(f"{_PREFIX}*.png"):
             if old.name not in new:
@@ -199,7 +199,7 @@ def scheme_text(scheme: Scheme) -> str:
     weights = {
         "per_channel": "one weight scale per output channel",
         "per_tensor": "one weight scale per layer",
-        "per_group": f"one weight scale per {scheme.weight_group_rows} output channels",
+        "per_rows": f"one weight scale per {scheme.rows_per_scale} output channels",
     }[scheme.weights]
     parts = ["int8 weights", f"{7 if scheme.reduce_range else 8}-bit activations", activations]
     parts += [weights, "symmetric" if scheme.symmetric else "asymmetric activations"]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import replacing
+from sq_cpu.files import atomic_write
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
@@ -219,5 +219,5 @@ def _write(path: Path, tokens: int, dtype: str, entries: _Entries) -> None:
         raise SqCpuError(
             f"cannot make the cache folder {path.parent} ({error.strerror}): set XDG_CACHE_HOME"
         ) from error
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.hooks import removing
 
 __all__ = ["differentiating", "sampled_loss"]
 
@@ -89,10 +90,8 @@ def differentiating(
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with torch.enable_grad():
+        with removing(handles), torch.enable_grad():
             yield
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)

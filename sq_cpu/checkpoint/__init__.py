@@ -1,1 +1,29 @@
-"""A quantized model as a folder of files, and float models from where they are."""
+"""Checkpoints: safetensors files beside a config.json that describes them. No pickle anywhere.
+
+A checkpoint is a folder as transformers writes it, with int8 weights where a linear was quantized:
+
+    config.json                  the model's config plus ``quantization_config`` (below)
+    model.safetensors            or model-0000x-of-0000y.safetensors and an index of them
+    search_curves.json           group -> [[alpha, loss], ...], where a search of alpha tried some
+    generation_config.json, ...  what the model and the tokenizer add
+
+A quantized linear ``L`` of shape [N, K] is stored unpacked, so that a file serves every machine:
+``L.weight`` int8 [N, K], ``L.weight_scale`` fp32 [N], ``L.bias`` fp32 [N] if it has one, and for
+static schemes ``L.input_scale`` fp32 [] and ``L.input_zero_point`` int32 []; where the smoothing
+scale was not folded into another layer, ``L.smoothing`` fp32 [K]. A linear that keeps O outlier
+channels in float has these entries as ``L.regular.weight`` and so on, with a ``smoothing`` of 2^126
+in those channels, and beside them ``L.columns`` int64 [O] and ``L.outlier_weight`` [N, O] in the
+model's dtype. Everything else is stored under its own name in its own dtype; tied weights are
+stored once.
+
+The scheme of a layer is ``scheme``, but for the activations that ``plan`` gives it in ``layers``.
+
+``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
+:func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and if any ``smoothed``, the layers with
+a ``smoothing``, ``decomposed``, layer -> O, and ``kept``, linear -> why it is in float), ``files``
+(name -> SHA-256 of every safetensors file), ``companions`` (the same of the other files that
+:func:`save` wrote) and ``config_sha256`` (of config.json itself, see ``sq_cpu.checkpoint.config``).
+Earlier files have a group's ``curve`` in ``plan``, and no search_curves.json.
+Version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``; versions
+1 and 2 had ``groups`` alone in ``plan``.
+"""

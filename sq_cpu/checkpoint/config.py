@@ -1,6 +1,6 @@
 """What a checkpoint's config.json says of it: read, and held against the files it names.
 
-`sq_cpu.checkpoint.checkpoint` describes the format.
+`sq_cpu.checkpoint` describes the format.
 """
 
 from __future__ import annotations

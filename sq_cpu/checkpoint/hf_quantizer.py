@@ -7,29 +7,32 @@ fills the weights, so that the result is the model that `sq_cpu.load` returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
-from transformers.quantizers import (
-    HfQuantizer,
-    register_quantization_config,
-    register_quantizer,
-)
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sq_cpu.checkpoint import checkpoint
-from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.checkpoint.config import (
+    CONFIG,
+    QUANT_METHOD,
+    check_dtype,
+    check_files,
+    check_settings,
+    record_of_settings,
+)
+from sq_cpu.checkpoint.curves import with_stored_curves
+from sq_cpu.checkpoint.load import restore
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.hf_private import load_nothing
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
 
-_CONFIG = "config.json"
 
-
-@register_quantization_config(checkpoint_config.QUANT_METHOD)
+@register_quantization_config(QUANT_METHOD)
 class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a checkpoint, its fields as attributes.
 
@@ -38,10 +41,10 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, **settings: Any) -> None:
         self.__dict__.update(settings)
-        self.quant_method = checkpoint_config.QUANT_METHOD
+        self.quant_method = QUANT_METHOD
 
 
-@register_quantizer(checkpoint_config.QUANT_METHOD)
+@register_quantizer(QUANT_METHOD)
 class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
     """What `from_pretrained` calls on its way. All errors are `SqCpuError`, of one line."""
 
@@ -53,10 +56,10 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         super().__init__(quantization_config, pre_quantized=pre_quantized)
         # Before any file is looked for: a newer format may name them otherwise.
-        checkpoint_config.check_settings(self._settings, Path(_CONFIG))
+        check_settings(self._settings, Path(CONFIG))
         self._dtype: torch.dtype | None = None
         self._folder = Path()
-        self._ignored: set[str] | None = None
+        self._undo: Callable[[], None] = lambda: None
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -77,7 +80,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Note the dtype of everything that is not quantized."""
-        checkpoint_config.check_dtype(dtype)
+        check_dtype(dtype)
         self._dtype = dtype
         return dtype
 
@@ -89,29 +92,24 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
             raise SqCpuError("from_pretrained needs the folder of an sq_cpu checkpoint: give it")
         self._folder = Path(checkpoint_files[0]).parent
         self._check_model(model)
-        files = checkpoint_config.check_files(self._folder, self._settings, verify=True)
+        files = check_files(self._folder, self._settings, verify=True)
         if foreign := {Path(file).name for file in checkpoint_files} - set(files):
             raise SqCpuError(
                 f"{self._folder / min(foreign)} is not a file of this checkpoint; remove it, "
                 "or the arguments that choose it"
             )
-        # transformers would hold all int8 weights unpacked beside the packed ones. It loads what
-        # the state dict names, and initialises what is not marked; buffers it makes as always.
-        model.state_dict = lambda *_, **__: {}
-        self._ignored = model._keys_to_ignore_on_load_unexpected
-        model._keys_to_ignore_on_load_unexpected = {""}  # a pattern: every key
-        for parameter in model.parameters():
-            parameter._is_hf_initialized = True
+        # transformers would hold all int8 weights unpacked beside the packed ones.
+        self._undo = load_nothing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Fill the weights as `sq_cpu.load` does."""
-        del model.state_dict
-        model._keys_to_ignore_on_load_unexpected = self._ignored
-        record = checkpoint_config.record_of_settings(self._settings, self._folder / _CONFIG)
+        self._undo()
+        record = record_of_settings(self._settings, self._folder / CONFIG)
+        record = with_stored_curves(record, self._folder, self._settings)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.
         stored = AutoConfig.from_pretrained(self._folder).dtype
         dtype = None if self._dtype == stored else self._dtype
-        checkpoint.restore(model, self._folder, record, list(self._settings["files"]), dtype)
+        restore(model, self._folder, record, list(self._settings["files"]), dtype)
 
     def _check_model(self, model: Any) -> None:
         (architecture, *_) = model.config.architectures or ("unknown model",)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sq_cpu.checkpoint import checkpoint
-from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
+from sq_cpu.checkpoint.load import load
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.extras import require
+from sq_cpu.models.hf_private import forget_quantization
 
 __all__ = ["check_float", "is_checkpoint", "load_source", "load_tokenizer"]
 
@@ -22,9 +27,12 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def load_source(
-    source: str | Path, *, dtype: torch.dtype | None = torch.float32
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    say: Callable[[str], object] = lambda _: None,
 ) -> tuple[nn.Module, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model, quantized or not, and its tokenizer.
 
     Parameters
     ----------
@@ -34,6 +42,8 @@ def load_source(
     dtype : torch.dtype, optional
         fp32, bf16 or fp16. None keeps the dtype that the folder or the hub says; a GGUF file, whose
         weights have none, then becomes fp32.
+    say : callable
+        Told, in a line, what is loaded. What the libraries print on stderr meanwhile is dropped.
 
     Returns
     -------
@@ -47,10 +57,17 @@ def load_source(
         Nothing there, a damaged file, an architecture that transformers does not know, weights that
         lack a tensor, or a hub that cannot be reached.
     """
+    say(f"loading {source}")
+    # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
+    with contextlib.redirect_stderr(io.StringIO()):
+        return _load_source(source, dtype)
+
+
+def _load_source(source: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     path = Path(source).expanduser()
     if path.is_dir():
         if is_checkpoint(path):
-            return checkpoint.load(path, dtype=dtype), load_tokenizer(path, f"checkpoint {path}")
+            return load(path, dtype=dtype), load_tokenizer(path, f"checkpoint {path}")
         check_float(path)
         return _load(path, dtype or "auto", f"model folder {path}")
     if path.is_file():
@@ -64,12 +81,12 @@ def load_source(
 
 def is_checkpoint(folder: Path) -> bool:
     """Tell whether a folder's config.json says that :func:`sq_cpu.save` wrote it."""
-    return _quant_method(folder) == checkpoint_config.QUANT_METHOD
+    return _quant_method(folder) == QUANT_METHOD
 
 
 def _quant_method(folder: Path) -> str | None:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         return str(config["quantization_config"]["quant_method"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None  # not there or not readable: what loads the model says so, with the reason
@@ -88,9 +105,10 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SqCpuError(f"{path} is not a GGUF file: its first bytes are not 'GGUF'")
+    require("gguf", "gguf")
     model, tokenizer = _load(path.parent, dtype, f"GGUF file {path}", gguf_file=path.name)
     # The weights are floats now, but the model still says "gguf", and so refuses save and .to().
-    model.hf_quantizer.remove_quantization_config(model)
+    forget_quantization(model)
     return model, tokenizer
 
 

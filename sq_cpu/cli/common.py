@@ -17,10 +17,10 @@ import typer
 from torch import Tensor, nn
 
 from sq_cpu import texts
-from sq_cpu.checkpoint import checkpoint, sources
+from sq_cpu.checkpoint import sources
+from sq_cpu.checkpoint.folder import check_replaceable
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import token_windows
-from sq_cpu.streaming.convert import load
 
 
 class Dtype(str, Enum):
@@ -66,7 +66,7 @@ def emit(result: dict[str, Any], as_json: bool, line: str) -> None:
 
 def check_output(folder: Path, overwrite: bool) -> None:
     """Refuse what cannot be written, before the long work."""
-    checkpoint.check_replaceable(folder)
+    check_replaceable(folder)
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
         raise SqCpuError(f"{folder} holds a checkpoint; use --overwrite or another folder")
     place = folder.resolve()
@@ -167,7 +167,7 @@ def calibration_batches(
 def load_model(source: str | Path, dtype: Dtype | None) -> tuple[nn.Module, Any]:
     """Load a model, quantized or not, and its tokenizer."""
     quiet()
-    return load(str(source), TORCH_DTYPES[dtype], say)
+    return sources.load_source(source, dtype=TORCH_DTYPES[dtype], say=say)
 
 
 def quiet() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sq_cpu import texts
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
-from sq_cpu.checkpoint import checkpoint
+from sq_cpu.checkpoint.save import save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity, token_windows
 from sq_cpu.kernels.runtime import available_memory, isa
@@ -153,7 +153,7 @@ def run(
         rows += _measure(models, tokenizer, say, progress)
         if _SAVED in models:
             say(f"saving {output}")
-            checkpoint.save(models[_SAVED], output, tokenizer)
+            save(models[_SAVED], output, tokenizer)
 
     here = isa()
     return Report(

@@ -26,13 +26,14 @@ from sq_cpu.cli.common import (
     read_all,
     say,
 )
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
 from sq_cpu.streaming.convert import Job, convert
 
 
 class _Weights(str, Enum):
-    per_channel, per_tensor, per_group = "per_channel", "per_tensor", "per_group"
+    per_channel, per_tensor, per_rows = "per_channel", "per_tensor", "per_rows"
 
 
 class _Range(str, Enum):
@@ -85,9 +86,9 @@ def quantize_command(
         bool, typer.Option("--symmetric/--asymmetric", help="Activation range.")
     ] = True,
     weights: Annotated[_Weights, typer.Option(help="Weight scales.")] = _Weights.per_channel,
-    weight_group_rows: Annotated[
-        int, typer.Option(help="Output channels that share a scale, with per_group weights.")
-    ] = Scheme.weight_group_rows,
+    rows_per_scale: Annotated[
+        int, typer.Option(help="Output channels that share a scale, with per_rows weights.")
+    ] = Scheme.rows_per_scale,
     static_range: Annotated[
         _Range,
         typer.Option("--range", help="What O3's scale covers: all, a percentile, the least error."),
@@ -138,7 +139,7 @@ def quantize_command(
     overrides: dict[str, Any] = {
         "symmetric": symmetric,
         "weights": weights.value,
-        "weight_group_rows": weight_group_rows,
+        "rows_per_scale": rows_per_scale,
         "static_range": static_range.value,
         "percentile": percentile,
         "reduce_range": reduce_range.setting(),
@@ -150,7 +151,13 @@ def quantize_command(
     base = scheme_of(None if scheme is None else scheme.value, planned)
     # A default is not to change the plan's scheme.
     given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
-    settings = Scheme.of(base, **given)
+    recipe = Recipe.of(
+        Scheme.of(base, **given),
+        planned,
+        smooth=smooth,
+        alpha=Recipe.alpha if alpha is None else alpha,
+        rule=Recipe.rule if rule is None else rule.value,
+    )
     check_float(model)
     check_output(out, overwrite)
     calibration_texts = read_all(calib or [])
@@ -158,11 +165,7 @@ def quantize_command(
     job = Job(
         source=model,
         out=out,
-        scheme=settings,
-        plan=planned,
-        alpha=0.5 if alpha is None else alpha,
-        rule="smoothquant" if rule is None else rule.value,
-        smooth=smooth,
+        recipe=recipe,
         dtype=TORCH_DTYPES[dtype],
         overwrite=overwrite,
     )
@@ -177,14 +180,13 @@ def quantize_command(
     made = convert(job, batches_of, stream=stream, say=say)
     record = made.record
     folded = {group.name: group.fold for group in record.plan.groups} if record.plan else {}
-    uniform = smooth and plan is None
     result = {
         "output": str(out),
         "scheme": record.scheme.to_dict(),
         "smooth": smooth,
         "plan": None if plan is None else str(plan),
-        "rule": job.rule if uniform else None,
-        "alpha": job.alpha if uniform and job.rule == "smoothquant" else None,
+        "rule": recipe.rule if recipe.is_uniform else None,
+        "alpha": recipe.alpha if recipe.is_uniform and recipe.rule == "smoothquant" else None,
         "layers": len(record.layers),
         "groups": {"folded": sum(folded.values()), "in_pass": len(folded) - sum(folded.values())},
         "kept": dict(record.kept),
@@ -195,7 +197,7 @@ def quantize_command(
     }
     before, after = show.megabytes(made.float_bytes), show.megabytes(made.int8_bytes)
     lines = [
-        f"{out}: {result['layers']} linears in int8 ({settings.name}), "
+        f"{out}: {result['layers']} linears in int8 ({record.scheme.name}), "
         f"{before} -> {after} MB, in {result['seconds']:.0f} s",
         *show.plan_lines(record),
     ]

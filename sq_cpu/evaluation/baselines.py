@@ -105,5 +105,5 @@ class Baselines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SqCpuError(f"cannot make {self.path.parent}: {error.strerror}") from error
-        with files.replacing(self.path) as temporary:
+        with files.atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

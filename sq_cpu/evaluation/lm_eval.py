@@ -18,6 +18,7 @@ from torch import nn
 
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.calls import evaluating
+from sq_cpu.models.hooks import removing
 
 __all__ = ["lm_eval_accuracy"]
 
@@ -129,11 +130,8 @@ def _finite(model: nn.Module) -> Iterator[None]:
         if not output.logits.isfinite().all():
             raise SqCpuError("the model gives NaN or Inf on a text of the tasks")
 
-    hook = model.register_forward_hook(check)
-    try:
+    with removing([model.register_forward_hook(check)]):
         yield
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager

@@ -31,12 +31,12 @@ import torch
 from torch import nn
 
 from sq_cpu import texts
+from sq_cpu.checkpoint.sources import load_source
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.baselines import HOW_TO_WRITE, Baseline, Baselines
 from sq_cpu.evaluation.perplexity import perplexity, token_windows
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.models.calls import check_length
-from sq_cpu.streaming import convert
 
 __all__ = ["ATTEMPTS", "Evaluate", "Gate", "Settings"]
 
@@ -203,7 +203,7 @@ class Gate:
         key = (folder, stat.st_ino, stat.st_mtime_ns)
         if self._model is None or key != self._key:
             self._model = None  # first, for the memory
-            self._model, self._key = convert.load(str(folder), None, lambda _: None), key
+            self._model, self._key = load_source(folder, dtype=None), key
         return self._model
 
 

@@ -6,11 +6,13 @@ The names are those of cpp/include/sq_cpu/linear.h.
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
@@ -86,6 +88,12 @@ class QuantizedActivation:
         return x.view(*self.leading, self.in_features)
 
 
+# Per smoothing tensor, as long as it lives: its version, and the quantizers made of that.
+_quantizers: MutableMapping[
+    Tensor, tuple[int, dict[tuple[object, ...], _core.ActivationQuantizer]]
+] = WeakTensorKeyDictionary()
+
+
 def make_quantizer(
     activations: str,
     symmetric: bool,
@@ -96,21 +104,34 @@ def make_quantizer(
 ) -> _core.ActivationQuantizer:
     """Return the kernels' quantizer of a scheme; `smoothing` is s, fp32 [in_features].
 
+    It is made once per smoothing tensor, as the traced operator asks for it at each call and 1 / s
+    takes longer than a short product. A tensor that is changed in place gets a new one.
+
     Raises
     ------
     SqCpuError
         When s or 1 / s is not positive and finite.
     """
-    inverse: list[float] = []
-    if smoothing is not None:
-        reciprocal = 1 / smoothing
-        if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
-            raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
-        inverse = reciprocal.tolist()
-    granularity = getattr(_core.Granularity, activations)
-    return _core.ActivationQuantizer(
-        granularity, symmetric, reduce_range, scale, zero_point, inverse
-    )
+    settings = (getattr(_core.Granularity, activations), symmetric, reduce_range, scale, zero_point)
+    if smoothing is None:
+        return _core.ActivationQuantizer(*settings)
+    if smoothing.is_inference():  # such a tensor does not tell when it is changed
+        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing))
+    version, made = _quantizers.get(smoothing, (None, {}))
+    if version != smoothing._version:
+        made = {}
+        _quantizers[smoothing] = smoothing._version, made
+    key = (activations, *settings[1:])
+    if key not in made:
+        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing))
+    return made[key]
+
+
+def _reciprocals(smoothing: Tensor) -> list[float]:
+    reciprocal = 1 / smoothing
+    if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
+        raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
+    return reciprocal.tolist()
 
 
 def is_plain(x: object) -> bool:

@@ -74,7 +74,7 @@ class SmoothingGroup:
     block: str = ""
     """Full name of the block that holds producer and consumers; "" outside of all blocks."""
 
-    def at_run_time(self, reason: str) -> SmoothingGroup:
+    def unfolded(self, reason: str) -> SmoothingGroup:
         """Return this group without its producer: s divides the input at run time."""
         return replace(self, producer=None, reason=reason, norm_offset=0.0)
 

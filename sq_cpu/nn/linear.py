@@ -10,7 +10,6 @@ and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 2):
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,42 +20,12 @@ from torch.compiler import is_compiling
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
+from sq_cpu.nn.packed_weight import PackedWeight
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.scheme import Scheme
 
 __all__ = ["QuantLinear"]
-
-
-_HUGE_PAGE = 2 << 20
-
-
-def _untouched_zeros(size: int) -> Tensor:
-    """Return uint8 zeros whose pages no thread has touched.
-
-    The kernels pack into them: huge pages can be asked for, and each page lies near the thread that
-    will read it. torch.zeros writes the zeros.
-    """
-    if size < _HUGE_PAGE:
-        return torch.zeros(size, dtype=torch.uint8, device="cpu")
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8)
-
-
-class _Unreadable(Tensor):
-    """A tensor without values; one on the meta device is no safe one, as products take it."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
-        raise SqCpuError(
-            f"{func} needs the values of a QuantLinear's weight, which is packed: call the layer, "
-            "or read weight_int8()"
-        )
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"<packed weight {list(self.shape)}, {self.dtype}>"
 
 
 class QuantLinear(nn.Module):
@@ -93,8 +62,8 @@ class QuantLinear(nn.Module):
         self.out_features = out_features
         self.has_bias = bias
         self.scheme = scheme
-        packed = _untouched_zeros(_core.packed_bytes(out_features, in_features))
-        self.register_buffer("packed", packed, persistent=False)
+        packed = PackedWeight.zeros(out_features, in_features)
+        self.register_buffer("packed", packed.buffer, persistent=False)
         static = None if scheme.activations != "static" else (1.0, scheme.zero_point)
         smoothing = torch.ones(in_features, dtype=torch.float32, device="cpu") if smoothed else None
         self._set_quantizer(static, smoothing)
@@ -136,8 +105,8 @@ class QuantLinear(nn.Module):
         weight = linear.weight.detach()
         if smoothing is not None:
             weight = weight.float() * smoothing
-        layer._pack(
-            *quantize_weight(weight, scheme.weights, scheme.weight_group_rows, weight_clip),
+        layer.packed_weight.pack(
+            *quantize_weight(weight, scheme.weights, scheme.rows_per_scale, weight_clip),
             None if linear.bias is None else linear.bias.detach(),
         )
         return layer
@@ -298,12 +267,14 @@ class QuantLinear(nn.Module):
             self.in_features,
         )
 
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The packed weight, a view of `packed`."""
+        return PackedWeight(self.packed, self.out_features, self.in_features)
+
     def weight_int8(self) -> Tensor:
         """Return the weight, int8 [out_features, in_features], unpacked into new memory."""
-        shape = (self.out_features, self.in_features)
-        weight = torch.empty(shape, dtype=torch.int8, device="cpu")
-        self._unpack(weight=weight)
-        return weight
+        return self.packed_weight.weight()
 
     @property
     def weight(self) -> Tensor:
@@ -312,31 +283,24 @@ class QuantLinear(nn.Module):
         For models that look at their linears' weights before they call them (T5 does). Whatever
         reads or computes with it raises `SqCpuError`; `weight_int8` has the values.
         """
-        shape = (self.out_features, self.in_features)
-        return Tensor._make_wrapper_subclass(
-            _Unreadable, shape, dtype=torch.int8, device=self.packed.device
-        )
+        return self.packed_weight.unreadable()
 
     @property
     def weight_scale(self) -> Tensor:
         """Return the weight's scales, fp32 [out_features]."""
-        scale = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
-        self._unpack(scale=scale)
-        return scale
+        return self.packed_weight.scale()
 
     @property
     def bias(self) -> Tensor | None:
         """Return the bias, fp32 [out_features], or None."""
-        if not self.has_bias:
-            return None
-        bias = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
-        self._unpack(bias=bias)
-        return bias
+        return self.packed_weight.bias() if self.has_bias else None
 
     @property
     def nbytes(self) -> int:
         """Resident bytes: the packed weight with its scales and bias, and s with 1 / s."""
-        return self.packed.nbytes + (0 if self.smoothing is None else 2 * self.smoothing.nbytes)
+        return self.packed_weight.nbytes + (
+            0 if self.smoothing is None else 2 * self.smoothing.nbytes
+        )
 
     def extra_repr(self) -> str:
         """Return the shape and the scheme, for `print(model)`."""
@@ -399,35 +363,6 @@ class QuantLinear(nn.Module):
         self.input_zero_point = 0 if static is None else static[1]
         self.smoothing = smoothing
         self._quantizer = quantizer
-
-    def _pack(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        tensors = [self.packed, weight, scale, *([] if bias is None else [bias])]
-        if not all(tensor.is_cpu for tensor in tensors):
-            raise SqCpuError("int8 linear: sq_cpu packs on the CPU only; move the weight there")
-        if not scale.isfinite().all():
-            raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
-        weight, scale = weight.contiguous(), scale.float().contiguous()
-        bias = None if bias is None else bias.float().contiguous()
-        torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
-        _core.pack_weight(
-            weight.data_ptr(),
-            scale.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            self.out_features,
-            self.in_features,
-            self.packed.data_ptr(),
-        )
-
-    def _unpack(self, **out: Tensor) -> None:
-        if not self.packed.is_cpu:
-            raise SqCpuError(
-                f"int8 linear: the weight is on {self.packed.device}; sq_cpu runs on the CPU only"
-            )
-        addresses = dict.fromkeys(("weight", "scale", "bias"), 0)
-        addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
-        _core.unpack_weight(
-            self.packed.data_ptr(), self.out_features, self.in_features, **addresses
-        )
 
     def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the shape and dtype of each entry of the state dict."""
@@ -501,5 +436,5 @@ class QuantLinear(nn.Module):
         smoothing = found.get("smoothing")
         smoothing = None if smoothing is None else smoothing.cpu().clone()
         quantizer = self._make_quantizer(static, smoothing)
-        self._pack(found["weight"], found["weight_scale"], found.get("bias"))
+        self.packed_weight.pack(found["weight"], found["weight_scale"], found.get("bias"))
         self._set_quantizer(static, smoothing, quantizer)

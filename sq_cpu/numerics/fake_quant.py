@@ -138,7 +138,7 @@ class FakeQuantizedLinear:
         codes, scale = quantize_weight(
             weight.masked_fill(self.outliers, 0.0),
             self.scheme.weights,
-            self.scheme.weight_group_rows,
+            self.scheme.rows_per_scale,
             self.sample.weight_clip,
         )
         return torch.where(self.outliers, weight, codes.float() * scale[:, None])

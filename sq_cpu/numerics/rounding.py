@@ -18,15 +18,18 @@ _FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
 
 
 def quantize_weight(
-    weight: Tensor, granularity: str = "per_channel", group_rows: int = 64, clip: float = 1.0
+    weight: Tensor,
+    granularity: str = "per_channel",
+    rows_per_scale: int = 64,
+    clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Quantize to int8, symmetric, rounding half to even.
 
     Parameters
     ----------
     weight : floating point [out_features, in_features]
-    granularity : "per_channel" (one scale per row), "per_tensor" or "per_group"
-    group_rows : consecutive rows that share a scale "per_group"; the last group may have less
+    granularity : "per_channel" (one scale per row), "per_tensor" or "per_rows"
+    rows_per_scale : consecutive rows that share a scale "per_rows"; the last ones may be fewer
     clip : fraction, in (0, 1], of a scale's absmax that the codes cover; what lies beyond saturates
 
     Returns
@@ -38,7 +41,7 @@ def quantize_weight(
     SqCpuError
         When the weight holds NaN or Inf, and for another granularity or clip.
     """
-    sizes = {"per_channel": 1, "per_tensor": len(weight), "per_group": group_rows}
+    sizes = {"per_channel": 1, "per_tensor": len(weight), "per_rows": rows_per_scale}
     if granularity not in sizes:
         raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
     if not 0 < clip <= 1:

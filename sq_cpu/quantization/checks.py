@@ -12,7 +12,6 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
 from sq_cpu.models.linears import is_ignored
-from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "check_layers",
     "check_linears",
     "check_replaceable",
-    "needs_calibration",
 ]
 
 
@@ -104,8 +102,3 @@ def check_calibration(
     for name, linear in linears.items():
         if name not in calibration.unreached:
             calibration.check_weight(name, linear)
-
-
-def needs_calibration(plan: SmoothPlan | None, scheme: Scheme, smooth: bool) -> bool:
-    """Return whether smoothing, a static scale or an outlier threshold asks for a calibration."""
-    return smooth or scheme.needs_calibration if plan is None else plan.needs_calibration(scheme)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
     check_ignore,
@@ -32,12 +31,12 @@ from sq_cpu.quantization.checks import (
     check_layers,
     check_linears,
     check_replaceable,
-    needs_calibration,
 )
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan
+from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
 from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, running
 from sq_cpu.smoothing.scales import consumer_scales, fold_scales, linear_sample, plan_scales
 
@@ -94,9 +93,8 @@ def quantize_proven(
 
     `proof` is of all groups of this model, or of one that it is a copy of; None: it is made here.
     """
-    scheme = scheme_of(scheme, plan).resolve(has_vnni())
-    if plan is not None and not smooth:
-        raise SqCpuError("quantize got a plan and smooth=False; drop one of them")
+    recipe = Recipe.of(scheme, plan, smooth=smooth)
+    scheme = recipe.scheme
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)
@@ -114,7 +112,7 @@ def quantize_proven(
                 "nothing to quantize: the model has no Linear that is not ignored or kept in float"
             )
         unreached = () if calibration is None else calibration.unreached
-        if needs_calibration(plan, scheme, smooth) and linears.keys() <= set(unreached):
+        if recipe.needs_calibration and linears.keys() <= set(unreached):
             raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
 
         def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
@@ -179,7 +177,8 @@ def _prepare(
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
     check_linears(linears)
-    check_calibration(linears, calibration, needs_calibration(plan, scheme, smooth))
+    recipe = Recipe(scheme=scheme, plan=plan, smooth=smooth)
+    check_calibration(linears, calibration, recipe.needs_calibration)
     if groups is None:
         groups = smoothing_groups(model) if smooth else ()
     if smooth and plan is None:

@@ -69,7 +69,7 @@ def plan_scales(
         s = _group_scales(model, group, planned, calibration, scheme, plan, weights)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
-        scales[group if planned.fold else group.at_run_time(planned.note)] = s
+        scales[group if planned.fold else group.unfolded(planned.note)] = s
     return scales
 
 

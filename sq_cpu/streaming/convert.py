@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import calibrate
-from sq_cpu.checkpoint import checkpoint, sources
+from sq_cpu.checkpoint.save import save
+from sq_cpu.checkpoint.sources import load_source, load_tokenizer
 from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.quantize import quantize
-from sq_cpu.scheme import Scheme
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
-from sq_cpu.streaming.tensors import is_stored
+from sq_cpu.streaming.tensors import has_safetensors
 
-__all__ = ["Job", "convert", "linear_bytes", "load"]
+__all__ = ["Job", "convert", "linear_bytes"]
 
 # What quantizing a model in memory needs, over its size in float.
 _SLACK = 1.3
@@ -35,26 +34,14 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to make of which model; the fields are those of `quantize_checkpoint`."""
+    """What to make of which model; the other fields are those of `quantize_checkpoint`."""
 
     source: str
     """A folder, a GGUF file or the name of a hub model."""
     out: Path
-    scheme: Scheme
-    plan: SmoothPlan | None = None
-    """In the place of `alpha` and `rule`."""
-    alpha: float = 0.5
-    rule: str = "smoothquant"
-    smooth: bool = True
+    recipe: Recipe
     dtype: torch.dtype | None = torch.float32
     overwrite: bool = False
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether batches are needed."""
-        if self.plan is not None:
-            return self.plan.needs_calibration(self.scheme)
-        return self.smooth or self.scheme.needs_calibration
 
 
 def convert(
@@ -86,14 +73,6 @@ def convert(
     return _stream(job, batches_of, say) if stream else _whole(job, batches_of, say)
 
 
-def load(source: str, dtype: torch.dtype | None, say: Say) -> tuple[nn.Module, Any]:
-    """Do what `sources.load_source` does, with a line of ours instead of what libraries print."""
-    say(f"loading {source}")
-    # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
-    with contextlib.redirect_stderr(io.StringIO()):
-        return sources.load_source(source, dtype=dtype)
-
-
 def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
     """Return the resident bytes of a model's linears, int8 or float, biases and scales included."""
     total = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
@@ -107,18 +86,21 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
 
 
 def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
-    model, tokenizer = load(job.source, job.dtype, say)
-    ignore = job.scheme.ignore
+    model, tokenizer = load_source(job.source, dtype=job.dtype, say=say)
+    recipe, plan = job.recipe, job.recipe.plan
+    ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)
-    calibration, plan = None, job.plan
-    if job.calibrated:
+    calibration = None
+    if recipe.needs_calibration:
         calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
-        if plan is None and job.smooth:
-            plan = SmoothPlan.uniform(model, calibration, job.alpha, rule=job.rule, ignore=ignore)
-    say(f"quantizing with {job.scheme.name}")
-    quantize(model, calibration, plan, scheme=job.scheme, smooth=job.smooth)
+        if recipe.is_uniform:
+            plan = SmoothPlan.uniform(
+                model, calibration, recipe.alpha, rule=recipe.rule, ignore=ignore
+            )
+    say(f"quantizing with {recipe.scheme.name}")
+    quantize(model, calibration, plan, scheme=recipe.scheme, smooth=recipe.smooth)
     say(f"saving {job.out}")
-    checkpoint.save(model, job.out, tokenizer)
+    save(model, job.out, tokenizer)
     made: Any = model
     return QuantizedCheckpoint(
         path=job.out,
@@ -133,19 +115,15 @@ def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qua
 def _stream(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
     folder = Path(job.source).expanduser()
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
-    tokenizer = sources.load_tokenizer(folder, f"model folder {folder}")
-    batches = batches_of(tokenizer) if job.calibrated else None
-    say(f"quantizing with {job.scheme.name}, one block at a time")
+    tokenizer = load_tokenizer(folder, f"model folder {folder}")
+    batches = batches_of(tokenizer) if job.recipe.needs_calibration else None
+    say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:
-        return streaming.quantize_checkpoint(
+        return streaming.stream_checkpoint(
             folder,
             job.out,
             batches,
-            scheme=job.scheme,
-            plan=job.plan,
-            alpha=job.alpha,
-            rule=job.rule,
-            smooth=job.smooth,
+            job.recipe,
             dtype=job.dtype,
             tokenizer=tokenizer,
             overwrite=job.overwrite,
@@ -161,7 +139,7 @@ def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
     folder = Path(job.source).expanduser()
     if streaming.unfinished(job.out):
         return True
-    if not is_stored(folder):
+    if not has_safetensors(folder):
         return False
     needed = streaming.float_bytes(folder, job.dtype) * _SLACK
     available = available_memory()

@@ -12,14 +12,11 @@ on.
 
 from __future__ import annotations
 
-import copy
-import ctypes
-import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -27,45 +24,24 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from safetensors import SafetensorError
 
-from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
-from sq_cpu.calibration.observer import InputRanges
-from sq_cpu.checkpoint import checkpoint, sources
-from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.checkpoint import sources
+from sq_cpu.checkpoint.config import check_dtype
+from sq_cpu.checkpoint.folder import move_into_place
+from sq_cpu.checkpoint.load import read_generation_config, skeleton
+from sq_cpu.checkpoint.save import check_architecture
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.kernels.runtime import has_vnni
-from sq_cpu.models.block_chain import BlockCalls, BlockChain
-from sq_cpu.models.calls import Batch, Example, evaluating, example_of, model_inputs
-from sq_cpu.models.groups import smoothing_groups
-from sq_cpu.models.linears import (
-    check_ignore,
-    float_linears,
-    is_ignored,
-    linearize,
-    linearized,
-    quantizable_linears,
-)
-from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.progress import track
-from sq_cpu.quantization.checks import check_layers
-from sq_cpu.quantization.quantize import quantize_part
-from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
+from sq_cpu.models.block_chain import BlockChain
+from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
+from sq_cpu.quantization.recipe import Recipe
+from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import SmoothPlan, scheme_of, uniform_plan
-from sq_cpu.smoothing.proof import Run, running
-from sq_cpu.smoothing.rules import check_rule
-from sq_cpu.streaming.tensors import (
-    WHOLE,
-    Loader,
-    copy_tensors,
-    file_tensors,
-    stored_dtype,
-    stored_tensors,
-)
+from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.streaming.loader import Loader
+from sq_cpu.streaming.stream import Stream
+from sq_cpu.streaming.tensors import WHOLE, folder_dtype, folder_tensors
 from sq_cpu.streaming.work_folder import (
-    Part,
     State,
     batches_digest,
     check_target,
@@ -74,7 +50,13 @@ from sq_cpu.streaming.work_folder import (
     work_folder,
 )
 
-__all__ = ["QuantizedCheckpoint", "float_bytes", "quantize_checkpoint", "unfinished"]
+__all__ = [
+    "QuantizedCheckpoint",
+    "float_bytes",
+    "quantize_checkpoint",
+    "stream_checkpoint",
+    "unfinished",
+]
 
 
 @dataclass(frozen=True)
@@ -145,42 +127,56 @@ def quantize_checkpoint(
         missing or damaged one; a model whose blocks are not one stack, or that does not hand the
         hidden states alone from block to block; unfinished work of other settings.
     """
-    scheme = scheme_of(scheme, plan).resolve(has_vnni())
-    if plan is not None and not smooth:
-        raise SqCpuError("quantize_checkpoint got a plan and smooth=False; drop one of them")
-    if not 0.0 <= alpha <= 1.0:
-        raise SqCpuError(f"alpha is {alpha}; the migration strength lies in [0, 1]")
-    checkpoint_config.check_dtype(dtype)
-    check_rule(rule)
-    calibrated = smooth or scheme.needs_calibration
-    if plan is not None:
-        calibrated = plan.needs_calibration(scheme)
-    if calibrated and batches is None:
+    recipe = Recipe.of(scheme, plan, smooth=smooth, alpha=alpha, rule=rule)
+    return stream_checkpoint(
+        source,
+        out,
+        batches,
+        recipe,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        progress=progress,
+        say=say,
+    )
+
+
+def stream_checkpoint(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    batches: Iterable[Batch] | None,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype | None,
+    tokenizer: Any,
+    overwrite: bool,
+    progress: bool | None = None,
+    say: Callable[[str], object],
+) -> QuantizedCheckpoint:
+    """Do what `quantize_checkpoint` does, as `recipe` says."""
+    check_dtype(dtype)
+    if recipe.needs_calibration and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
         )
     target = Path(os.path.realpath(out))
     check_target(target)
     folder = Path(source)
-    weights = stored_tensors(folder)
+    weights = folder_tensors(folder)
     sources.check_float(folder)
-    dtype = dtype or stored_dtype(folder, weights)
+    dtype = dtype or folder_dtype(folder, weights)
 
     model = _skeleton(folder, dtype)
     chain = BlockChain(model, WHOLE)
     inputs: list[Example] = []
-    if calibrated and batches is not None:
+    if recipe.needs_calibration and batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
             inputs.append(given)
     settings = {
         **{package: version(package) for package in ("sq_cpu", "torch", "transformers")},
         "source": source_digest(folder),
         "batches": batches_digest(inputs),
-        "scheme": scheme.to_dict(),
-        "plan": None if plan is None else plan.to_dict(),
-        "alpha": alpha if smooth and plan is None else None,
-        "rule": rule if smooth and plan is None else None,
-        "smooth": smooth,
+        **recipe.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
     }
     new_parents = [parent for parent in target.parents if not parent.exists()]
@@ -192,9 +188,9 @@ def quantize_checkpoint(
                 say(f"resuming: {state.blocks} of {len(chain.names)} blocks are finished")
             try:
                 loader = Loader(model, weights, folder)
-                stream = _Stream(loader, chain, work, state, scheme, plan, alpha, rule)
-                record = stream.run(inputs, smooth, calibrated, tokenizer, progress)
-                checkpoint.move_into_place(work / "checkpoint", target)
+                stream = Stream(loader, chain, work, state, recipe)
+                record = stream.run(inputs, tokenizer, progress)
+                move_into_place(work / "checkpoint", target)
             except BaseException:
                 if not state.blocks:
                     shutil.rmtree(work, ignore_errors=True)
@@ -226,334 +222,16 @@ def unfinished(out: str | os.PathLike[str]) -> Path | None:
 
 def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> int:
     """Return the bytes of a folder's tensors in `dtype`; None: as stored."""
-    stored = stored_tensors(Path(source)).values()
-    return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in stored)
-
-
-# --- the model ------------------------------------------------------------------------------------
+    tensors = folder_tensors(Path(source)).values()
+    return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
 def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
     def make(config: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
-    model = checkpoint.skeleton(folder, make)
-    checkpoint.check_architecture(model)
-    checkpoint.read_generation_config(model, folder)
+    model = skeleton(folder, make)
+    check_architecture(model)
+    read_generation_config(model, folder)
     # In evaluation mode from the start: `evaluating` would keep hold of modules in training.
     return model.eval().requires_grad_(False)
-
-
-# --- block after block --------------------------------------------------------------------------
-
-
-def _trim() -> None:
-    """Give back what the allocator keeps of freed pieces, where the C library can."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-_MADV_PAGEOUT = 21  # Linux 5.4; leaves the contents as they are, unlike MADV_DONTNEED
-
-
-def _page_out(tensor: Tensor) -> None:
-    """Ask for the pages of a mapped tensor back; they are read again when they are needed."""
-    page = mmap.PAGESIZE
-    begin = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
-    if length > 0:
-        address, size = ctypes.c_void_p(begin), ctypes.c_size_t(length)
-        with suppress(AttributeError):
-            ctypes.CDLL(None).madvise(address, size, _MADV_PAGEOUT)
-
-
-class _Stream:
-    """The work on one checkpoint."""
-
-    def __init__(
-        self,
-        loader: Loader,
-        chain: BlockChain,
-        work: Path,
-        state: State,
-        scheme: Scheme,
-        plan: SmoothPlan | None,
-        alpha: float,
-        rule: str,
-    ) -> None:
-        self.loader = loader
-        self.model = model = loader.model
-        self.chain = chain
-        self.blocks = blocks = chain.names
-        self.work = work
-        self.state = state
-        self.scheme = scheme
-        self.plan = plan
-        self.alpha = alpha
-        self.rule = rule
-        with linearized(model):
-            check_ignore(model, scheme.ignore)
-            linears = quantizable_linears(model, scheme.ignore)
-            check_layers(linears, plan)
-            self.in_float = {} if plan is None else plan.in_float
-            self.kept = float_linears(model, scheme.ignore) | self.in_float
-            self.groups = smoothing_groups(model)
-        self.names = [name for name in linears if name not in self.in_float]
-        if not self.names:
-            raise SqCpuError(
-                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
-            )
-        known = {group.name for group in self.groups}
-        for planned in plan.groups if plan else ():
-            if planned.name not in known:
-                raise SqCpuError(
-                    f"the model has no smoothing group {planned.name}; plan for this very model"
-                )
-        stacks = tuple(f"{block}." for block in blocks)
-        self.outer = [name for name in self.names if not name.startswith(stacks)]
-        self.outer_float_bytes = sum(
-            parameter.nbytes
-            for name in self.in_float
-            if not name.startswith(stacks)
-            for parameter in linears[name].parameters()
-        )
-
-    def run(
-        self,
-        batches: Sequence[Example],
-        smooth: bool,
-        calibrated: bool,
-        tokenizer: Any,
-        progress: bool | None,
-    ) -> QuantizationRecord:
-        """Do what is not done yet; afterwards the folder `checkpoint` is complete."""
-        state, done = self.state, self.work / "checkpoint"
-        checkpoint.write_companions(self.model, tokenizer, done)  # also makes the files' mode
-        with ExitStack() as files:
-            self.open_outside(files)
-            # The last is the example that folds are proven with.
-            calls: list[BlockCalls] = []
-            hidden: list[Tensor] = []
-            if calibrated:
-                calls = self.capture([*batches, example_of(*batches[0])])
-                hidden = state.carried() if state.blocks else [call.take() for call in calls]
-            for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
-                state.finish(self.block(index, calls, hidden, smooth), hidden)
-            parts = list(state.parts)
-            if self.outer:
-                parts.append(self.quantize_outer(calls, hidden, smooth))
-                state.parts.append(parts[-1])
-        return self.seal(parts, calibrated, tokenizer)
-
-    def file(self, index: int) -> Path:
-        """Return where a part goes: 0 is what is outside of the blocks, then come these."""
-        total = len(self.blocks) + 1 + bool(self.outer)
-        name = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
-        return self.work / "checkpoint" / name
-
-    def open_outside(self, files: ExitStack) -> None:
-        """Map what is outside of the blocks into the model, from a copy of the right dtype."""
-        found, ties = self.loader.outside(self.blocks)
-        dtypes = {name: (tensor, self.loader.dtype_of(name)) for name, tensor in found.items()}
-        # A linear that becomes int8 is in a file of its own, unless an embedding shares it.
-        own = {
-            name
-            for name in found
-            if name.rpartition(".")[0] in self.outer and name not in ties.values()
-        }
-        final, floats = self.file(0), self.work / "outer.safetensors"
-        if not self.state.parts:
-            copy_tensors(final, {name: t for name, t in dtypes.items() if name not in own})
-            copy_tensors(floats, {name: t for name, t in dtypes.items() if name in own})
-            self.state.finish(Part(final.name, checkpoint_config.sha256(final)), [])
-        for path in (final, floats):
-            file = files.enter_context(safe_open(path, framework="pt"))
-            for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping
-                self.put(name, file.get_tensor(name))
-        for target, source in ties.items():
-            parent, _, key = target.rpartition(".")
-            setattr(self.model.get_submodule(parent), key, self.model.get_parameter(source))
-
-    def put(self, name: str, value: Tensor) -> None:
-        parent, _, key = name.rpartition(".")
-        module = self.model.get_submodule(parent)
-        is_parameter = key in module._parameters
-        setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
-
-    def capture(self, batches: Sequence[Example]) -> list[BlockCalls]:
-        """Run what precedes the blocks; return each batch's calls of them."""
-        if not self.state.blocks:
-            with self.loaded(0):
-                self.state.outputs = self.chain.probe(batches[-1])
-        self.chain.outputs = self.state.outputs
-        calls = self.chain.capture(batches)
-        # A token's row of an embedding brings its neighbours in: up to all of it.
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if not tensor.is_meta:
-                _page_out(tensor)
-        return calls
-
-    @contextmanager
-    def loaded(self, index: int) -> Iterator[nn.Module]:
-        """Have a block's float weights in the model, which then has a bare one again."""
-        name = self.blocks[index]
-        parent, _, key = name.rpartition(".")
-        block = self.model.get_submodule(name)
-        bare = copy.deepcopy(block)
-        _trim()
-        try:
-            self.loader.load(name)
-            linearize(block)
-            yield block
-        finally:
-            setattr(self.model.get_submodule(parent), key, bare)
-
-    def block(
-        self, index: int, calls: Sequence[BlockCalls], hidden: list[Tensor], smooth: bool
-    ) -> Part:
-        """Quantize and write a block; `hidden` becomes what its float weights make of it."""
-        name = self.blocks[index]
-        with self.loaded(index) as block:
-            linears = {
-                path: linear
-                for path, linear in quantizable_linears(block).items()
-                if not is_ignored(self.model, f"{name}.{path}", self.scheme.ignore)
-            }
-            linears = {f"{name}.{path}": linear for path, linear in linears.items()}
-
-            def call(batch: int, states: Tensor) -> Tensor:
-                return self.chain.run(index, calls[batch], states)
-
-            calibration, run = None, None
-            if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
-                with ranges.watching():
-                    for batch in range(len(calls) - 1):
-                        with ranges.batch(calls[batch].mask):
-                            hidden[batch] = call(batch, hidden[batch])
-                calibration = ranges.calibration()
-                example, hidden[-1] = hidden[-1], call(-1, hidden[-1])
-
-                def run() -> list[Tensor]:
-                    return [call(-1, example)]
-
-            return self.part(index + 1, [name], linears, calibration, smooth, run)
-
-    def quantize_outer(
-        self, calls: Sequence[BlockCalls], hidden: Sequence[Tensor], smooth: bool
-    ) -> Part:
-        """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
-        linearize(self.model)
-        linears = {name: self.model.get_submodule(name) for name in self.outer}
-        current = 0
-
-        def take(index: int, before: Tensor, *_: Any) -> Tensor:
-            return hidden[current] if index == len(self.blocks) - 1 else before
-
-        calibration, run = None, None
-        with self.chain.replaced(take):
-            if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
-                with ranges.watching():
-                    for current, call in enumerate(calls[:-1]):  # noqa: B007  `take` reads it
-                        args, kwargs = call.arguments
-                        with ranges.batch(call.mask):
-                            self.model(*args, **kwargs)
-                calibration = ranges.calibration()
-                current = len(calls) - 1
-                run = running(self.model, calls[-1].arguments)
-            index = len(self.blocks) + 1
-            return self.part(index, self.outer, linears, calibration, smooth, run)
-
-    def part(
-        self,
-        index: int,
-        modules: Sequence[str],
-        linears: dict[str, nn.Linear],
-        calibration: Calibration | None,
-        smooth: bool,
-        run: Run | None,
-    ) -> Part:
-        """Quantize linears and write the modules, by full name, that are or hold them."""
-        names = set(linears)
-        before = sum(p.nbytes for linear in linears.values() for p in linear.parameters())
-        for name in names.intersection(self.in_float):
-            del linears[name]
-        groups = [group for group in self.groups if not names.isdisjoint(group.consumers)]
-        plan = None
-        if smooth and self.plan is not None:
-            own = {group.name for group in groups}
-            plan = replace(
-                self.plan,
-                groups=tuple(group for group in self.plan.groups if group.name in own),
-                layers=tuple(layer for layer in self.plan.layers if layer.name in names),
-            )
-        elif smooth:
-            assert calibration is not None  # quantize_checkpoint asked for batches
-            plan = uniform_plan(
-                self.model,
-                groups,
-                calibration,
-                self.alpha,
-                rule=self.rule,
-                ignore=self.scheme.ignore,
-            )
-        done = quantize_part(self.model, linears, calibration, plan, self.scheme, groups, run)
-        after = 0
-        for name in names:
-            for module in self.model.get_submodule(name).modules():
-                if isinstance(module, QuantLinear):
-                    after += module.nbytes
-                else:  # kept in float, or a DecomposedLinear's channels that are
-                    held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
-                    after += sum(each.nbytes for each in held)
-        entries: dict[str, Tensor] = {}
-        for name in modules:
-            module = self.model.get_submodule(name)
-            entries |= checkpoint.float_entries(self.model, module, name)
-            for path, layer in module.named_modules(prefix=name):
-                if isinstance(layer, QuantLinear):
-                    entries |= checkpoint.own_entries(layer, path)
-        path = self.file(index)
-        return Part(
-            file=path.name,
-            sha256=checkpoint.write_shard(path, entries),
-            plan=None if done.plan is None else done.plan.to_dict(),
-            layers=done.layers,
-            smoothed=done.smoothed,
-            decomposed=dict(done.decomposed),
-            unreached=done.unreached,
-            tokens=calibration.tokens if calibration else 0,
-            float_bytes=before,
-            int8_bytes=after,
-        )
-
-    def seal(self, parts: Sequence[Part], calibrated: bool, tokenizer: Any) -> QuantizationRecord:
-        """Write what describes the finished files."""
-        folder = self.work / "checkpoint"
-        layers = {name for part in parts for name in part.layers}
-        if not layers or (calibrated and not self.state.tokens):
-            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
-        smoothed = {name for part in parts for name in part.smoothed}
-        plans = [SmoothPlan.from_dict(part.plan) for part in parts if part.plan is not None]
-        groups = {group.name: group for plan in plans for group in plan.groups}
-        order = self.groups if self.plan is None else self.plan.groups
-        ordered = tuple(groups[group.name] for group in order if group.name in groups)
-        done = QuantizedPart(
-            plan=replace(self.plan or SmoothPlan(()), groups=ordered) if plans else None,
-            layers=tuple(name for name in self.names if name in layers),
-            smoothed=tuple(name for name in self.names if name in smoothed),
-            decomposed={name: n for part in parts for name, n in part.decomposed.items()},
-            unreached=tuple(name for part in parts for name in part.unreached),
-        )
-        record = done.record(self.scheme, self.kept)
-        file_of, size = {}, 0
-        for part in parts:
-            for name, tensor in file_tensors(folder / part.file).items():
-                file_of[name] = part.file
-                size += prod(tensor.shape) * tensor.dtype.itemsize
-        checkpoint.write_index(folder, file_of, {"total_size": size})
-        # Again: a quantized head is no longer tied.
-        checkpoint.write_companions(self.model, tokenizer, folder)
-        checkpoint.write_settings(folder, record, {part.file: part.sha256 for part in parts})
-        return record

@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sq_cpu.checkpoint import checkpoint
-from sq_cpu.checkpoint import config as checkpoint_config
+from sq_cpu.checkpoint.config import sha256
+from sq_cpu.checkpoint.folder import check_replaceable
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.files import replacing
+from sq_cpu.files import atomic_write
 from sq_cpu.models.calls import Example
 
 __all__ = [
@@ -43,7 +43,7 @@ __all__ = [
 
 def check_target(target: Path) -> None:
     """Refuse an output that could not be replaced in the end, before the long work."""
-    checkpoint.check_replaceable(target)
+    check_replaceable(target)
     parent = next(parent for parent in target.parents if parent.exists())
     if not target.exists():
         return
@@ -132,7 +132,7 @@ class State:
             return cls.anew(work, settings)
         for part in state.parts:
             file = work / "checkpoint" / part.file
-            if not file.exists() or checkpoint_config.sha256(file) != part.sha256:
+            if not file.exists() or sha256(file) != part.sha256:
                 raise SqCpuError(f"{file} is missing or damaged; remove {work} and start anew")
         return state
 
@@ -152,7 +152,7 @@ class State:
         done = len(self.parts)
         carried = self.work / f"carried-{done}.safetensors"
         tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(hidden)}
-        with replacing(carried) as temporary:
+        with atomic_write(carried) as temporary:
             save_file(tensors, temporary)
         self.parts.append(part)
         content = {
@@ -160,7 +160,7 @@ class State:
             "outputs": self.outputs,
             "parts": [asdict(part) for part in self.parts],
         }
-        with replacing(self.work / "state.json") as temporary:
+        with atomic_write(self.work / "state.json") as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
         (self.work / f"carried-{done - 1}.safetensors").unlink(missing_ok=True)
 

@@ -349,7 +349,7 @@ def test_pareto_front() -> None:
         (Scheme(), "one activation scale per token"),
         (Scheme(reduce_range=True), "7-bit activations"),
         (Scheme(symmetric=False), "asymmetric"),
-        (Scheme(weights="per_group"), "per 64 output channels"),
+        (Scheme(weights="per_rows"), "per 64 output channels"),
         (Scheme(outlier_threshold=6.0), "reach 6 in float"),
         (Scheme(activations="static", static_range="percentile"), "percentile of 99.99 %"),
         (Scheme(activations="static", static_range="mse"), "static range by mse"),

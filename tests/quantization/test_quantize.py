@@ -12,13 +12,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from quantize_cases import Twice, calibrated, refuse
 from sameness import assert_same_model
 from tiny import batches, logits, mixed_plan, tiny_model
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from sq_cpu.calibration.calibrate import Calibration, calibrate
-from sq_cpu.checkpoint.checkpoint import load, save
+from sq_cpu.checkpoint.load import load
+from sq_cpu.checkpoint.save import save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
 from sq_cpu.models.groups import smoothing_groups
@@ -28,17 +29,11 @@ from sq_cpu.numerics.ranges import static_range
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.quantization.quantize import quantize
 from sq_cpu.quantization.record import QuantizationRecord
-from sq_cpu.quantization.replace import replace_linears
 from sq_cpu.scheme import Activations, Scheme, StaticRange, Weights
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 from sq_cpu.smoothing.scales import fold
 
 TYPES = ["llama", "qwen2", "opt"]
-
-
-def calibrated(model_type: str, **kwargs: Any) -> tuple[Any, Calibration]:
-    model = tiny_model(model_type, **kwargs)
-    return model, calibrate(model, batches())
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -76,7 +71,7 @@ EVERY_SCHEME = [
         reduce_range=reduce_range,
         static_range=static_range,
         # Groups of 5 leave a shorter one at the end of each of the model's widths.
-        **({"weight_group_rows": 5} if weights == "per_group" else {}),
+        **({"rows_per_scale": 5} if weights == "per_rows" else {}),
         **({"percentile": 99.9} if static_range == "percentile" else {}),
     )
     for activations, weights, symmetric, reduce_range, static_range in itertools.product(
@@ -113,7 +108,7 @@ def test_every_scheme_runs_as_its_reference_and_is_saved(
     loaded = load(save(model, tmp_path / "out"))
     assert loaded.sq_cpu_config.scheme == scheme
     assert_same_model(loaded, model, logits)
-    rows = {"per_channel": 1, "per_group": 5, "per_tensor": 32}[scheme.weights]
+    rows = {"per_channel": 1, "per_rows": 5, "per_tensor": 32}[scheme.weights]
     scale = loaded.model.layers[0].mlp.down_proj.weight_scale
     assert len(scale.unique_consecutive()) == -(-32 // rows)
     monkeypatch.setattr(QuantLinear, "forward", QuantLinear.reference)
@@ -161,18 +156,6 @@ def test_the_record_says_what_was_done() -> None:
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
     with pytest.raises(SqCpuError, match="has no field 'layers'"):
         QuantizationRecord.from_dict({"scheme": {}, "plan": None})
-
-
-class Twice(nn.Module):
-    """A plain module that holds one linear under two names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.rest = nn.Sequential(self.first, nn.ReLU(), nn.Linear(8, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rest(self.first(x))  # type: ignore[no-any-return]
 
 
 def test_any_module_is_quantized_unsmoothed() -> None:
@@ -272,14 +255,6 @@ def test_an_ignored_tied_head_stays_tied() -> None:
     quantize(model, calibrate(model, batches()))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is True
-
-
-def test_replace_linears_by_name() -> None:
-    model = Twice()
-    new = nn.Linear(8, 8)
-    replace_linears(model, {"first": new})
-    assert model.first is new
-    assert model.rest[0] is new
 
 
 # --- plans that mix ------------------------------------------------------------------------------
@@ -466,132 +441,6 @@ def test_a_float_linear_may_have_hooks_and_nan() -> None:
     assert quantize(model, plan=plan).sq_cpu_config.layers == ("first",)
 
 
-# --- refusals, all of which leave the model as it was -------------------------------------------
-
-
-def refuse(model: nn.Module, message: str, *args: Any, **kwargs: Any) -> None:
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    kinds = [type(module) for module in model.modules()]
-    with pytest.raises(SqCpuError, match=message) as caught:
-        quantize(model, *args, **kwargs)
-    assert "\n" not in str(caught.value)
-    assert [type(module) for module in model.modules()] == kinds
-    after = model.state_dict()
-    assert all(
-        torch.equal(
-            after[n],
-            v,
-        )
-        or v.isnan().any()
-        for n, v in before.items()
-    )
-    assert not hasattr(model, "sq_cpu_config")
-
-
-def test_wrong_arguments_are_refused() -> None:
-    model, found = calibrated("llama")
-    refuse(model, "unknown scheme 'O4'; known are O1, O2, O3", found, scheme="O4")
-    refuse(model, "need a calibration")
-    refuse(model, "need a calibration", scheme="O3", smooth=False)
-    plan = SmoothPlan.uniform(model, found)
-    refuse(model, "a plan and smooth=False; drop one", found, plan, smooth=False)
-
-
-@pytest.mark.parametrize("kind", ["percentile", "mse"])
-def test_ranges_that_need_rows_are_refused_without(kind: Any) -> None:
-    model = tiny_model("llama")
-    found = calibrate(model, batches(), rows=0)
-    quantize(copy.deepcopy(model), found, scheme="O3")
-    scheme = Scheme.of("O3", static_range=kind)
-    refuse(model, "needs sampled rows: calibrate with rows=64", found, scheme=scheme)
-
-
-def test_models_that_cannot_be_quantized_are_refused() -> None:
-    refuse(nn.Sequential(nn.ReLU()), "no Linear that is not ignored", smooth=False)
-    refuse(nn.Linear(2, 2), "itself a Linear", smooth=False)
-    wide = nn.Sequential(nn.Linear(_core.MAX_DEPTH + 1, 1))
-    refuse(wide, "0 has 66311 input channels; int32 sums hold 66310", smooth=False)
-
-
-def test_a_quantized_model_is_refused() -> None:
-    model = quantize(Twice(), smooth=False)
-    with pytest.raises(SqCpuError, match="quantized already"):
-        quantize(model, smooth=False)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", ["weight", "bias"])
-def test_broken_weights_are_refused(value: float, kind: str) -> None:
-    model = Twice()
-    with torch.no_grad():
-        getattr(model.rest[2], kind).view(-1)[1] = value
-    refuse(model, rf"rest\.2\.{kind} has NaN or Inf", smooth=False)
-
-
-def test_incomplete_calibrations_are_refused() -> None:
-    model, found = calibrated("llama")
-    name = "model.layers.1.mlp.up_proj"
-    low = {key: value for key, value in found.channel_min.items() if key != name}
-    refuse(model, f"does not cover {name}", replace(found, channel_min=low))
-    nothing = replace(found, channel_min={}, unreached=tuple(found.channel_min))
-    refuse(model, "no calibration batch reached any linear", nothing)
-
-
-def test_infinite_static_ranges_are_refused() -> None:
-    model, found = calibrated("llama")
-    name = "model.layers.1.mlp.up_proj"
-    broken = replace(found, channel_max=found.channel_max | {name: torch.full((32,), torch.inf)})
-    message = f"calibrated range of {name} is not finite"
-    refuse(model, message, broken, scheme="O3", smooth=False)
-    refuse(model, message, broken, SmoothPlan(()), scheme="O3")
-    quantize(model, broken, scheme="O1", smooth=False)  # which needs no range
-
-
-def test_calibrations_of_other_weights_are_refused() -> None:
-    model, found = calibrated("llama")
-    message = r"weights of .* changed since the calibration: calibrate again"
-    other = tiny_model("llama", seed=1)
-    refuse(other, message, found, scheme="O3")
-    fold(model, SmoothPlan.uniform(model, found), found)
-    refuse(model, message, found, scheme="O3", smooth=False)
-    refuse(model, message, found, scheme="O1")
-    quantize(model, calibrate(model, batches()), scheme="O3", smooth=False)
-
-
-def test_a_misspelt_ignore_is_refused() -> None:
-    model, found = calibrated("llama")
-    scheme = Scheme(ignore=("lm_head", "donw_proj"))
-    refuse(model, "'donw_proj', which matches no linear: use down_proj", found, scheme=scheme)
-
-
-@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
-def test_layers_that_read_weights_themselves_are_refused(kind: Any) -> None:
-    model = nn.ModuleDict({"layer": kind(8, 2, 16, batch_first=True), "head": nn.Linear(8, 2)})
-    refuse(model, rf"layer\.linear1 is in a {kind.__name__}, .*: ignore it", smooth=False)
-    scheme = Scheme(ignore=("linear1", "linear2"))
-    assert quantize(model, scheme=scheme, smooth=False).sq_cpu_config.layers == ("head",)
-
-
-def test_an_adapter_that_is_not_merged_is_refused() -> None:
-    class Lora(nn.Module):  # as peft's: the base layer, and what merges into it
-        def __init__(self) -> None:
-            super().__init__()
-            self.base_layer = nn.Linear(8, 8)
-
-        def unmerge(self) -> None: ...
-
-    refuse(nn.Sequential(Lora()), r"0\.base_layer has an adapter beside it: merge", smooth=False)
-
-
-def test_linears_with_hooks_or_parametrizations_are_refused() -> None:
-    model = Twice()
-    handle = model.rest[2].register_forward_hook(lambda *_: None)
-    refuse(model, r"rest\.2 has forward hooks, which int8 would lose", smooth=False)
-    handle.remove()
-    weight_norm(model.first)
-    refuse(model, "first is parametrized, which int8 would lose", smooth=False)
-
-
 def test_a_fold_that_would_change_the_model_is_divided_in_the_pass() -> None:
     model, _ = calibrated("opt")
     model.model.decoder.layers[0].activation_fn = nn.GELU()
@@ -602,12 +451,3 @@ def test_a_fold_that_would_change_the_model_is_divided_in_the_pass() -> None:
     assert group.name == "model.decoder.layers.0.fc1"
     assert group.note.endswith("activation_fn (GELU) takes the output of " + group.name)
     assert relative_error(logits(model), before) < 0.08
-
-
-def test_plans_for_layers_that_are_not_there_are_refused() -> None:
-    model, found = calibrated("llama")
-    for names in (["nowhere"], ["model.norm", "lm_head"], ["down_proj"]):
-        plan = SmoothPlan((), tuple(LayerPlan(name=name, in_float=True) for name in names))
-        refuse(model, f"the plan has an entry for {', '.join(names)}, no linear", found, plan)
-    everything = [LayerPlan(name=name, in_float=True) for name in found.channel_min]
-    refuse(model, "nothing to quantize", found, SmoothPlan((), tuple(everything)))

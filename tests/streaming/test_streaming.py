@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,119 +12,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from float_folders import CONFIGS, assert_equal, batches, float_folder, in_memory, stored
 from safetensors.torch import load_file, save_file
-from sameness import assert_same_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
 from sq_cpu.models.block_chain import BlockChain
-from sq_cpu.models.calls import Batch
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan
-from sq_cpu.streaming import streaming
 from sq_cpu.streaming.convert import linear_bytes
-
-_GATED = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-# A projection around the blocks, Conv1D, 3-D experts, masks that differ from block to block.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _GATED | {"attention_bias": True},
-    "opt": {
-        "hidden_size": 32,
-        "ffn_dim": 48,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": 16,
-    },
-    "gpt2": {"n_embd": 32, "n_head": 4, "n_inner": 48},
-    "mixtral": _GATED | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "gemma3_text": _GATED
-    | {
-        "head_dim": 8,
-        "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    },
-}
-
-
-def float_folder(folder: Path, model_type: str = "llama", **config: Any) -> Path:
-    """Save a tiny random bf16 model of three blocks, in several files."""
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": tiny.VOCABULARY,
-        "num_hidden_layers": 3,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    settings |= CONFIGS[model_type] | config
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            parameter.add_(0.2 * noise) if parameter.dim() == 1 else parameter.copy_(0.15 * noise)
-    model.bfloat16().save_pretrained(folder, max_shard_size="20KB")
-    return folder
-
-
-def batches() -> list[Batch]:
-    """Return four batches, one with padding."""
-    ids = tiny.batches()
-    mask = torch.ones_like(ids[0])
-    mask[1, :5] = 0
-    return [*ids, {"input_ids": ids[0], "attention_mask": mask}]
-
-
-def in_memory(
-    source: Path,
-    out: Path,
-    scheme: Scheme,
-    *,
-    dtype: torch.dtype = torch.float32,
-    alpha: float = 0.5,
-    rule: str = "smoothquant",
-    smooth: bool = True,
-) -> Any:
-    """Quantize and save as a whole."""
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    calibration = sq_cpu.calibrate(model, batches(), ignore=scheme.ignore)
-    plan = SmoothPlan.uniform(model, calibration, alpha, rule=rule) if smooth else None
-    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=smooth)
-    sq_cpu.save(model, out)
-    return model
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a folder; a name in two files is an error."""
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found = load_file(file)
-        assert not found.keys() & tensors.keys()
-        tensors |= found
-    return tensors
-
-
-def assert_equal(streamed: Path, whole: Path) -> None:
-    """Compare two checkpoints: tensors, record, config, logits, also of from_pretrained."""
-    found, expected = stored(streamed), stored(whole)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
-    models = [sq_cpu.load(folder) for folder in (whole, streamed)]
-    models.append(AutoModelForCausalLM.from_pretrained(streamed))
-    records = [model.sq_cpu_config for model in models]
-    assert records[0] == records[1] == records[2]
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (whole, streamed)]
-    for config in configs:
-        del config["quantization_config"]
-    assert configs[0] == configs[1]
-    for model in models[1:]:
-        assert_same_model(model, models[0], tiny.logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -273,136 +166,6 @@ def test_names_and_ties_as_stored(layout: str, tmp_path: Path) -> None:
     in_memory(source, tmp_path / "whole", Scheme.of("O1"))
     sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches())
     assert_equal(tmp_path / "out", tmp_path / "whole")
-
-
-_KILLED = """
-import os, signal, sys
-sys.path = {path!r}
-from pathlib import Path
-import test_streaming
-from sq_cpu import quantize_checkpoint
-from sq_cpu.streaming import streaming
-finish = streaming.State.finish
-def finish_and_die(self, *args):
-    finish(self, *args)
-    if self.blocks == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-streaming.State.finish = finish_and_die
-quantize_checkpoint({source!r}, {out!r}, test_streaming.batches(), scheme="O3")
-"""
-
-
-@pytest.fixture
-def blocks_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The indices of the blocks that are quantized from now on."""
-    done: list[int] = []
-    block = streaming._Stream.block
-
-    def counted(self: Any, index: int, *rest: Any) -> Any:
-        done.append(index)
-        return block(self, index, *rest)
-
-    monkeypatch.setattr(streaming._Stream, "block", counted)
-    return done
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:
-    """Raise KeyboardInterrupt once so many blocks are finished."""
-    finish = streaming.State.finish
-
-    def interrupted(self: Any, *args: Any) -> None:
-        finish(self, *args)
-        if self.blocks == blocks:
-            monkeypatch.setattr(streaming.State, "finish", finish)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(streaming.State, "finish", interrupted)
-
-
-def test_a_killed_process_is_resumed(tmp_path: Path, blocks_done: list[int]) -> None:
-    source, out = float_folder(tmp_path / "float"), tmp_path / "out"
-    values = {"path": sys.path, "source": str(source), "out": str(out)}
-    killed = subprocess.run([sys.executable, "-c", _KILLED.format(**values)], check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert streaming.unfinished(out) == tmp_path / ".out.partial"
-    said: list[str] = []
-    sq_cpu.quantize_checkpoint(source, out, batches(), scheme="O3", say=said.append)
-    assert said == ["resuming: 2 of 3 blocks are finished"]
-    assert blocks_done == [2]
-    assert streaming.unfinished(out) is None
-    in_memory(source, tmp_path / "whole", Scheme.of("O3"))
-    assert_equal(out, tmp_path / "whole")
-
-
-def test_every_interruption_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, out = float_folder(tmp_path / "float", "mixtral"), tmp_path / "out"
-    scheme = Scheme.of("O3", ignore=())
-    for blocks in (1, 2, 3):
-        stop_after(monkeypatch, blocks)
-        with pytest.raises(KeyboardInterrupt):
-            sq_cpu.quantize_checkpoint(source, out, batches(), scheme=scheme)
-    sq_cpu.quantize_checkpoint(source, out, batches(), scheme=scheme)
-    in_memory(source, tmp_path / "whole", scheme)
-    assert_equal(out, tmp_path / "whole")
-
-
-def test_an_interruption_before_the_first_block_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = float_folder(tmp_path / "float")
-    stop_after(monkeypatch, 0)
-    with pytest.raises(KeyboardInterrupt):
-        sq_cpu.quantize_checkpoint(source, tmp_path / "new" / "out", batches())
-    assert [entry.name for entry in tmp_path.iterdir()] == ["float"]
-
-
-@pytest.mark.parametrize("changed", ["alpha", "scheme", "batches", "source"])
-def test_other_settings_do_not_resume(
-    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks_done: list[int]
-) -> None:
-    source, out = float_folder(tmp_path / "float"), tmp_path / "out"
-    stop_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        sq_cpu.quantize_checkpoint(source, out, batches())
-    given: dict[str, Any] = {"batches": batches()}
-    if changed == "batches":
-        given["batches"] = batches()[1:]
-    elif changed == "source":
-        file = min(source.glob("*.safetensors"))
-        os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
-    else:
-        given[changed] = {"alpha": 0.7, "scheme": "O2"}[changed]
-    with pytest.raises(SqCpuError, match=rf"another {changed}; .*--overwrite"):
-        sq_cpu.quantize_checkpoint(source, out, **given)
-    assert blocks_done == [0, 1]
-    sq_cpu.quantize_checkpoint(source, out, overwrite=True, **given)
-    assert blocks_done == [0, 1, 0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    "file", ["carried-2.safetensors", "checkpoint/model-00002-of-00004.safetensors"]
-)
-def test_damaged_work_is_refused(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out = float_folder(tmp_path / "float"), tmp_path / "out"
-    stop_after(monkeypatch, 2)
-    with pytest.raises(KeyboardInterrupt):
-        sq_cpu.quantize_checkpoint(source, out, batches())
-    damaged = tmp_path / ".out.partial" / file
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(SqCpuError, match=r"damaged; remove .* and start anew"):
-        sq_cpu.quantize_checkpoint(source, out, batches())
-
-
-def test_two_processes_do_not_share_the_work(tmp_path: Path) -> None:
-    source, out = float_folder(tmp_path / "float"), tmp_path / "out"
-    with (
-        streaming.claimed(tmp_path / ".out.partial"),
-        pytest.raises(SqCpuError, match="another process is at work"),
-    ):
-        sq_cpu.quantize_checkpoint(source, out, batches())
 
 
 def _cut(file: Path) -> None:

@@ -1,0 +1,216 @@
+"""Writing a quantized model as a checkpoint; `sq_cpu.checkpoint` describes the format."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sq_cpu.checkpoint.config import (
+    CONFIG,
+    CONFIG_DIGEST,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    config_digest,
+    sha256,
+)
+from sq_cpu.checkpoint.curves import write_curves
+from sq_cpu.checkpoint.entries import float_entries, layer_entries, own_entries
+from sq_cpu.checkpoint.folder import check_replaceable, contents, hidden, is_empty, move_into_place
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.files import json_text
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.record import QuantizationRecord
+
+__all__ = [
+    "check_architecture",
+    "save",
+    "write_companions",
+    "write_index",
+    "write_settings",
+    "write_shard",
+]
+
+_INDEX = "model.safetensors.index.json"
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a quantized model, all of it or nothing.
+
+    The folder is built beside ``path`` and moved into place when it is complete. An existing
+    folder is filled if it is empty, config.json last, and replaced only if it is a checkpoint that
+    :func:`save` wrote and holds nothing else.
+    Weights are unpacked one file at a time: peak extra memory is one shard.
+
+    Buffers that transformers does not store (rotary frequencies) are rebuilt from the config at
+    load, as ``from_pretrained`` does.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A model that :func:`sq_cpu.quantize` or :func:`load` returned.
+    path : path-like
+        Folder to write; missing parents are made.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Saved into the same folder.
+    max_shard_size : int or str
+        Largest safetensors file, in bytes or as "5GB"; a larger single tensor gets its own file.
+
+    Returns
+    -------
+    pathlib.Path
+        ``path``.
+
+    Raises
+    ------
+    SqCpuError
+        The model is not one of ours, ``path`` holds something else, or writing failed.
+    """
+    record = _record_of(model)
+    check_architecture(model)
+    target = Path(os.path.realpath(path))
+    check_replaceable(target)
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    # An empty folder may be a mount point or the current one: it stays, and is filled.
+    staging = hidden(target, inside=target.exists() and is_empty(target))
+    try:
+        staging.mkdir(parents=True)
+        _write(cast(Any, model), record, tokenizer, staging, max_shard_size)
+        move_into_place(staging, target)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):
+            for parent in new_parents:  # nearest first; stops at one that is in use
+                parent.rmdir()
+        if isinstance(error, OSError | SafetensorError):
+            raise SqCpuError(
+                f"cannot write checkpoint {target}: {first_line(error)}; "
+                "choose a writable folder with enough free space"
+            ) from error
+        raise
+    return Path(path)
+
+
+def _record_of(model: nn.Module) -> QuantizationRecord:
+    record = getattr(model, "sq_cpu_config", None)
+    if not isinstance(record, QuantizationRecord):
+        raise SqCpuError(
+            f"{type(model).__name__} is not quantized by sq_cpu; call sq_cpu.quantize before save"
+        )
+    layers = set(record.layers)  # the int8 part of a DecomposedLinear is not one of its own
+    smoothed = (
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module.smoothing is not None and name in layers
+    )
+    return replace(record, smoothed=tuple(smoothed))
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Raise ``SqCpuError`` for a model that ``load`` could not rebuild."""
+    architecture = type(model).__name__
+    if getattr(transformers, architecture, None) is not type(model):
+        raise SqCpuError(
+            f"{architecture} is not a class of transformers, so load could not rebuild it; "
+            "keep its state_dict() with safetensors instead"
+        )
+
+
+def _write(
+    model: Any, record: QuantizationRecord, tokenizer: Any, folder: Path, max_shard_size: int | str
+) -> None:
+    # Small files first: what can be refused is refused before gigabytes are written.
+    write_companions(model, tokenizer, folder)
+    files = _write_tensors(model, folder, max_shard_size)
+    write_settings(folder, record, files)
+
+
+def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write what is beside the tensors: the configs and the tokenizer's files."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.quantization_config = {}
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:
+    """Complete config.json, when all else is written; ``files`` is name -> SHA-256."""
+    record = write_curves(folder, record)
+    settings = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        **record.to_dict(),
+        "files": dict(files),
+        "companions": {
+            name: sha256(folder / name) for name in sorted(contents(folder) - {CONFIG, *files})
+        },
+    }
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    content["quantization_config"] = settings
+    settings[CONFIG_DIGEST] = config_digest(content)
+    (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
+
+
+def _write_tensors(model: Any, folder: Path, max_shard_size: int | str) -> dict[str, str]:
+    """Write the safetensors files (and an index if there are several); name -> SHA-256."""
+    stored: dict[str, Tensor] = float_entries(model, model)
+    layer_of: dict[str, tuple[str, QuantLinear]] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            # Only shapes now: each weight is unpacked when its file is written.
+            entries = layer_entries(module, prefix)
+            stored |= entries
+            layer_of |= dict.fromkeys(entries, (prefix, module))
+    split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
+    digests = {}
+    for file, names in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            if name not in layer_of:
+                shard[name] = stored[name]
+            elif name not in shard:
+                prefix, module = layer_of[name]
+                entries = own_entries(module, prefix)
+                shard.update({key: entries[key] for key in entries if key in names})
+        digests[file] = write_shard(folder / file, shard)
+    if split.is_sharded:
+        write_index(folder, split.tensor_to_filename, split.metadata)
+    return digests
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file beside config.json and give its SHA-256."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read; give them the umask's mode.
+    shutil.copymode(path.parent / CONFIG, path)
+    return sha256(path)
+
+
+def write_index(folder: Path, file_of: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
+    """Write the index that tells which file holds which tensor."""
+    index = {"metadata": dict(metadata), "weight_map": dict(file_of)}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

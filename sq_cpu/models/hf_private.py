@@ -1,0 +1,196 @@
+"""transformers' private names: everything that is used from inside of it, and only here.
+
+They were written for one major version, and another may give them other meanings: with it, each
+function raises `SqCpuError`, which says what to install.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from sq_cpu.errors import SqCpuError
+
+__all__ = [
+    "CheckpointLayout",
+    "bare_model",
+    "check_version",
+    "forget_quantization",
+    "from_config",
+    "load_nothing",
+    "set_ties",
+    "tied_weights",
+]
+
+_MAJOR = 5
+_ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers reads it at each load
+
+
+def check_version() -> None:
+    """Raise `SqCpuError` for another major version of transformers."""
+    import transformers
+
+    if transformers.__version__.partition(".")[0] != str(_MAJOR):
+        raise SqCpuError(
+            f"transformers {transformers.__version__} is not a version {_MAJOR}, whose models "
+            f"sq_cpu can build and fill; pip install 'transformers>={_MAJOR},<{_MAJOR + 1}'"
+        )
+
+
+# --- models without weights -----------------------------------------------------------------------
+
+
+def bare_model(make: Callable[[], Any]) -> Any:
+    """Return make(), with parameters on the meta device and buffers in memory."""
+    check_version()
+    from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), init_empty_weights(include_buffers=False):
+        model = make()
+    # Buffers were made of what the model's dtype rounds (GPT-J's frequencies). Once more in
+    # fp32, as from_pretrained does; what is marked stays.
+    _mark_initialized(model)
+    model.initialize_weights()
+    return model
+
+
+def from_config(architecture: str, config: Any, dtype: torch.dtype) -> Any:
+    """Return a model of this class of transformers, as `config` says and in `dtype`."""
+    check_version()
+    import transformers
+
+    return getattr(transformers, architecture)._from_config(config, dtype=dtype)
+
+
+def load_nothing(model: Any) -> Callable[[], None]:
+    """Leave from_pretrained no weight to load into `model`; return what undoes this.
+
+    It loads what the state dict names and initialises what is not marked. Buffers it makes as ever.
+    """
+    check_version()
+    model.state_dict = lambda *_, **__: {}
+    ignored = model._keys_to_ignore_on_load_unexpected
+    model._keys_to_ignore_on_load_unexpected = {""}  # a pattern: every key
+    _mark_initialized(model)
+
+    def undo() -> None:
+        del model.state_dict
+        model._keys_to_ignore_on_load_unexpected = ignored
+
+    return undo
+
+
+def _mark_initialized(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+
+
+def forget_quantization(model: Any) -> None:
+    """Make a model that transformers dequantized an ordinary float model, to be saved and cast."""
+    check_version()
+    model.hf_quantizer.remove_quantization_config(model)
+
+
+# --- tied weights -------------------------------------------------------------------------------
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Return which parameter, by full name, is tied to which."""
+    check_version()
+    return dict(model.all_tied_weights_keys)
+
+
+def set_ties(model: Any, ties: Mapping[str, str]) -> None:
+    """Say which parameter, by full name, is tied to which."""
+    check_version()
+    model.all_tied_weights_keys = dict(ties)
+
+
+# --- stored tensors -----------------------------------------------------------------------------
+
+
+class CheckpointLayout:
+    """How from_pretrained names, casts and lays out stored tensors for a model."""
+
+    def __init__(self, model: Any) -> None:
+        check_version()
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        self._model = model
+        self._entries: Mapping[str, Any] = model.state_dict()
+        self._conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        self._dtypes: dict[str, torch.dtype] = model._get_dtype_plan(model.dtype)
+
+    @property
+    def mixes_dtypes(self) -> bool:
+        """Whether some entries have a dtype that is not the model's."""
+        return bool(self._dtypes)
+
+    def name_of(self, key: str) -> tuple[str, bool]:
+        """Return the name that a stored tensor has in the model, and whether it is laid out anew.
+
+        The model has no entry of that name where from_pretrained ignores the tensor.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        prefix, entries = self._model.base_model_prefix, self._entries
+        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, entries)
+        if name not in entries and key in entries:
+            name, pattern = rename_source_key(key, [], [], prefix, entries)
+        return name, pattern is not None
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Return the dtype that an entry of the model gets."""
+        from transformers.core_model_loading import build_glob_alternation
+
+        if self._dtypes:
+            pattern, groups, _ = build_glob_alternation(list(self._dtypes))
+            if match := pattern.search(name):
+                return self._dtypes[groups[match.lastgroup]]
+        dtype: torch.dtype = self._entries[name].dtype
+        return dtype
+
+    def load(self, tensors: Mapping[str, Any]) -> Any:
+        """Load tensors by their stored names; each is read by `tensor[...]` when it is needed.
+
+        Returns `mismatched_keys`, (name, found shape, expected shape), and `conversion_errors`, by
+        name.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        config = LoadStateDictConfig(
+            dtype=self._model.dtype, dtype_plan=self._dtypes, weight_mapping=self._conversions
+        )
+        with _quietly_on_this_thread():
+            info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+        return info
+
+
+@contextmanager
+def _quietly_on_this_thread() -> Iterator[None]:
+    """Have transformers load without a progress bar and without threads of its own.
+
+    Four new threads a call would each leave pieces in a heap of its own.
+    """
+    from transformers.utils import logging
+
+    with ExitStack() as undo:
+        if logging.is_progress_bar_enabled():
+            undo.callback(logging.enable_progress_bar)
+        threaded = os.environ.get(_ONE_THREAD)
+        if threaded is None:
+            undo.callback(os.environ.pop, _ONE_THREAD)
+        else:
+            undo.callback(os.environ.__setitem__, _ONE_THREAD, threaded)
+        logging.disable_progress_bar()
+        os.environ[_ONE_THREAD] = "1"
+        yield

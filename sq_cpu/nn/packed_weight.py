@@ -1,0 +1,143 @@
+"""A linear's int8 weight in the layout of the kernels: the one place that packs and unpacks it."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels import _core
+
+__all__ = ["PackedWeight"]
+
+_HUGE_PAGE = 2 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Weight [out_features, in_features], its scales and bias, in one buffer.
+
+    It is a view of a tensor that a module owns: `pack` writes into that, the others read it.
+    """
+
+    buffer: Tensor
+    """uint8 [nbytes], laid out as cpp/include/sq_cpu/linear.h draws it."""
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def zeros(cls, out_features: int, in_features: int) -> PackedWeight:
+        """Allocate a weight of zeros without a bias.
+
+        Raises
+        ------
+        SqCpuError
+            When in_features exceeds 66310, where an int32 sum could overflow.
+        """
+        size = _core.packed_bytes(out_features, in_features)
+        return cls(_untouched_zeros(size), out_features, in_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes, scales and bias included."""
+        return self.buffer.nbytes
+
+    def pack(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Overwrite it.
+
+        Parameters
+        ----------
+        weight : int8 [out_features, in_features]
+        scale : floating point [out_features]; y is the integer sum times this
+        bias : floating point [out_features], or None, which is packed as zeros
+
+        Raises
+        ------
+        SqCpuError
+            For tensors of another device than the CPU, and a scale of NaN or Inf.
+        """
+        tensors = [self.buffer, weight, scale, *([] if bias is None else [bias])]
+        if not all(tensor.is_cpu for tensor in tensors):
+            raise SqCpuError("int8 linear: sq_cpu packs on the CPU only; move the weight there")
+        if not scale.isfinite().all():
+            raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
+        weight, scale = weight.contiguous(), scale.float().contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
+        _core.pack_weight(
+            weight.data_ptr(),
+            scale.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            self.out_features,
+            self.in_features,
+            self.buffer.data_ptr(),
+        )
+
+    def weight(self) -> Tensor:
+        """Return the codes, int8 [out_features, in_features], unpacked into new memory."""
+        shape = (self.out_features, self.in_features)
+        weight = torch.empty(shape, dtype=torch.int8, device="cpu")
+        self._unpack(weight=weight)
+        return weight
+
+    def unreadable(self) -> Tensor:
+        """Return a tensor of the codes' shape, dtype and device, without values."""
+        shape = (self.out_features, self.in_features)
+        return Tensor._make_wrapper_subclass(
+            _Unreadable, shape, dtype=torch.int8, device=self.buffer.device
+        )
+
+    def scale(self) -> Tensor:
+        """Return the scales, fp32 [out_features]."""
+        scale = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
+        self._unpack(scale=scale)
+        return scale
+
+    def bias(self) -> Tensor:
+        """Return the bias, fp32 [out_features]; zeros where there is none."""
+        bias = torch.empty(self.out_features, dtype=torch.float32, device="cpu")
+        self._unpack(bias=bias)
+        return bias
+
+    def _unpack(self, **out: Tensor) -> None:
+        if not self.buffer.is_cpu:
+            raise SqCpuError(
+                f"int8 linear: the weight is on {self.buffer.device}; sq_cpu runs on the CPU only"
+            )
+        addresses = dict.fromkeys(("weight", "scale", "bias"), 0)
+        addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
+        _core.unpack_weight(
+            self.buffer.data_ptr(), self.out_features, self.in_features, **addresses
+        )
+
+
+class _Unreadable(Tensor):
+    """A tensor without values; one on the meta device is no safe one, as products take it."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        raise SqCpuError(
+            f"{func} needs the values of a QuantLinear's weight, which is packed: call the layer, "
+            "or read weight_int8()"
+        )
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"<packed weight {list(self.shape)}, {self.dtype}>"
+
+
+def _untouched_zeros(size: int) -> Tensor:
+    """Return uint8 zeros whose pages no thread has touched.
+
+    The kernels pack into them: huge pages can be asked for, and each page lies near the thread that
+    will read it. torch.zeros writes the zeros.
+    """
+    if size < _HUGE_PAGE:
+        return torch.zeros(size, dtype=torch.uint8, device="cpu")
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)

@@ -1,0 +1,91 @@
+"""How a model is to be quantized, as one value that is checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels.runtime import has_vnni
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
+from sq_cpu.smoothing.rules import check_rule
+
+__all__ = ["Recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What `quantize`, `quantize_checkpoint` and the command line carry out.
+
+    Raises `SqCpuError` for settings that are out of range or exclude each other.
+    """
+
+    scheme: Scheme
+    """Resolved for this machine, as `of` does it."""
+    plan: SmoothPlan | None = None
+    """Smoothing group by group, in the place of `alpha` and `rule`, and what overrides the scheme.
+    """
+    smooth: bool = True
+    """Whether to smooth; a plan says it itself."""
+    alpha: float = 0.5
+    """Migration strength of every group, in [0, 1] (SmoothQuant, arXiv 2211.10438, eq. 4)."""
+    rule: str = "smoothquant"
+    """Smoothing rule of every group, a key of `rules.RULES`."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, Scheme) or self.scheme.reduce_range == "auto":
+            raise SqCpuError(f"{self.scheme!r} is not a resolved Scheme; make it with Recipe.of")
+        _check_plan(self.plan)
+        if self.plan is not None and not self.smooth:
+            raise SqCpuError("there is a plan and smooth=False; drop one of them")
+        if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
+            raise SqCpuError(f"alpha is {self.alpha!r}; the migration strength lies in [0, 1]")
+        check_rule(self.rule)
+
+    @classmethod
+    def of(
+        cls,
+        scheme: str | Scheme | None = None,
+        plan: SmoothPlan | None = None,
+        *,
+        smooth: bool = True,
+        alpha: float = 0.5,
+        rule: str = "smoothquant",
+    ) -> Recipe:
+        """Return the recipe of these arguments, `reduce_range="auto"` decided for this machine.
+
+        The scheme is the given one, else the plan's, else O1.
+        """
+        _check_plan(plan)
+        resolved = scheme_of(scheme, plan).resolve(has_vnni())
+        return cls(scheme=resolved, plan=plan, smooth=smooth, alpha=alpha, rule=rule)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether every group is smoothed alike, with `alpha` and `rule`."""
+        return self.smooth and self.plan is None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether smoothing, a static scale or an outlier threshold asks for a calibration."""
+        if self.plan is not None:
+            return self.plan.needs_calibration(self.scheme)
+        return self.smooth or self.scheme.needs_calibration
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types; `alpha` and `rule` only where they have an effect."""
+        return {
+            "scheme": self.scheme.to_dict(),
+            "plan": None if self.plan is None else self.plan.to_dict(),
+            "alpha": self.alpha if self.is_uniform else None,
+            "rule": self.rule if self.is_uniform else None,
+            "smooth": self.smooth,
+        }
+
+
+def _check_plan(plan: object) -> None:
+    if plan is not None and not isinstance(plan, SmoothPlan):
+        raise SqCpuError(
+            f"plan is a {type(plan).__name__}, not a SmoothPlan; read a file with SmoothPlan.load"
+        )

@@ -1,0 +1,351 @@
+"""The work on one checkpoint: quantize one block after another, and write each when it is done."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
+from sq_cpu.calibration.observer import InputRanges
+from sq_cpu.checkpoint.config import sha256
+from sq_cpu.checkpoint.entries import float_entries, own_entries
+from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.block_chain import BlockCalls, BlockChain
+from sq_cpu.models.calls import Example, example_of
+from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.models.linears import (
+    check_ignore,
+    float_linears,
+    is_ignored,
+    linearize,
+    linearized,
+    quantizable_linears,
+)
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.progress import track
+from sq_cpu.quantization.checks import check_layers
+from sq_cpu.quantization.quantize import quantize_part
+from sq_cpu.quantization.recipe import Recipe
+from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
+from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
+from sq_cpu.smoothing.proof import Run, running
+from sq_cpu.streaming.loader import Loader
+from sq_cpu.streaming.tensors import copy_tensors, file_tensors
+from sq_cpu.streaming.work_folder import Part, State
+
+__all__ = ["Stream"]
+
+
+def _trim() -> None:
+    """Give back what the allocator keeps of freed pieces, where the C library can."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+_MADV_PAGEOUT = 21  # Linux 5.4; leaves the contents as they are, unlike MADV_DONTNEED
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Ask for the pages of a mapped tensor back; they are read again when they are needed."""
+    page = mmap.PAGESIZE
+    begin = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
+    if length > 0:
+        address, size = ctypes.c_void_p(begin), ctypes.c_size_t(length)
+        with suppress(AttributeError):
+            ctypes.CDLL(None).madvise(address, size, _MADV_PAGEOUT)
+
+
+class Stream:
+    """The work on one checkpoint."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        chain: BlockChain,
+        work: Path,
+        state: State,
+        recipe: Recipe,
+    ) -> None:
+        self.loader = loader
+        self.model = model = loader.model
+        self.chain = chain
+        self.blocks = blocks = chain.names
+        self.work = work
+        self.state = state
+        self.recipe = recipe
+        self.scheme = scheme = recipe.scheme
+        self.plan = plan = recipe.plan
+        with linearized(model):
+            check_ignore(model, scheme.ignore)
+            linears = quantizable_linears(model, scheme.ignore)
+            check_layers(linears, plan)
+            self.in_float = {} if plan is None else plan.in_float
+            self.kept = float_linears(model, scheme.ignore) | self.in_float
+            self.groups = smoothing_groups(model)
+        self.names = [name for name in linears if name not in self.in_float]
+        if not self.names:
+            raise SqCpuError(
+                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
+            )
+        known = {group.name for group in self.groups}
+        for planned in plan.groups if plan else ():
+            if planned.name not in known:
+                raise SqCpuError(
+                    f"the model has no smoothing group {planned.name}; plan for this very model"
+                )
+        stacks = tuple(f"{block}." for block in blocks)
+        self.outer = [name for name in self.names if not name.startswith(stacks)]
+        self.outer_float_bytes = sum(
+            parameter.nbytes
+            for name in self.in_float
+            if not name.startswith(stacks)
+            for parameter in linears[name].parameters()
+        )
+
+    def run(
+        self,
+        batches: Sequence[Example],
+        tokenizer: Any,
+        progress: bool | None,
+    ) -> QuantizationRecord:
+        """Do what is not done yet; afterwards the folder `checkpoint` is complete."""
+        state, done = self.state, self.work / "checkpoint"
+        write_companions(self.model, tokenizer, done)  # also makes the files' mode
+        with ExitStack() as files:
+            self.open_outside(files)
+            # The last is the example that folds are proven with.
+            calls: list[BlockCalls] = []
+            hidden: list[Tensor] = []
+            if self.recipe.needs_calibration:
+                calls = self.capture([*batches, example_of(*batches[0])])
+                hidden = state.carried() if state.blocks else [call.take() for call in calls]
+            for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
+                state.finish(self.block(index, calls, hidden), hidden)
+            parts = list(state.parts)
+            if self.outer:
+                parts.append(self.quantize_outer(calls, hidden))
+                state.parts.append(parts[-1])
+        return self.seal(parts, tokenizer)
+
+    def file(self, index: int) -> Path:
+        """Return where a part goes: 0 is what is outside of the blocks, then come these."""
+        total = len(self.blocks) + 1 + bool(self.outer)
+        name = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+        return self.work / "checkpoint" / name
+
+    def open_outside(self, files: ExitStack) -> None:
+        """Map what is outside of the blocks into the model, from a copy of the right dtype."""
+        found, ties = self.loader.outside(self.blocks)
+        dtypes = {
+            name: (tensor, self.loader.layout.dtype_of(name)) for name, tensor in found.items()
+        }
+        # A linear that becomes int8 is in a file of its own, unless an embedding shares it.
+        own = {
+            name
+            for name in found
+            if name.rpartition(".")[0] in self.outer and name not in ties.values()
+        }
+        final, floats = self.file(0), self.work / "outer.safetensors"
+        if not self.state.parts:
+            copy_tensors(final, {name: t for name, t in dtypes.items() if name not in own})
+            copy_tensors(floats, {name: t for name, t in dtypes.items() if name in own})
+            self.state.finish(Part(final.name, sha256(final)), [])
+        for path in (final, floats):
+            file = files.enter_context(safe_open(path, framework="pt"))
+            for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping
+                self.put(name, file.get_tensor(name))
+        for target, source in ties.items():
+            parent, _, key = target.rpartition(".")
+            setattr(self.model.get_submodule(parent), key, self.model.get_parameter(source))
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Set a parameter or buffer of the model, by its full name."""
+        parent, _, key = name.rpartition(".")
+        module = self.model.get_submodule(parent)
+        is_parameter = key in module._parameters
+        setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+    def capture(self, batches: Sequence[Example]) -> list[BlockCalls]:
+        """Run what precedes the blocks; return each batch's calls of them."""
+        if not self.state.blocks:
+            with self.loaded(0):
+                self.state.outputs = self.chain.probe(batches[-1])
+        self.chain.outputs = self.state.outputs
+        calls = self.chain.capture(batches)
+        # A token's row of an embedding brings its neighbours in: up to all of it.
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if not tensor.is_meta:
+                _page_out(tensor)
+        return calls
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """Have a block's float weights in the model, which then has a bare one again."""
+        name = self.blocks[index]
+        parent, _, key = name.rpartition(".")
+        block = self.model.get_submodule(name)
+        bare = copy.deepcopy(block)
+        _trim()
+        try:
+            self.loader.load(name)
+            linearize(block)
+            yield block
+        finally:
+            setattr(self.model.get_submodule(parent), key, bare)
+
+    def block(self, index: int, calls: Sequence[BlockCalls], hidden: list[Tensor]) -> Part:
+        """Quantize and write a block; `hidden` becomes what its float weights make of it."""
+        name = self.blocks[index]
+        with self.loaded(index) as block:
+            linears = {
+                path: linear
+                for path, linear in quantizable_linears(block).items()
+                if not is_ignored(self.model, f"{name}.{path}", self.scheme.ignore)
+            }
+            linears = {f"{name}.{path}": linear for path, linear in linears.items()}
+
+            def call(batch: int, states: Tensor) -> Tensor:
+                return self.chain.run(index, calls[batch], states)
+
+            calibration, run = None, None
+            if calls:
+                ranges = InputRanges(linears, SAMPLED_ROWS)
+                with ranges.watching():
+                    for batch in range(len(calls) - 1):
+                        with ranges.batch(calls[batch].mask):
+                            hidden[batch] = call(batch, hidden[batch])
+                calibration = ranges.calibration()
+                example, hidden[-1] = hidden[-1], call(-1, hidden[-1])
+
+                def run() -> list[Tensor]:
+                    return [call(-1, example)]
+
+            return self.part(index + 1, [name], linears, calibration, run)
+
+    def quantize_outer(self, calls: Sequence[BlockCalls], hidden: Sequence[Tensor]) -> Part:
+        """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
+        linearize(self.model)
+        linears = {name: self.model.get_submodule(name) for name in self.outer}
+        current = 0
+
+        def take(index: int, before: Tensor, *_: Any) -> Tensor:
+            return hidden[current] if index == len(self.blocks) - 1 else before
+
+        calibration, run = None, None
+        with self.chain.replaced(take):
+            if calls:
+                ranges = InputRanges(linears, SAMPLED_ROWS)
+                with ranges.watching():
+                    for current, call in enumerate(calls[:-1]):  # noqa: B007  `take` reads it
+                        args, kwargs = call.arguments
+                        with ranges.batch(call.mask):
+                            self.model(*args, **kwargs)
+                calibration = ranges.calibration()
+                current = len(calls) - 1
+                run = running(self.model, calls[-1].arguments)
+            index = len(self.blocks) + 1
+            return self.part(index, self.outer, linears, calibration, run)
+
+    def part(
+        self,
+        index: int,
+        modules: Sequence[str],
+        linears: dict[str, nn.Linear],
+        calibration: Calibration | None,
+        run: Run | None,
+    ) -> Part:
+        """Quantize linears and write the modules, by full name, that are or hold them."""
+        names = set(linears)
+        before = sum(p.nbytes for linear in linears.values() for p in linear.parameters())
+        for name in names.intersection(self.in_float):
+            del linears[name]
+        groups = [group for group in self.groups if not names.isdisjoint(group.consumers)]
+        plan = None
+        if self.plan is not None:
+            own = {group.name for group in groups}
+            plan = replace(
+                self.plan,
+                groups=tuple(group for group in self.plan.groups if group.name in own),
+                layers=tuple(layer for layer in self.plan.layers if layer.name in names),
+            )
+        elif self.recipe.smooth:
+            assert calibration is not None  # quantize_checkpoint asked for batches
+            plan = uniform_plan(
+                self.model,
+                groups,
+                calibration,
+                self.recipe.alpha,
+                rule=self.recipe.rule,
+                ignore=self.scheme.ignore,
+            )
+        done = quantize_part(self.model, linears, calibration, plan, self.scheme, groups, run)
+        after = 0
+        for name in names:
+            for module in self.model.get_submodule(name).modules():
+                if isinstance(module, QuantLinear):
+                    after += module.nbytes
+                else:  # kept in float, or a DecomposedLinear's channels that are
+                    held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+                    after += sum(each.nbytes for each in held)
+        entries: dict[str, Tensor] = {}
+        for name in modules:
+            module = self.model.get_submodule(name)
+            entries |= float_entries(self.model, module, name)
+            for path, layer in module.named_modules(prefix=name):
+                if isinstance(layer, QuantLinear):
+                    entries |= own_entries(layer, path)
+        path = self.file(index)
+        return Part(
+            file=path.name,
+            sha256=write_shard(path, entries),
+            plan=None if done.plan is None else done.plan.to_dict(),
+            layers=done.layers,
+            smoothed=done.smoothed,
+            decomposed=dict(done.decomposed),
+            unreached=done.unreached,
+            tokens=calibration.tokens if calibration else 0,
+            float_bytes=before,
+            int8_bytes=after,
+        )
+
+    def seal(self, parts: Sequence[Part], tokenizer: Any) -> QuantizationRecord:
+        """Write what describes the finished files."""
+        folder = self.work / "checkpoint"
+        layers = {name for part in parts for name in part.layers}
+        if not layers or (self.recipe.needs_calibration and not self.state.tokens):
+            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
+        smoothed = {name for part in parts for name in part.smoothed}
+        plans = [SmoothPlan.from_dict(part.plan) for part in parts if part.plan is not None]
+        groups = {group.name: group for plan in plans for group in plan.groups}
+        order = self.groups if self.plan is None else self.plan.groups
+        ordered = tuple(groups[group.name] for group in order if group.name in groups)
+        done = QuantizedPart(
+            plan=replace(self.plan or SmoothPlan(()), groups=ordered) if plans else None,
+            layers=tuple(name for name in self.names if name in layers),
+            smoothed=tuple(name for name in self.names if name in smoothed),
+            decomposed={name: n for part in parts for name, n in part.decomposed.items()},
+            unreached=tuple(name for part in parts for name in part.unreached),
+        )
+        record = done.record(self.scheme, self.kept)
+        file_of, size = {}, 0
+        for part in parts:
+            for name, tensor in file_tensors(folder / part.file).items():
+                file_of[name] = part.file
+                size += prod(tensor.shape) * tensor.dtype.itemsize
+        write_index(folder, file_of, {"total_size": size})
+        # Again: a quantized head is no longer tied.
+        write_companions(self.model, tokenizer, folder)
+        write_settings(folder, record, {part.file: part.sha256 for part in parts})
+        return record

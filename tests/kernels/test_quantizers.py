@@ -1,0 +1,73 @@
+"""The kernels' quantizers: made once per smoothing, also where torch traces the layer."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sq_cpu import QuantLinear, Scheme
+from sq_cpu.kernels import ops
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+def scales(k: int) -> Tensor:
+    return torch.logspace(-2, 2, k)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(), Scheme.of("O2"), Scheme.of("O3", symmetric=False)])
+def test_the_traced_operator_makes_a_smoothings_quantizer_once(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Tensor] = []
+    reciprocals = ops._reciprocals
+    monkeypatch.setattr(ops, "_reciprocals", lambda s: made.append(s) or reciprocals(s))
+    input_range = (-2.5, 3.0) if scheme.activations == "static" else None
+    linear = nn.Linear(70, 20)
+    layer = QuantLinear.from_float(linear, scheme, input_range, smoothing=scales(70))
+    assert len(made) == 1
+    x = torch.randn(5, 70)
+    expected = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    program = torch.export.export(nn.Sequential(layer), (x,)).module()
+    for run in (compiled, program):
+        for _ in range(3):
+            assert torch.equal(run(x), expected)
+    assert len(made) == 1
+    twin = copy.deepcopy(layer)
+    twin.load_state_dict(twin.state_dict() | {"smoothing": scales(70).flip(0)})
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), twin(x))
+    assert not torch.equal(twin(x), expected)
+
+
+def test_a_smoothing_that_is_changed_in_place_gets_a_new_quantizer() -> None:
+    s, arguments = scales(70), ("per_token", True, False, 0.0, 0)
+    first = ops.make_quantizer(*arguments, s)
+    assert ops.make_quantizer(*arguments, s) is first
+    assert ops.make_quantizer("per_token", False, False, 0.0, 0, s) != first
+    s.mul_(2)
+    second = ops.make_quantizer(*arguments, s)
+    assert second != first
+    assert second == ops.make_quantizer(*arguments, s.clone())
+    with torch.inference_mode():
+        inference = scales(70)
+        before = ops.make_quantizer(*arguments, inference)
+        inference.mul_(2)
+        assert before == first
+        assert ops.make_quantizer(*arguments, inference) == second
+
+
+def test_the_quantizers_of_a_smoothing_go_with_it() -> None:
+    s = scales(70)
+    ops.make_quantizer("per_token", True, False, 0.0, 0, s)
+    held = len(ops._quantizers)
+    del s
+    assert len(ops._quantizers) == held - 1
