@@ -39,8 +39,6 @@ from sq_cpu.quantization.quantize import quantize
 from sq_cpu.quantization.replace import replace_linears
 from sq_cpu.scheme import Scheme
 
-pytest_plugins = ["checkpoint_fixtures"]
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", ["O1", "O2", "O3"])

@@ -19,8 +19,6 @@ from sq_cpu.checkpoint import save as saving
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.save import save
 
-pytest_plugins = ["checkpoint_fixtures"]
-
 
 def test_save_refuses_a_float_model(tmp_path: Path) -> None:
     fails("not quantized by sq_cpu", save, tiny_llama(), tmp_path / "out")

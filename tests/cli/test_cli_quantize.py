@@ -15,8 +15,6 @@ import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, cli
 from sq_cpu.streaming import convert, streaming
 
-pytest_plugins = ["cli_fixtures"]
-
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
