@@ -9,7 +9,8 @@ from typing import Any
 import optuna
 from optuna.trial import Trial
 
-from sq_cpu.autotuning.trials import Trials, opened_storage, quiet_optuna
+from sq_cpu.autotuning.storage import opened_storage, quiet_optuna
+from sq_cpu.autotuning.trials import Trials
 
 SIDE = 6
 

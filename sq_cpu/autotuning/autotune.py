@@ -25,7 +25,8 @@ from sq_cpu.autotuning.configurations import Configuration, SearchSpace
 from sq_cpu.autotuning.evaluator import Evaluate, Goal, TuningJob
 from sq_cpu.autotuning.latency import Choice, Costs, measured_costs
 from sq_cpu.autotuning.refine import Rank
-from sq_cpu.autotuning.trials import Outcome, is_shared, join_study, opened_storage, quiet_optuna
+from sq_cpu.autotuning.storage import is_shared, opened_storage, quiet_optuna
+from sq_cpu.autotuning.trials import Outcome, join_study
 from sq_cpu.autotuning.workers import Course, Stopped, Worker, run_workers
 from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration.calibration import Calibration
@@ -119,7 +120,7 @@ def autotune(
         unit
     higher_is_better : whether the metric is an accuracy; a perplexity is not
     space : what to search; None: `SearchSpace()`
-    storage : where the trials are kept, see `trials.opened_storage`. A study of the same job goes
+    storage : where the trials are kept, see `storage.opened_storage`. A study of the same job goes
         on: after whatever stopped it, and beside other processes and machines at work on it.
     study : its name in the storage
     job : says what else must agree for that, such as the text that evaluate scores

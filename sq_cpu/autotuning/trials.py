@@ -13,16 +13,11 @@ gone (same machine) or its heartbeat to have stopped (relational storages), and 
 
 from __future__ import annotations
 
-import os
-import random
-import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -35,129 +30,18 @@ from optuna.exceptions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from sq_cpu.autotuning import processes
+from sq_cpu.autotuning.storage import has_study
 from sq_cpu.errors import SqCpuError
 
-__all__ = [
-    "Outcome",
-    "Trials",
-    "has_study",
-    "is_shared",
-    "join_study",
-    "opened_storage",
-    "quiet_optuna",
-]
+__all__ = ["Outcome", "Trials", "join_study"]
 
-_HEARTBEAT = 10
-_GRACE = 60
 _POLL = 0.05
 
 _CLAIM, _RESULT, _JOB, _PROPOSED = "claim", "result", "job", "proposed"
-
-
-@contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Run a block without Optuna's log on stderr."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-@contextmanager
-def opened_storage(where: str | os.PathLike[str] | BaseStorage | None) -> Iterator[BaseStorage]:
-    """Yield the storage that `where` names, and close it afterwards, if it was opened here.
-
-    Parameters
-    ----------
-    where : a path (SQLite), a database's URL such as "postgresql://user@host/name", a storage of
-        Optuna's, or None: memory, which ends with the process. Of a storage of Optuna's that keeps
-        no heartbeats a worker that died on another machine cannot be told from a slow one.
-
-    Raises
-    ------
-    SqCpuError
-        When the database cannot be opened, or the package that talks to it is missing.
-    """
-    if isinstance(where, BaseStorage):
-        yield where
-        return
-    if where is None:
-        yield InMemoryStorage()
-        return
-    storage = _open(_url(where))
-    try:
-        yield storage
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def _open(url: str, retries: int = 5) -> RDBStorage:
-    # Writers wait for each other's locks instead of failing.
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
-            return RDBStorage(
-                url, engine_kwargs=engine, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE
-            )
-    except ImportError as error:
-        raise SqCpuError(
-            f"no driver for the storage {_without_password(url)} ({error}): for PostgreSQL, "
-            "pip install 'sq_cpu[postgres]'"
-        ) from error
-    except Exception as error:  # SQLAlchemy's and the drivers' own have no base in common
-        # Two make the tables at once, and one of them has to lose.
-        lost = any(sign in str(error) for sign in ("already exists", "UNIQUE constraint"))
-        if lost and retries:
-            time.sleep(random.random())
-            return _open(url, retries - 1)
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise SqCpuError(
-            f"cannot open the storage {_without_password(url)}: {reason}; give a path or the URL "
-            "of a database that is running"
-        ) from error
-
-
-def _url(where: str | os.PathLike[str]) -> str:
-    text = os.fspath(where)
-    kind, separator, rest = text.partition("://")
-    if not separator:
-        return f"sqlite:///{Path(text).expanduser().absolute()}"
-    # Without a driver the name would mean psycopg2 to some SQLAlchemy releases.
-    return f"postgresql+psycopg://{rest}" if kind in ("postgres", "postgresql") else text
-
-
-def _without_password(url: str) -> str:
-    kind, _, rest = url.partition("://")
-    who, at, where = rest.rpartition("@")
-    return f"{kind}://{who.partition(':')[0]}{at}{where}"
-
-
-def is_shared(where: str | os.PathLike[str] | BaseStorage | None) -> bool:
-    """Return whether all processes that open the storage see the same; memory is their own.
-
-    `where` is as for `opened_storage`.
-    """
-    if where is None or isinstance(where, InMemoryStorage):
-        return False
-    if isinstance(where, BaseStorage) and not isinstance(where, RDBStorage):
-        return True
-    url = str(where.engine.url) if isinstance(where, RDBStorage) else _url(where)
-    kind, _, rest = url.partition("://")
-    file, _, query = rest.partition("?")
-    in_memory = file.strip("/") in ("", ":memory:") or "mode=memory" in query
-    return not (kind.startswith("sqlite") and in_memory)
-
-
-def has_study(storage: BaseStorage, name: str) -> bool:
-    """Return whether the storage holds a study of that name."""
-    return name in optuna.get_all_study_names(storage)
 
 
 def join_study(
@@ -188,7 +72,7 @@ def join_study(
         except DuplicatedStudyError:
             pass  # another worker was faster: its facts hold
     study = optuna.load_study(storage=storage, study_name=name)
-    deadline = time.monotonic() + _GRACE
+    deadline = time.monotonic() + processes.GRACE
     while _JOB not in study.user_attrs:
         if time.monotonic() > deadline:
             raise SqCpuError(
@@ -363,8 +247,8 @@ class Trials:
 
     def _claim(self, trial: Trial, key: str) -> bool:
         """Write the key down; return whether no other trial has it already."""
-        trial.set_user_attr(_CLAIM, {"key": key, "worker": _worker()})
-        deadline = time.monotonic() + _GRACE
+        trial.set_user_attr(_CLAIM, {"key": key, "worker": processes.this_worker()})
+        deadline = time.monotonic() + processes.GRACE
         recovered = time.monotonic()
         while True:
             silent = []
@@ -395,7 +279,7 @@ class Trials:
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._all():
             claim = trial.user_attrs.get(_CLAIM)
-            if trial.state == TrialState.RUNNING and claim and _is_gone(claim["worker"]):
+            if trial.state == TrialState.RUNNING and claim and processes.is_gone(claim["worker"]):
                 self._fail(trial)
         trials = self._all()
         retried = {trial.user_attrs.get("retry_of") for trial in trials}
@@ -419,30 +303,3 @@ def _key(trial: FrozenTrial) -> str | None:
 def _is_pruned(trial: FrozenTrial) -> bool:
     """Return whether the pruner stopped a trial, and not another with the same configuration."""
     return trial.state == TrialState.PRUNED and "duplicate_of" not in trial.user_attrs
-
-
-@cache
-def _machine() -> str:
-    # A host's name alone may be that of several containers, and survives a restart.
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot; None if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]
-
-
-def _worker() -> dict[str, Any]:
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _is_gone(worker: Mapping[str, Any]) -> bool:
-    """Return whether a worker is known to have ended; one of another machine is not."""
-    here = bool(worker["machine"] == _machine())
-    return here and _started(worker["pid"]) != worker["started"]

@@ -27,7 +27,8 @@ from sq_cpu.autotuning.configurations import Configuration, SearchSpace
 from sq_cpu.autotuning.evaluator import TuningJob
 from sq_cpu.autotuning.latency import Choice
 from sq_cpu.autotuning.refine import Rank, Refinement, ranked
-from sq_cpu.autotuning.trials import Outcome, Trials, opened_storage, quiet_optuna
+from sq_cpu.autotuning.storage import opened_storage, quiet_optuna
+from sq_cpu.autotuning.trials import Outcome, Trials
 from sq_cpu.errors import SqCpuError, Terminated
 from sq_cpu.scheme import Activations
 

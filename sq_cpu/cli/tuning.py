@@ -23,7 +23,7 @@ from sq_cpu.analysis.report import Trial, report
 from sq_cpu.autotuning.autotune import Autotuned, Candidate, autotune
 from sq_cpu.autotuning.evaluator import Goal
 from sq_cpu.autotuning.refine import Rank
-from sq_cpu.autotuning.trials import has_study, opened_storage, quiet_optuna
+from sq_cpu.autotuning.storage import has_study, opened_storage, quiet_optuna
 from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.cli.common import (

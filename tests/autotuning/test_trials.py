@@ -15,13 +15,14 @@ from optuna.trial import Trial, TrialState
 from processes import kill_at, start, wait_for
 
 from sq_cpu import SqCpuError
-from sq_cpu.autotuning import trials
-from sq_cpu.autotuning.trials import Outcome, Trials, has_study, join_study, opened_storage
+from sq_cpu.autotuning import processes, trials
+from sq_cpu.autotuning.storage import has_study, opened_storage, quiet_optuna
+from sq_cpu.autotuning.trials import Outcome, Trials, join_study
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with trials.quiet_optuna():
+    with quiet_optuna():
         yield
 
 
@@ -97,9 +98,9 @@ def test_a_killed_worker_loses_no_trial_and_its_own_is_tried_again(
 def test_a_worker_of_another_machine_is_gone_when_its_heart_stops(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "_HEARTBEAT", 1)
-    monkeypatch.setattr(trials, "_GRACE", 2)
-    monkeypatch.setattr(trials, "_machine", lambda: "another")
+    monkeypatch.setattr(processes, "HEARTBEAT", 1)
+    monkeypatch.setattr(processes, "GRACE", 2)
+    monkeypatch.setattr(processes, "_machine", lambda: "another")
     log = tmp_path / "log"
     (interrupted,) = kill_at(start(trial_worker.work, storage, log, 20, 0), log, 1)
     with opened_storage(storage) as shared:
@@ -172,7 +173,7 @@ def test_a_trial_waits_for_the_key_of_one_before_it(monkeypatch: pytest.MonkeyPa
 
 
 def test_one_that_never_says_its_key_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_GRACE", 0.2)
+    monkeypatch.setattr(processes, "GRACE", 0.2)
     shared = InMemoryStorage()
     mine = Trials(shared, "test")
     study = optuna.load_study(storage=shared, study_name="test")
@@ -241,13 +242,6 @@ def test_an_interrupted_trial_is_tried_again_with_its_settings() -> None:
     assert len(mine) == 2
 
 
-def test_a_process_that_reused_the_id_is_not_the_worker() -> None:
-    me = trials._worker()
-    assert not trials._is_gone(me)
-    assert trials._is_gone(me | {"started": "1"})
-    assert not trials._is_gone(me | {"started": "1", "machine": "elsewhere"})
-
-
 def test_the_facts_of_a_study_are_made_once_and_other_jobs_refused(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     job = {"goal": [0.01, "relative"], "model": "abc"}
@@ -269,45 +263,3 @@ def test_two_that_begin_at_once_share_the_facts_of_one() -> None:
         return {"by": "me"}
 
     assert join_study(shared, "test", {}, slower) == {"by": "other"}
-
-
-def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
-    def message(where: str | Path) -> str:
-        with pytest.raises(SqCpuError) as caught, opened_storage(where):
-            pass
-        return str(caught.value)
-
-    missing = message(tmp_path / "none" / "study.db")
-    assert missing.startswith("cannot open the storage sqlite:///")
-    assert "\n" not in missing
-    unreachable = message("postgresql://me:secret@127.0.0.1:1/none")
-    assert unreachable.startswith(
-        "cannot open the storage postgresql+psycopg://me@127.0.0.1:1/none"
-    )
-    assert "secret" not in unreachable
-    assert message("mysql://host/name").startswith("no driver for the storage mysql://host/name")
-
-
-def test_a_worker_that_loses_the_race_for_the_tables_opens_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    open_for_good = trials.RDBStorage
-    lost = ["table studies already exists", "UNIQUE constraint failed: alembic_version"]
-
-    def race(*arguments: Any, **options: Any) -> Any:
-        if lost:
-            raise RuntimeError(lost.pop())
-        return open_for_good(*arguments, **options)
-
-    monkeypatch.setattr(trials, "RDBStorage", race)
-    monkeypatch.setattr(trials.time, "sleep", lambda _: None)
-    with opened_storage(tmp_path / "study.db") as storage:
-        assert not has_study(storage, "test")
-    assert not lost
-
-
-def test_optuna_is_as_loud_afterwards_as_before() -> None:
-    before = optuna.logging.get_verbosity()
-    with trials.quiet_optuna():
-        assert optuna.logging.get_verbosity() == optuna.logging.ERROR
-    assert optuna.logging.get_verbosity() == before

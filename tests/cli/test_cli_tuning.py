@@ -19,7 +19,7 @@ from torch import nn
 import sq_cpu
 from sq_cpu import SmoothPlan, texts
 from sq_cpu.autotuning import latency
-from sq_cpu.autotuning.trials import opened_storage
+from sq_cpu.autotuning.storage import opened_storage
 from sq_cpu.cli import tuning
 from sq_cpu.errors import Terminated
 from sq_cpu.evaluation.perplexity import TextPerplexity
