@@ -6,10 +6,11 @@ stderr.
 """
 
 from sq_cpu.cli.app import app, main
+from sq_cpu.cli.autotune import autotune_command
 from sq_cpu.cli.inspect import inspect_command
 from sq_cpu.cli.quantize import quantize_command
 from sq_cpu.cli.run import demo_command, eval_command, generate_command, info_command
-from sq_cpu.cli.tuning import autotune_command, tune_command
+from sq_cpu.cli.tune import tune_command
 
 __all__ = ["app", "main"]
 
