@@ -1,7 +1,7 @@
 """Figures as PNG, and as SVG for a page that is light or dark.
 
-matplotlib is imported where it is needed: it takes a while. Its global state (pyplot, a user's
-style) is neither read nor changed. A figure is as wide as the column of a phone.
+matplotlib is imported where it is needed: it is optional, and takes a while. Its global state
+(pyplot, a user's style) is neither read nor changed. A figure is as wide as the column of a phone.
 """
 
 from __future__ import annotations

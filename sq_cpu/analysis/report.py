@@ -12,19 +12,20 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from typing import TYPE_CHECKING, Any
 
 from sq_cpu.analysis import plots
 from sq_cpu.analysis.analysis import Analysis, GroupAnalysis, LinearAnalysis
 from sq_cpu.analysis.figures import THEME, Picture
 from sq_cpu.errors import SqCpuError
+from sq_cpu.extras import require
 from sq_cpu.files import replacing
 from sq_cpu.scheme import Scheme
 
-__all__ = ["Trial", "pareto_front", "report", "scheme_text"]
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+__all__ = ["Trial", "pareto_front", "report", "require_report", "scheme_text"]
 
 _PREFIX = "sq_cpu-"  # of PNG files: those of an earlier report are told from others by it
 
@@ -70,6 +71,12 @@ class Trial:
         return ", ".join(f"{key} {value}" for key, value in self.settings.items())
 
 
+def require_report() -> None:
+    """Raise `SqCpuError` unless what a report is made with (the extra `report`) is installed."""
+    for module in ("matplotlib", "jinja2", "markupsafe"):
+        require(module, "report")
+
+
 def report(
     path: str | os.PathLike[str],
     analysis: Analysis,
@@ -92,9 +99,10 @@ def report(
     png : folder for the figures as PNG; None is beside the file, "REPORT_files" for "REPORT.html".
         Figures of an earlier report in it are removed.
 
-    Raises `SqCpuError` for a trial with other fields, and where a file cannot be written; the HTML
-    file is then as it was.
+    Raises `SqCpuError` when the extra `report` is not installed, for a trial with other fields, and
+    where a file cannot be written; the HTML file is then as it was.
     """
+    require_report()
     path = Path(path)
     folder = path.with_name(f"{path.stem}_files") if png is None else Path(png)
     of_trials = tuple(map(_trial, trials))
@@ -165,6 +173,8 @@ def _html(
     trials: Sequence[Trial],
     pictures: Mapping[str, Sequence[Picture]],
 ) -> str:
+    from jinja2 import Environment, StrictUndefined  # optional, as is markupsafe
+
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -281,6 +291,8 @@ def _number(value: float) -> str:
 
 def _breakable(name: str) -> Markup:
     """Let a line break after the dots and underscores of a name."""
+    from markupsafe import Markup, escape
+
     return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 

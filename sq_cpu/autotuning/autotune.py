@@ -14,27 +14,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 from torch import nn
 
 from sq_cpu.autotuning.configurations import Configuration, SearchSpace
 from sq_cpu.autotuning.evaluator import Evaluate, Goal, TuningJob
 from sq_cpu.autotuning.latency import Choice, Costs, measured_costs
-from sq_cpu.autotuning.refine import Rank
-from sq_cpu.autotuning.storage import is_shared, opened_storage, quiet_optuna
-from sq_cpu.autotuning.trials import Outcome, join_study
-from sq_cpu.autotuning.workers import Course, Stopped, Worker, run_workers
 from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.extras import require
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.models.calls import Batch
 from sq_cpu.progress import status
 from sq_cpu.smoothing.plan import SmoothPlan
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+    from sq_cpu.autotuning.refine import Rank
+    from sq_cpu.autotuning.trials import Outcome
+    from sq_cpu.autotuning.workers import Stopped, Worker
 
 __all__ = ["Autotuned", "Candidate", "autotune"]
 
@@ -142,10 +145,16 @@ def autotune(
     Raises
     ------
     SqCpuError
-        For a goal or space that cannot be, a storage that cannot be opened or belongs to another
-        job (also by its calibration or costs), no linear to quantize, and when no configuration
-        could be evaluated.
+        When Optuna (the extra `tune`) is not installed, for a goal or space that cannot be, a
+        storage that cannot be opened or belongs to another job (also by its calibration or costs),
+        no linear to quantize, and when no configuration could be evaluated.
     """
+    require("optuna", "tune")
+    # Optuna is optional: these modules import it.
+    from sq_cpu.autotuning.storage import is_shared, opened_storage, quiet_optuna
+    from sq_cpu.autotuning.trials import join_study
+    from sq_cpu.autotuning.workers import Course, Worker, run_workers
+
     space = space or SearchSpace()
     parsed = Goal.of(goal)
     if min(trials, workers) < 1 or refine_trials < 0:

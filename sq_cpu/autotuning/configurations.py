@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, cast, get_args
-
-from optuna.trial import Trial
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from sq_cpu.autotuning.latency import Choice
 from sq_cpu.errors import SqCpuError
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import RULES
+
+if TYPE_CHECKING:
+    from optuna.trial import Trial
 
 __all__ = ["Configuration", "Ranked", "SearchSpace"]
 

@@ -19,6 +19,7 @@ from sq_cpu.errors import SqCpuError
 
 __all__ = ["has_study", "is_shared", "opened_storage", "quiet_optuna"]
 
+
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
     """Run a block without Optuna's log on stderr."""

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sq_cpu.checkpoint import checkpoint
 from sq_cpu.checkpoint import config as checkpoint_config
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.extras import require
 
 __all__ = ["check_float", "is_checkpoint", "load_source", "load_tokenizer"]
 
@@ -88,6 +89,7 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise SqCpuError(f"{path} is not a GGUF file: its first bytes are not 'GGUF'")
+    require("gguf", "gguf")
     model, tokenizer = _load(path.parent, dtype, f"GGUF file {path}", gguf_file=path.name)
     # The weights are floats now, but the model still says "gguf", and so refuses save and .to().
     model.hf_quantizer.remove_quantization_config(model)

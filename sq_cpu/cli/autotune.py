@@ -11,17 +11,13 @@ from collections.abc import Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sq_cpu import texts
 from sq_cpu.analysis.analysis import analyze
-from sq_cpu.analysis.report import Trial, report
-from sq_cpu.autotuning.autotune import Autotuned, Candidate, autotune
-from sq_cpu.autotuning.evaluator import Goal
-from sq_cpu.autotuning.refine import Rank
-from sq_cpu.autotuning.storage import has_study, opened_storage, quiet_optuna
+from sq_cpu.analysis.report import Trial, report, require_report
 from sq_cpu.cli.common import (
     Dtype,
     Json,
@@ -39,6 +35,11 @@ from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tu
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.lm_eval import lm_eval_accuracy
 from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
+from sq_cpu.extras import require
+
+if TYPE_CHECKING:
+    from sq_cpu.autotuning.autotune import Autotuned, Candidate
+    from sq_cpu.autotuning.refine import Rank
 
 
 class _Rank(str, Enum):
@@ -110,6 +111,11 @@ def autotune_command(
     Written to PLAN.json for `sq-cpu quantize --plan`; where it was stopped, by Ctrl-C or SIGTERM
     too, the best so far. The exit code is 1 when that misses the goal.
     """
+    require("optuna", "tune")
+    # Optional, so imported where it is used: the other commands do without it.
+    from sq_cpu.autotuning.autotune import autotune
+    from sq_cpu.autotuning.evaluator import Goal
+
     if tasks and text is not None:
         raise typer.BadParameter("--text and --tasks are two metrics; drop one of them")
     if task_limit is not None and not tasks:
@@ -118,6 +124,7 @@ def autotune_command(
     seconds = None if time_limit is None else _seconds(time_limit)
     check_file(out)
     if report_file is not None:
+        require_report()
         check_file(report_file)
     data = tuning_input(model, calib, windows, window, dtype, ignore)
     where = out.with_suffix(".db") if storage is None else _place(storage)
@@ -241,6 +248,8 @@ def _check_storage(where: Path | str, study: str, resume: bool) -> None:
             raise SqCpuError(f"nothing to resume: {where} does not exist; drop --resume")
         if not where.exists():
             return
+    from sq_cpu.autotuning.storage import has_study, opened_storage, quiet_optuna
+
     with quiet_optuna(), opened_storage(where) as opened:
         there = has_study(opened, study)
     if resume and not there:
@@ -270,6 +279,8 @@ def _result(found: Autotuned, goal: str) -> dict[str, Any]:
 
 
 def _lines(found: Autotuned, goal: str, out: Path, page: Path | None) -> list[str]:
+    from sq_cpu.autotuning.evaluator import Goal
+
     loss = Goal.of(goal).text(found.loss)
     best = found.configuration
     lines = [

@@ -12,6 +12,7 @@ import typer
 from sq_cpu import texts
 from sq_cpu.analysis.analysis import Analysis, analyze
 from sq_cpu.analysis.report import report as write_report
+from sq_cpu.analysis.report import require_report
 from sq_cpu.analysis.saturation import count_saturation
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.checkpoint import sources
@@ -127,6 +128,7 @@ def inspect_command(
     )
     tokens = _WINDOW if window is None else window
     if report is not None:
+        require_report()
         check_file(report)
     if source is not None:
         check_float(source)
