@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sq_cpu.analysis import plots
 from sq_cpu.analysis.analysis import Analysis, GroupAnalysis, LinearAnalysis
 from sq_cpu.analysis.figures import THEME, Picture
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.extras import require
 from sq_cpu.files import replacing
@@ -32,7 +34,7 @@ _PREFIX = "sq_cpu-"  # of PNG files: those of an earlier report are told from ot
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One configuration that a search evaluated; None where it did not get so far."""
+    """One row of the trials of a search, whatever the search; None where it did not get so far."""
 
     number: int
     metric: float | None = None
@@ -82,7 +84,7 @@ def report(
     analysis: Analysis,
     *,
     name: str = "",
-    trials: Iterable[Trial | Mapping[str, Any]] = (),
+    trials: Iterable[EvaluatedConfiguration | Trial | Mapping[str, Any]] = (),
     png: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a report on what `analyze` found, and return its path.
@@ -95,7 +97,8 @@ def report(
     ----------
     path : the HTML file to write
     name : what to call the model
-    trials : those of an accuracy-aware search, each a `Trial` or a mapping of its fields
+    trials : those of an accuracy-aware search: `Autotuned.trials`, or of another search each a
+        `Trial` or a mapping of its fields
     png : folder for the figures as PNG; None is beside the file, "REPORT_files" for "REPORT.html".
         Figures of an earlier report in it are removed.
 
@@ -105,7 +108,7 @@ def report(
     require_report()
     path = Path(path)
     folder = path.with_name(f"{path.stem}_files") if png is None else Path(png)
-    of_trials = tuple(map(_trial, trials))
+    of_trials = tuple(_trial(number, one) for number, one in enumerate(trials))
     sections = _pictures(analysis, of_trials)
     html = _html(analysis, name, of_trials, sections)
     _save_pictures([picture for part in sections.values() for picture in part], folder)
@@ -114,13 +117,29 @@ def report(
     return path
 
 
-def _trial(values: Trial | Mapping[str, Any]) -> Trial:
+def _trial(number: int, values: EvaluatedConfiguration | Trial | Mapping[str, Any]) -> Trial:
+    if isinstance(values, EvaluatedConfiguration):
+        return _evaluated(number, values)
     if isinstance(values, Trial):
         return values
     try:
         return Trial(**values)
     except TypeError as error:
         raise SqCpuError(f"not a trial: {error}; its fields are those of Trial") from error
+
+
+def _evaluated(number: int, one: EvaluatedConfiguration) -> Trial:
+    settings = json.loads(one.configuration.settings().key)
+    del settings["layers"]
+    return Trial(
+        number=number,
+        metric=one.metric if one.scored else None,
+        loss_percent=one.loss_percent if math.isfinite(one.loss_percent) else None,
+        milliseconds=one.milliseconds if one.scored else None,
+        float_layers=one.in_float,
+        settings={"phase": one.phase, **settings, "per_token": one.dynamic},
+        state="complete" if one.scored else "failed",
+    )
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from sq_cpu.autotuning.configurations import Configuration, SearchSpace
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.evaluator import Evaluate, Goal, TuningJob
 from sq_cpu.autotuning.latency import Choice, Costs, measured_costs
 from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
@@ -36,28 +37,9 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
     from sq_cpu.autotuning.refine import Rank
-    from sq_cpu.autotuning.trials import Outcome
     from sq_cpu.autotuning.workers import Stopped, Worker
 
-__all__ = ["Autotuned", "Candidate", "autotune"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One evaluated configuration."""
-
-    phase: str
-    """"search" or "refine"."""
-    number: int
-    configuration: Configuration
-    metric: float
-    loss: float
-    """Against the float model: a fraction for a relative goal, else in the metric's unit."""
-    milliseconds: float
-    in_float: int
-    """Linears in float."""
-    dynamic: int
-    """Linears with per-token activations."""
+__all__ = ["Autotuned", "autotune"]
 
 
 @dataclass(frozen=True)
@@ -68,14 +50,14 @@ class Autotuned:
     """For `quantize(model, calibration, plan)`: that of the best configuration."""
     metric: float
     loss: float
-    """As `Candidate.loss`."""
+    """As `EvaluatedConfiguration.loss`."""
     goal_met: bool
     milliseconds: float
     """Of all linears that can be int8, by the cost table."""
     float_metric: float
     float_milliseconds: float
     configuration: Configuration
-    trials: tuple[Candidate, ...]
+    trials: tuple[EvaluatedConfiguration, ...]
     """All that were evaluated, those of earlier runs and other workers too."""
     stopped: Stopped
     """Why it ended: "done" when nothing was left to try; "interrupted" by Ctrl-C; "terminated" by
@@ -237,44 +219,24 @@ def _costs_of(facts: Mapping[str, Any], given: Costs | None, say: Callable[[str]
     return Costs.from_dict(facts["costs"])
 
 
-def _candidates(worker: Worker) -> Iterator[Candidate]:
-    """Yield all that was evaluated, in order."""
-    for phase, of_phase in (("search", worker.search), ("refine", worker.refined)):
-        for outcome in of_phase.outcomes().values():
-            numbers = {
-                name: math.nan if name == "metric" else math.inf
-                for name in ("metric", "loss", "milliseconds")
-            }
-            found = {n: v for n, v in outcome.result.items() if n in numbers and v is not None}
-            yield Candidate(
-                phase=phase,
-                number=outcome.number,
-                configuration=Configuration.from_key(outcome.key),
-                in_float=outcome.result["in_float"],
-                dynamic=outcome.result["dynamic"],
-                **(numbers | found),
-            )
-
-
 def _conclusion(worker: Worker, stopped: Stopped) -> Autotuned:
     """Return the result; `SqCpuError` when there is none."""
     best = worker.best()
-    if best is None or best.result["loss"] is None:
-        errors = [o.result["error"] for o in worker.outcomes().values() if "error" in o.result]
+    if best is None or not best.scored:
+        errors = [one.error for one in worker.evaluated().values() if one.error]
         reason = f"the first: {errors[0]}" if errors else "give it more time"
         raise SqCpuError(f"no configuration could be evaluated; {reason}")
-    configuration = Configuration.from_key(best.key)
     assert worker.job.costs is not None
     return Autotuned(
-        plan=_explained(worker, configuration),
-        metric=best.result["metric"],
-        loss=best.result["loss"],
-        goal_met=best.result["loss"] <= worker.job.goal.limit,
-        milliseconds=best.result["milliseconds"],
+        plan=_explained(worker, best.configuration),
+        metric=best.metric,
+        loss=best.loss,
+        goal_met=best.loss <= worker.job.goal.limit,
+        milliseconds=best.milliseconds,
         float_metric=worker.job.float_metric,
         float_milliseconds=worker.job.costs.of(worker.job.linears.values()),
-        configuration=configuration,
-        trials=tuple(_candidates(worker)),
+        configuration=best.configuration,
+        trials=(*worker.search.evaluated().values(), *worker.refined.evaluated().values()),
         stopped=stopped,
     )
 
@@ -282,14 +244,13 @@ def _conclusion(worker: Worker, stopped: Stopped) -> Autotuned:
 def _explained(worker: Worker, configuration: Configuration) -> SmoothPlan:
     """Return the plan, its notes saying what the loss would be without a linear's departure."""
     plan = worker.job.plan(configuration)
-    known = worker.outcomes()
+    known = worker.evaluated()
     layers = []
     for layer in plan.layers:
         less: Choice = "per_token" if layer.in_float else configuration.activations
         single = configuration.changed([layer.name], less).key
-        loss = known[single].result["loss"] if layer.note and single in known else None
-        if loss is not None:
-            text = worker.job.goal.text(loss)
+        if layer.note and single in known and known[single].scored:
+            text = worker.job.goal.text(known[single].loss)
             layer = replace(layer, note=f"{layer.note}; with {less} the loss is {text}")
         layers.append(layer)
     return replace(plan, layers=tuple(layers))
@@ -301,29 +262,27 @@ def _watching(
 ) -> Iterator[Callable[[], None]]:
     """Yield what shows how it stands: on the progress bar, or a line for every new trial."""
     goal = worker.job.goal
-    said = set(worker.outcomes())
+    said = set(worker.evaluated())
 
-    def text(outcome: Outcome) -> str:
-        result = outcome.result
-        if result["loss"] is None:
-            return f"failed: {result['error']}" if "error" in result else "infinite loss"
+    def text(one: EvaluatedConfiguration) -> str:
+        if not one.scored:
+            return f"failed: {one.error}" if one.error else "infinite loss"
         return (
-            f"metric {result['metric']:.5g} ({goal.text(result['loss'])}), "
-            f"{result['milliseconds']:.2f} ms, {result['in_float']} linears in float"
+            f"metric {one.metric:.5g} ({goal.text(one.loss)}), {one.milliseconds:.2f} ms, "
+            f"{one.in_float} linears in float"
         )
 
     with status("autotune", progress) as show:
 
         def look() -> None:
-            outcomes = worker.outcomes()
+            evaluated = worker.evaluated()
             best = worker.best()
             if show is not None and best is not None:
                 met = "goal met" if best.value < 1 else "goal missed"
-                show(f"{len(outcomes)} trials; best: {text(best)}, {met}")
-            for key, outcome in outcomes.items():
+                show(f"{len(evaluated)} trials; best: {text(best)}, {met}")
+            for key, one in evaluated.items():
                 if show is None and key not in said:
                     said.add(key)
-                    phase = "search" if outcome.study == worker.search.name else "refine"
-                    say(f"{phase} {outcome.number}: {text(outcome)}")
+                    say(f"{one.phase} {one.number}: {text(one)}")
 
         yield look

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.latency import Choice, Costs
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
 from sq_cpu.calibration.calibration import Calibration
@@ -253,16 +254,17 @@ class TuningJob:
         assert self.costs is not None
         return self.costs.milliseconds(linear, choice)
 
-    def result(self, configuration: Configuration, report: Report | None = None) -> dict[str, Any]:
-        """Quantize a copy of the model, evaluate it, and return what a trial keeps.
+    def result(
+        self, configuration: Configuration, report: Report | None = None
+    ) -> EvaluatedConfiguration:
+        """Quantize a copy of the model, evaluate it, and return what the configuration is worth.
 
-        A configuration that cannot be carried out or scored has an infinite loss, and the reason in
-        "error".
+        One that cannot be carried out or scored has an infinite loss, and the reason in `error`.
         """
         assert self.costs is not None
         names = list(self.linears)
         kept = len(configuration.chosen("float"))
-        metric, error = self.float_metric, None
+        metric, error = self.float_metric, ""
         if kept == len(names):  # the float model
             milliseconds = self.costs.of(self.linears.values())
         else:
@@ -271,15 +273,24 @@ class TuningJob:
             except SqCpuError as refused:
                 metric, milliseconds, error = math.nan, math.inf, str(refused)
         loss = self.goal.loss(metric, self.float_metric, self.higher_is_better)
-        result = {
-            "metric": metric if math.isfinite(metric) else None,
-            "loss": loss if math.isfinite(loss) else None,
-            "milliseconds": milliseconds if math.isfinite(milliseconds) else None,
-            "in_float": kept,
-            "dynamic": sum(c == "per_token" for c in map(configuration.choice, names)),
-            "value": self._value(loss, milliseconds, kept, len(names)),
-        }
-        return result if error is None else result | {"error": error}
+        return EvaluatedConfiguration(
+            configuration=configuration,
+            metric=metric if math.isfinite(metric) else math.nan,
+            loss=loss if math.isfinite(loss) else math.inf,
+            loss_percent=self._percent(metric, loss),
+            milliseconds=milliseconds,
+            in_float=kept,
+            dynamic=sum(c == "per_token" for c in map(configuration.choice, names)),
+            value=self._value(loss, milliseconds, kept, len(names)),
+            error=error,
+        )
+
+    def _percent(self, metric: float, loss: float) -> float:
+        """Return the loss in percent of the float model's metric, whatever the goal's unit."""
+        if not (math.isfinite(loss) and self.float_metric):
+            return math.nan
+        sign = 1 if loss >= 0 else -1
+        return sign * 100 * abs(metric - self.float_metric) / abs(self.float_metric)
 
     def _of_copy(
         self, configuration: Configuration, names: list[str], report: Report | None

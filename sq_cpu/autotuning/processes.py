@@ -1,19 +1,54 @@
-"""Which worker is alive, told by its process."""
+"""Which worker is gone: the one place that decides it, for trials, parents and children alike.
+
+A process is looked up in /proc, which tells at once. What runs on another machine shows there only
+by its heartbeat in the storage, which Optuna keeps: see `HEARTBEAT` and `GRACE`.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
-__all__ = ["GRACE", "HEARTBEAT", "is_gone", "this_worker"]
+__all__ = ["GRACE", "HEARTBEAT", "WorkerProcess", "is_gone"]
 
 HEARTBEAT = 10
 GRACE = 60
 """Seconds between two signs of life, and after the last one until a worker counts as gone."""
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """What tells a process from all others, those that reuse its number included."""
+
+    machine: str
+    pid: int
+    started: str | None
+    """Clock ticks since boot; None if it had ended already."""
+
+    @classmethod
+    def of(cls, pid: int) -> WorkerProcess:
+        """Return the process of that number on this machine."""
+        return cls(_machine(), pid, _started(pid))
+
+    @classmethod
+    def this(cls) -> WorkerProcess:
+        """Return the process that asks."""
+        return cls.of(os.getpid())
+
+
+def is_gone(worker: WorkerProcess | None, silence: float = 0.0) -> bool:
+    """Return whether a worker is known to have ended.
+
+    One of another machine is not. One that has not said which process it is, None, counts as gone
+    after `GRACE` seconds of silence.
+    """
+    if worker is None:
+        return silence > GRACE
+    here = worker.machine == _machine()
+    return here and (worker.started is None or _started(worker.pid) != worker.started)
 
 
 @cache
@@ -24,21 +59,10 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot; None if there is none."""
+    """Return when a process started, in clock ticks since boot; None if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()
     return None if state in "ZX" else fields[18]
-
-
-def this_worker() -> dict[str, Any]:
-    """Return what tells this process from all others, JSON types."""
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def is_gone(worker: Mapping[str, Any]) -> bool:
-    """Return whether a worker is known to have ended; one of another machine is not."""
-    here = bool(worker["machine"] == _machine())
-    return here and _started(worker["pid"]) != worker["started"]

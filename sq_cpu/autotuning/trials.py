@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -33,11 +33,13 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from sq_cpu.autotuning import processes
+from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
+from sq_cpu.autotuning.processes import WorkerProcess, is_gone
 from sq_cpu.autotuning.storage import has_study
 from sq_cpu.errors import SqCpuError
 
-__all__ = ["Outcome", "Trials", "join_study"]
+__all__ = ["Trials", "join_study"]
 
 _POLL = 0.05
 
@@ -72,9 +74,9 @@ def join_study(
         except DuplicatedStudyError:
             pass  # another worker was faster: its facts hold
     study = optuna.load_study(storage=storage, study_name=name)
-    deadline = time.monotonic() + processes.GRACE
+    start = time.monotonic()
     while _JOB not in study.user_attrs:
-        if time.monotonic() > deadline:
+        if is_gone(None, time.monotonic() - start):
             raise SqCpuError(
                 f"the study {name} of the storage is empty: whoever began it was killed at once; "
                 "use another storage or study name"
@@ -91,23 +93,11 @@ def join_study(
     return dict(job["facts"])
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a configuration was evaluated to."""
-
-    key: str
-    value: float
-    """What the study minimizes."""
-    result: dict[str, Any]
-    """The rest, JSON types."""
-    number: int
-    study: str
-
-
 class Trials:
     """The trials of one study, for one worker of perhaps many.
 
-    `result` of an evaluation is a mapping of JSON types with the entry "value", the objective.
+    The study minimizes `EvaluatedConfiguration.value`; `phase` is what its evaluations are said to
+    be of.
     """
 
     def __init__(
@@ -116,8 +106,10 @@ class Trials:
         name: str,
         sampler: BaseSampler | None = None,
         pruner: BasePruner | None = None,
+        *,
+        phase: str = "",
     ) -> None:
-        self.name = name
+        self._phase = phase
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -141,14 +133,18 @@ class Trials:
         """Return how many trials there are, whatever became of them."""
         return len(self._all())
 
-    def outcomes(self) -> dict[str, Outcome]:
+    def evaluated(self) -> dict[str, EvaluatedConfiguration]:
         """Return what has been evaluated, by key, in the order of the trials."""
         found = {}
         for trial in self._all():
             key = _key(trial)
-            if trial.state == TrialState.COMPLETE and key is not None and trial.value is not None:
-                result = trial.user_attrs[_RESULT]
-                found[key] = Outcome(key, trial.value, result, trial.number, self.name)
+            if trial.state == TrialState.COMPLETE and key is not None:
+                found[key] = EvaluatedConfiguration.from_dict(
+                    trial.user_attrs[_RESULT],
+                    Configuration.from_key(key),
+                    phase=self._phase,
+                    number=trial.number,
+                )
         return found
 
     def running(self) -> set[str | None]:
@@ -187,15 +183,15 @@ class Trials:
 
     def run(
         self,
-        key_of: Callable[[Trial], str],
-        evaluate: Callable[[Trial, str], Mapping[str, Any]],
+        choose: Callable[[Trial], Configuration],
+        evaluate: Callable[[Trial, Configuration], EvaluatedConfiguration],
     ) -> bool:
         """Run one trial; return False when it gave way to one with the same configuration.
 
         Parameters
         ----------
-        key_of : asks the trial for its settings and returns the key
-        evaluate : takes the trial and the key, returns the result
+        choose : asks the trial for its settings and returns the configuration
+        evaluate : what the configuration is worth
 
         What `evaluate` raises is passed on; after `KeyboardInterrupt` the configuration is tried
         again.
@@ -208,13 +204,13 @@ class Trials:
             nonlocal raised, number, gave_way
             number = trial.number
             try:
-                key = key_of(trial)
-                gave_way = not self._claim(trial, key)
+                configuration = choose(trial)
+                gave_way = not self._claim(trial, configuration.key)
                 if gave_way:
                     raise TrialPruned
-                result = self._evaluated(trial, key, evaluate)
-                trial.set_user_attr(_RESULT, result)
-                return float(result["value"])
+                found = self._evaluate(trial, configuration, evaluate)
+                trial.set_user_attr(_RESULT, found.to_dict())
+                return found.value
             except BaseException as error:
                 raised = error
                 raise
@@ -234,11 +230,14 @@ class Trials:
             return False
         return not gave_way
 
-    def _evaluated(
-        self, trial: Trial, key: str, evaluate: Callable[[Trial, str], Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def _evaluate(
+        self,
+        trial: Trial,
+        configuration: Configuration,
+        evaluate: Callable[[Trial, Configuration], EvaluatedConfiguration],
+    ) -> EvaluatedConfiguration:
         try:
-            return dict(evaluate(trial, key))
+            return evaluate(trial, configuration)
         except (TrialPruned, UpdateFinishedTrialError):
             raise
         except Exception as error:
@@ -247,9 +246,8 @@ class Trials:
 
     def _claim(self, trial: Trial, key: str) -> bool:
         """Write the key down; return whether no other trial has it already."""
-        trial.set_user_attr(_CLAIM, {"key": key, "worker": processes.this_worker()})
-        deadline = time.monotonic() + processes.GRACE
-        recovered = time.monotonic()
+        trial.set_user_attr(_CLAIM, {"key": key, "worker": asdict(WorkerProcess.this())})
+        start = recovered = time.monotonic()
         while True:
             silent = []
             for other in self._all():
@@ -264,7 +262,7 @@ class Trials:
                     silent.append(other)
             if not silent:
                 return True
-            if time.monotonic() > deadline:  # killed before it wrote its name down
+            if is_gone(None, time.monotonic() - start):  # killed before they wrote their keys down
                 for other in silent:
                     self._fail(other)
             elif time.monotonic() - recovered > 1:
@@ -279,7 +277,9 @@ class Trials:
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._all():
             claim = trial.user_attrs.get(_CLAIM)
-            if trial.state == TrialState.RUNNING and claim and processes.is_gone(claim["worker"]):
+            if trial.state != TrialState.RUNNING or claim is None:
+                continue
+            if is_gone(WorkerProcess(**claim["worker"])):
                 self._fail(trial)
         trials = self._all()
         retried = {trial.user_attrs.get("retry_of") for trial in trials}

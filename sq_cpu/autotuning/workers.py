@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
 import torch
@@ -24,11 +23,13 @@ from optuna.storages import BaseStorage
 from optuna.trial import Trial
 
 from sq_cpu.autotuning.configurations import Configuration, SearchSpace
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.evaluator import TuningJob
 from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.processes import WorkerProcess, is_gone
 from sq_cpu.autotuning.refine import Rank, Refinement, ranked
 from sq_cpu.autotuning.storage import opened_storage, quiet_optuna
-from sq_cpu.autotuning.trials import Outcome, Trials
+from sq_cpu.autotuning.trials import Trials
 from sq_cpu.errors import SqCpuError, Terminated
 from sq_cpu.scheme import Activations
 
@@ -78,13 +79,13 @@ class Worker:
         start = time.monotonic()
         self._deadline = start + course.time_limit
         self._search_deadline = start + _SEARCH_SHARE * course.time_limit
-        self.search = Trials(storage, course.study, pruner=course.pruner)
+        self.search = Trials(storage, course.study, pruner=course.pruner, phase="search")
         # A run that goes on must not suggest once more what its sampler began with.
         seed = course.seed + 7919 * len(self.search) + 104729 * index
         own = optuna.samplers.TPESampler(seed=seed % 2**32)
         self.search.use(course.sampler or own)
         none = optuna.samplers.RandomSampler(seed=0)
-        self.refined = Trials(storage, f"{course.study}: refine", none)
+        self.refined = Trials(storage, f"{course.study}: refine", none, phase="refine")
         job.kept = self.search.kept
         self._look: Callable[[], object] = lambda: None
 
@@ -92,13 +93,13 @@ class Worker:
         """Return the seconds that are left."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def outcomes(self) -> dict[str, Outcome]:
+    def evaluated(self) -> dict[str, EvaluatedConfiguration]:
         """Return all that was evaluated, by key."""
-        return self.refined.outcomes() | self.search.outcomes()
+        return self.refined.evaluated() | self.search.evaluated()
 
-    def best(self) -> Outcome | None:
+    def best(self) -> EvaluatedConfiguration | None:
         """Return the best of them; None before the first."""
-        return min(self.outcomes().values(), key=lambda o: (o.value, o.key), default=None)
+        return min(self.evaluated().values(), key=_rank, default=None)
 
     def work(self, look: Callable[[], object]) -> Stopped:
         """Search and refine until done or stopped; `look` is called after every trial."""
@@ -108,7 +109,7 @@ class Worker:
             for start in self._starts():
                 # With linears in float it would be worse than what does without.
                 best = self.best()
-                without = best is not None and best.value < 1 and not best.result["in_float"]
+                without = best is not None and best.value < 1 and not best.in_float
                 self._refinement().run(start, in_float=not without)
         except _Stop as stop:
             return stop.why
@@ -125,18 +126,18 @@ class Worker:
             gains = self.job.gains(plain, choice)
             return ranked(gains, self._prices(gains, plain, choice))
 
-        def key_of(trial: Trial) -> str:
-            return self.course.space.suggest(trial, ranked_by).key
+        def choose(trial: Trial) -> Configuration:
+            return self.course.space.suggest(trial, ranked_by)
 
-        def evaluate(trial: Trial, key: str) -> Mapping[str, Any]:
+        def evaluate(trial: Trial, configuration: Configuration) -> EvaluatedConfiguration:
             def report(metric: float, step: int) -> None:
                 trial.report(-metric if self.job.higher_is_better else metric, step)
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
             # A refinement before may have got there.
-            known = self.refined.outcomes().get(key)
-            return known.result if known else self.job.result(Configuration.from_key(key), report)
+            known = self.refined.evaluated().get(configuration.key)
+            return known or self.job.result(configuration, report)
 
         if self._has_search_to_do():
             self.search.propose(self.course.space.defaults())
@@ -146,7 +147,7 @@ class Worker:
                 # Before the trial: others wait until it says its key.
                 ranked_by("per_token")
                 ranked_by("float")
-            repeats = 0 if self.search.run(key_of, evaluate) else repeats + 1
+            repeats = 0 if self.search.run(choose, evaluate) else repeats + 1
             self._look()
         # What others still evaluate decides where the refinement starts.
         while self.search.running() and time.monotonic() < self._deadline:
@@ -164,16 +165,16 @@ class Worker:
 
     def _starts(self) -> list[Configuration]:
         """Return where to refine from: the best, and the most accurate of the fastest settings."""
-        found = [(o, Configuration.from_key(o.key)) for o in self.search.outcomes().values()]
+        found = self.search.evaluated().values()
         if not found:
             return []
-        starts = [min(found, key=lambda pair: (pair[0].value, pair[0].key))[1]]
+        starts = [min(found, key=_rank).configuration]
         fastest = self._fastest()[1]
         plain = [
-            (o.result["loss"], o.key, configuration)
-            for o, configuration in found
-            if configuration.activations == fastest and not configuration.layers
-            if o.result["loss"] is not None
+            (one.loss, one.configuration.key, one.configuration)
+            for one in found
+            if one.configuration.activations == fastest and not one.configuration.layers
+            if one.scored
         ]
         if starts[0].activations != fastest and plain:
             starts.append(min(plain)[2])
@@ -189,10 +190,10 @@ class Worker:
 
     def _cannot_be_faster(self) -> bool:
         best = self.best()
-        if best is None or best.value >= 1 or best.result["in_float"]:
+        if best is None or best.value >= 1 or best.in_float:
             return False
         fastest, _ = self._fastest()
-        return bool(best.result["milliseconds"] <= _FAST_ENOUGH * fastest)
+        return best.milliseconds <= _FAST_ENOUGH * fastest
 
     def _prices(
         self, names: Iterable[str], configuration: Configuration, choice: Choice
@@ -225,10 +226,9 @@ class Worker:
     def _loss(self, frontier: Sequence[Configuration]) -> float:
         """Return the loss of the first; while another worker evaluates it, evaluate the others."""
         while True:
-            known = self.outcomes()
+            known = self.evaluated()
             if frontier[0].key in known:
-                loss = known[frontier[0].key].result["loss"]
-                return math.inf if loss is None else float(loss)
+                return known[frontier[0].key].loss
             if time.monotonic() >= self._deadline:
                 raise _Stop("time")
             running = self.refined.running() | self.search.running()
@@ -245,7 +245,11 @@ class Worker:
         return self.refined.count() >= self.course.refine_trials
 
     def _refine(self, configuration: Configuration) -> None:
-        self.refined.run(lambda _: configuration.key, lambda _, __: self.job.result(configuration))
+        self.refined.run(lambda _: configuration, lambda _, __: self.job.result(configuration))
+
+
+def _rank(one: EvaluatedConfiguration) -> tuple[float, str]:
+    return one.value, one.configuration.key
 
 
 def run_workers(
@@ -296,15 +300,16 @@ def run_workers(
         processes = []
         for index in range(count):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (str(path), index, threads, sender, os.getpid())
+            arguments = (str(path), index, threads, sender, WorkerProcess.this())
             process = context.Process(target=_main, args=arguments)
             process.start()
             sender.close()
             processes.append(process)
             pipes.append(receiver)
+        children = [WorkerProcess.of(process.pid or 0) for process in processes]
         try:
-            while any(process.is_alive() for process in processes):
-                processes[0].join(_POLL) if processes[0].is_alive() else time.sleep(_POLL)
+            while not all(map(is_gone, children)):
+                time.sleep(_POLL)
                 look()
         except KeyboardInterrupt as stop:
             if worker.best() is None:
@@ -346,18 +351,14 @@ def _together(said: Sequence[tuple[str, str] | None]) -> Stopped:
     )
 
 
-class _Orphaned(KeyboardInterrupt):
-    """The parent died."""
-
-
-def _main(path: str, index: int, threads: int, pipe: Connection, parent: int) -> None:
+def _main(path: str, index: int, threads: int, pipe: Connection, parent: WorkerProcess) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     torch.set_num_threads(threads)
 
     def look() -> None:
-        if os.getppid() != parent:
-            raise _Orphaned
+        if is_gone(parent):
+            raise KeyboardInterrupt
 
     said = ("stopped", "interrupted")
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import typer
 
 from sq_cpu import texts
 from sq_cpu.analysis.analysis import analyze
-from sq_cpu.analysis.report import Trial, report, require_report
+from sq_cpu.analysis.report import report, require_report
 from sq_cpu.cli.common import (
     Dtype,
     Json,
@@ -38,7 +37,7 @@ from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
 from sq_cpu.extras import require
 
 if TYPE_CHECKING:
-    from sq_cpu.autotuning.autotune import Autotuned, Candidate
+    from sq_cpu.autotuning.autotune import Autotuned
     from sq_cpu.autotuning.refine import Rank
 
 
@@ -176,7 +175,7 @@ def autotune_command(
     found.plan.save(out)
     if report_file is not None:
         analysis = analyze(loaded, calibration, found.plan)
-        report(report_file, analysis, name=model_name(model), trials=_report_trials(found))
+        report(report_file, analysis, name=model_name(model), trials=found.trials)
     result = _result(found, goal) | {
         "output": str(out),
         "storage": str(where),
@@ -293,24 +292,3 @@ def _lines(found: Autotuned, goal: str, out: Path, page: Path | None) -> list[st
     ]
     lines += [f"  {name}: {why}" for name, why in found.plan.in_float.items()]
     return lines if page is None else [*lines, f"report: {page}"]
-
-
-def _report_trials(found: Autotuned) -> list[Trial]:
-    scale = abs(found.float_metric)
-    return [_report_trial(number, one, found, scale) for number, one in enumerate(found.trials)]
-
-
-def _report_trial(number: int, one: Candidate, found: Autotuned, scale: float) -> Trial:
-    lost = abs(one.metric - found.float_metric) * (1 if one.loss >= 0 else -1)
-    settings = json.loads(one.configuration.settings().key)
-    del settings["layers"]
-    finite = math.isfinite(one.loss)
-    return Trial(
-        number=number,
-        metric=one.metric if finite else None,
-        loss_percent=100 * lost / scale if finite and scale else None,
-        milliseconds=one.milliseconds if finite else None,
-        float_layers=one.in_float,
-        settings={"phase": one.phase, **settings, "per_token": one.dynamic},
-        state="complete" if finite else "failed",
-    )

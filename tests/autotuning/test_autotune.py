@@ -44,7 +44,7 @@ def test_as_few_in_float_as_of_all_subsets() -> None:
     per_token = Configuration(activations="per_token", smoothing="smoothquant", alpha=(0.5,))
 
     def loss(names: tuple[str, ...]) -> float:
-        return float(job.result(per_token.changed(names, "float"))["loss"])
+        return job.result(per_token.changed(names, "float")).loss
 
     subsets = {
         names: loss(names) for count in range(8) for names in combinations(job.linears, count)
@@ -83,10 +83,10 @@ def test_static_and_per_token_linears_are_mixed() -> None:
     job = TuningJob(model, calibration, Divergence(model), Goal.of(goal), False, ("lm_head",))
     job.costs, job.float_metric = costs(model), 0.0
     for name in per_token:
-        assert job.result(best.changed([name], "static"))["loss"] > goal
+        assert job.result(best.changed([name], "static")).loss > goal
     # All per token meets the goal too, and is slower.
     everything = job.result(best.changed(list(job.linears), "per_token"))
-    assert everything["milliseconds"] > found.milliseconds
+    assert everything.milliseconds > found.milliseconds
 
 
 def test_one_worker_does_the_same_again_under_a_seed() -> None:

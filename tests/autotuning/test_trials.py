@@ -2,7 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import trial_worker
 from optuna.storages import InMemoryStorage
 from optuna.trial import Trial, TrialState
 from processes import kill_at, start, wait_for
+from trial_worker import worth
 
 from sq_cpu import SqCpuError
 from sq_cpu.autotuning import processes, trials
+from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.storage import has_study, opened_storage, quiet_optuna
-from sq_cpu.autotuning.trials import Outcome, Trials, join_study
+from sq_cpu.autotuning.trials import Trials, join_study
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +59,9 @@ def states(where: str) -> list[TrialState]:
         return [trial.state for trial in study.get_trials()]
 
 
-def outcomes(where: str) -> dict[str, Outcome]:
+def evaluated_in(where: str) -> dict[str, EvaluatedConfiguration]:
     with opened_storage(where) as storage:
-        return Trials(storage, "test").outcomes()
+        return Trials(storage, "test").evaluated()
 
 
 def test_workers_never_evaluate_a_configuration_twice(storage: str, tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_workers_never_evaluate_a_configuration_twice(storage: str, tmp_path: Pa
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     evaluated = log.read_text().splitlines()
     assert len(evaluated) == len(set(evaluated))
-    found = outcomes(storage)
+    found = evaluated_in(storage)
     assert found.keys() == set(evaluated)
     assert 32 <= len(found) <= 34  # each may have begun one when the last was
     assert TrialState.PRUNED in states(storage)
@@ -89,9 +93,9 @@ def test_a_killed_worker_loses_no_trial_and_its_own_is_tried_again(
     assert evaluated[0] == interrupted
     assert not set(evaluated) & set(finished)
     assert states(storage).count(TrialState.FAIL) == 1
-    found = outcomes(storage)
+    found = evaluated_in(storage)
     assert found.keys() == {*finished, *evaluated}
-    x, y = map(int, interrupted.split(","))
+    x, y = Configuration.from_key(interrupted).alpha
     assert found[interrupted].value == x * y
 
 
@@ -111,11 +115,11 @@ def test_a_worker_of_another_machine_is_gone_when_its_heart_stops(
             time.sleep(0.1)
         evaluated: list[str] = []
 
-        def evaluate(_: Trial, key: str) -> Mapping[str, Any]:
-            evaluated.append(key)
-            return {"value": 0.0}
+        def evaluate(_: Trial, configuration: Configuration) -> EvaluatedConfiguration:
+            evaluated.append(configuration.key)
+            return worth(configuration)
 
-        other.run(trial_worker.key_of, evaluate)
+        other.run(trial_worker.choose, evaluate)
     assert evaluated == [interrupted]
     assert states(storage) == [TrialState.FAIL, TrialState.COMPLETE]
 
@@ -129,28 +133,35 @@ def test_a_living_worker_keeps_its_trial(storage: str, tmp_path: Path) -> None:
         with opened_storage(storage) as shared:
             other = Trials(shared, "test")
             assert other.running() == {key}
-            assert not other.run(lambda _: key, refuse)
-            assert other.run(lambda _: "another", lambda *_: {"value": 1.0})
+            assert not other.run(lambda _: Configuration.from_key(key), refuse)
+            assert other.run(lambda _: named("another"), one(1.0))
         assert states(storage) == [TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE]
     finally:
         worker.kill()
         worker.join()
 
 
-def refuse(*_: Any) -> Mapping[str, Any]:
+def refuse(*_: Any) -> Any:
     raise AssertionError("evaluated twice")
 
 
-def one(value: float = 0.0) -> Any:
-    return lambda *_: {"value": value, "note": "kept"}
+def named(name: str) -> Configuration:
+    return Configuration(smoothing=name)
+
+
+A = named("a")
+
+
+def one(value: float = 0.0) -> Callable[[Trial, Configuration], EvaluatedConfiguration]:
+    return lambda _, configuration: worth(configuration, value)
 
 
 def test_what_was_evaluated_is_not_evaluated_again() -> None:
     shared = InMemoryStorage()
     first, second = Trials(shared, "test"), Trials(shared, "test")
-    assert first.run(lambda _: "a", one(3.0))
-    assert not second.run(lambda _: "a", refuse)
-    assert second.outcomes()["a"].result == {"value": 3.0, "note": "kept"}
+    assert first.run(lambda _: A, one(3.0))
+    assert not second.run(lambda _: A, refuse)
+    assert second.evaluated() == {A.key: replace(worth(A, 3.0), number=0)}
     assert second.count() == 1
     assert len(second) == 2
 
@@ -168,7 +179,7 @@ def test_a_trial_waits_for_the_key_of_one_before_it(monkeypatch: pytest.MonkeyPa
             study.tell(silent, 1.0)
 
     monkeypatch.setattr(trials.time, "sleep", sleep)
-    assert mine.run(lambda _: "a", one())
+    assert mine.run(lambda _: A, one())
     assert len(slept) == 3
 
 
@@ -178,7 +189,7 @@ def test_one_that_never_says_its_key_is_failed(monkeypatch: pytest.MonkeyPatch) 
     mine = Trials(shared, "test")
     study = optuna.load_study(storage=shared, study_name="test")
     study.ask()
-    assert mine.run(lambda _: "a", one())
+    assert mine.run(lambda _: A, one())
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
@@ -186,11 +197,11 @@ def test_a_later_trial_gives_way_and_an_earlier_one_does_not() -> None:
     shared = InMemoryStorage()
     first, second = Trials(shared, "test"), Trials(shared, "test")
 
-    def evaluate(*_: Any) -> Mapping[str, Any]:
-        assert not second.run(lambda _: "a", refuse)
-        return {"value": 0.0}
+    def evaluate(_: Trial, configuration: Configuration) -> EvaluatedConfiguration:
+        assert not second.run(lambda _: A, refuse)
+        return worth(configuration)
 
-    assert first.run(lambda _: "a", evaluate)
+    assert first.run(lambda _: A, evaluate)
 
 
 def test_a_trial_that_others_took_for_dead_is_not_told() -> None:
@@ -198,46 +209,46 @@ def test_a_trial_that_others_took_for_dead_is_not_told() -> None:
     mine = Trials(shared, "test")
     study = optuna.load_study(storage=shared, study_name="test")
 
-    def evaluate(trial: Trial, _: str) -> Mapping[str, Any]:
+    def evaluate(trial: Trial, configuration: Configuration) -> EvaluatedConfiguration:
         study.tell(trial.number, state=TrialState.FAIL)
-        return {"value": 0.0}
+        return worth(configuration)
 
-    assert not mine.run(lambda _: "a", evaluate)
-    assert mine.outcomes() == {}
-    assert mine.run(lambda _: "a", one())
+    assert not mine.run(lambda _: A, evaluate)
+    assert mine.evaluated() == {}
+    assert mine.run(lambda _: A, one())
 
 
 def test_errors_are_passed_on_and_not_tried_again() -> None:
     mine = Trials(InMemoryStorage(), "test")
 
-    def key_of(trial: Trial) -> str:
-        return str(trial.suggest_int("x", 0, 9))
+    def choose(trial: Trial) -> Configuration:
+        return named(str(trial.suggest_int("x", 0, 9)))
 
-    def fail(*_: Any) -> Mapping[str, Any]:
+    def fail(*_: Any) -> Any:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        mine.run(key_of, fail)
+        mine.run(choose, fail)
     mine.recover()
     assert len(mine) == 1
 
 
 def test_an_interrupted_trial_is_tried_again_with_its_settings() -> None:
     mine = Trials(InMemoryStorage(), "test")
-    keys = []
+    chosen = []
 
-    def key_of(trial: Trial) -> str:
-        keys.append(str(trial.suggest_int("x", 0, 10**9)))
-        return keys[-1]
+    def choose(trial: Trial) -> Configuration:
+        chosen.append(named(str(trial.suggest_int("x", 0, 10**9))))
+        return chosen[-1]
 
-    def interrupt(*_: Any) -> Mapping[str, Any]:
+    def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mine.run(key_of, interrupt)
+        mine.run(choose, interrupt)
     assert mine.running() == set()
-    assert mine.run(key_of, one())
-    assert keys[0] == keys[1]
+    assert mine.run(choose, one())
+    assert chosen[0] == chosen[1]
     mine.recover()
     assert len(mine) == 2
 
