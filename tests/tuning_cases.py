@@ -13,7 +13,7 @@ from torch import nn
 
 import sq_cpu
 from sq_cpu import SearchSpace
-from sq_cpu.autotuning.latency import CHOICES, Costs
+from sq_cpu.autotuning.latency import PRECISIONS, Costs
 from sq_cpu.models.groups import smoothing_groups
 
 # Quick: without `tune`.
@@ -69,7 +69,7 @@ def costs(model: nn.Module) -> Costs:
     for linear in model.modules():
         if isinstance(linear, nn.Linear):
             size = linear.out_features * linear.in_features / 1024
-            row = {choice: size * _PER_WEIGHT[choice] for choice in CHOICES}
+            row = {precision: size * _PER_WEIGHT[precision] for precision in PRECISIONS}
             row |= {f"{c}+smoothing": ms + 0.01 * size for c, ms in row.items() if c != "float"}
             entries[f"{linear.out_features}x{linear.in_features}"] = row
     return Costs(tokens=32, dtype="float32", entries=entries)

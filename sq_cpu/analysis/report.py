@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Trial", "pareto_front", "report", "require_report", "scheme_text"]
 
-_PREFIX = "sq_cpu-"  # of PNG files: those of an earlier report are told from others by it
+_PREFIX = "sq_cpu-"  # of PNG files: it tells those of an earlier report from others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Trial:
 
     @property
     def measured(self) -> bool:
-        """Whether it has a place among accuracy and latency."""
+        """Whether it has both a loss and a latency."""
         values = (self.loss_percent, self.milliseconds)
         return all(value is not None and math.isfinite(value) for value in values)
 
@@ -89,18 +89,17 @@ def report(
 ) -> Path:
     """Write a report on what `analyze` found, and return its path.
 
-    The HTML file needs nothing beside it: no network, no script, no font. It follows the reader's
-    choice of light or dark. Sections without data are left out; the same input gives the same
-    bytes.
+    The HTML file is self-contained: no network, no script, no font. It follows the reader's choice
+    of light or dark. Sections without data are left out. The same input gives the same bytes.
 
     Parameters
     ----------
     path : the HTML file to write
-    name : what to call the model
+    name : the model's, for the title
     trials : those of an accuracy-aware search: `Autotuned.trials`, or of another search each a
         `Trial` or a mapping of its fields
-    png : folder for the figures as PNG; None is beside the file, "REPORT_files" for "REPORT.html".
-        Figures of an earlier report in it are removed.
+    png : folder for the figures as PNG; None puts it beside the file, "REPORT_files" for
+        "REPORT.html". Figures of an earlier report in it are removed.
 
     Raises `SqCpuError` when the extra `report` is not installed, for a trial with other fields, and
     where a file cannot be written; the HTML file is then as it was.
@@ -166,7 +165,7 @@ def _save_pictures(pictures: Sequence[Picture], folder: Path) -> None:
 
 
 def _pictures(analysis: Analysis, trials: Sequence[Trial]) -> dict[str, tuple[Picture, ...]]:
-    """Return the pictures of each section; of some there may be none."""
+    """Return the pictures of each section; a section may have none."""
     groups, linears = analysis.groups, analysis.linears
     shown = {
         "heat_maps": plots.heat_maps(groups),
@@ -207,7 +206,7 @@ def _html(
         analysis=analysis,
         scheme=scheme_text(analysis.scheme),
         facts=_facts(analysis),
-        in_pass=_in_pass(analysis),
+        at_run_time=_at_run_time(analysis),
         kept=_kept(analysis),
         pictures=pictures,
         kinds=plots.KINDS,
@@ -252,7 +251,7 @@ def _facts(analysis: Analysis) -> list[tuple[str, str, str]]:
         (
             "groups smoothed",
             f"{len(smoothed)} of {len(groups)}",
-            f"{folded} folded into weights, {len(smoothed) - folded} divided in the pass",
+            f"{folded} folded into weights, {len(smoothed) - folded} divided at run time",
         ),
         ("alpha", *_alpha_text(smoothed)),
         (
@@ -287,8 +286,8 @@ def _alpha_text(smoothed: Sequence[GroupAnalysis]) -> tuple[str, str]:
     return f"{alphas[0]:.3g} to {alphas[-1]:.3g}", remark or f"{len(alphas)} different values"
 
 
-def _in_pass(analysis: Analysis) -> list[tuple[str, int]]:
-    """Return why groups are divided in the pass, and how many, the most first."""
+def _at_run_time(analysis: Analysis) -> list[tuple[str, int]]:
+    """Return why groups are divided at run time, and how many, the most first."""
     # Names in a reason differ from block to block.
     reasons = Counter(
         re.sub(r"\.\d+\.", ".N.", group.note) or "the plan says so"
@@ -299,7 +298,7 @@ def _in_pass(analysis: Analysis) -> list[tuple[str, int]]:
 
 
 def _kept(analysis: Analysis) -> list[tuple[str, str, LinearAnalysis | None]]:
-    """Return name, reason and, of what could be int8, the measures of what stays in float."""
+    """Return name and reason of what stays in float, and the measures of what could be int8."""
     measured = {one.name: one for one in analysis.linears}
     return [(name, reason, measured.get(name)) for name, reason in analysis.kept.items()]
 

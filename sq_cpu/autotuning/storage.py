@@ -38,8 +38,8 @@ def opened_storage(where: str | os.PathLike[str] | BaseStorage | None) -> Iterat
     Parameters
     ----------
     where : a path (SQLite), a database's URL such as "postgresql://user@host/name", a storage of
-        Optuna's, or None: memory, which ends with the process. Of a storage of Optuna's that keeps
-        no heartbeats a worker that died on another machine cannot be told from a slow one.
+        Optuna's, or None: memory, which ends with the process. In a storage without heartbeats a
+        worker that died on another machine cannot be told from a slow one.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def _open(url: str, retries: int = 5) -> RDBStorage:
             "pip install 'sq_cpu[postgres]'"
         ) from error
     except Exception as error:  # SQLAlchemy's and the drivers' own have no base in common
-        # Two make the tables at once, and one of them has to lose.
+        # Of two that make the tables at once, one has to lose.
         lost = any(sign in str(error) for sign in ("already exists", "UNIQUE constraint"))
         if lost and retries:
             time.sleep(random.random())
@@ -106,9 +106,9 @@ def _without_password(url: str) -> str:
 
 
 def is_shared(where: str | os.PathLike[str] | BaseStorage | None) -> bool:
-    """Return whether all processes that open the storage see the same; memory is their own.
+    """Return whether processes share what they open; `where` is as for `opened_storage`.
 
-    `where` is as for `opened_storage`.
+    Memory belongs to one process.
     """
     if where is None or isinstance(where, InMemoryStorage):
         return False

@@ -1,14 +1,14 @@
-"""Trials in an Optuna storage that many workers share, each configuration evaluated once.
+"""Trials in an Optuna storage that many workers share: each configuration is evaluated once.
 
-Optuna hands out trials; it keeps neither two workers from trying the same configuration nor a
-configuration that was tried from being suggested again. Here a trial claims its key, a text that
-says all of the configuration, as in Lamport's bakery: it writes the key down, waits until every
-trial with a lower number has done so or is finished, and gives way to one with the same key that
-has a lower number or a result. Trial numbers are unique and rise, so of two with one key exactly
-one goes on.
+Optuna alone lets two workers try the same configuration, and suggests again what was tried. Here a
+trial claims its configuration by the key, as in Lamport's bakery. It writes the key down and waits
+until every trial with a lower number has done so or is finished. Then it gives way to a trial with
+the same key that has a lower number or a result. Trial numbers are unique and rise, so of two
+trials with one key exactly one goes on.
 
-A worker that was killed leaves a running trial. It is marked failed once its process is seen to be
-gone (same machine) or its heartbeat to have stopped (relational storages), and tried again.
+A worker that was killed leaves a running trial. That is marked failed, and tried again, once the
+worker is gone: see `processes.is_gone`. A worker on another machine is gone once its heartbeat in
+the storage has stopped; relational storages alone have heartbeats.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def join_study(
     """
     identity = dict(identity)
     if not has_study(storage, name):
-        # Before the study exists: whoever finds one finds its facts.
+        # Made before the study exists, so that whoever finds a study finds its facts.
         facts = dict(prepare())
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
@@ -96,8 +96,7 @@ def join_study(
 class Trials:
     """The trials of one study, for one worker of perhaps many.
 
-    The study minimizes `EvaluatedConfiguration.value`; `phase` is what its evaluations are said to
-    be of.
+    The study minimizes `EvaluatedConfiguration.value`, and marks each one with its `phase`.
     """
 
     def __init__(
@@ -120,7 +119,7 @@ class Trials:
         )
 
     def use(self, sampler: BaseSampler) -> None:
-        """Have the settings of trials to come suggested by `sampler`."""
+        """Let `sampler` suggest the settings of the next trials."""
         self._study.sampler = sampler
 
     def _all(self) -> list[FrozenTrial]:
@@ -148,25 +147,25 @@ class Trials:
         return found
 
     def running(self) -> set[str | None]:
-        """Return the keys that are being evaluated; None for one that is not known yet."""
+        """Return the keys that are being evaluated; None stands for a key not yet written."""
         self.recover()
         return {_key(trial) for trial in self._all() if trial.state == TrialState.RUNNING}
 
     def count(self) -> int:
-        """Return how many trials count towards a limit: evaluated, pruned half-way or running."""
+        """Return how many trials count towards a limit: evaluated, pruned or running."""
         self.recover()
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         return sum(trial.state in states or _is_pruned(trial) for trial in self._all())
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what the study keeps under a name, JSON types; made where it has none yet."""
+        """Return what the study keeps under a name, JSON types; make it where there is none yet."""
         attributes = self._study.user_attrs
         if name not in attributes:
             self._study.set_user_attr(name, make())
         return self._study.user_attrs[name]
 
     def propose(self, settings: Iterable[Mapping[str, Any]]) -> None:
-        """Have these settings tried first, if no trial exists yet."""
+        """Try these settings first, if no trial exists yet."""
         if not self._all():
             for values in settings:
                 self._enqueue(values)
@@ -193,7 +192,7 @@ class Trials:
         choose : asks the trial for its settings and returns the configuration
         evaluate : what the configuration is worth
 
-        What `evaluate` raises is passed on; after `KeyboardInterrupt` the configuration is tried
+        It raises what `evaluate` raises. After `KeyboardInterrupt` the configuration is tried
         again.
         """
         raised: BaseException | None = None
@@ -223,7 +222,7 @@ class Trials:
                 f"the storage failed; what is finished is kept, run again to go on: {error}"
             ) from error
         except Exception:
-            # Another worker took this one for dead and marked the trial failed: no error of ours.
+            # Another worker took this one for gone and marked the trial failed: no error of ours.
             expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
             if not expected or self._state(number) != TrialState.FAIL:
                 raise
@@ -271,7 +270,7 @@ class Trials:
             time.sleep(_POLL)
 
     def recover(self) -> None:
-        """Mark the trials of dead workers failed, and have what was interrupted tried again."""
+        """Mark the trials of workers that are gone failed, and try again what was interrupted."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)

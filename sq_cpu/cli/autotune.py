@@ -286,8 +286,8 @@ def _lines(found: Autotuned, goal: str, out: Path, page: Path | None) -> list[st
         f"{out}: {loss} (goal {goal}{'' if found.goal_met else ', missed'}), metric "
         f"{found.metric:.5g} against {found.float_metric:.5g} in float",
         f"linears: {found.milliseconds:.2f} ms against {found.float_milliseconds:.2f} in float; "
-        f"{best.activations} activations, {len(best.chosen('per_token'))} linears per token, "
-        f"{len(best.chosen('float'))} in float",
+        f"{best.activations} activations, {len(best.overrides('per_token'))} linears per token, "
+        f"{len(best.overrides('float'))} in float",
         f"{len(found.trials)} configurations evaluated",
     ]
     lines += [f"  {name}: {why}" for name, why in found.plan.in_float.items()]

@@ -77,7 +77,7 @@ def test_static_and_per_token_linears_are_mixed() -> None:
     assert found.goal_met
     assert not found.plan.in_float
     assert best.activations == "static"
-    per_token = best.chosen("per_token")
+    per_token = best.overrides("per_token")
     assert 0 < len(per_token) < 7
     calibration = sq_cpu.calibrate(model, batches(3))
     job = TuningJob(model, calibration, Divergence(model), Goal.of(goal), False, ("lm_head",))
