@@ -202,7 +202,7 @@ def autotune(
         return _conclusion(worker, stopped)
 
 
-def _costs_of(facts: Mapping[str, Any], given: Costs | None, say: Callable[[str], object]) -> Costs:
+def _costs_of(facts: Mapping[str, Any], given: Costs | None, log: Callable[[str], object]) -> Costs:
     """Return the costs that a study was begun with: all its milliseconds come from one table.
 
     Raises `SqCpuError` when others were given.
@@ -214,7 +214,7 @@ def _costs_of(facts: Mapping[str, Any], given: Costs | None, say: Callable[[str]
         )
     where = facts["measured_on"]
     if where not in (None, str(Machine.here())):
-        say(f"milliseconds are those of where the study was begun: {where}")
+        log(f"milliseconds are those of where the study was begun: {where}")
     return Costs.from_dict(facts["costs"])
 
 
@@ -257,7 +257,7 @@ def _explained(worker: Worker, configuration: Configuration) -> SmoothPlan:
 
 @contextmanager
 def _reporting(
-    worker: Worker, progress: bool | None, say: Callable[[str], object]
+    worker: Worker, progress: bool | None, log: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
     """Yield what reports the progress: on the bar, or a line for every new trial."""
     goal = worker.job.goal
@@ -282,6 +282,6 @@ def _reporting(
             for key, one in evaluated.items():
                 if show is None and key not in reported:
                     reported.add(key)
-                    say(f"{one.phase} {one.number}: {text(one)}")
+                    log(f"{one.phase} {one.number}: {text(one)}")
 
         yield report

@@ -107,8 +107,8 @@ def autotune_command(
 ) -> None:
     """Find the fastest mix of int8 and float for MODEL that keeps an accuracy goal.
 
-    Written to PLAN.json for `sq-cpu quantize --plan`; where it was stopped, by Ctrl-C or SIGTERM
-    too, the best so far. The exit code is 1 when that misses the goal.
+    PLAN.json is for `sq-cpu quantize --plan`. When the search is stopped, also by Ctrl-C or
+    SIGTERM, it holds the best plan so far. The exit code is 1 when that misses the goal.
     """
     require("optuna", "tune")
     # Optional, so imported where it is used: the other commands do without it.
@@ -139,7 +139,7 @@ def autotune_command(
         )
     else:
         evaluate = TextPerplexity(tokenizer, scored, window, text_windows)
-        # A text that is too short is refused before the calibration.
+        # Refuse a text that is too short before the calibration.
         if text is None:
             shipped_windows(tokenizer, scored, window, text_windows, "--text")
         else:
@@ -223,7 +223,7 @@ def _place(storage: str) -> Path | str:
 
 
 def _check_distinct(out: Path, where: Path | str, page: Path | None) -> None:
-    """Refuse one name for two of the files: the later would replace the earlier."""
+    """Refuse the same name for two of the files: the later would replace the earlier."""
     if isinstance(where, str):
         kind, _, rest = where.partition("://")
         file = Path(rest.removeprefix("/").partition("?")[0]) if kind[:6] == "sqlite" else None
@@ -240,7 +240,7 @@ def _check_distinct(out: Path, where: Path | str, page: Path | None) -> None:
 
 
 def _check_storage(where: Path | str, study: str, resume: bool) -> None:
-    """Refuse trials of an earlier run, unless it is to go on, and then a file without them."""
+    """Refuse trials of an earlier run without --resume, and --resume without such trials."""
     if isinstance(where, Path):
         check_file(where)
         if resume and not where.exists():
@@ -253,7 +253,7 @@ def _check_storage(where: Path | str, study: str, resume: bool) -> None:
         there = has_study(opened, study)
     if resume and not there:
         raise SqCpuError(f"nothing to resume: {where} has no study {study}; drop --resume")
-    # In a database that others work on, a study of this very job goes on by itself.
+    # In a database, which others share, a study of this very job is continued without --resume.
     if there and not resume and isinstance(where, Path):
         raise SqCpuError(
             f"{where} holds the trials of an earlier run: go on with --resume, remove it, or give "

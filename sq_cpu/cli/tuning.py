@@ -37,11 +37,11 @@ GOAL = "Greatest loss against the float model: 1% of its metric, or a number."
 
 @dataclass(frozen=True, kw_only=True)
 class TuningInput:
-    """The model and what it is calibrated on."""
+    """The model, and the text that it is calibrated on."""
 
     model: str
     own: Sequence[str]
-    """The user's texts; none: the shipped one."""
+    """The user's texts; empty: the shipped text."""
     windows: int
     window: int
     dtype: Dtype
