@@ -6,6 +6,8 @@
 // that is 12 cycles, so arithmetic alone binds.
 #pragma once
 
+#include <utility>
+
 #include "kernel.h"
 #include "vec.h"
 
@@ -84,21 +86,26 @@ void register_block(const TileArgs& t) {
   }
 }
 
+constexpr int kWidestBlock = 4;  // strips
+
 template <typename Dot, int kRows>
-constexpr void (*kByStrips[])(const TileArgs&) = {
+constexpr void (*kByStrips[kWidestBlock])(const TileArgs&) = {
     register_block<Dot, kRows, 1>, register_block<Dot, kRows, 2>, register_block<Dot, kRows, 3>,
     register_block<Dot, kRows, 4>};
 
-// kRows: 1, 2 .. the most rows that fit the register file with what Dot needs.
-template <typename Dot, int... kRows>
-void run_rows(const TileArgs& t) {
-  constexpr void (*const* kBlocks[])(const TileArgs&) = {kByStrips<Dot, kRows>...};
+template <typename Dot, int... kFewerRows>
+void run_rows(const TileArgs& t, std::integer_sequence<int, kFewerRows...>) {
+  constexpr void (*const* kBlocks[])(const TileArgs&) = {kByStrips<Dot, kFewerRows + 1>...};
   kBlocks[t.rows - 1][t.strips - 1](t);
 }
 
-template <typename Dot>
-void run_6x64(const TileArgs& t) {
-  run_rows<Dot, 1, 2, 3, 4, 5, 6>(t);
+// Block: the RegisterBlock of the table, whose sums must fit the register file beside what Dot
+// needs.
+template <typename Dot, typename Block>
+void run_block(const TileArgs& t) {
+  static_assert(Block::kStrips <= kWidestBlock, "kByStrips has no block so wide");
+  static_assert(Block::kRows * Block::kStrips <= 24, "the sums leave no registers of 32");
+  run_rows<Dot>(t, std::make_integer_sequence<int, Block::kRows>());
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "blocking.h"
 #include "check.h"
+#include "dispatch.h"
 #include "gemm.h"
 #include "scratch.h"
 #include "team.h"
@@ -205,16 +206,18 @@ class Task {
     const BatchedShape& shape = job_.shape;
     const int64_t first_row = head_ * job_.group * shape.m + block_.begin;
     const float* scale = job_.a.scale == nullptr ? job_.ones : job_.a.scale + first_row;
-    const Output output = output_of(job_.y.type);
-    auto* y = static_cast<char*>(job_.y.data) +
-              (offset(job_.y.strides, block_.begin) + columns.begin) * element_bytes(output);
-    const GemmArgs args{{codes_, const_cast<float*>(scale), const_cast<int32_t*>(job_.zero_points),
-                         block_.size(), shape.k, job_.a.max_code},
-                        {packed_, columns.size(), shape.k},
-                        y,
-                        output,
-                        job_.ldy,
-                        nullptr};
+    GemmArgs args{};
+    args.x.codes = codes_;
+    args.x.scale = const_cast<float*>(scale);
+    args.x.zero_point = const_cast<int32_t*>(job_.zero_points);
+    args.x.m = block_.size();
+    args.x.k = shape.k;
+    args.x.max_code = job_.a.max_code;
+    args.weight = {packed_, columns.size(), shape.k};
+    args.output = output_of(job_.y.type);
+    args.y = static_cast<char*>(job_.y.data) +
+             (offset(job_.y.strides, block_.begin) + columns.begin) * element_bytes(args.output);
+    args.ldy = job_.ldy;
     WorkCounter counter;  // the blocking is for one thread: it has one task
     run_tasks(args, job_.kernel, job_.rows, job_.blocking, &counter, sums_, 0);
   }
@@ -256,15 +259,15 @@ void batched_matmul(const BatchedShape& shape, const BatchedLeft& a, const Batch
   if (shape.batch == 0 || shape.heads == 0 || shape.m == 0 || shape.n == 0) return;
   const Job job(shape, a, b, alpha, y);
   const int64_t heads = shape.batch * shape.kv_heads, rows = job.group * shape.m;
-  const int team = team_size(rows, heads * shape.n, shape.k);
-  const Split split = choose_split(heads, rows, row_step(job.kernel), job.strips, team);
+  const int workers = worker_count(rows, heads * shape.n, shape.k);
+  const Split split = choose_split(heads, rows, row_step(job.kernel), job.strips, workers);
   const int64_t parts = split.row_parts * split.strip_parts;
   thread_local Scratch<std::byte> scratch;
-  std::byte* const workspace = scratch.get(job.workspace_bytes * team);
+  std::byte* const workspace = scratch.get(job.workspace_bytes * workers);
   std::atomic<uint64_t> bits{0};
-  run_team(team, [&](int thread, int threads) {
-    Task task(job, workspace + job.workspace_bytes * thread);
-    for (int64_t t = thread; t < heads * parts; t += threads) {
+  run_team(workers, [&](int worker, int count) {
+    Task task(job, workspace + job.workspace_bytes * worker);
+    for (int64_t t = worker; t < heads * parts; t += count) {
       task.run(t / parts,
                part(rows, row_step(job.kernel), split.row_parts, t % parts / split.strip_parts),
                part(job.strips, 1, split.strip_parts, t % split.strip_parts));

@@ -19,6 +19,7 @@
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
+#include "testing/use_isa.h"
 
 namespace py = pybind11;
 

@@ -7,28 +7,6 @@
 namespace sq_cpu {
 namespace {
 
-constexpr Microkernel kMicrokernels[] = {
-#define SQ_MICROKERNEL(isa, name, rows, strips, max_code, from_m, home, overlaps, begin, end) \
-  {#name, Isa::isa, rows, strips, max_code, from_m, PanelHome::home, overlaps, name, begin, end},
-#define SQ_ROW_KERNELS(isa, name)
-#include "kernels.inc"
-#undef SQ_MICROKERNEL
-#undef SQ_ROW_KERNELS
-};
-
-struct RowKernelsOf {
-  Isa isa;
-  const RowKernels& kernels;
-};
-
-const RowKernelsOf kRowKernels[] = {
-#define SQ_MICROKERNEL(...)
-#define SQ_ROW_KERNELS(isa, name) {Isa::isa, name},
-#include "kernels.inc"
-#undef SQ_MICROKERNEL
-#undef SQ_ROW_KERNELS
-};
-
 constexpr int64_t kWorkspaceBytes = 32 << 20;
 constexpr int64_t kBytesPerThread = 128 << 10;
 
@@ -60,44 +38,12 @@ int64_t near_equal(int64_t count, int64_t step, int64_t most) {
   return std::max(ceil_div(ceil_div(count, std::max<int64_t>(parts, 1)), step) * step, step);
 }
 
-// Groups of a block of so many rows.
-int64_t most_groups(const Microkernel& kernel, int64_t rows) {
-  const int64_t step = row_step(kernel);
-  return ceil_div(rows, step) * ceil_div(step, kernel.rows);
-}
-
 }  // namespace
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t row_step(const Microkernel& kernel) { return std::max<int64_t>(kernel.rows, kBlockRows); }
 
 Range part(int64_t count, int64_t step, int64_t parts, int64_t index) {
   const int64_t units = ceil_div(count, step);
   return {std::min(count, units * index / parts * step),
           std::min(count, units * (index + 1) / parts * step)};
-}
-
-MicrokernelTable microkernels() { return {kMicrokernels, std::size(kMicrokernels)}; }
-
-const Microkernel& choose_microkernel(Isa isa, int max_code, int64_t m) {
-  const Microkernel* best = &kMicrokernels[0];
-  for (const Microkernel& kernel : kMicrokernels) {
-    if (kernel.isa <= isa && kernel.max_code >= max_code && m >= kernel.from_m) best = &kernel;
-  }
-  return *best;
-}
-
-const char* microkernel_name(int max_code, int64_t m) {
-  return choose_microkernel(active_isa(), max_code, m).name;
-}
-
-const RowKernels& row_kernels(Isa isa) {
-  const RowKernels* best = &kRowKernels[0].kernels;
-  for (const RowKernelsOf& row : kRowKernels) {
-    if (row.isa <= isa) best = &row.kernels;
-  }
-  return *best;
 }
 
 int useful_threads(int64_t m, int64_t n, int64_t k, int available) {
@@ -110,6 +56,7 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
                          int threads) {
   const int64_t step = row_step(kernel);
   Blocking best{};
+  best.strip_step = 1;
   double least = -1;
   const int64_t most_row_parts =
       std::min<int64_t>(threads, std::max<int64_t>(1, ceil_div(m, step)));
@@ -124,7 +71,9 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
     const double cost = double(rows) * columns + area * read;
     if (least < 0 || cost < least) {
       least = cost;
-      best = {row_parts, strip_parts, near_equal(rows, step, kMostRows), 1, 0, 0, 0, 0};
+      best.row_parts = row_parts;
+      best.strip_parts = strip_parts;
+      best.rows = near_equal(rows, step, kMostRows);
     }
   }
   const int64_t task_strips = ceil_div(strips, best.strip_parts);

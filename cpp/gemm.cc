@@ -44,6 +44,65 @@ class Prefetch {
   int64_t bytes_ = 0, stride_ = 0, pieces_ = 0, quarter_lines_ = 0, step_ = 0, done_ = 0;
 };
 
+// An epilogue runs one call of the microkernel behind its sums, so that a kernel whose products
+// another unit computes (AMX) works on it meanwhile, and the sums alternate between two places:
+//
+//   call of the microkernel   group 0 | group 1 | group 2 | ...         (each: k whole)
+//   it writes                 place 0 | place 1 | place 0 | ...
+//   epilogue, meanwhile               | group 0 | group 1 | group 2
+//   it reads                          | place 0 | place 1 | place 0
+//
+// A kernel that uses the vector units itself has nothing to overlap: its epilogues run at once.
+
+// Where a call's sums lie: places that swap where products are whole, one for each group and panel
+// of the strip block where k is cut, since all wait for the next k block.
+class Sums {
+ public:
+  Sums(int32_t* base, int64_t place) : base_(base), place_(place) {}
+
+  void rewind(bool cut) {
+    cut_ = cut;
+    now_ = base_;
+  }
+  int32_t* now() const { return now_; }
+  void next() { now_ = cut_ || now_ == base_ ? now_ + place_ : base_; }
+
+ private:
+  int32_t* const base_;
+  const int64_t place_;  // ints of it
+  int32_t* now_ = nullptr;
+  bool cut_ = false;
+};
+
+// The epilogue of the last finished product.
+class DeferredEpilogue {
+ public:
+  explicit DeferredEpilogue(void (*epilogue)(const EpilogueArgs&)) : epilogue_(epilogue) {}
+
+  // The rows that are left, for a microkernel to work on; null when there are none.
+  EpilogueArgs* waiting() { return args_.row < args_.rows ? &args_ : nullptr; }
+
+  // `args` of all rows, with steps at row 0 of the product; the group begins with `row`.
+  void defer(const EpilogueArgs& args, const EpilogueSteps* steps, int64_t row) {
+    args_ = args;
+    args_.steps = nullptr;
+    if (steps == nullptr) return;
+    steps_ = *steps;
+    advance(steps_, row);
+    args_.steps = &steps_;
+  }
+
+  void finish() {
+    if (args_.row < args_.rows) epilogue_(args_);
+    args_.row = args_.rows;
+  }
+
+ private:
+  void (*const epilogue_)(const EpilogueArgs&);
+  EpilogueArgs args_{};
+  EpilogueSteps steps_{};
+};
+
 class Worker {
  public:
   Worker(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
@@ -51,12 +110,12 @@ class Worker {
       : args_(args),
         kernel_(kernel),
         epilogue_(rows.epilogue[static_cast<int>(args.output)]),
+        deferred_(epilogue_),
         blocking_(blocking),
-        sums_(sums),
+        sums_(sums, kernel.rows * kernel.strips * kStripColumns),
         codes_(args.x.m, args.x.k),
         k_blocks_(k_block_count(args.x.k)),
-        stride_(strip_bytes(args.x.k)),
-        group_sums_(kernel.rows * kernel.strips * kStripColumns) {}
+        stride_(strip_bytes(args.x.k)) {}
 
   void begin() {
     if (kernel_.begin != nullptr) kernel_.begin(state_);
@@ -71,7 +130,7 @@ class Worker {
   }
 
   void end() {
-    finish_epilogue();
+    deferred_.finish();
     if (kernel_.end != nullptr) kernel_.end(state_);
   }
 
@@ -113,7 +172,7 @@ class Worker {
       const int64_t k0 = cut * blocking_.k_blocks;
       tile.k_blocks = std::min(blocking_.k_blocks, k_blocks_ - k0);
       tile.accumulate = cut > 0;
-      int32_t* c = sums_;
+      sums_.rewind(cuts > 1);
       for (int64_t s = strips.begin; s < strips.end; s += blocking_.panel_strips) {
         const int width = static_cast<int>(std::min(blocking_.panel_strips, strips.end - s));
         tile.strip = args_.weight.data + s * stride_ + k0 * kTileBytes;
@@ -130,18 +189,19 @@ class Worker {
           const Group& group = group_[index];
           tile.u = args_.x.codes + group.codes + k0 * codes_.tile;
           tile.rows = group.rows;
-          tile.c = c;
-          tile.waiting = waiting_.row < waiting_.rows ? &waiting_ : nullptr;
+          tile.c = sums_.now();
+          tile.waiting = deferred_.waiting();
           ahead.ask(tile);
           kernel_.run(tile);
-          finish_epilogue();
-          if (cut + 1 == cuts) defer_epilogue(group, s, width, c);
-          if (!kernel_.overlaps_epilogue) finish_epilogue();
-          // Whole products swap two places: the other one's epilogue is still waiting.
-          c = cuts > 1 ? c + group_sums_ : c == sums_ ? sums_ + group_sums_ : sums_;
+          deferred_.finish();
+          if (cut + 1 == cuts) {
+            deferred_.defer(epilogue_of(group, s, width), args_.steps, group.row);
+          }
+          if (!kernel_.overlaps_epilogue) deferred_.finish();
+          sums_.next();
         }
       }
-      finish_epilogue();  // its sums are about to be written over
+      deferred_.finish();  // its sums are about to be written over
     }
   }
 
@@ -160,10 +220,10 @@ class Worker {
             std::min(blocking_.panel_strips, end - s)};
   }
 
-  // The epilogue of a finished product waits for the next call of the microkernel.
-  void defer_epilogue(const Group& group, int64_t s, int width, const int32_t* c) {
-    EpilogueArgs& e = waiting_;
-    e.c = c;
+  // Of the product that lies in sums_.now(): a group times the `width` strips from s on.
+  EpilogueArgs epilogue_of(const Group& group, int64_t s, int width) const {
+    EpilogueArgs e{};
+    e.c = sums_.now();
     e.ldc = width * kStripColumns;
     e.row = 0;
     e.rows = group.rows;
@@ -182,33 +242,21 @@ class Worker {
     } else {
       e.y = y + group.row * args_.ldy * element_bytes(args_.output);
     }
-    e.steps = nullptr;
-    if (args_.steps != nullptr) {
-      steps_ = *args_.steps;
-      advance(steps_, group.row);
-      e.steps = &steps_;
-    }
-  }
-
-  void finish_epilogue() {
-    if (waiting_.row < waiting_.rows) epilogue_(waiting_);
-    waiting_.row = waiting_.rows;
+    return e;
   }
 
   const GemmArgs& args_;
   const Microkernel& kernel_;
-  void (*epilogue_)(const EpilogueArgs&);
+  void (*const epilogue_)(const EpilogueArgs&);
+  DeferredEpilogue deferred_;
   const Blocking& blocking_;
-  int32_t* sums_;
+  Sums sums_;
   const CodeLayout codes_;
   const int64_t k_blocks_;
   const int64_t stride_;
-  const int64_t group_sums_;
   Range rows_{0, 0};
   Group group_[kMostGroups];
   int64_t groups_ = 0;
-  EpilogueArgs waiting_{};
-  EpilogueSteps steps_{};
   TaskState state_;
 };
 

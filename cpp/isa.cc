@@ -13,6 +13,7 @@
 #include <stdexcept>
 
 #include "check.h"
+#include "testing/use_isa.h"
 
 namespace sq_cpu {
 namespace {

@@ -43,6 +43,14 @@ struct RowArgs {
 // blocks, or rows of s8: clamp(rne(v), -127, 127).
 enum class Output { kFloat32, kBFloat16, kFloat16, kInt32, kCode, kInt8 };
 constexpr int kOutputs = 6;
+constexpr int kDTypes = 3;
+static_assert(static_cast<int>(DType::kFloat16) == kDTypes - 1 &&
+                  static_cast<int>(Output::kInt8) == kOutputs - 1,
+              "RowKernels has a function for each DType and each Output");
+static_assert(static_cast<int>(Output::kFloat32) == static_cast<int>(DType::kFloat32) &&
+                  static_cast<int>(Output::kBFloat16) == static_cast<int>(DType::kBFloat16) &&
+                  static_cast<int>(Output::kFloat16) == static_cast<int>(DType::kFloat16),
+              "a DType becomes an Output by its number");
 
 // The optional steps of an epilogue; operands point to the group's first row, column 0.
 struct EpilogueSteps {
@@ -115,7 +123,7 @@ struct Microkernel {
   void (*end)(TaskState&);
 };
 
-// The largest MR and NR of all rows of the table.
+// The largest MR and NR of all rows of the table (dispatch.cc checks them).
 constexpr int kMaxRows = 32;
 constexpr int kMaxColumns = 64;
 
@@ -142,9 +150,9 @@ struct StripArgs {
 // What is beside the product, compiled once per vector width from rows.h, count_saturated.h and
 // strips.h.
 struct RowKernels {
-  RowStats (*stats[3])(const RowArgs&);  // by DType of x
+  RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
-  void (*quantize[3])(const RowArgs&, const RowGrid&, uint8_t* u, int64_t u_tile);
+  void (*quantize[kDTypes])(const RowArgs&, const RowGrid&, uint8_t* u, int64_t u_tile);
   void (*epilogue[kOutputs])(const EpilogueArgs&);
   // The pairs of all products whose sum leaves int16.
   int64_t (*count_saturated)(const PairArgs&);
@@ -155,7 +163,16 @@ struct RowKernels {
   uint64_t (*arrange)(const void* x, int64_t k, uint8_t flip, uint8_t* u, int64_t u_tile);
 };
 
-#define SQ_MICROKERNEL(isa, name, ...) void name(const TileArgs&);
+// What the table says of a microkernel, for its own file to check: MR, and NR in strips.
+template <int kMR, int kNRStrips>
+struct RegisterBlock {
+  static constexpr int kRows = kMR;
+  static constexpr int kStrips = kNRStrips;
+};
+
+#define SQ_MICROKERNEL(isa, name, rows, strips, ...) \
+  void name(const TileArgs&);                        \
+  using name##_block = RegisterBlock<rows, strips>;
 #define SQ_ROW_KERNELS(isa, name) extern const RowKernels name;
 #include "kernels.inc"
 #undef SQ_MICROKERNEL

@@ -74,6 +74,8 @@ void amx_begin(TaskState& state) {
 void amx_end(TaskState& state) { load_config(state.saved); }
 
 void u8s8_32x32_amx_int8(const TileArgs& t) {
+  using Block = u8s8_32x32_amx_int8_block;
+  static_assert(Block::kRows == 2 * kTileRows && Block::kStrips == 2, "2 x 2 tiles");
   if (t.state->rows != t.rows) configure(*t.state, t.rows);
   const bool lower = t.rows > kTileRows;
   const bool right = t.strips > 1;

@@ -85,15 +85,23 @@ void u8s8(const TileArgs& t) {
   }
 }
 
+// What `put` and the register count above hold for: 16 registers, one strip.
+template <typename Block>
+constexpr bool kFits = Block::kRows <= 4 && Block::kStrips == 1;
+
 }  // namespace
 
 void u7s8_4x16_avx2(const TileArgs& t) {
-  constexpr void (*kByRows[])(const TileArgs&) = {u7s8<1>, u7s8<2>, u7s8<3>, u7s8<4>};
+  static_assert(kFits<u7s8_4x16_avx2_block>, "the register block does not fit AVX2");
+  constexpr void (*kByRows[u7s8_4x16_avx2_block::kRows])(const TileArgs&) = {u7s8<1>, u7s8<2>,
+                                                                             u7s8<3>, u7s8<4>};
   kByRows[t.rows - 1](t);
 }
 
 void u8s8_4x16_avx2(const TileArgs& t) {
-  constexpr void (*kByRows[])(const TileArgs&) = {u8s8<1>, u8s8<2>, u8s8<3>, u8s8<4>};
+  static_assert(kFits<u8s8_4x16_avx2_block>, "the register block does not fit AVX2");
+  constexpr void (*kByRows[u8s8_4x16_avx2_block::kRows])(const TileArgs&) = {u8s8<1>, u8s8<2>,
+                                                                             u8s8<3>, u8s8<4>};
   kByRows[t.rows - 1](t);
 }
 

@@ -12,6 +12,8 @@ struct Vpdpbusd {
 
 }  // namespace
 
-void u8s8_6x64_avx512_vnni(const TileArgs& t) { run_6x64<Vpdpbusd>(t); }
+void u8s8_6x64_avx512_vnni(const TileArgs& t) {
+  run_block<Vpdpbusd, u8s8_6x64_avx512_vnni_block>(t);
+}
 
 }  // namespace sq_cpu

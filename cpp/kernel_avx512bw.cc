@@ -39,9 +39,9 @@ struct Vpmaddwd {
 
 }  // namespace
 
-void u8s8_4x64_avx512bw(const TileArgs& t) { run_rows<Vpmaddwd, 1, 2, 3, 4>(t); }
+void u8s8_4x64_avx512bw(const TileArgs& t) { run_block<Vpmaddwd, u8s8_4x64_avx512bw_block>(t); }
 
-void u7s8_6x64_avx512bw(const TileArgs& t) { run_6x64<Vpmaddubsw>(t); }
+void u7s8_6x64_avx512bw(const TileArgs& t) { run_block<Vpmaddubsw, u7s8_6x64_avx512bw_block>(t); }
 
 const RowKernels rows_avx512bw = make_row_kernels();
 

@@ -4,6 +4,7 @@
 namespace sq_cpu {
 
 void u8s8_4x16_reference(const TileArgs& t) {
+  static_assert(u8s8_4x16_reference_block::kStrips == 1, "these loops run over one strip");
   for (int row = 0; row < t.rows; ++row) {
     for (int column = 0; column < kStripColumns; ++column) {
       uint32_t sum = 0;  // wraps; only the final value must fit

@@ -1,12 +1,15 @@
-// The public ops: check the arguments, quantize rows, run the product.
+// The linear layer's public functions: check the arguments, run the product in one team, quantizing
+// on the way where x comes in floats.
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <atomic>
 #include <memory>
 
 #include "blocking.h"
 #include "check.h"
+#include "dispatch.h"
 #include "gemm.h"
+#include "operands.h"
+#include "quantize.h"
 #include "scratch.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
@@ -17,127 +20,6 @@ namespace {
 
 constexpr int64_t kPageInts = 1024;  // each thread's sums on pages of their own
 
-constexpr double kFloor = 1e-30;  // of an absolute maximum: keeps 127 / absmax finite
-
-struct RowCode {  // how the rows that share statistics become u8
-  RowGrid grid;
-  float scale;
-};
-
-// All in double, rounded once: the same bits as the reference in any language.
-RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
-  const int levels = q.reduce_range ? 127 : 255;  // asymmetric codes are 0 .. levels
-  const int absmax_code = levels / 2;             // symmetric ones are +-127 or +-63
-  // The zero point of an infinite range is no number; the scale below marks the row.
-  const double low = stats.finite ? stats.min : 0.0, high = stats.finite ? stats.max : 0.0;
-  RowCode code;
-  if (q.granularity == Granularity::kStatic) {
-    code.scale = q.scale;
-    code.grid.inv_scale = static_cast<float>(1.0 / q.scale);
-    code.grid.zero_point = q.zero_point;
-  } else if (q.symmetric) {
-    const double absmax = std::max({kFloor, -low, high});
-    code.scale = static_cast<float>(absmax / absmax_code);
-    code.grid.inv_scale = static_cast<float>(absmax_code / absmax);
-    code.grid.zero_point = absmax_code + 1;
-  } else {
-    const double range = std::max(kFloor, high - low);
-    code.scale = static_cast<float>(range / levels);
-    code.grid.inv_scale = static_cast<float>(levels / range);
-    code.grid.zero_point = static_cast<int32_t>(std::nearbyint(-low * levels / range));
-  }
-  code.grid.low = static_cast<float>(q.symmetric ? -absmax_code : -code.grid.zero_point);
-  code.grid.high = static_cast<float>(q.symmetric ? absmax_code : levels - code.grid.zero_point);
-  if (!stats.finite) {
-    code.scale = std::numeric_limits<float>::quiet_NaN();
-    code.grid.inv_scale = 0.0f;
-  }
-  return code;
-}
-
-void check_quantizer(const ActivationQuantizer& q) {
-  if (q.granularity != Granularity::kStatic) return;
-  SQ_CHECK(q.scale > 0.0f && std::isfinite(q.scale) && std::isfinite(1.0f / q.scale),
-           "static activation scale is ", q.scale,
-           "; it must be positive and finite, and its reciprocal too");
-  const int centre = q.reduce_range ? 64 : 128;
-  SQ_CHECK(q.symmetric ? q.zero_point == centre : q.zero_point >= 0 && q.zero_point <= q.max_code(),
-           "static zero point is ", q.zero_point, "; this grid needs ",
-           q.symmetric ? join(centre) : join("0 .. ", q.max_code()));
-}
-
-struct Activations {
-  const void* x;
-  DType type;
-  int64_t m, k, ldx;
-  const float* inverse_smoothing;
-
-  RowArgs row(int64_t i) const {
-    const int64_t bytes = type == DType::kFloat32 ? 4 : 2;
-    return {static_cast<const char*>(x) + i * ldx * bytes, inverse_smoothing, k};
-  }
-};
-
-// Statistics over all finite rows, for a per-tensor scale.
-RowStats tensor_stats(const Activations& x, const RowKernels& kernels, int threads) {
-  const auto stats = kernels.stats[static_cast<int>(x.type)];
-  float low = 0.0f, high = 0.0f;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(min : low) \
-    reduction(max : high)
-  for (int64_t row = 0; row < x.m; ++row) {
-    const RowStats s = stats(x.row(row));
-    if (!s.finite) continue;
-    low = std::min(low, s.min);
-    high = std::max(high, s.max);
-  }
-  return {low, high, true};
-}
-
-void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
-                   const RowStats& whole, const RowKernels& kernels,
-                   const QuantizedActivation& out) {
-  const auto stats = kernels.stats[static_cast<int>(x.type)];
-  const auto quantize = kernels.quantize[static_cast<int>(x.type)];
-  const CodeLayout layout(out.m, out.k);
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const RowStats own = stats(x.row(row));
-    const bool shared = q.granularity == Granularity::kPerTensor;
-    const RowCode code = make_code(q, shared ? RowStats{whole.min, whole.max, own.finite} : own);
-    quantize(x.row(row), code.grid, out.codes + layout.offset(row), layout.tile);
-    out.scale[row] = code.scale;
-    out.zero_point[row] = code.grid.zero_point;
-  }
-}
-
-void check_matrix(const char* name, const void* data, int64_t rows, int64_t columns, int64_t ld) {
-  SQ_CHECK(rows >= 0, name, " has ", rows, " rows");
-  SQ_CHECK(ld >= columns, name, " has rows of ", columns, " elements only ", ld, " apart");
-  SQ_CHECK(data != nullptr || rows == 0 || columns == 0, name, " is null");
-}
-
-void check_weight(const PackedWeight& weight) {
-  const int64_t bytes = packed_bytes(weight.n, weight.k);  // checks the shape
-  SQ_CHECK(weight.data != nullptr || bytes == 0, "the packed weight is null");
-}
-
-void check_activation(const char* name, const QuantizedActivation& x) {
-  const int64_t bytes = codes_bytes(x.m, x.k);  // checks the shape
-  SQ_CHECK(x.codes != nullptr || bytes == 0, name, ".codes is null");
-  SQ_CHECK(x.zero_point != nullptr || x.m == 0, name, ".zero_point is null");
-  SQ_CHECK(x.max_code == 127 || x.max_code == 255, name, ".max_code is ", x.max_code,
-           "; codes reach 127 or 255");
-}
-
-void check_product(const QuantizedActivation& x, const PackedWeight& weight) {
-  check_weight(weight);
-  check_activation("x", x);
-  SQ_CHECK(x.k == weight.k, "x has ", x.k, " columns, the weight takes ", weight.k);
-}
-
-void check_scale(const char* name, const QuantizedActivation& x) {
-  SQ_CHECK(x.scale != nullptr || x.m == 0, name, ".scale is null");
-}
-
 // The steps that the kernels take; `steps` keeps them. Null when there are none.
 const EpilogueSteps* make_steps(const Epilogue& epilogue, int64_t m, int64_t n,
                                 EpilogueSteps& steps) {
@@ -147,58 +29,47 @@ const EpilogueSteps* make_steps(const Epilogue& epilogue, int64_t m, int64_t n,
   if (epilogue.residual != nullptr) {
     check_matrix("epilogue.residual", epilogue.residual, m, n, epilogue.ld_residual);
   }
-  steps = {epilogue.activation,
-           epilogue.other,
-           epilogue.ld_other,
-           epilogue.residual,
-           epilogue.ld_residual,
-           epilogue.operand_type,
-           {},
-           nullptr};
+  steps = {};
+  steps.activation = epilogue.activation;
+  steps.other = epilogue.other;
+  steps.ld_other = epilogue.ld_other;
+  steps.residual = epilogue.residual;
+  steps.ld_residual = epilogue.ld_residual;
+  steps.operand_type = epilogue.operand_type;
   const bool any = epilogue.activation != Activation::kNone || epilogue.other != nullptr ||
                    epilogue.residual != nullptr;
   return any ? &steps : nullptr;
 }
 
-// One parallel region: each thread prepares its view of the product, then takes its part of it.
-// Prepare: void operator()(GemmArgs& own, int thread, int threads), called by every thread.
+// One parallel region: each worker prepares its view of the product, then takes its part of it.
+// Prepare: void operator()(GemmArgs& own, int worker, int workers), called by every worker.
 template <typename Prepare>
 void run_product(const GemmArgs& args, Prepare prepare) {
   const Isa isa = active_isa();
   const Microkernel& kernel = choose_microkernel(isa, args.x.max_code, args.x.m);
   const RowKernels& rows = row_kernels(isa);
-  const int team = team_size(args.x.m, args.weight.n, args.weight.k);
+  const int workers = worker_count(args.x.m, args.weight.n, args.weight.k);
   const int64_t k_blocks = k_block_count(args.weight.k);
   const Blocking blocking =
-      choose_blocking(kernel, args.x.m, strip_count(args.weight.n), k_blocks, team);
+      choose_blocking(kernel, args.x.m, strip_count(args.weight.n), k_blocks, workers);
   const int64_t own_sums =
       ceil_div(workspace_sums(kernel, blocking, k_blocks), kPageInts) * kPageInts;
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
   thread_local Scratch<int32_t> sums_scratch;
   thread_local Scratch<WorkCounter> counter_scratch;
-  int32_t* const sums = sums_scratch.get(own_sums * team);
+  int32_t* const sums = sums_scratch.get(own_sums * workers);
   WorkCounter* const counters = counter_scratch.get(tasks);
   std::uninitialized_default_construct_n(counters, tasks);
-  run_team(team, [&](int thread, int threads) {
+  run_team(workers, [&](int worker, int count) {
     GemmArgs own = args;
-    prepare(own, thread, threads);
-    run_tasks(own, kernel, rows, blocking, counters, sums + own_sums * thread, thread);
+    prepare(own, worker, count);
+    run_tasks(own, kernel, rows, blocking, counters, sums + own_sums * worker, worker);
   });
 }
 
 void run_product(const GemmArgs& args) {
   run_product(args, [](GemmArgs&, int, int) {});
 }
-
-// So little that every thread quantizes it all, for itself: quicker than to share it and wait.
-struct OwnCodes {
-  static constexpr int64_t kBytes = 16 << 10;  // 3 us of quantizing; a barrier takes 1 to 5
-  static bool hold(int64_t m, int64_t k) { return m <= kBlockRows && codes_bytes(m, k) <= kBytes; }
-
-  alignas(64) uint8_t codes[kBytes];
-  float scale[kBlockRows];
-  int32_t zero_point[kBlockRows];
-};
 
 // Whole rows quantized, then multiplied, by one team.
 void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuantizer& quantizer,
@@ -214,22 +85,15 @@ void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuan
       quantize_rows(x, {0, x.m}, quantizer, whole, rows, own.x);
     });
   } else {
-    run_product(args, [&](GemmArgs& own, int thread, int threads) {
-      quantize_rows(x, part(x.m, 1, threads, thread), quantizer, whole, rows, own.x);
-      if (threads > 1) {  // alone, there may be a team around us
-#pragma omp barrier
-      }
+    Barrier quantized;
+    run_product(args, [&](GemmArgs& own, int worker, int workers) {
+      quantize_rows(x, part(x.m, 1, workers, worker), quantizer, whole, rows, own.x);
+      quantized.wait(workers);
     });
   }
 }
 
 }  // namespace
-
-int64_t codes_bytes(int64_t m, int64_t k) {
-  SQ_CHECK(m >= 0 && k >= 0, "activation shape [", m, ", ", k, "] is negative");
-  const CodeLayout layout(m, k);
-  return ceil_div(m, layout.height) * layout.block;
-}
 
 void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWeight& weight,
             const ActivationQuantizer& quantizer, void* y, DType y_type, int64_t ldy,
@@ -245,18 +109,20 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
   Activations part_x{x, x_type, m, weight.k, ldx, quantizer.inverse_smoothing};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) {
-    whole = tensor_stats(part_x, row_kernels(active_isa()), team_size(m, weight.k, 1));
+    whole = tensor_stats(part_x, row_kernels(active_isa()));
   }
   const int64_t pass = rows_per_pass(m, weight.k);
   thread_local Scratch<uint8_t> codes;
   thread_local Scratch<float> scales;
   thread_local Scratch<int32_t> zero_points;
-  GemmArgs args{{nullptr, nullptr, nullptr, 0, weight.k, quantizer.max_code()},
-                weight,
-                y,
-                static_cast<Output>(y_type),
-                ldy,
-                given};
+  GemmArgs args{};
+  args.x.k = weight.k;
+  args.x.max_code = quantizer.max_code();
+  args.weight = weight;
+  args.y = y;
+  args.output = static_cast<Output>(y_type);
+  args.ldy = ldy;
+  args.steps = given;
   if (!OwnCodes::hold(pass, weight.k)) {
     args.x.codes = codes.get(codes_bytes(pass, weight.k));
     args.x.scale = scales.get(pass);
@@ -269,24 +135,6 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
     args.y = static_cast<char*>(args.y) + args.x.m * ldy * element_bytes(args.output);
     advance(steps, args.x.m);
   }
-}
-
-void quantize_activations(const void* x, DType x_type, int64_t ldx,
-                          const ActivationQuantizer& quantizer, const QuantizedActivation& out) {
-  check_quantizer(quantizer);
-  check_activation("out", out);
-  check_scale("out", out);
-  check_matrix("x", x, out.m, out.k, ldx);
-  SQ_CHECK(out.max_code == quantizer.max_code(), "out.max_code is ", out.max_code,
-           ", the quantizer's is ", quantizer.max_code());
-  const RowKernels& rows = row_kernels(active_isa());
-  const Activations all{x, x_type, out.m, out.k, ldx, quantizer.inverse_smoothing};
-  const int threads = team_size(out.m, out.k, 1);
-  RowStats whole{0.0f, 0.0f, true};
-  if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows, threads);
-  run_team(threads, [&](int thread, int count) {
-    quantize_rows(all, part(out.m, 1, count, thread), quantizer, whole, rows, out);
-  });
 }
 
 void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, DType y_type,
@@ -338,16 +186,19 @@ SaturationCount count_saturation(const QuantizedActivation& x, const PackedWeigh
   const auto count = row_kernels(active_isa()).count_saturated;
   const CodeLayout layout(x.m, x.k);
   const int64_t k_blocks = k_block_count(x.k), strips = strip_count(weight.n);
-  int64_t saturated = 0;
-#pragma omp parallel for num_threads(team_size(x.m, weight.n, x.k)) schedule(static) \
-    reduction(+ : saturated)
-  for (int64_t s = 0; s < strips; ++s) {
-    for (int64_t row = 0; row < x.m; row += layout.height) {
-      const auto rows = static_cast<int>(std::min(layout.height, x.m - row));
-      saturated += count({x.codes + layout.offset(row), layout.tile,
-                          weight.data + s * strip_bytes(x.k), k_blocks, rows});
+  std::atomic<int64_t> saturated{0};
+  run_team(worker_count(x.m, weight.n, x.k), [&](int worker, int workers) {
+    int64_t own = 0;
+    const Range mine = part(strips, 1, workers, worker);
+    for (int64_t s = mine.begin; s < mine.end; ++s) {
+      for (int64_t row = 0; row < x.m; row += layout.height) {
+        const auto rows = static_cast<int>(std::min(layout.height, x.m - row));
+        own += count({x.codes + layout.offset(row), layout.tile, weight.data + s * strip_bytes(x.k),
+                      k_blocks, rows});
+      }
     }
-  }
+    saturated += own;
+  });
   return {x.m * weight.n * ceil_div(x.k, 2), saturated};
 }
 

@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "check.h"
@@ -67,41 +68,47 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
   SQ_CHECK((weight != nullptr || n * k == 0) && (scale != nullptr || n == 0),
            "weight or scale is null");
   SQ_CHECK(packed != nullptr || bytes == 0, "packed is null");
-  bool out_of_range = false;
-#pragma omp parallel for num_threads(whole_team()) schedule(static) reduction(|| : out_of_range)
-  for (int64_t row = 0; row < n; ++row) {
-    out_of_range = out_of_range || (k > 0 && std::memchr(weight + row * k, -128, k) != nullptr);
-  }
+  const int workers = pool_size();
+  std::atomic<bool> out_of_range{false};
+  run_team(workers, [&](int worker, int count) {
+    const Range rows = part(n, 1, count, worker);
+    const int64_t own = rows.size() * k;
+    if (own > 0 && std::memchr(weight + rows.begin * k, -128, own) != nullptr) out_of_range = true;
+  });
   SQ_CHECK(!out_of_range, "a weight is -128; int8 weights must lie in [-127, 127]");
 
   ask_for_huge_pages(packed, bytes);
   const int64_t strips = strip_count(n);
   // Contiguous shares, as those of a product of few rows: who will read a strip touches it first.
-#pragma omp parallel for num_threads(whole_team()) schedule(static)
-  for (int64_t s = 0; s < strips; ++s) {
-    const int64_t n0 = s * kStripColumns;
-    pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
-               std::min(kStripColumns, n - n0), k, packed + s * strip_bytes(k));
-  }
+  run_team(workers, [&](int worker, int count) {
+    const Range mine = part(strips, 1, count, worker);
+    for (int64_t s = mine.begin; s < mine.end; ++s) {
+      const int64_t n0 = s * kStripColumns;
+      pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
+                 std::min(kStripColumns, n - n0), k, packed + s * strip_bytes(k));
+    }
+  });
 }
 
 void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, float* bias) {
   check_shape(packed.n, packed.k);
   SQ_CHECK(packed.data != nullptr || packed.n == 0, "the packed weight is null");
   const int64_t tiles = k_block_count(packed.k) * kTileBytes;
-#pragma omp parallel for num_threads(whole_team()) schedule(static)
-  for (int64_t n = 0; n < packed.n; ++n) {
-    const std::byte* strip = packed.data + n / kStripColumns * strip_bytes(packed.k);
-    const int64_t c = n % kStripColumns;
-    if (weight != nullptr) {
-      for (int64_t k = 0; k < packed.k; ++k) {
-        weight[n * packed.k + k] = static_cast<int8_t>(strip[element_offset(c, k)]);
+  run_team(pool_size(), [&](int worker, int workers) {
+    const Range rows = part(packed.n, 1, workers, worker);
+    for (int64_t n = rows.begin; n < rows.end; ++n) {
+      const std::byte* strip = packed.data + n / kStripColumns * strip_bytes(packed.k);
+      const int64_t c = n % kStripColumns;
+      if (weight != nullptr) {
+        for (int64_t k = 0; k < packed.k; ++k) {
+          weight[n * packed.k + k] = static_cast<int8_t>(strip[element_offset(c, k)]);
+        }
       }
+      const std::byte* trailer = strip + tiles;
+      if (scale != nullptr) std::memcpy(scale + n, trailer + 4 * (kStripColumns + c), 4);
+      if (bias != nullptr) std::memcpy(bias + n, trailer + 4 * (2 * kStripColumns + c), 4);
     }
-    const std::byte* trailer = strip + tiles;
-    if (scale != nullptr) std::memcpy(scale + n, trailer + 4 * (kStripColumns + c), 4);
-    if (bias != nullptr) std::memcpy(bias + n, trailer + 4 * (2 * kStripColumns + c), 4);
-  }
+  });
 }
 
 }  // namespace sq_cpu

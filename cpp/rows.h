@@ -3,6 +3,8 @@
 // bits.
 #pragma once
 
+#include <utility>
+
 #include "activations.h"
 #include "count_saturated.h"
 #include "kernel.h"
@@ -249,17 +251,23 @@ void epilogue(const EpilogueArgs& args) {
   }
 }
 
-// The table of one vector width; each kernel_<isa>.cc defines one from it.
-constexpr RowKernels make_row_kernels() {
-  return {{row_stats<DType::kFloat32>, row_stats<DType::kBFloat16>, row_stats<DType::kFloat16>},
-          {quantize_row<DType::kFloat32>, quantize_row<DType::kBFloat16>,
-           quantize_row<DType::kFloat16>},
-          {epilogue<Output::kFloat32>, epilogue<Output::kBFloat16>, epilogue<Output::kFloat16>,
-           epilogue<Output::kInt32>, epilogue<Output::kCode>, epilogue<Output::kInt8>},
+template <int... kTypes, int... kResults>
+constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
+                                      std::integer_sequence<int, kResults...>) {
+  return {{row_stats<static_cast<DType>(kTypes)>...},
+          {quantize_row<static_cast<DType>(kTypes)>...},
+          {epilogue<static_cast<Output>(kResults)>...},
           count_saturated,
           pack_nk,
           pack_kn,
           arrange};
+}
+
+// The table of one vector width; each kernel_<isa>.cc defines one from it. A function for each type
+// by its number, so that none is missing or in another's place.
+constexpr RowKernels make_row_kernels() {
+  return make_row_kernels(std::make_integer_sequence<int, kDTypes>(),
+                          std::make_integer_sequence<int, kOutputs>());
 }
 
 }  // namespace

@@ -1,9 +1,18 @@
 // How the library runs on several threads: the caller's OpenMP pool, in one kind of region.
+//
+// A region takes the whole pool, and threads without work leave it at once. It never asks for a
+// part of the pool: libgomp ends the threads that a region leaves over and creates them again for
+// the next one, ours or torch's, which takes longer than most layers.
 #pragma once
 
+#include <linux/futex.h>
 #include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #include <xmmintrin.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "blocking.h"
@@ -23,25 +32,59 @@ class DefaultFloatMode {
   unsigned saved_;
 };
 
-// The threads there are. Serial inside another parallel region: the team's others are busy there.
-inline int whole_team() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+// The threads there are. Serial inside another parallel region: the pool's others are busy there.
+inline int pool_size() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
-// Those worth starting for a product of [m, k] and [n, k].
-inline int team_size(int64_t m, int64_t n, int64_t k) {
-  return useful_threads(m, n, k, whole_team());
+// Those that get work in a product of [m, k] and [n, k].
+inline int worker_count(int64_t m, int64_t n, int64_t k) {
+  return useful_threads(m, n, k, pool_size());
 }
 
-// Calls task(thread, threads) in each thread of a team. The runtime may give fewer than asked for.
-// Alone without a parallel region: opening one takes as long as a small layer.
+// Where the workers of one region wait for each other, once. OpenMP's own barrier would wait for
+// the threads without work as well.
+class Barrier {
+ public:
+  // Called by each of `workers` threads; what they wrote before is seen by all after.
+  void wait(int workers) {
+    if (arrived_.fetch_add(1) + 1 >= workers) {
+      if (sleepers_.load()) futex(FUTEX_WAKE_PRIVATE, workers);
+      return;
+    }
+    for (int spins = 0; spins < kSpins; ++spins, _mm_pause()) {
+      if (arrived_.load() >= workers) return;
+    }
+    sleepers_.store(true);  // before the last look: the last to arrive sees it, or is seen
+    for (int seen; (seen = arrived_.load()) < workers;) futex(FUTEX_WAIT_PRIVATE, seen);
+  }
+
+ private:
+  // Some 30 us. Workers come within that unless there are more threads than cores; then the core is
+  // due to the one that has not come yet.
+  static constexpr int kSpins = 1000;
+
+  void futex(int operation, int value) {
+    static_assert(sizeof arrived_ == sizeof(int), "a futex is an int in memory");
+    syscall(SYS_futex, &arrived_, operation, value, nullptr, nullptr, 0);
+  }
+
+  alignas(64) std::atomic<int> arrived_{0};
+  std::atomic<bool> sleepers_{false};
+};
+
+// Calls task(worker, workers) in so many threads of the pool, or in fewer where the runtime gives
+// fewer. One worker runs without a region: opening one takes as long as a small layer.
 template <typename Task>
-void run_team(int team, Task task) {
-  const auto run = [&](int thread, int threads) {
+void run_team(int workers, Task task) {
+  const auto run = [&](int worker, int count) {
     const DefaultFloatMode mode;
-    task(thread, threads);
+    task(worker, count);
   };
-  if (team == 1) return run(0, 1);
-#pragma omp parallel num_threads(team)
-  run(omp_get_thread_num(), omp_get_num_threads());
+  if (workers == 1) return run(0, 1);
+#pragma omp parallel
+  {
+    const int worker = omp_get_thread_num(), count = std::min(workers, omp_get_num_threads());
+    if (worker < count) run(worker, count);
+  }
 }
 
 }  // namespace sq_cpu

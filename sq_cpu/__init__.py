@@ -1,67 +1,20 @@
 """SmoothQuant for Xeon: int8 weights and int8 activations on AVX-512 VNNI and AMX.
 
 calibrate -> smooth -> tune -> quantize -> save -> load -> run; the README shows the whole way.
+
+`__init__.pyi` lists the public names; each is imported when it is first used (PEP 562). What other
+libraries look up by name is registered at once: the torch operator `sq_cpu::linear`, and the
+quantization method "sq_cpu" with transformers.
 """
 
 from importlib.metadata import version as _version
 
-import torch as _torch  # noqa: F401  first: the extension uses the OpenMP runtime that torch loads
+import lazy_loader as _lazy_loader
 
-from sq_cpu.analysis.analysis import Analysis, analyze
-from sq_cpu.analysis.report import report
-from sq_cpu.analysis.saturation import Saturation, SaturationCount, count_saturation
-from sq_cpu.autotuning.autotune import Autotuned, autotune
-from sq_cpu.autotuning.configurations import SearchSpace
-from sq_cpu.calibration.calibrate import calibrate
-from sq_cpu.calibration.calibration import Calibration
-from sq_cpu.checkpoint import hf_quantizer as _transformers_plugin  # noqa: F401  registers itself
-from sq_cpu.checkpoint.checkpoint import load, save
-from sq_cpu.errors import SqCpuError
-from sq_cpu.evaluation.lm_eval import lm_eval_accuracy
-from sq_cpu.evaluation.perplexity import perplexity
-from sq_cpu.kernels.ops import QuantizedActivation
-from sq_cpu.kernels.runtime import isa
-from sq_cpu.models.families import register_family
-from sq_cpu.models.family import Family, Group, Stack
-from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.quantization.quantize import quantize
-from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
-from sq_cpu.streaming.streaming import QuantizedCheckpoint, quantize_checkpoint
-from sq_cpu.tuning.tune import tune
+from sq_cpu import kernels as _kernels  # noqa: F401  registers the torch operator
+from sq_cpu.checkpoint.registration import register_with_transformers as _register
 
 __version__ = _version("sq_cpu")
+__getattr__, __dir__, __all__ = _lazy_loader.attach_stub(__name__, __file__)
 
-__all__ = [
-    "Analysis",
-    "Autotuned",
-    "Calibration",
-    "Family",
-    "Group",
-    "GroupPlan",
-    "LayerPlan",
-    "QuantLinear",
-    "QuantizedActivation",
-    "QuantizedCheckpoint",
-    "Saturation",
-    "SaturationCount",
-    "Scheme",
-    "SearchSpace",
-    "SmoothPlan",
-    "SqCpuError",
-    "Stack",
-    "analyze",
-    "autotune",
-    "calibrate",
-    "count_saturation",
-    "isa",
-    "lm_eval_accuracy",
-    "load",
-    "perplexity",
-    "quantize",
-    "quantize_checkpoint",
-    "register_family",
-    "report",
-    "save",
-    "tune",
-]
+_register()

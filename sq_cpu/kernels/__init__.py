@@ -4,3 +4,7 @@ The one place that imports torch before the extension: that uses the OpenMP runt
 """
 
 import torch  # noqa: F401
+
+from sq_cpu.kernels import attention, ops
+
+__all__ = ["attention", "ops"]

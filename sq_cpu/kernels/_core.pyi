@@ -7,17 +7,27 @@ from torch import Tensor
 
 MAX_DEPTH: int
 
-class DType:
+class _Enum:
+    __members__: ClassVar[dict[str, Any]]
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+    def __init__(self, value: int) -> None: ...
+    def __int__(self) -> int: ...
+    def __index__(self) -> int: ...
+
+class DType(_Enum):
     float32: ClassVar[DType]
     bfloat16: ClassVar[DType]
     float16: ClassVar[DType]
 
-class Granularity:
+class Granularity(_Enum):
     per_token: ClassVar[Granularity]
     per_tensor: ClassVar[Granularity]
     static: ClassVar[Granularity]
 
-class Activation:
+class Activation(_Enum):
     none: ClassVar[Activation]
     relu: ClassVar[Activation]
     gelu: ClassVar[Activation]
@@ -138,7 +148,7 @@ def count_saturation(
     k: int,
 ) -> tuple[int, int]: ...
 
-class BatchedType:
+class BatchedType(_Enum):
     float32: ClassVar[BatchedType]
     bfloat16: ClassVar[BatchedType]
     float16: ClassVar[BatchedType]

@@ -24,6 +24,7 @@ from sq_cpu import (
 )
 from sq_cpu.analysis.analysis import outlier_severity
 from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.smoothing.scales import fold
 
 
 def planted_plan(
@@ -273,6 +274,6 @@ def test_bad_input() -> None:
     every = Scheme(ignore=("lm_head", *{n.rpartition(".")[2] for n in calibration.channel_min}))
     with pytest.raises(SqCpuError, match="nothing to analyze"):
         analyze(model, calibration, scheme=every)
-    sq_cpu.smoothing.scales.fold(model, SmoothPlan.uniform(model, calibration), calibration)
+    fold(model, SmoothPlan.uniform(model, calibration), calibration)
     with pytest.raises(SqCpuError, match="changed since the calibration: calibrate again"):
         analyze(model, calibration)

@@ -217,7 +217,7 @@ def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path.write_bytes(found.save(path).read_bytes()[:-8])
     with pytest.raises(SqCpuError, match="cannot read the calibration"):
         Calibration.load(path)
-    monkeypatch.setattr(sys.modules["sq_cpu.calibration"], "_VERSION", 99)
+    monkeypatch.setattr(sys.modules["sq_cpu.calibration.calibration"], "_VERSION", 99)
     found.save(path)
     monkeypatch.undo()
     with pytest.raises(SqCpuError, match="format 99, newer than this sq_cpu reads"):

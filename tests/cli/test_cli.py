@@ -72,7 +72,7 @@ def test_command_line_equals_python(folder: Path, text: Path, tmp_path: Path) ->
     out = tmp_path / "int8"
     run("quantize", folder, "-o", out, "--scheme", "O2", "--calib", text, *small())
     model, tokenizer = byte_model(), byte_tokenizer()
-    windows = sq_cpu.evaluation.perplexity.token_windows(tokenizer, TEXT, window=64, windows=4)
+    windows = sq_cpu.token_windows(tokenizer, TEXT, window=64, windows=4)
     calibration = sq_cpu.calibrate(model, windows)
     sq_cpu.quantize(model, calibration, scheme="O2")
     ids = torch.arange(3, 40)[None]
@@ -416,7 +416,7 @@ def test_inspect_counts_saturation(folder: Path, text: Path, tmp_path: Path) -> 
         arguments = ["inspect", out, "--saturation", "--text", text, *small()]
         shown = json_of(*arguments)
         tokenizer = byte_tokenizer()
-        batches = sq_cpu.evaluation.perplexity.token_windows(tokenizer, TEXT, window=64, windows=4)
+        batches = sq_cpu.token_windows(tokenizer, TEXT, window=64, windows=4)
         expected = sq_cpu.count_saturation(sq_cpu.load(out), batches)
         assert {n: f["saturation"] for n, f in shown["layers"].items()} == {
             n: count.to_dict() for n, count in expected.layers.items()
@@ -514,9 +514,7 @@ def plan(tmp_path: Path) -> Path:
 
 def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: Path) -> None:
     model = byte_model()
-    windows = sq_cpu.evaluation.perplexity.token_windows(
-        byte_tokenizer(), TEXT, window=64, windows=4
-    )
+    windows = sq_cpu.token_windows(byte_tokenizer(), TEXT, window=64, windows=4)
     sq_cpu.quantize(model, sq_cpu.calibrate(model, windows), SmoothPlan.load(plan))
     ids = torch.arange(3, 40)[None]
     for stream in ("--stream", "--no-stream"):

@@ -17,9 +17,11 @@
 #include "amx_emulator.h"
 #include "blocking.h"
 #include "check.h"
+#include "dispatch.h"
 #include "gemm.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
+#include "testing/use_isa.h"
 
 namespace sq_cpu::testing {
 

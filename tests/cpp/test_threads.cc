@@ -1,9 +1,17 @@
 // linear() gives the same bits whatever the team: any number of threads, fewer than asked for, a
 // caller that is itself in a parallel region, several callers at once. AMX under the emulator
 // counts the threads that worked: each puts back the tile configuration it found, once.
+//
+// No call ends a thread of the pool or starts one, whatever its size.
+#include <dirent.h>
+
+#include <functional>
+#include <set>
 #include <thread>
 
 #include "harness.h"
+#include "sq_cpu/batched_matmul.h"
+#include "sq_cpu/saturation.h"
 
 namespace {
 
@@ -122,14 +130,109 @@ void test_teams(Isa isa, const Layer& layer) {
   for (const auto& y : found) check(y == expected, what + ", several callers");
 }
 
+// A product with work for two: the other threads of the pool leave at once.
+void test_few_workers(Isa isa) {
+  use(isa);
+  const Layer layer{4, 500, 600, Granularity::kPerToken};
+  check(useful_threads(layer.m, layer.n, layer.k, 7) == 2, "a layer for two threads");
+  const Caller caller(layer);
+  omp_set_num_threads(1);
+  const std::vector<float> expected = caller.run();
+  omp_set_num_threads(7);
+  const Team team(isa, layer);
+  check(caller.run() == expected, isa_name(isa) + ", two workers of 7 threads");
+  team.check_size(2, 2, "two workers of 7 threads");
+}
+
+std::set<std::string> thread_ids() {
+  std::set<std::string> ids;
+  DIR* tasks = opendir("/proc/self/task");
+  if (tasks == nullptr) throw std::runtime_error("/proc/self/task cannot be read");
+  while (const dirent* entry = readdir(tasks)) ids.insert(entry->d_name);
+  closedir(tasks);
+  return ids;
+}
+
+// Calls of every function, with work for one thread, for some and for all.
+class Calls {
+ public:
+  struct Call {
+    std::string name;
+    std::function<void()> run;
+  };
+
+  Calls() {
+    for (const Layer& layer : {kLayers[5], Layer{1, 8, 64, Granularity::kPerToken}, kLayers[0],
+                               Layer{4, 500, 600, Granularity::kPerToken},
+                               Layer{64, 64, 96, Granularity::kPerToken}, kLayers[4]}) {
+      calls_.push_back({describe(layer), [caller = Caller(layer)] { caller.run(); }});
+    }
+    calls_.push_back({"quantize", [this] { quantize({}); }});
+    ActivationQuantizer whole;
+    whole.granularity = Granularity::kPerTensor;
+    calls_.push_back({"quantize per tensor", [this, whole] { quantize(whole); }});
+    calls_.push_back({"pack and unpack", [this] {
+                        pack_weight(w_.data(), ones_.data(), nullptr, kN, kK, packed_.data());
+                        unpack_weight(weight_, w_.data(), nullptr, nullptr);
+                      }});
+    calls_.push_back({"gemm", [this] { gemm(quantized_, weight_, sums_.data(), kN); }});
+    calls_.push_back({"count_saturation", [this] { count_saturation(quantized_, weight_); }});
+    for (int64_t m : {1, 40}) calls_.push_back({"attention", [this, m] { attention(m); }});
+  }
+
+  const std::vector<Call>& all() const { return calls_; }
+
+ private:
+  static constexpr int64_t kM = 512, kN = 160, kK = 1024;
+
+  void quantize(const ActivationQuantizer& quantizer) {
+    quantize_activations(x_.data(), DType::kFloat32, kK, quantizer, quantized_);
+  }
+
+  void attention(int64_t m) {  // 4 heads of m queries and kN keys
+    batched_matmul({1, 4, 4, m, kN, 64}, {w_.data(), true, {0, m * 64, 64}},
+                   {w_.data(), true, {0, 0, 64}}, 1.0f,
+                   {sums_.data(), BatchedType::kInt32, {0, m * kN, kN}});
+  }
+
+  std::vector<float> x_ = std::vector<float>(kM * kK, 0.5f), scale_ = std::vector<float>(kM);
+  std::vector<float> ones_ = std::vector<float>(kN, 1.0f);
+  std::vector<int32_t> zero_point_ = std::vector<int32_t>(kM),
+                       sums_ = std::vector<int32_t>(kM * kN);
+  std::vector<uint8_t> codes_ = std::vector<uint8_t>(codes_bytes(kM, kK));
+  std::vector<int8_t> w_ = std::vector<int8_t>(kN * kK, 3);
+  std::vector<std::byte> packed_ = std::vector<std::byte>(packed_bytes(kN, kK));
+  QuantizedActivation quantized_{codes_.data(), scale_.data(), zero_point_.data(), kM, kK, 255};
+  PackedWeight weight_{packed_.data(), kN, kK};
+  std::vector<Call> calls_;
+};
+
+void test_pool_stays() {
+  Part part("the pool stays");
+  omp_set_num_threads(7);
+  const Calls calls;
+  calls.all().front().run();
+  const std::set<std::string> before = thread_ids();
+  check(before.size() >= 7 + 2, "the pool is there");  // with . and ..
+  for (const Calls::Call& first : calls.all()) {
+    for (const Calls::Call& second : calls.all()) {
+      first.run();
+      second.run();
+      check(thread_ids() == before, join("other threads after ", first.name, ", ", second.name));
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
   start();
+  test_pool_stays();
   std::vector<std::vector<float>> reference;
   for (Isa isa : isas_here()) {
     Part part("teams on " + isa_name(isa));
     for (const Layer& layer : kLayers) test_teams(isa, layer);
+    test_few_workers(isa);
     for (size_t i = 0; i < std::size(kLayers); ++i) {
       omp_set_num_threads(3);
       const std::vector<float> y = Caller(kLayers[i]).run();

@@ -203,7 +203,7 @@ def test_massive_activations_stay_in_float(gradient_rows: int, options: dict[str
 
 
 def test_channels_are_kept_where_that_halves_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, module = "model.layers.1.mlp.down_proj", sys.modules["sq_cpu.tune"]
+    name, module = "model.layers.1.mlp.down_proj", sys.modules["sq_cpu.tuning.tune"]
     model = tiny_model("llama")
     with torch.no_grad():
         model.get_submodule("model.layers.1.mlp.up_proj").weight[[7, 9, 20]] *= 4000

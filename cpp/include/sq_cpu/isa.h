@@ -5,7 +5,6 @@
 // from the last enumerator down, so each failure falls back one step, and isa_status() says why.
 #pragma once
 
-#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -37,12 +36,5 @@ const std::string& isa_name(Isa isa);
 
 // Whether SQ_CPU_ISA chose active_isa().
 bool isa_is_forced();
-
-// The microkernel that active_isa() runs for codes up to max_code and m rows, as in kernels.inc.
-const char* microkernel_name(int max_code, int64_t m);
-
-// For tests: use `isa` from now on, even where it is only emulated (`emulated` skips the usable
-// check). Not thread-safe. Throws std::runtime_error when it is neither usable nor emulated.
-void use_isa(Isa isa, bool emulated);
 
 }  // namespace sq_cpu

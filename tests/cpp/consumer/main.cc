@@ -105,8 +105,7 @@ int main() {
   const int wrong_static = count_wrong(layer, weight, fixed, {1.0f / 128, 77, 0, 255});
 
   const bool refused = refuses_short_rows(layer, weight);
-  std::printf("isa %s, microkernel %s\n", sq_cpu::isa_name(sq_cpu::active_isa()).c_str(),
-              sq_cpu::microkernel_name(255, kRows));
+  std::printf("isa %s\n", sq_cpu::isa_name(sq_cpu::active_isa()).c_str());
   std::printf("wrong values: %d per token, %d static; short rows %s\n", wrong_per_token,
               wrong_static, refused ? "refused" : "accepted");
   return wrong_per_token != 0 || wrong_static != 0 || !refused;

@@ -1,0 +1,41 @@
+// Checks of the operands that the public functions share.
+#pragma once
+
+#include <cstdint>
+
+#include "check.h"
+#include "sq_cpu/linear.h"
+
+namespace sq_cpu {
+
+inline void check_matrix(const char* name, const void* data, int64_t rows, int64_t columns,
+                         int64_t ld) {
+  SQ_CHECK(rows >= 0, name, " has ", rows, " rows");
+  SQ_CHECK(ld >= columns, name, " has rows of ", columns, " elements only ", ld, " apart");
+  SQ_CHECK(data != nullptr || rows == 0 || columns == 0, name, " is null");
+}
+
+inline void check_weight(const PackedWeight& weight) {
+  const int64_t bytes = packed_bytes(weight.n, weight.k);  // checks the shape
+  SQ_CHECK(weight.data != nullptr || bytes == 0, "the packed weight is null");
+}
+
+inline void check_activation(const char* name, const QuantizedActivation& x) {
+  const int64_t bytes = codes_bytes(x.m, x.k);  // checks the shape
+  SQ_CHECK(x.codes != nullptr || bytes == 0, name, ".codes is null");
+  SQ_CHECK(x.zero_point != nullptr || x.m == 0, name, ".zero_point is null");
+  SQ_CHECK(x.max_code == 127 || x.max_code == 255, name, ".max_code is ", x.max_code,
+           "; codes reach 127 or 255");
+}
+
+inline void check_product(const QuantizedActivation& x, const PackedWeight& weight) {
+  check_weight(weight);
+  check_activation("x", x);
+  SQ_CHECK(x.k == weight.k, "x has ", x.k, " columns, the weight takes ", weight.k);
+}
+
+inline void check_scale(const char* name, const QuantizedActivation& x) {
+  SQ_CHECK(x.scale != nullptr || x.m == 0, name, ".scale is null");
+}
+
+}  // namespace sq_cpu

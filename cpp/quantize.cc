@@ -1,0 +1,122 @@
+#include "quantize.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "dispatch.h"
+#include "gemm.h"
+#include "operands.h"
+#include "team.h"
+
+namespace sq_cpu {
+namespace {
+
+constexpr double kFloor = 1e-30;  // of an absolute maximum: keeps 127 / absmax finite
+
+}  // namespace
+
+void check_quantizer(const ActivationQuantizer& q) {
+  if (q.granularity != Granularity::kStatic) return;
+  SQ_CHECK(q.scale > 0.0f && std::isfinite(q.scale) && std::isfinite(1.0f / q.scale),
+           "static activation scale is ", q.scale,
+           "; it must be positive and finite, and its reciprocal too");
+  const int centre = q.reduce_range ? 64 : 128;
+  SQ_CHECK(q.symmetric ? q.zero_point == centre : q.zero_point >= 0 && q.zero_point <= q.max_code(),
+           "static zero point is ", q.zero_point, "; this grid needs ",
+           q.symmetric ? join(centre) : join("0 .. ", q.max_code()));
+}
+
+// All in double, rounded once: the same bits as the reference in any language.
+RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
+  const int levels = q.reduce_range ? 127 : 255;  // asymmetric codes are 0 .. levels
+  const int absmax_code = levels / 2;             // symmetric ones are +-127 or +-63
+  // The zero point of an infinite range is no number; the scale below marks the row.
+  const double low = stats.finite ? stats.min : 0.0, high = stats.finite ? stats.max : 0.0;
+  RowCode code;
+  if (q.granularity == Granularity::kStatic) {
+    code.scale = q.scale;
+    code.grid.inv_scale = static_cast<float>(1.0 / q.scale);
+    code.grid.zero_point = q.zero_point;
+  } else if (q.symmetric) {
+    const double absmax = std::max({kFloor, -low, high});
+    code.scale = static_cast<float>(absmax / absmax_code);
+    code.grid.inv_scale = static_cast<float>(absmax_code / absmax);
+    code.grid.zero_point = absmax_code + 1;
+  } else {
+    const double range = std::max(kFloor, high - low);
+    code.scale = static_cast<float>(range / levels);
+    code.grid.inv_scale = static_cast<float>(levels / range);
+    code.grid.zero_point = static_cast<int32_t>(std::nearbyint(-low * levels / range));
+  }
+  code.grid.low = static_cast<float>(q.symmetric ? -absmax_code : -code.grid.zero_point);
+  code.grid.high = static_cast<float>(q.symmetric ? absmax_code : levels - code.grid.zero_point);
+  if (!stats.finite) {
+    code.scale = std::numeric_limits<float>::quiet_NaN();
+    code.grid.inv_scale = 0.0f;
+  }
+  return code;
+}
+
+RowStats tensor_stats(const Activations& x, const RowKernels& kernels) {
+  const auto stats = kernels.stats[static_cast<int>(x.type)];
+  RowStats whole{0.0f, 0.0f, true};
+  run_team(worker_count(x.m, x.k, 1), [&](int worker, int workers) {
+    float low = 0.0f, high = 0.0f;
+    const Range rows = part(x.m, 1, workers, worker);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const RowStats s = stats(x.row(row));
+      if (!s.finite) continue;
+      low = std::min(low, s.min);
+      high = std::max(high, s.max);
+    }
+#pragma omp critical(sq_cpu_tensor_stats)
+    {
+      whole.min = std::min(whole.min, low);
+      whole.max = std::max(whole.max, high);
+    }
+  });
+  return whole;
+}
+
+void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
+                   const RowStats& whole, const RowKernels& kernels,
+                   const QuantizedActivation& out) {
+  const auto stats = kernels.stats[static_cast<int>(x.type)];
+  const auto quantize = kernels.quantize[static_cast<int>(x.type)];
+  const CodeLayout layout(out.m, out.k);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const RowStats own = stats(x.row(row));
+    const bool shared = q.granularity == Granularity::kPerTensor;
+    const RowCode code = make_code(q, shared ? RowStats{whole.min, whole.max, own.finite} : own);
+    quantize(x.row(row), code.grid, out.codes + layout.offset(row), layout.tile);
+    out.scale[row] = code.scale;
+    out.zero_point[row] = code.grid.zero_point;
+  }
+}
+
+int64_t codes_bytes(int64_t m, int64_t k) {
+  SQ_CHECK(m >= 0 && k >= 0, "activation shape [", m, ", ", k, "] is negative");
+  const CodeLayout layout(m, k);
+  return ceil_div(m, layout.height) * layout.block;
+}
+
+void quantize_activations(const void* x, DType x_type, int64_t ldx,
+                          const ActivationQuantizer& quantizer, const QuantizedActivation& out) {
+  check_quantizer(quantizer);
+  check_activation("out", out);
+  check_scale("out", out);
+  check_matrix("x", x, out.m, out.k, ldx);
+  SQ_CHECK(out.max_code == quantizer.max_code(), "out.max_code is ", out.max_code,
+           ", the quantizer's is ", quantizer.max_code());
+  const RowKernels& rows = row_kernels(active_isa());
+  const Activations all{x, x_type, out.m, out.k, ldx, quantizer.inverse_smoothing};
+  RowStats whole{0.0f, 0.0f, true};
+  if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows);
+  run_team(worker_count(out.m, out.k, 1), [&](int worker, int workers) {
+    quantize_rows(all, part(out.m, 1, workers, worker), quantizer, whole, rows, out);
+  });
+}
+
+}  // namespace sq_cpu

@@ -1,0 +1,53 @@
+// Activations become codes: the statistics of rows, the grid that follows from them, and the codes
+// in blocks (linear.h draws those and defines the arithmetic).
+#pragma once
+
+#include <cstdint>
+
+#include "blocking.h"
+#include "kernel.h"
+#include "sq_cpu/linear.h"
+
+namespace sq_cpu {
+
+void check_quantizer(const ActivationQuantizer& q);
+
+struct RowCode {  // how the rows that share statistics become u8
+  RowGrid grid;
+  float scale;
+};
+
+// Of rows with these statistics, which a static quantizer does not read but for `finite`.
+RowCode make_code(const ActivationQuantizer& q, const RowStats& stats);
+
+struct Activations {
+  const void* x;
+  DType type;
+  int64_t m, k, ldx;
+  const float* inverse_smoothing;
+
+  RowArgs row(int64_t i) const {
+    const int64_t bytes = type == DType::kFloat32 ? 4 : 2;
+    return {static_cast<const char*>(x) + i * ldx * bytes, inverse_smoothing, k};
+  }
+};
+
+// Statistics over all finite rows, for a per-tensor scale. Opens a region of its own.
+RowStats tensor_stats(const Activations& x, const RowKernels& kernels);
+
+// Rows of x, by one thread; `whole` is what tensor_stats() gave, read for a per-tensor scale only.
+void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
+                   const RowStats& whole, const RowKernels& kernels,
+                   const QuantizedActivation& out);
+
+// So little that every thread quantizes it all, for itself: quicker than to share it and wait.
+struct OwnCodes {
+  static constexpr int64_t kBytes = 16 << 10;  // 3 us of quantizing; a barrier takes 1 to 5
+  static bool hold(int64_t m, int64_t k) { return m <= kBlockRows && codes_bytes(m, k) <= kBytes; }
+
+  alignas(64) uint8_t codes[kBytes];
+  float scale[kBlockRows];
+  int32_t zero_point[kBlockRows];
+};
+
+}  // namespace sq_cpu

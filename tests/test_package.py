@@ -1,0 +1,69 @@
+"""The package as a whole: what importing it costs and brings, and that names stay what they are."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import sq_cpu
+from sq_cpu import SqCpuError
+from sq_cpu.extras import require
+
+LAZY = ("jinja2", "matplotlib", "optuna", "transformers")
+
+
+def python(program: str) -> str:
+    """Run a program in a fresh interpreter; return what it prints."""
+    return subprocess.check_output([sys.executable, "-c", program], text=True).strip()
+
+
+def rooms() -> list[ModuleType]:
+    found = pkgutil.walk_packages(sq_cpu.__path__, "sq_cpu.")
+    return [sq_cpu, *(importlib.import_module(info.name) for info in found if info.ispkg)]
+
+
+def test_no_name_hides_a_module() -> None:
+    for room in rooms():
+        for info in pkgutil.iter_modules(room.__path__):
+            module = importlib.import_module(f"{room.__name__}.{info.name}")
+            assert getattr(room, info.name) is module
+
+
+def test_every_public_name_is_there() -> None:
+    assert len(sq_cpu.__all__) > 30
+    for name in sq_cpu.__all__:
+        assert getattr(sq_cpu, name).__name__.rpartition(".")[2] == name
+    assert not hasattr(sq_cpu, "nothing")
+
+
+def test_importing_it_imports_little_and_the_torch_operator() -> None:
+    program = f"import sys, sq_cpu, torch; print([m for m in {LAZY} if m in sys.modules])"
+    assert python(f"{program}; print(torch.ops.sq_cpu.linear)") == "[]\nsq_cpu.linear"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "sq_cpu; from transformers import AutoModelForCausalLM",
+        "transformers.quantizers, sq_cpu",
+        "sq_cpu, transformers.modeling_utils",
+    ],
+)
+def test_transformers_knows_the_method_whichever_is_imported_first(imports: str) -> None:
+    registry = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING"
+    assert python(f"import {imports}\n{registry}\nprint('sq_cpu' in AUTO_QUANTIZER_MAPPING)") == (
+        "True"
+    )
+
+
+def test_a_missing_optional_dependency_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require("torch", "tune")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for module in ("optuna", "no_such_module"):
+        with pytest.raises(SqCpuError, match=rf"^{module} is .* pip install 'sq_cpu\[tune\]'$"):
+            require(module, "tune")
