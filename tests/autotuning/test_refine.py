@@ -136,8 +136,8 @@ def test_few_questions_for_many_linears() -> None:
 
 def test_the_rank_is_by_gain_per_price_and_what_is_free_comes_first() -> None:
     gains = {"dear": 4.0, "cheap": 3.0, "free": 0.1, "useless": 0.0}
-    prices = {"dear": 4.0, "cheap": 1.0, "free": -0.5, "useless": -0.5}
-    assert ranked(gains, prices) == ["free", "cheap", "dear", "useless"]
+    costs = {"dear": 4.0, "cheap": 1.0, "free": -0.5, "useless": -0.5}
+    assert ranked(gains, costs) == ["free", "cheap", "dear", "useless"]
 
 
 def test_the_frontier_begins_with_what_is_asked_and_has_no_other_order_of_events() -> None:
