@@ -1,4 +1,4 @@
-"""What an autotuning can choose: a `Configuration` says all of it, a `SearchSpace` offers many."""
+"""What an autotuning chooses, a `Configuration`, and what it chooses from, a `SearchSpace`."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ class SearchSpace:
             index = choose("alpha_range", tuple(range(len(self.alpha_ranges))))
             alpha = self.alpha_ranges[index]
         elif smoothing == "smoothquant":
-            # An integer: samplers know that 3 is next to 4, of categories they do not.
+            # An integer, not a category: samplers then know that 3 is next to 4.
             alphas = sorted(self.alpha)
             last = len(alphas) - 1
             alpha = (alphas[trial.suggest_int("alpha", 0, last) if last else 0],)

@@ -11,7 +11,7 @@ from sq_cpu.autotuning.configurations import Configuration
 
 __all__ = ["EvaluatedConfiguration"]
 
-# JSON has no word for these: null stands for them.
+# In JSON, which has no word for these, they are null.
 _UNKNOWN = {
     "metric": math.nan,
     "loss": math.inf,
@@ -63,6 +63,6 @@ class EvaluatedConfiguration:
     def from_dict(
         cls, values: Mapping[str, Any], configuration: Configuration, *, phase: str, number: int
     ) -> EvaluatedConfiguration:
-        """Rebuild what `to_dict` gave, with what the trial says of it."""
+        """Rebuild what `to_dict` gave, with what the trial adds."""
         known = {name: value for name, value in values.items() if value is not None}
         return cls(**known, configuration=configuration, phase=phase, number=number)

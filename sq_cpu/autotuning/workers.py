@@ -80,7 +80,7 @@ class Worker:
         self._deadline = start + settings.time_limit
         self._search_deadline = start + _SEARCH_SHARE * settings.time_limit
         self.search = Trials(storage, settings.study, pruner=settings.pruner, phase="search")
-        # A run that goes on must not suggest once more what its sampler began with.
+        # A resumed run must not repeat the suggestions that its sampler began with.
         seed = settings.seed + 7919 * len(self.search) + 104729 * index
         own = optuna.samplers.TPESampler(seed=seed % 2**32)
         self.search.use(settings.sampler or own)
@@ -107,7 +107,7 @@ class Worker:
         try:
             self._search()
             for start in self._starts():
-                # With linears in float it would be worse than what does without.
+                # When the goal is met without linears in float, any with some is worse.
                 best = self.best()
                 without = best is not None and best.value < 1 and not best.in_float
                 self._refinement().run(start, in_float=not without)
@@ -135,7 +135,7 @@ class Worker:
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
-            # A refinement before may have got there.
+            # An earlier refinement may have evaluated it.
             known = self.refined.evaluated().get(configuration.key)
             return known or self.job.result(configuration, report)
 
@@ -144,7 +144,7 @@ class Worker:
         repeats = 0
         while self._has_search_to_do() and repeats < _REPEATS:
             if self.settings.space.may_override(self.search.proposed()):
-                # Before the trial: others wait until it says its key.
+                # Ranked before the trial begins: others wait until it has written its key.
                 ranked_by("per_token")
                 ranked_by("float")
             repeats = 0 if self.search.run(choose, evaluate) else repeats + 1
@@ -289,7 +289,7 @@ def run_workers(
     with tempfile.TemporaryDirectory(prefix="sq_cpu-") as folder:
         path = Path(folder) / "job.pt"
         try:
-            # A file, which all of them map: weights are in memory once.
+            # All workers map one file, so the weights are in memory once.
             torch.save(parts, path)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise SqCpuError(

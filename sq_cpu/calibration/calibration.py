@@ -24,7 +24,7 @@ __all__ = ["FOLDS", "TENSORS", "Calibration", "fingerprint"]
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 4
 FOLDS = 4
-"""Parts that the batches are dealt into, so that a search can be scored on what it did not see."""
+"""Parts that the batches are dealt into: a search is scored on a part that it did not see."""
 TENSORS = (
     "channel_min",
     "channel_max",

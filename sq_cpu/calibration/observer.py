@@ -1,4 +1,4 @@
-"""What is seen of the linears' inputs while a model runs: ranges and samples, batch by batch."""
+"""Gathers ranges and samples of the linears' inputs while a model runs, batch by batch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class _LinearObserver:
         self.sample = Reservoir(rows)
         self.costly = Reservoir(gradient_rows)
         self.differentiated = False
-        # The same seed for all: linears that share an input keep the same rows.
+        # One seed for all: linears that share an input keep the same rows.
         self.generator = torch.Generator().manual_seed(0)
-        # Another one each: what chance adds to the loss of one linear evens out over all.
+        # A seed of its own: chance errors of the linears' losses then even out over all.
         self.gradient_generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         self.low = torch.full((FOLDS, linear.in_features), torch.inf)
         self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
@@ -58,7 +58,7 @@ class _LinearObserver:
         )
 
     def gradient_taker(self, recent: InputRows) -> Callable[[Tensor], None]:
-        """Return what takes the gradient of the output whose input was added last.
+        """Return the function that takes the gradient of the output for the input added last.
 
         Rows are drawn by priority sampling (Duffield, Lund, Thorup 2007), which needs one pass: a
         row of size w has priority w / u, u uniform in (0, 1], and if kept counts
@@ -165,7 +165,7 @@ class InputRanges:
         return watching_inputs(self._linears, "input", self._observe)
 
     def observe_gradients(self, name: str) -> Callable[[Tensor], None]:
-        """Return what takes the gradient of a linear's output, right after the linear ran."""
+        """Return the function that takes the gradient of the output of a linear that just ran."""
         return self._observers[name].gradient_taker(self._recent)
 
     @contextmanager

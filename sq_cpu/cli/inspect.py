@@ -220,7 +220,7 @@ def _check_options(
 
 
 class _Scored(NamedTuple):
-    """What `--saturation` runs over."""
+    """The text of `--saturation`."""
 
     text: Path | None
     windows: int
