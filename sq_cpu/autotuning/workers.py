@@ -298,15 +298,17 @@ def run_workers(
             ) from error
         pipes = []
         processes = []
+        children = []
         for index in range(count):
             receiver, sender = context.Pipe(duplex=False)
             arguments = (str(path), index, threads, sender, WorkerProcess.this())
             process = context.Process(target=_main, args=arguments)
             process.start()
             sender.close()
+            assert process.pid is not None
             processes.append(process)
+            children.append(WorkerProcess.of(process.pid))
             pipes.append(receiver)
-        children = [WorkerProcess.of(process.pid or 0) for process in processes]
         try:
             while not all(map(is_gone, children)):
                 time.sleep(_POLL)
