@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
@@ -373,7 +374,8 @@ def _main(path: str, index: int, threads: int, pipe: Connection, parent: WorkerP
     except Exception as error:
         text = str(error) if isinstance(error, SqCpuError) else f"{type(error).__name__}: {error}"
         message = ("error", text)
-    pipe.send(message)
+    with suppress(BrokenPipeError):  # the parent is gone: nobody reads it
+        pipe.send(message)
 
 
 def _interrupt(*_: object) -> None:

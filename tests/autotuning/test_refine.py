@@ -151,6 +151,6 @@ def test_the_frontier_begins_with_what_is_asked_and_has_no_other_order_of_events
             ahead.known[configuration.key] = ahead.of(configuration)
         return ahead.first(frontier)
 
-    search = Refinement(NAMES, first, 0.05, ahead.gains, ahead.price, "measured")
+    search = Refinement(NAMES, first, 0.05, ahead.gains, ahead.cost, "measured")
     assert search.run(Configuration()) == alone
     assert ahead.known.keys() >= losses.known.keys()
