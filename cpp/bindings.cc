@@ -89,74 +89,6 @@ PyObject* fastcall(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return nullptr;
 }
 
-// A quantizer that owns its smoothing.
-struct Quantizer {
-  Granularity granularity;
-  bool symmetric;
-  bool reduce_range;
-  float scale;
-  int32_t zero_point;
-  std::vector<float> inverse_smoothing;  // empty: none
-
-  sq_cpu::ActivationQuantizer view(int64_t k) const {
-    const auto size = static_cast<int64_t>(inverse_smoothing.size());
-    SQ_CHECK(size == 0 || size == k, "the smoothing has ", size, " elements, the input ", k,
-             " columns");
-    return {granularity, symmetric,  reduce_range,
-            scale,       zero_point, size == 0 ? nullptr : inverse_smoothing.data()};
-  }
-  int max_code() const { return view(static_cast<int64_t>(inverse_smoothing.size())).max_code(); }
-  auto key() const {
-    return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing);
-  }
-};
-
-sq_cpu::Epilogue epilogue(Activation activation, Address other, Address residual, DType type,
-                          int64_t n) {
-  return {activation, pointer<const void>(other), n, pointer<const void>(residual), n, type};
-}
-
-sq_cpu::QuantizedActivation quantized(Address codes, Address scale, Address zero_point, int64_t m,
-                                      int64_t k, int max_code) {
-  return {
-      pointer<uint8_t>(codes), pointer<float>(scale), pointer<int32_t>(zero_point), m, k, max_code};
-}
-
-void linear(Address x, DType type, int64_t m, Address weight, int64_t n, int64_t k,
-            const Quantizer& quantizer, Address y, Activation activation, Address other,
-            Address residual) {
-  py::gil_scoped_release release;
-  sq_cpu::linear(pointer<const void>(x), type, m, k, packed(weight, n, k), quantizer.view(k),
-                 pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
-}
-
-void quantize_activations(Address x, DType type, int64_t m, int64_t k, const Quantizer& quantizer,
-                          Address codes, Address scale, Address zero_point) {
-  py::gil_scoped_release release;
-  const sq_cpu::ActivationQuantizer view = quantizer.view(k);
-  sq_cpu::quantize_activations(pointer<const void>(x), type, k, view,
-                               quantized(codes, scale, zero_point, m, k, view.max_code()));
-}
-
-void linear_quantized(Address codes, Address scale, Address zero_point, int64_t m, int max_code,
-                      Address weight, int64_t n, int64_t k, Address y, DType type,
-                      Activation activation, Address other, Address residual) {
-  py::gil_scoped_release release;
-  sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k),
-                 pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
-}
-
-void linear_requantized(Address codes, Address scale, Address zero_point, int64_t m, int max_code,
-                        Address weight, int64_t n, int64_t k, const Quantizer& y_quantizer,
-                        Address y_codes, Address y_scale, Address y_zero_point, DType operand_type,
-                        Activation activation, Address other, Address residual) {
-  py::gil_scoped_release release;
-  const sq_cpu::ActivationQuantizer view = y_quantizer.view(n);
-  sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k), view,
-                 quantized(y_codes, y_scale, y_zero_point, m, n, view.max_code()),
-                 epilogue(activation, other, residual, operand_type, n));
-}
-
 // What torch calls its things, looked up once.
 struct Torch {
   py::object torch = py::module_::import("torch");
@@ -211,6 +143,96 @@ bool truth(const py::object& object) {
   return value != 0;
 }
 
+// torch sets OpenMP's count for a thread only when that thread asks for it: asked here, when a
+// thread first comes.
+struct ThreadsOfTorch {
+  ThreadsOfTorch() {
+    thread_local bool asked = false;
+    if (!asked) invoke(Torch::get().get_num_threads);
+    asked = true;
+  }
+};
+
+// The one door to the library's work: whoever releases the GIL for it has torch's thread count.
+struct Door {
+  ThreadsOfTorch threads;  // first: it calls Python
+  py::gil_scoped_release release;
+};
+
+// A quantizer that owns its smoothing.
+struct Quantizer {
+  Granularity granularity;
+  bool symmetric;
+  bool reduce_range;
+  float scale;
+  int32_t zero_point;
+  std::vector<float> inverse_smoothing;  // empty: none
+
+  sq_cpu::ActivationQuantizer view(int64_t k) const {
+    const auto size = static_cast<int64_t>(inverse_smoothing.size());
+    SQ_CHECK(size == 0 || size == k, "the smoothing has ", size, " elements, the input ", k,
+             " columns");
+    sq_cpu::ActivationQuantizer view;
+    view.granularity = granularity;
+    view.symmetric = symmetric;
+    view.reduce_range = reduce_range;
+    view.scale = scale;
+    view.zero_point = zero_point;
+    view.inverse_smoothing = size == 0 ? nullptr : inverse_smoothing.data();
+    return view;
+  }
+  int max_code() const { return view(static_cast<int64_t>(inverse_smoothing.size())).max_code(); }
+  auto key() const {
+    return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing);
+  }
+};
+
+sq_cpu::Epilogue epilogue(Activation activation, Address other, Address residual, DType type,
+                          int64_t n) {
+  return {activation, pointer<const void>(other), n, pointer<const void>(residual), n, type};
+}
+
+sq_cpu::QuantizedActivation quantized(Address codes, Address scale, Address zero_point, int64_t m,
+                                      int64_t k, int max_code) {
+  return {
+      pointer<uint8_t>(codes), pointer<float>(scale), pointer<int32_t>(zero_point), m, k, max_code};
+}
+
+void linear(Address x, DType type, int64_t m, Address weight, int64_t n, int64_t k,
+            const Quantizer& quantizer, Address y, Activation activation, Address other,
+            Address residual) {
+  const Door door;
+  sq_cpu::linear(pointer<const void>(x), type, m, k, packed(weight, n, k), quantizer.view(k),
+                 pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
+}
+
+void quantize_activations(Address x, DType type, int64_t m, int64_t k, const Quantizer& quantizer,
+                          Address codes, Address scale, Address zero_point) {
+  const Door door;
+  const sq_cpu::ActivationQuantizer view = quantizer.view(k);
+  sq_cpu::quantize_activations(pointer<const void>(x), type, k, view,
+                               quantized(codes, scale, zero_point, m, k, view.max_code()));
+}
+
+void linear_quantized(Address codes, Address scale, Address zero_point, int64_t m, int max_code,
+                      Address weight, int64_t n, int64_t k, Address y, DType type,
+                      Activation activation, Address other, Address residual) {
+  const Door door;
+  sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k),
+                 pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
+}
+
+void linear_requantized(Address codes, Address scale, Address zero_point, int64_t m, int max_code,
+                        Address weight, int64_t n, int64_t k, const Quantizer& y_quantizer,
+                        Address y_codes, Address y_scale, Address y_zero_point, DType operand_type,
+                        Activation activation, Address other, Address residual) {
+  const Door door;
+  const sq_cpu::ActivationQuantizer view = y_quantizer.view(n);
+  sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k), view,
+                 quantized(y_codes, y_scale, y_zero_point, m, n, view.max_code()),
+                 epilogue(activation, other, residual, operand_type, n));
+}
+
 Address address(py::handle tensor) { return invoke(Torch::get().data_ptr, tensor).cast<Address>(); }
 
 // An ordinary tensor that nothing traces or transforms; torch.compile's tracer is not seen here.
@@ -251,7 +273,6 @@ py::object linear_tensor(py::handle x, py::handle weight, int64_t k, int64_t n,
   const py::int_ columns(n);
   y_arguments[rank] = columns.ptr();
   py::object y = invoke(torch.new_empty, y_arguments.data(), rank + 1);
-  invoke(torch.get_num_threads);  // torch sets OpenMP's count for this thread only when it is asked
   linear(address(x), known->second, m, address(weight), n, k, quantizer, address(y),
          Activation::kNone, 0, 0);
   return y;
@@ -274,6 +295,7 @@ PyMethodDef fast_functions[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 py::dict isa() {
+  const ThreadsOfTorch threads;
   py::dict isas;
   for (const sq_cpu::IsaStatus& s : sq_cpu::isa_status()) {
     py::dict entry;
@@ -360,7 +382,7 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "pack_weight",
       [](Address weight, Address scale, Address bias, int64_t n, int64_t k, Address out) {
-        py::gil_scoped_release release;
+        const Door door;
         sq_cpu::pack_weight(pointer<const int8_t>(weight), pointer<const float>(scale),
                             pointer<const float>(bias), n, k, pointer<std::byte>(out));
       },
@@ -370,7 +392,7 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "unpack_weight",
       [](Address data, int64_t n, int64_t k, Address weight, Address scale, Address bias) {
-        py::gil_scoped_release release;
+        const Door door;
         sq_cpu::unpack_weight(packed(data, n, k), pointer<int8_t>(weight), pointer<float>(scale),
                               pointer<float>(bias));
       },
@@ -383,7 +405,7 @@ PYBIND11_MODULE(_core, m) {
       "gemm",
       [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
          int64_t k, Address y) {
-        py::gil_scoped_release release;
+        const Door door;
         sq_cpu::gemm(
             {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
             packed(weight, n, k), pointer<int32_t>(y), n);
@@ -395,7 +417,7 @@ PYBIND11_MODULE(_core, m) {
       "count_saturation",
       [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
          int64_t k) {
-        py::gil_scoped_release release;
+        const Door door;
         const sq_cpu::SaturationCount count = sq_cpu::count_saturation(
             {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
             packed(weight, n, k));
@@ -422,13 +444,13 @@ PYBIND11_MODULE(_core, m) {
         const auto strides = [](const Sizes& s) {
           return sq_cpu::BatchedStrides{s[0], s[1], s[2]};
         };
-        py::gil_scoped_release release;
-        sq_cpu::batched_matmul({batch, heads, kv_heads, m_, n, k},
-                               {pointer<const void>(a), a_is_signed, strides(a_strides),
-                                pointer<const float>(a_scale)},
-                               {pointer<const int8_t>(b), b_rows_are_n, strides(b_strides),
-                                pointer<const float>(b_scale)},
-                               alpha, {pointer<void>(y), y_type, strides(y_strides)});
+        const Door door;
+        const sq_cpu::BatchedLeft left{pointer<const void>(a), a_is_signed, strides(a_strides),
+                                       pointer<const float>(a_scale)};
+        const sq_cpu::BatchedRight right{pointer<const int8_t>(b), b_rows_are_n, strides(b_strides),
+                                         pointer<const float>(b_scale)};
+        const sq_cpu::BatchedResult result{pointer<void>(y), y_type, strides(y_strides)};
+        sq_cpu::batched_matmul({batch, heads, kv_heads, m_, n, k}, left, right, alpha, result);
       },
       py::arg("batch"), py::arg("heads"), py::arg("kv_heads"), py::arg("m"), py::arg("n"),
       py::arg("k"), py::arg("a"), py::arg("a_is_signed"), py::arg("a_strides"), py::arg("a_scale"),

@@ -18,6 +18,11 @@
 // alone when it is called inside a parallel region. Denormal numbers count, whatever the caller's
 // floating-point mode. Errors: std::invalid_argument on bad arguments, whose message names them;
 // std::runtime_error where SQ_CPU_ISA cannot be met; std::bad_alloc.
+//
+// Memory: each calling thread keeps the workspace of its calls and frees it when it ends. It grows
+// to the largest call: the codes of x, up to 32 MB, with 8 bytes a row (codes for 16 KB or less are
+// each worker's own, 16 KB); and for each thread of the team the int32 sums, 4 to 16 KB, or up to a
+// quarter of L2 where k is cut. batched_matmul.h states its own.
 #pragma once
 
 #include <cstddef>
