@@ -19,10 +19,10 @@
 // floating-point mode. Errors: std::invalid_argument on bad arguments, whose message names them;
 // std::runtime_error where SQ_CPU_ISA cannot be met; std::bad_alloc.
 //
-// Memory: each calling thread keeps the workspace of its calls and frees it when it ends. It grows
-// to the largest call: the codes of x, up to 32 MB, with 8 bytes a row (codes for 16 KB or less are
-// each worker's own, 16 KB); and for each thread of the team the int32 sums, 4 to 16 KB, or up to a
-// quarter of L2 where k is cut. batched_matmul.h states its own.
+// Memory: each calling thread keeps the workspace of its calls for the next ones and frees it when
+// it ends. That grows to the largest call: codes of x, up to 32 MB and 8 bytes a row, and for each
+// worker 4 or 8 KB of int32 sums; where k is cut into blocks, up to 75 KB or a quarter of L2. A
+// worker keeps 16 KB of its own for codes that each makes for itself.
 #pragma once
 
 #include <cstddef>
