@@ -1,5 +1,6 @@
-// choose_blocking() keeps the bounds that blocking.h states, for every microkernel of the table,
-// those of other machines included: nothing is run.
+// The choices made before anything runs, for every microkernel of the table, those of other
+// machines included: the dispatch takes the last row that may run, and choose_blocking() keeps the
+// bounds that blocking.h states.
 #include "harness.h"
 
 namespace {
@@ -89,9 +90,28 @@ void test_workers() {
   }
 }
 
+void test_dispatch() {
+  Part part("dispatch");
+  for (const IsaStatus& status : isa_status()) {
+    for (int max_code : {127, 255}) {
+      for (int64_t m = 1; m <= 40; ++m) {
+        const Microkernel* last = nullptr;
+        for (const Microkernel& kernel : microkernels()) {
+          const bool may_run = !(kernel.isa > status.isa) && max_code <= kernel.max_code;
+          if (may_run && kernel.from_m <= m) last = &kernel;
+        }
+        const Microkernel& chosen = choose_microkernel(status.isa, max_code, m);
+        check(&chosen == last,
+              join(status.name, " codes to ", max_code, " m=", m, ": ", chosen.name));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_dispatch();
   for (const Microkernel& kernel : microkernels()) test_bounds(kernel);
   test_workers();
   return finish();
