@@ -182,7 +182,7 @@ def _prepare(
     if groups is None:
         groups = smoothing_groups(model) if smooth else ()
     if smooth and plan is None:
-        assert calibration is not None  # _check_calibration raised otherwise
+        assert calibration is not None  # check_calibration raised otherwise
         plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
     scales: dict[SmoothingGroup, Tensor] = {}
     schemes = dict.fromkeys(linears, scheme)
