@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.latency import Precision
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.groups import smoothing_groups
@@ -22,7 +22,7 @@ from sq_cpu.tuning.losses import default_loss, loss_of
 
 __all__ = ["Errors", "estimated_errors"]
 
-Errors = dict[str, dict[Choice, float]]
+Errors = dict[str, dict[Precision, float]]
 
 
 def estimated_errors(
@@ -30,7 +30,7 @@ def estimated_errors(
     calibration: Calibration,
     plan: SmoothPlan,
     scheme: Scheme,
-    choices: Iterable[Choice],
+    choices: Iterable[Precision],
     *,
     progress: bool | None = None,
 ) -> Errors:

@@ -92,7 +92,7 @@ class QuantizedPrefix:
                 if name.startswith(f"{block}.")
             }
             sampled = SampledRows(self._calibration, self._tokens)
-            with evaluating(self._model), watching_inputs(linears, "input", sampled.see):
+            with evaluating(self._model), watching_inputs(linears, "input", sampled.observe):
                 for call, states in zip(self._calls, hidden, strict=True):
                     with sampled.batch(call.mask):
                         self._chain.run(index, call, states)

@@ -8,7 +8,7 @@ from tuning_cases import planted
 
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, SqCpuError
-from sq_cpu.autotuning.latency import CHOICES
+from sq_cpu.autotuning.latency import PRECISIONS
 from sq_cpu.autotuning.ranking import estimated_errors
 from sq_cpu.smoothing.plan import LayerPlan
 
@@ -19,7 +19,7 @@ def test_the_estimate_is_the_error_of_the_quantized_layer() -> None:
     calibration = sq_cpu.calibrate(model, batches(3))
     plan = SmoothPlan.uniform(model, calibration, 0.5, ignore=("lm_head",))
     scheme = Scheme.of("O3")
-    errors = estimated_errors(model, calibration, plan, scheme, CHOICES)
+    errors = estimated_errors(model, calibration, plan, scheme, PRECISIONS)
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"}
     assert errors.keys() == linears.keys()
     for activations in ("static", "per_token", "per_tensor"):

@@ -84,7 +84,7 @@ def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
     shown = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out"), "--json"])
     assert json.loads(shown.stdout)["kept"] == {"lm_head": "ignored"}
     said = CliRunner().invoke(cli.app, ["quantize", *map(str, start[1:])]).stdout
-    assert "smoothing: 8 groups folded, 0 divided in the pass" in said
+    assert "smoothing: 8 groups folded, 0 divided at run time" in said
     assert "1 linear in float: ignored" in said
     usage = run(*start, "--rule", "aqas", "--alpha", 0.5, code=2).stderr
     assert "no effect with --rule aqas" in " ".join(usage.split())
