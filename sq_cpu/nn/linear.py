@@ -99,8 +99,7 @@ class QuantLinear(nn.Module):
                 raise SqCpuError("a static scheme needs the input's range: calibrate the model")
             static = static_code(scheme, *input_range)
         layer = cls(linear.in_features, linear.out_features, scheme, bias=linear.bias is not None)
-        if smoothing is not None:
-            smoothing = smoothing.detach().to("cpu", torch.float32, copy=True).contiguous()
+        smoothing = None if smoothing is None else _own_copy(smoothing)
         layer._set_quantizer(static, smoothing)
         weight = linear.weight.detach()
         if smoothing is not None:
@@ -434,7 +433,13 @@ class QuantLinear(nn.Module):
         if "input_scale" in found:
             static = float(found["input_scale"]), int(found["input_zero_point"])
         smoothing = found.get("smoothing")
-        smoothing = None if smoothing is None else smoothing.cpu().clone()
+        smoothing = None if smoothing is None else _own_copy(smoothing)
         quantizer = self._make_quantizer(static, smoothing)
         self.packed_weight.pack(found["weight"], found["weight_scale"], found.get("bias"))
         self._set_quantizer(static, smoothing, quantizer)
+
+
+def _own_copy(smoothing: Tensor) -> Tensor:
+    # No tensor of inference mode, for its quantizer would be made at each traced call.
+    with torch.inference_mode(False):
+        return smoothing.detach().to("cpu", torch.float32, copy=True).contiguous()

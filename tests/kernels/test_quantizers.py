@@ -48,6 +48,18 @@ def test_the_traced_operator_makes_a_smoothings_quantizer_once(
     assert not torch.equal(twin(x), expected)
 
 
+def test_also_where_the_layer_is_made_in_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        layer = QuantLinear.from_float(nn.Linear(70, 20), Scheme(), smoothing=scales(70))
+        other = QuantLinear(70, 20, Scheme(), bias=True, smoothed=True)
+        other.load_state_dict(layer.state_dict())
+    monkeypatch.setattr(ops, "_reciprocals", lambda _: pytest.fail("made again"))
+    x = torch.randn(5, 70)
+    for each in (layer, other):
+        compiled = torch.compile(each, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+
+
 def test_a_smoothing_that_is_changed_in_place_gets_a_new_quantizer() -> None:
     s, arguments = scales(70), ("per_token", True, False, 0.0, 0)
     first = ops.make_quantizer(*arguments, s)

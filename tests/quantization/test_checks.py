@@ -133,3 +133,12 @@ def test_plans_for_layers_that_are_not_there_are_refused() -> None:
         refuse(model, f"the plan has an entry for {', '.join(names)}, no linear", found, plan)
     everything = [LayerPlan(name=name, in_float=True) for name in found.channel_min]
     refuse(model, "nothing to quantize", found, SmoothPlan((), tuple(everything)))
+
+
+def test_a_float_linear_may_have_hooks_and_nan() -> None:
+    model = Twice()
+    model.rest[2].register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        model.rest[2].weight[0, 0] = float("nan")
+    plan = SmoothPlan((), (LayerPlan(name="rest.2", in_float=True),))
+    assert quantize(model, plan=plan).sq_cpu_config.layers == ("first",)
