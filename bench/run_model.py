@@ -26,7 +26,7 @@ import machine
 import transformers
 import typer
 from rich.table import Table
-from whole_model import BF16, FLOATS, SHAPES, Row, Settings, measure, say
+from whole_model import BF16, FLOATS, LEAST_COSINE, SHAPES, Row, Settings, measure, say
 
 import sq_cpu
 
@@ -195,7 +195,7 @@ def main(
     budget: Annotated[float, typer.Option(min=0, help="Seconds for all.")] = 300,
     least_cosine: Annotated[
         float, typer.Option(help="Of a variant's logits with fp32's; one below is not reported.")
-    ] = 0.98,
+    ] = LEAST_COSINE,
     label: Annotated[str | None, typer.Option(help="Of the build, for --compare.")] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file.")] = None,
     compare: Annotated[

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_torch.h"
 #include "check.h"
 #include "sq_cpu/batched_matmul.h"
 #include "sq_cpu/isa.h"
@@ -28,6 +29,7 @@ namespace {
 using sq_cpu::Activation;
 using sq_cpu::DType;
 using sq_cpu::Granularity;
+using namespace sq_cpu::bindings;
 using Address = uintptr_t;
 
 template <typename T>
@@ -102,8 +104,14 @@ struct Quantizer {
     const auto size = static_cast<int64_t>(inverse_smoothing.size());
     SQ_CHECK(size == 0 || size == k, "the smoothing has ", size, " elements, the input ", k,
              " columns");
-    return {granularity, symmetric,  reduce_range,
-            scale,       zero_point, size == 0 ? nullptr : inverse_smoothing.data()};
+    sq_cpu::ActivationQuantizer view;
+    view.granularity = granularity;
+    view.symmetric = symmetric;
+    view.reduce_range = reduce_range;
+    view.scale = scale;
+    view.zero_point = zero_point;
+    view.inverse_smoothing = size == 0 ? nullptr : inverse_smoothing.data();
+    return view;
   }
   int max_code() const { return view(static_cast<int64_t>(inverse_smoothing.size())).max_code(); }
   auto key() const {
@@ -125,14 +133,14 @@ sq_cpu::QuantizedActivation quantized(Address codes, Address scale, Address zero
 void linear(Address x, DType type, int64_t m, Address weight, int64_t n, int64_t k,
             const Quantizer& quantizer, Address y, Activation activation, Address other,
             Address residual) {
-  py::gil_scoped_release release;
+  const Door door;
   sq_cpu::linear(pointer<const void>(x), type, m, k, packed(weight, n, k), quantizer.view(k),
                  pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
 }
 
 void quantize_activations(Address x, DType type, int64_t m, int64_t k, const Quantizer& quantizer,
                           Address codes, Address scale, Address zero_point) {
-  py::gil_scoped_release release;
+  const Door door;
   const sq_cpu::ActivationQuantizer view = quantizer.view(k);
   sq_cpu::quantize_activations(pointer<const void>(x), type, k, view,
                                quantized(codes, scale, zero_point, m, k, view.max_code()));
@@ -141,7 +149,7 @@ void quantize_activations(Address x, DType type, int64_t m, int64_t k, const Qua
 void linear_quantized(Address codes, Address scale, Address zero_point, int64_t m, int max_code,
                       Address weight, int64_t n, int64_t k, Address y, DType type,
                       Activation activation, Address other, Address residual) {
-  py::gil_scoped_release release;
+  const Door door;
   sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k),
                  pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
 }
@@ -150,65 +158,11 @@ void linear_requantized(Address codes, Address scale, Address zero_point, int64_
                         Address weight, int64_t n, int64_t k, const Quantizer& y_quantizer,
                         Address y_codes, Address y_scale, Address y_zero_point, DType operand_type,
                         Activation activation, Address other, Address residual) {
-  py::gil_scoped_release release;
+  const Door door;
   const sq_cpu::ActivationQuantizer view = y_quantizer.view(n);
   sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k), view,
                  quantized(y_codes, y_scale, y_zero_point, m, n, view.max_code()),
                  epilogue(activation, other, residual, operand_type, n));
-}
-
-// What torch calls its things, looked up once.
-struct Torch {
-  py::object torch = py::module_::import("torch");
-  py::object tensor = torch.attr("Tensor");
-  std::array<std::pair<py::object, DType>, 3> dtypes{{{torch.attr("float32"), DType::kFloat32},
-                                                      {torch.attr("bfloat16"), DType::kBFloat16},
-                                                      {torch.attr("float16"), DType::kFloat16}}};
-  py::object get_num_threads = torch.attr("get_num_threads");
-  py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");
-  py::object dispatch_modes = torch.attr("_C").attr("_len_torch_dispatch_stack");
-  py::object functorch_active = torch.attr("_C").attr("_are_functorch_transforms_active");
-  // Descriptors: x.name would look each up.
-  py::object data_ptr = tensor.attr("data_ptr");
-  py::object dtype = tensor.attr("dtype");
-  py::object is_contiguous = tensor.attr("is_contiguous");
-  py::object is_cpu = tensor.attr("is_cpu");
-  py::object is_neg = tensor.attr("is_neg");
-  py::object new_empty = tensor.attr("new_empty");
-  py::object requires_grad = tensor.attr("requires_grad");
-  py::object shape = tensor.attr("shape");
-
-  static const Torch& get() {
-    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> torch;
-    return torch.call_once_and_store_result([] { return Torch(); }).get_stored();
-  }
-};
-
-py::object owned(PyObject* result) {
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-py::object get(py::handle object, py::handle descriptor) {
-  return owned(Py_TYPE(descriptor.ptr())
-                   ->tp_descr_get(descriptor.ptr(), object.ptr(),
-                                  reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()))));
-}
-
-py::object invoke(py::handle function, PyObject* const* arguments, size_t count) {
-  return owned(PyObject_Vectorcall(function.ptr(), arguments, count, nullptr));
-}
-
-py::object invoke(py::handle function) { return invoke(function, nullptr, 0); }
-
-py::object invoke(py::handle function, py::handle argument) {
-  return invoke(function, &argument.ptr(), 1);
-}
-
-bool truth(const py::object& object) {
-  const int value = PyObject_IsTrue(object.ptr());
-  if (value < 0) throw py::error_already_set();
-  return value != 0;
 }
 
 Address address(py::handle tensor) { return invoke(Torch::get().data_ptr, tensor).cast<Address>(); }
@@ -251,7 +205,6 @@ py::object linear_tensor(py::handle x, py::handle weight, int64_t k, int64_t n,
   const py::int_ columns(n);
   y_arguments[rank] = columns.ptr();
   py::object y = invoke(torch.new_empty, y_arguments.data(), rank + 1);
-  invoke(torch.get_num_threads);  // torch sets OpenMP's count for this thread only when it is asked
   linear(address(x), known->second, m, address(weight), n, k, quantizer, address(y),
          Activation::kNone, 0, 0);
   return y;
@@ -274,6 +227,7 @@ PyMethodDef fast_functions[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 py::dict isa() {
+  const ThreadsOfTorch threads;
   py::dict isas;
   for (const sq_cpu::IsaStatus& s : sq_cpu::isa_status()) {
     py::dict entry;
@@ -360,7 +314,7 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "pack_weight",
       [](Address weight, Address scale, Address bias, int64_t n, int64_t k, Address out) {
-        py::gil_scoped_release release;
+        const Door door;
         sq_cpu::pack_weight(pointer<const int8_t>(weight), pointer<const float>(scale),
                             pointer<const float>(bias), n, k, pointer<std::byte>(out));
       },
@@ -370,7 +324,7 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "unpack_weight",
       [](Address data, int64_t n, int64_t k, Address weight, Address scale, Address bias) {
-        py::gil_scoped_release release;
+        const Door door;
         sq_cpu::unpack_weight(packed(data, n, k), pointer<int8_t>(weight), pointer<float>(scale),
                               pointer<float>(bias));
       },
@@ -383,7 +337,7 @@ PYBIND11_MODULE(_core, m) {
       "gemm",
       [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
          int64_t k, Address y) {
-        py::gil_scoped_release release;
+        const Door door;
         sq_cpu::gemm(
             {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
             packed(weight, n, k), pointer<int32_t>(y), n);
@@ -395,7 +349,7 @@ PYBIND11_MODULE(_core, m) {
       "count_saturation",
       [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
          int64_t k) {
-        py::gil_scoped_release release;
+        const Door door;
         const sq_cpu::SaturationCount count = sq_cpu::count_saturation(
             {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
             packed(weight, n, k));
@@ -422,13 +376,13 @@ PYBIND11_MODULE(_core, m) {
         const auto strides = [](const Sizes& s) {
           return sq_cpu::BatchedStrides{s[0], s[1], s[2]};
         };
-        py::gil_scoped_release release;
-        sq_cpu::batched_matmul({batch, heads, kv_heads, m_, n, k},
-                               {pointer<const void>(a), a_is_signed, strides(a_strides),
-                                pointer<const float>(a_scale)},
-                               {pointer<const int8_t>(b), b_rows_are_n, strides(b_strides),
-                                pointer<const float>(b_scale)},
-                               alpha, {pointer<void>(y), y_type, strides(y_strides)});
+        const Door door;
+        const sq_cpu::BatchedLeft left{pointer<const void>(a), a_is_signed, strides(a_strides),
+                                       pointer<const float>(a_scale)};
+        const sq_cpu::BatchedRight right{pointer<const int8_t>(b), b_rows_are_n, strides(b_strides),
+                                         pointer<const float>(b_scale)};
+        const sq_cpu::BatchedResult result{pointer<void>(y), y_type, strides(y_strides)};
+        sq_cpu::batched_matmul({batch, heads, kv_heads, m_, n, k}, left, right, alpha, result);
       },
       py::arg("batch"), py::arg("heads"), py::arg("kv_heads"), py::arg("m"), py::arg("n"),
       py::arg("k"), py::arg("a"), py::arg("a_is_signed"), py::arg("a_strides"), py::arg("a_scale"),

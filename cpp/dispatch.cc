@@ -28,10 +28,9 @@ constexpr bool keeps_to_blocks(const Microkernel& kernel) {
   return kernel.rows <= kBlockRows || kernel.rows % kBlockRows == 0;
 }
 
-// The codes of a call are 7 or 8 bits, and AMX's two functions come together.
-constexpr bool is_consistent(const Microkernel& kernel) {
-  return (kernel.max_code == 127 || kernel.max_code == 255) && kernel.from_m >= 1 &&
-         (kernel.begin == nullptr) == (kernel.end == nullptr);
+// A product asks for codes up to 127 or up to 255.
+constexpr bool can_be_chosen(const Microkernel& kernel) {
+  return (kernel.max_code == 127 || kernel.max_code == 255) && kernel.from_m >= 1;
 }
 
 template <typename Holds>
@@ -53,7 +52,7 @@ constexpr bool worst_first() {
 static_assert(all_rows(fits), "kernels.inc: a microkernel exceeds kMaxRows or kMaxColumns");
 static_assert(all_rows(keeps_to_blocks),
               "kernels.inc: rows beyond a block of codes must be blocks");
-static_assert(all_rows(is_consistent), "kernels.inc: codes are up to 127 or 255, from_m 1 or more");
+static_assert(all_rows(can_be_chosen), "kernels.inc: codes are up to 127 or 255, from_m 1 or more");
 static_assert(all_rows([](const Microkernel& k) { return kMostRows % row_step(k) == 0; }),
               "kernels.inc: kMostRows must be whole groups of every microkernel");
 static_assert(all_rows([](const Microkernel& k) {

@@ -1,9 +1,12 @@
-"""The C++ tests notice a broken kernel: each deliberate break makes them fail.
+"""The C++ tests notice a broken library: each deliberate break makes one of them fail.
 
 A break is an exact piece of source text and what replaces it. When the source changes, so does the
-row: a text that does not occur exactly once is an error.
+row: a text that does not occur exactly once is an error. At least one row a kernel file and a stage
+of the driver.
 """
 
+import json
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -15,6 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a build of the C++ tests needs; pyproject.toml holds the version.
 SOURCES = ["CMakeLists.txt", "pyproject.toml", "cmake", "cpp", "tests/cpp"]
 
+# Arguments that keep a program short: a part of its fuzz.
+ARGUMENTS = {
+    "test_kernels": ["1", "150"],
+    "test_linear": ["1", "300"],
+}
+
 
 @dataclass(frozen=True)
 class Break:
@@ -22,26 +31,209 @@ class Break:
     file: str
     text: str
     replacement: str
+    noticed_by: str
 
 
 BREAKS = [
     Break(
-        "zero-point sign",
+        "reference: k order",
+        "cpp/kernel_reference.cc",
+        "column * 4 + k % 4;",
+        "column * 4 + 3 - k % 4;",
+        "test_kernels",
+    ),
+    Break(
+        "avx2: sign of odd weights",
+        "cpp/kernel_avx2.cc",
+        "odd[half] = _mm256_srai_epi16(bytes, 8);",
+        "odd[half] = _mm256_srli_epi16(bytes, 8);",
+        "test_kernels",
+    ),
+    Break(
+        "avx512bw: sign of odd weights",
+        "cpp/kernel_avx512bw.cc",
+        "odd_weights = _mm512_srai_epi16(weights, 8);",
+        "odd_weights = _mm512_srli_epi16(weights, 8);",
+        "test_kernels",
+    ),
+    Break(
+        "avx512_vnni: which operand is unsigned",
+        "cpp/kernel_avx512_vnni.cc",
+        "_mm512_dpbusd_epi32(sum, codes, weights)",
+        "_mm512_dpbusd_epi32(sum, weights, codes)",
+        "test_kernels",
+    ),
+    Break(
+        "amx_int8: a tile stored twice",
+        "cpp/kernel_amx_int8.cc",
+        "TILE_STORE(3, c[3], c_stride);",
+        "TILE_STORE(2, c[3], c_stride);",
+        "test_kernels",
+    ),
+    Break(
+        "epilogue: zero-point sign",
         "cpp/rows.h",
         "load_bits<U32>(c + index * kLanes) - at.correction",
         "load_bits<U32>(c + index * kLanes) + at.correction",
+        "test_kernels",
     ),
     Break(
-        "tail mask",
+        "epilogue: tail mask",
         "cpp/rows.h",
         "std::memcpy(y, &value, count * (sizeof value / kLanes));",
         "std::memcpy(y, &value, (count + 1) * (sizeof value / kLanes));",
+        "test_kernels",
     ),
     Break(
-        "K padding",
+        "pack: K padding",
         "cpp/pack.cc",
         "std::memset(strip, 0, strip_bytes(k));",
         "",
+        "test_kernels",
+    ),
+    Break(
+        "dispatch: fewest rows",
+        "cpp/dispatch.cc",
+        "m >= kernel.from_m",
+        "m > kernel.from_m",
+        "test_blocking",
+    ),
+    Break(
+        "blocking: rows in whole groups",
+        "cpp/blocking.cc",
+        "best.rows = near_equal(rows, step, kMostRows);",
+        "best.rows = near_equal(rows, 1, kMostRows);",
+        "test_blocking",
+    ),
+    Break(
+        "gemm: sums of the k blocks before",
+        "cpp/gemm.cc",
+        "tile.accumulate = cut > 0;",
+        "tile.accumulate = false;",
+        "test_kernels",
+    ),
+    Break(
+        "gemm: tasks that nobody came for",
+        "cpp/gemm.cc",
+        "const int64_t task = (thread + i) % tasks;",
+        "const int64_t task = thread % tasks;",
+        "test_kernels",
+    ),
+    Break(
+        "quantize: zero point of the symmetric grid",
+        "cpp/quantize.cc",
+        "code.grid.zero_point = absmax_code + 1;",
+        "code.grid.zero_point = absmax_code;",
+        "test_linear",
+    ),
+    Break(
+        "ops: rows of the residual",
+        "cpp/ops.cc",
+        "steps.ld_residual = epilogue.ld_residual;",
+        "steps.ld_residual = epilogue.ld_other;",
+        "test_linear",
+    ),
+    Break(
+        "batched_matmul: rows of a head",
+        "cpp/batched_matmul.cc",
+        "row % job_.shape.m * strides.row;",
+        "row % job_.shape.m * strides.head;",
+        "test_batched_matmul",
+    ),
+    Break(
+        "team: a region of a part of the pool",
+        "cpp/team.h",
+        "#pragma omp parallel\n",
+        "#pragma omp parallel num_threads(workers)\n",
+        "test_threads",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A row of the kernel table, or a type, that some array has no room for."""
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    compiled: str
+    error: str
+
+
+MISFITS = [
+    Misfit(
+        "more rows than kMaxRows",
+        "cpp/kernels.inc",
+        "u8s8_32x32_amx_int8,         32,",
+        "u8s8_32x32_amx_int8,         64,",
+        "cpp/dispatch.cc",
+        "exceeds kMaxRows or kMaxColumns",
+    ),
+    Misfit(
+        "more columns than kMaxColumns",
+        "cpp/kernels.inc",
+        "u8s8_6x64_avx512_vnni,        6,  4,",
+        "u8s8_6x64_avx512_vnni,        4,  5,",
+        "cpp/dispatch.cc",
+        "exceeds kMaxRows or kMaxColumns",
+    ),
+    Misfit(
+        "more groups than kMostGroups",
+        "cpp/kernels.inc",
+        "u7s8_4x16_avx2,               4,",
+        "u7s8_4x16_avx2,               2,",
+        "cpp/dispatch.cc",
+        "more than kMostGroups groups",
+    ),
+    Misfit(
+        "groups across blocks of codes",
+        "cpp/kernels.inc",
+        "u8s8_32x32_amx_int8,         32,",
+        "u8s8_32x32_amx_int8,         24,",
+        "cpp/dispatch.cc",
+        "rows beyond a block of codes must be blocks",
+    ),
+    Misfit(
+        "an ISA before its time",
+        "cpp/kernels.inc",
+        "SQ_MICROKERNEL(kAvx2,       u7s8_4x16_avx2,",
+        "SQ_MICROKERNEL(kReference,  u7s8_4x16_avx2,",
+        "cpp/dispatch.cc",
+        "rows must stand in the order of Isa",
+    ),
+    Misfit(
+        "more sums than registers",
+        "cpp/kernels.inc",
+        "u8s8_6x64_avx512_vnni,        6,  4,",
+        "u8s8_6x64_avx512_vnni,        8,  4,",
+        "cpp/kernel_avx512_vnni.cc",
+        "leave no registers",
+    ),
+    Misfit(
+        "a register block that AVX2 has no function for",
+        "cpp/kernels.inc",
+        "u8s8_4x16_avx2,               4,",
+        "u8s8_4x16_avx2,               6,",
+        "cpp/kernel_avx2.cc",
+        "does not fit AVX2",
+    ),
+    Misfit(
+        "a DType that no RowKernels has",
+        "cpp/include/sq_cpu/linear.h",
+        "enum class DType { kFloat32, kBFloat16, kFloat16 };",
+        "enum class DType { kFloat32, kFloat64, kBFloat16, kFloat16 };",
+        "cpp/dispatch.cc",
+        "a function for each DType",
+    ),
+    Misfit(
+        "an Output that no RowKernels has",
+        "cpp/kernel.h",
+        "kCode, kInt8 };",
+        "kCode, kInt16, kInt8 };",
+        "cpp/dispatch.cc",
+        "a function for each DType and each Output",
     ),
 ]
 
@@ -52,41 +244,95 @@ def run(*command: str | Path) -> None:
 
 
 class Tree:
-    """A copy of the C++ sources, with a build folder that is reused."""
+    """A copy of the C++ sources, with a build folder that is reused: a break rebuilds its file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.build = folder / "build"
+        self.sound: set[str] = set()
         for name in SOURCES:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, folder / name)
             else:
                 shutil.copy(ROOT / name, folder / name)
-        run("cmake", "-S", folder, "-B", self.build, "-G", "Ninja", "-DSQ_CPU_BUILD_TESTS=ON")
+        options = ["-DSQ_CPU_BUILD_TESTS=ON", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON"]
+        # Building is most of the time; unoptimized programs would be slow in turn.
+        options += ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"]
+        run("cmake", "-S", folder, "-B", self.build, "-G", "Ninja", *options)
 
-    def passes(self) -> bool:
+    def passes(self, test: str) -> bool:
         """Build and run; a source that no longer compiles is an error, not a noticed break."""
-        run("cmake", "--build", self.build, "--target", "test_kernels")
-        program = self.build / "tests" / "cpp" / "test_kernels"
-        result = subprocess.run([program], capture_output=True, timeout=300, check=False)
+        run("cmake", "--build", self.build, "--target", test)
+        program = self.build / "tests" / "cpp" / test
+        result = subprocess.run(
+            [program, *ARGUMENTS.get(test, [])],
+            capture_output=True,
+            timeout=300,
+            check=False,
+            env=os.environ | {"OMP_WAIT_POLICY": "passive"},
+        )
         return result.returncode == 0
+
+    def check_sound(self, name: str) -> None:
+        """Assert once that a test passes, or that a source compiles, when nothing is broken."""
+        if name in self.sound:
+            return
+        assert self.diagnose(name) == "" if name.endswith(".cc") else self.passes(name)
+        self.sound.add(name)
+
+    def diagnose(self, file: str) -> str:
+        """Compile a file for its errors alone."""
+        commands = json.loads((self.build / "compile_commands.json").read_text())
+        [entry] = [each for each in commands if each["file"] == str(self.folder / file)]
+        result = subprocess.run(
+            entry["command"] + " -fsyntax-only",
+            shell=True,  # as the build would run it
+            cwd=entry["directory"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return result.stderr if result.returncode else ""
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
-    tree = Tree(tmp_path_factory.mktemp("tree"))
-    assert tree.passes()
-    return tree
+    return Tree(tmp_path_factory.mktemp("tree"))
+
+
+def broken_text(file: Path, text: str, replacement: str) -> str:
+    source = file.read_text()
+    assert source.count(text) == 1, f"adapt the row to {file.name}"
+    return source.replace(text, replacement)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", BREAKS, ids=lambda b: b.name)
 def test_break_is_noticed(tree: Tree, broken: Break) -> None:
     file = tree.folder / broken.file
+    text = broken_text(file, broken.text, broken.replacement)
+    tree.check_sound(broken.noticed_by)
     source = file.read_text()
-    assert source.count(broken.text) == 1, f"adapt the row to {broken.file}"
-    file.write_text(source.replace(broken.text, broken.replacement))
+    file.write_text(text)
     try:
-        assert not tree.passes()
+        assert not tree.passes(broken.noticed_by)
     finally:
         file.write_text(source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("misfit", MISFITS, ids=lambda m: m.name)
+def test_misfit_does_not_compile(tree: Tree, misfit: Misfit) -> None:
+    file = tree.folder / misfit.file
+    text = broken_text(file, misfit.text, misfit.replacement)
+    tree.check_sound(misfit.compiled)
+    source, times = file.read_text(), file.stat()
+    file.write_text(text)
+    try:
+        errors = tree.diagnose(misfit.compiled)
+    finally:
+        file.write_text(source)
+        # Nothing was built from it, so nothing is out of date.
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "static assertion failed" in errors
+    assert misfit.error in errors

@@ -4,15 +4,13 @@ Protocol: 16 calibration and 20 evaluation windows of 512 tokens from the shippe
 """
 
 import copy
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sameness import digests, logits_of_a_fresh_process
 from torch import Tensor, nn
 
 import sq_cpu
@@ -131,33 +129,6 @@ def test_int8_linears_take_at_most_27_percent(
     assert resident <= 0.27 * before
 
 
-# Run here and, by its source, in a fresh process.
-DIGESTS = """
-import hashlib
-import torch
-from sq_cpu import QuantLinear
-
-def digests(model):
-    found = {}
-    def add(name, tensor):
-        found[name] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-    for name, tensor in model.state_dict().items():
-        add(name, tensor)
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
-            add(name + "()", layer(x))
-    return found
-"""
-LOAD = """
-import json, sys, torch, sq_cpu
-model = sq_cpu.load(sys.argv[1])
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-    print(json.dumps(digests(model)))
-"""
-
-
 @pytest.mark.parametrize("scheme", ["O1", "O3"])
 def test_saved_and_loaded_elsewhere_the_layers_are_identical(
     loaded: tuple[nn.Module, Any],
@@ -168,22 +139,10 @@ def test_saved_and_loaded_elsewhere_the_layers_are_identical(
     (ids,) = token_windows(loaded[1], texts.evaluation(), window=128, windows=1)
     model = quantized(scheme, 0.8)
     sq_cpu.save(model, tmp_path / "int8", loaded[1])
-    torch.save(ids, tmp_path / "ids.pt")
-    paths = [str(tmp_path / name) for name in ("int8", "ids.pt", "logits.pt")]
-    elsewhere = subprocess.run(
-        [sys.executable, "-c", DIGESTS + LOAD, *paths],
-        check=True,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-    )
-    here: dict[str, Any] = {}
-    exec(DIGESTS, here)
-    with torch.no_grad():
-        expected = here["digests"](model)
-    assert len(expected) > 3 * 210
-    assert json.loads(elsewhere.stdout) == expected
+    assert len(digests(model)) > 3 * 210
+    found = logits_of_a_fresh_process({"int8": model}, ids, tmp_path)
     # Every weight and every int8 linear is equal bit for bit. torch's fp32 products between them
     # are so only where MKL promises it (not for other alignments and thread counts), and a
     # difference in the last bit may move an int8 code.
-    before, after = logits(model, ids), torch.load(tmp_path / "logits.pt")
+    before, after = logits(model, ids), found["int8"]
     assert (before - after).abs().max() <= 1e-3 * before.abs().max()

@@ -9,9 +9,17 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from sq_cpu.attention import matmul_qk
+from torch import nn
+
+import sq_cpu
+from sq_cpu import _core
 
 POOL_STAYS = """
 import os
@@ -63,6 +71,39 @@ print(len(before), changes, " ".join(sorted(os.path.basename(r) for r in runtime
 """
 
 
+def _openmp() -> ctypes.CDLL:
+    """Return the OpenMP runtime that torch loaded."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split()[-1]
+        if any(name in path for name in ("libgomp", "libiomp", "libomp")):
+            return ctypes.CDLL(path)
+    raise AssertionError("torch loaded no OpenMP runtime")
+
+
+def _ops() -> dict[str, Callable[[], object]]:
+    linear = sq_cpu.QuantLinear.from_float(nn.Linear(64, 32), sq_cpu.Scheme())
+    static = sq_cpu.Scheme(activations="static")
+    after = sq_cpu.QuantLinear.from_float(nn.Linear(32, 8), static, (-1.0, 1.0))
+    x = torch.randn(3, 64)
+    quantized = linear.quantize_input(x)
+    q = torch.randint(-128, 128, (1, 2, 3, 64), dtype=torch.int8)
+    weight, scale, packed = linear.weight_int8(), torch.ones(32), torch.empty_like(linear.packed)
+    return {
+        "linear_tensor": lambda: linear(x),
+        "linear": lambda: linear(x, activation="relu"),
+        "quantize_activations": lambda: linear.quantize_input(x),
+        "linear_quantized": lambda: linear(quantized),
+        "linear_requantized": lambda: linear.forward_int8(quantized, after),
+        "pack_weight": lambda: _core.pack_weight(
+            weight.data_ptr(), scale.data_ptr(), 0, 32, 64, packed.data_ptr()
+        ),
+        "unpack_weight": linear.weight_int8,
+        "count_saturation": lambda: linear.count_saturation(x),
+        "batched_matmul": lambda: matmul_qk(q, q),
+        "isa": _core.isa,
+    }
+
+
 def _libiomp5() -> str | None:
     """Find Intel's runtime: in the package intel-openmp, else where the loader looks."""
     try:
@@ -95,3 +136,22 @@ def test_no_op_starts_or_ends_a_thread(runtime: str, tmp_path: Path) -> None:
     assert int(threads) >= 4, result.stdout
     assert runtime != "libiomp5" or "libiomp5" in loaded, result.stdout
     assert int(changes) == 0, "calls after which the process had other threads"
+
+
+@pytest.mark.parametrize("op", list(_ops()))
+def test_every_op_runs_on_torchs_thread_count(threads: Callable[[int], None], op: str) -> None:
+    """torch sets OpenMP's count for a thread only when it is asked: a new thread has another."""
+    threads(1)
+    run = _ops()[op]
+    threads(5)
+    counts: list[int] = []
+
+    def work() -> None:
+        with torch.no_grad():
+            run()
+        counts.append(_openmp().omp_get_max_threads())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert counts == [5]

@@ -11,12 +11,26 @@ import torch
 from tiny import batches, tiny_model
 from torch import nn
 
+import sq_cpu
 from sq_cpu import SearchSpace
-from sq_cpu.autotuning.latency import CHOICES, Costs
+from sq_cpu.autotuning.latency import PRECISIONS, Costs
 from sq_cpu.models.groups import smoothing_groups
 
 # Quick: without `tune`.
 QUICK = SearchSpace(smoothing=("smoothquant",), static_range=("minmax",))
+
+# Every linear per token at first, nothing else to choose: what remains is which stay in float.
+PER_TOKEN = SearchSpace(
+    activations=("per_token",),
+    symmetric=(True,),
+    smoothing=("smoothquant",),
+    alpha=(0.5,),
+    weight_clip=(1.0,),
+    in_float=(0.0,),
+)
+
+GOAL = 6e-5
+"""That needs some linears in float, whatever the settings."""
 
 _PER_WEIGHT = {"static": 1.0, "per_token": 1.125, "per_tensor": 1.25, "float": 4.0}
 
@@ -49,13 +63,26 @@ class Divergence:
         return sum(terms) / len(terms)
 
 
+def logit_error(
+    model_type: str, plan: sq_cpu.SmoothPlan | None, calibration: sq_cpu.Calibration, scheme: str
+) -> float:
+    """Return the squared error of the logits of `planted`, quantized, on unseen batches."""
+    float_model, model = planted(model_type), planted(model_type)
+    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=plan is not None)
+    with torch.no_grad():
+        return sum(
+            float((model(ids).logits - float_model(ids).logits).square().mean())
+            for ids in batches(6)[3:]
+        )
+
+
 def costs(model: nn.Module) -> Costs:
     """Return costs in proportion to the size of each linear of a model."""
     entries = {}
     for linear in model.modules():
         if isinstance(linear, nn.Linear):
             size = linear.out_features * linear.in_features / 1024
-            row = {choice: size * _PER_WEIGHT[choice] for choice in CHOICES}
+            row = {precision: size * _PER_WEIGHT[precision] for precision in PRECISIONS}
             row |= {f"{c}+smoothing": ms + 0.01 * size for c, ms in row.items() if c != "float"}
             entries[f"{linear.out_features}x{linear.in_features}"] = row
     return Costs(tokens=32, dtype="float32", entries=entries)
@@ -76,3 +103,14 @@ def planted(model_type: str, **config: Any) -> torch.nn.Module:
             for consumer in group.consumers:
                 model.get_submodule(consumer).weight.mul_(scale)
     return model
+
+
+def llama(**config: Any) -> nn.Module:
+    """Return a model of seven linears, with outliers."""
+    return planted("llama", num_hidden_layers=1, **config)
+
+
+def tuned(model: nn.Module, goal: str | float, **options: Any) -> sq_cpu.Autotuned:
+    settings = {"costs": costs(model), "trials": 6, "space": QUICK, "progress": False}
+    evaluate = options.pop("evaluate", None) or Divergence(model)
+    return sq_cpu.autotune(model, batches(3), evaluate, goal, **(settings | options))

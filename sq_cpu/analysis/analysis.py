@@ -24,6 +24,7 @@ from sq_cpu.models.linears import (
     linearized,
     quantizable_linears,
 )
+from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import check_layers
 from sq_cpu.scheme import Scheme
@@ -34,8 +35,8 @@ from sq_cpu.smoothing.plan import (
     scheme_of,
     uniform_plan,
 )
-from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, output_errors, smoothed_range
-from sq_cpu.smoothing.scales import group_statistics, plan_scales
+from sq_cpu.smoothing.scales import WeightStatistics, group_statistics, plan_scales
+from sq_cpu.smoothing.statistics import GroupStatistics, live_median
 
 __all__ = ["Analysis", "GroupAnalysis", "LinearAnalysis", "analyze", "outlier_severity"]
 
@@ -223,8 +224,8 @@ def analyze(
 
 def outlier_severity(absmax: Tensor) -> float:
     """Return the largest of the channels' absmax over their median, dead channels not counted."""
-    alive = absmax[absmax > 0]
-    return float(alive.max() / alive.median()) if len(alive) else 1.0
+    median = live_median(absmax)
+    return 1.0 if median is None else float(absmax.max() / median)
 
 
 def _group(
@@ -236,13 +237,16 @@ def _group(
     places: _Places,
 ) -> GroupAnalysis:
     planned = next((one for one in plan.groups if one.name == group.name), None)
-    naive = group_statistics(model, group, calibration, scheme)
+    weights = WeightStatistics(model)
+    naive = group_statistics(model, group, calibration, scheme, weights=weights)
     s = torch.ones_like(naive.act_absmax)
     if planned is not None:
         # What stays in float is measured as if it did not, so a rule may look at it too.
         layers = tuple(layer for layer in plan.layers if not layer.in_float)
         alone = replace(plan, groups=(planned,), layers=layers)
-        (s,) = plan_scales(model, alone, calibration, scheme=scheme, among=(group,)).values()
+        (s,) = plan_scales(
+            model, alone, calibration, scheme=scheme, among=(group,), weights=weights
+        ).values()
     clip = 1.0 if planned is None else planned.clip
     names = quantized_consumers(model, group, calibration, scheme)
     linears = tuple(
@@ -278,8 +282,10 @@ def _linear(
 ) -> LinearAnalysis:
     assert naive.scheme is not None  # _group passes it
     layer, own = plan.layer(place.name), plan.layer_scheme(naive.scheme, place.name)
-    departed = replace(sample, scheme=own, weight_clip=layer.weight_clip, outliers=layer.outliers)
-    ones = torch.ones_like(s)
+    wide = naive.widen(s)
+    as_naive = FakeQuantizedLinear(sample, torch.ones_like(wide), naive.scheme)
+    planned = replace(sample, weight_clip=layer.weight_clip, outliers=layer.outliers)
+    as_planned = FakeQuantizedLinear(planned, wide, own, clip)
     return LinearAnalysis(
         name=place.name,
         kind=place.kind,
@@ -288,27 +294,25 @@ def _linear(
         activations=own.activations,
         in_float=layer.in_float,
         note=layer.note,
-        error_naive=_error(replace(naive, samples=(sample,)), ones),
-        error=_error(replace(naive, samples=(departed,), clip=clip), s),
-        clipped_naive=_clipped(sample, naive.widen(ones), naive.scheme, 1.0),
-        clipped=_clipped(departed, naive.widen(s), own, clip),
+        error_naive=_error(as_naive),
+        error=_error(as_planned),
+        clipped_naive=_clipped(as_naive),
+        clipped=_clipped(as_planned),
     )
 
 
-def _error(statistics: GroupStatistics, s: Tensor) -> float:
-    errors, outputs = output_errors(statistics, s)
-    return float(errors[0] / outputs[0].clamp_min(1e-30))
+def _error(linear: FakeQuantizedLinear) -> float:
+    return float(linear.squared_error() / linear.sample.squared_output().clamp_min(1e-30))
 
 
-def _clipped(sample: LinearSample, s: Tensor, scheme: Scheme, clip: float) -> float:
-    if scheme.activations != "static":
+def _clipped(linear: FakeQuantizedLinear) -> float:
+    if linear.scheme.activations != "static":
         return 0.0
-    rows = sample.inputs() / s
-    rows[:, list(sample.outliers)] = 0.0
-    low, high = (clip * end for end in smoothed_range(sample, s, scheme))
-    if scheme.symmetric:
+    low, high = linear.range
+    if linear.scheme.symmetric:
         high = max(-low, high)
         low = -high
+    rows = linear.smoothed(linear.sample.inputs())
     return float(((rows < low) | (rows > high)).double().mean())
 
 

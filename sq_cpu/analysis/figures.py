@@ -1,7 +1,7 @@
 """Figures as PNG, and as SVG for a page that is light or dark.
 
-matplotlib is imported where it is needed: it takes a while. Its global state (pyplot, a user's
-style) is neither read nor changed. A figure is as wide as the column of a phone.
+matplotlib is imported where it is needed: it is optional, and takes a while. Its global state
+(pyplot, a user's style) is neither read nor changed. A figure is as wide as the column of a phone.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Picture:
 
 @contextmanager
 def new_figure(height: float) -> Iterator[Figure]:
-    """Give a figure of so many inches, in the style that it is to be drawn and saved in."""
+    """Yield a figure of that height in inches, and its style, in which it must also be saved."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -91,7 +91,7 @@ def new_figure(height: float) -> Iterator[Figure]:
 
 
 def picture_of(figure: Figure, name: str, title: str, alt: str) -> Picture:
-    """Save a figure of `new_figure`, within its context; the title is in the PNG alone."""
+    """Save a figure of `new_figure`, within its context; only the PNG has the title."""
     from matplotlib.transforms import Bbox
 
     name = re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.")
@@ -109,7 +109,7 @@ def picture_of(figure: Figure, name: str, title: str, alt: str) -> Picture:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Make a part of a page of an SVG file: no prolog, ids of its own, the page's colours."""
+    """Turn an SVG file into a part of a page: no prolog, ids of its own, the page's colours."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = (

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 KINDS = 16
-"""Of layers, that get a picture of their own: a language model has 4 to 8, some models dozens."""
+"""Kinds of layers that get a picture each: a language model has 4 to 8, some models dozens."""
 
 _COLUMNS = 192  # of a heat map: more are finer than a screen's pixels
 _ROWS = 128
@@ -46,7 +46,8 @@ _INK, _MUTED, _GRID, _BEFORE, _AFTER = (
 def heat_maps(groups: Sequence[GroupAnalysis]) -> tuple[Picture, ...]:
     """Return, for each kind of group, absmax over blocks and channels before and after smoothing.
 
-    Of the activations, then of the weights; the two of a picture have one logarithmic scale.
+    The activations come first, then the weights. Both parts of a picture share one logarithmic
+    scale.
     """
     pictures: list[Picture] = []
     for kind, members in _greatest(_by_kind(groups), lambda group: group.severity).items():
@@ -108,7 +109,7 @@ def loss_curves(groups: Sequence[GroupAnalysis]) -> tuple[Picture, ...]:
     """Return the loss over alpha of every group that has a curve, as small multiples by kind."""
     pictures: list[Picture] = []
     for kind, members in _by_kind([g for g in groups if len(g.curve) > 1]).items():
-        # Those with most to lose, where there are too many.
+        # Where there are too many, those with the widest range.
         shown = sorted(members, key=lambda g: -_span(g))[:_CELLS]
         shown = [group for group in members if group in shown]
         top = max(float(np.quantile([_span(g) for g in shown], 0.8)), 1.05)
@@ -340,7 +341,7 @@ def _draw_line(
     label: str,
     marker: str,
 ) -> None:
-    """Draw the mean of each block, and what there is around it where it has several layers."""
+    """Draw the mean of each block, and its range where the block has several layers."""
     at: dict[int, list[float]] = {}
     for layer in layers:
         at.setdefault(layer.depth, []).append(value(layer))
@@ -353,7 +354,7 @@ def _draw_line(
 
 
 def _span(group: GroupAnalysis) -> float:
-    """Return how many times its least loss a group's greatest is."""
+    """Return the ratio of a group's greatest loss to its least."""
     losses = [loss for _, loss in group.curve]
     return max(losses) / min(losses) if min(losses) > 0 else 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -12,26 +13,28 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
-from typing import Any
-
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from typing import TYPE_CHECKING, Any
 
 from sq_cpu.analysis import plots
 from sq_cpu.analysis.analysis import Analysis, GroupAnalysis, LinearAnalysis
 from sq_cpu.analysis.figures import THEME, Picture
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.extras import require
 from sq_cpu.files import atomic_write
 from sq_cpu.scheme import Scheme
 
-__all__ = ["Trial", "pareto_front", "report", "scheme_text"]
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
-_PREFIX = "sq_cpu-"  # of PNG files: those of an earlier report are told from others by it
+__all__ = ["Trial", "pareto_front", "report", "require_report", "scheme_text"]
+
+_PREFIX = "sq_cpu-"  # of PNG files: it tells those of an earlier report from others
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One configuration that a search evaluated; None where it did not get so far."""
+    """One row of the trials of a search, whatever the search; None where it did not get so far."""
 
     number: int
     metric: float | None = None
@@ -46,7 +49,7 @@ class Trial:
 
     @property
     def measured(self) -> bool:
-        """Whether it has a place among accuracy and latency."""
+        """Whether it has both a loss and a latency."""
         values = (self.loss_percent, self.milliseconds)
         return all(value is not None and math.isfinite(value) for value in values)
 
@@ -70,34 +73,41 @@ class Trial:
         return ", ".join(f"{key} {value}" for key, value in self.settings.items())
 
 
+def require_report() -> None:
+    """Raise `SqCpuError` unless what a report is made with (the extra `report`) is installed."""
+    for module in ("matplotlib", "jinja2", "markupsafe"):
+        require(module, "report")
+
+
 def report(
     path: str | os.PathLike[str],
     analysis: Analysis,
     *,
     name: str = "",
-    trials: Iterable[Trial | Mapping[str, Any]] = (),
+    trials: Iterable[EvaluatedConfiguration | Trial | Mapping[str, Any]] = (),
     png: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a report on what `analyze` found, and return its path.
 
-    The HTML file needs nothing beside it: no network, no script, no font. It follows the reader's
-    choice of light or dark. Sections without data are left out; the same input gives the same
-    bytes.
+    The HTML file is self-contained: no network, no script, no font. It follows the reader's choice
+    of light or dark. Sections without data are left out. The same input gives the same bytes.
 
     Parameters
     ----------
     path : the HTML file to write
-    name : what to call the model
-    trials : those of an accuracy-aware search, each a `Trial` or a mapping of its fields
-    png : folder for the figures as PNG; None is beside the file, "REPORT_files" for "REPORT.html".
-        Figures of an earlier report in it are removed.
+    name : the model's, for the title
+    trials : those of an accuracy-aware search: `Autotuned.trials`, or of another search each a
+        `Trial` or a mapping of its fields
+    png : folder for the figures as PNG; None puts it beside the file, "REPORT_files" for
+        "REPORT.html". Figures of an earlier report in it are removed.
 
-    Raises `SqCpuError` for a trial with other fields, and where a file cannot be written; the HTML
-    file is then as it was.
+    Raises `SqCpuError` when the extra `report` is not installed, for a trial with other fields, and
+    where a file cannot be written; the HTML file is then as it was.
     """
+    require_report()
     path = Path(path)
     folder = path.with_name(f"{path.stem}_files") if png is None else Path(png)
-    of_trials = tuple(map(_trial, trials))
+    of_trials = tuple(_trial(number, one) for number, one in enumerate(trials))
     sections = _pictures(analysis, of_trials)
     html = _html(analysis, name, of_trials, sections)
     _save_pictures([picture for part in sections.values() for picture in part], folder)
@@ -106,13 +116,29 @@ def report(
     return path
 
 
-def _trial(values: Trial | Mapping[str, Any]) -> Trial:
+def _trial(number: int, values: EvaluatedConfiguration | Trial | Mapping[str, Any]) -> Trial:
+    if isinstance(values, EvaluatedConfiguration):
+        return _evaluated(number, values)
     if isinstance(values, Trial):
         return values
     try:
         return Trial(**values)
     except TypeError as error:
         raise SqCpuError(f"not a trial: {error}; its fields are those of Trial") from error
+
+
+def _evaluated(number: int, one: EvaluatedConfiguration) -> Trial:
+    settings = json.loads(one.configuration.settings().key)
+    del settings["layers"]
+    return Trial(
+        number=number,
+        metric=one.metric if one.scored else None,
+        loss_percent=one.loss_percent if math.isfinite(one.loss_percent) else None,
+        milliseconds=one.milliseconds if one.scored else None,
+        float_layers=one.in_float,
+        settings={"phase": one.phase, **settings, "per_token": one.dynamic},
+        state="complete" if one.scored else "failed",
+    )
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
@@ -139,7 +165,7 @@ def _save_pictures(pictures: Sequence[Picture], folder: Path) -> None:
 
 
 def _pictures(analysis: Analysis, trials: Sequence[Trial]) -> dict[str, tuple[Picture, ...]]:
-    """Return the pictures of each section; of some there may be none."""
+    """Return the pictures of each section; a section may have none."""
     groups, linears = analysis.groups, analysis.linears
     shown = {
         "heat_maps": plots.heat_maps(groups),
@@ -165,6 +191,8 @@ def _html(
     trials: Sequence[Trial],
     pictures: Mapping[str, Sequence[Picture]],
 ) -> str:
+    from jinja2 import Environment, StrictUndefined  # optional, as is markupsafe
+
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -178,7 +206,7 @@ def _html(
         analysis=analysis,
         scheme=scheme_text(analysis.scheme),
         facts=_facts(analysis),
-        in_pass=_in_pass(analysis),
+        at_run_time=_at_run_time(analysis),
         kept=_kept(analysis),
         pictures=pictures,
         kinds=plots.KINDS,
@@ -223,7 +251,7 @@ def _facts(analysis: Analysis) -> list[tuple[str, str, str]]:
         (
             "groups smoothed",
             f"{len(smoothed)} of {len(groups)}",
-            f"{folded} folded into weights, {len(smoothed) - folded} divided in the pass",
+            f"{folded} folded into weights, {len(smoothed) - folded} divided at run time",
         ),
         ("alpha", *_alpha_text(smoothed)),
         (
@@ -258,8 +286,8 @@ def _alpha_text(smoothed: Sequence[GroupAnalysis]) -> tuple[str, str]:
     return f"{alphas[0]:.3g} to {alphas[-1]:.3g}", remark or f"{len(alphas)} different values"
 
 
-def _in_pass(analysis: Analysis) -> list[tuple[str, int]]:
-    """Return why groups are divided in the pass, and how many, the most first."""
+def _at_run_time(analysis: Analysis) -> list[tuple[str, int]]:
+    """Return why groups are divided at run time, and how many, the most first."""
     # Names in a reason differ from block to block.
     reasons = Counter(
         re.sub(r"\.\d+\.", ".N.", group.note) or "the plan says so"
@@ -270,7 +298,7 @@ def _in_pass(analysis: Analysis) -> list[tuple[str, int]]:
 
 
 def _kept(analysis: Analysis) -> list[tuple[str, str, LinearAnalysis | None]]:
-    """Return name, reason and, of what could be int8, the measures of what stays in float."""
+    """Return name and reason of what stays in float, and the measures of what could be int8."""
     measured = {one.name: one for one in analysis.linears}
     return [(name, reason, measured.get(name)) for name, reason in analysis.kept.items()]
 
@@ -281,6 +309,8 @@ def _number(value: float) -> str:
 
 def _breakable(name: str) -> Markup:
     """Let a line break after the dots and underscores of a name."""
+    from markupsafe import Markup, escape
+
     return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 

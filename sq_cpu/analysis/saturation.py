@@ -64,9 +64,8 @@ def count_saturation(
 
     A linear of [out_features, in_features] has out_features * ceil(in_features / 2) pairs for every
     row of its input, rows of padding included. The counts are exact and the same on every
-    processor; a layer that no batch reaches through its call has none (`forward_int8` is not
-    watched). Batches, `progress` and the model's state
-    are as in `calibrate`.
+    processor. A layer that no batch reaches through its call has none; `forward_int8` is not
+    counted. Batches, `progress` and the model's state are as in `calibrate`.
 
     Raises `SqCpuError` when the model has no int8 linear, and for batches that `calibrate` refuses.
     """
@@ -75,12 +74,12 @@ def count_saturation(
         raise SqCpuError("no int8 linear in the model: quantize it first")
     counts = dict.fromkeys(linears, (0, 0))
 
-    def see(name: str, x: Tensor | QuantizedActivation) -> None:
+    def count(name: str, x: Tensor | QuantizedActivation) -> None:
         pairs, saturated = linears[name].count_saturation(x)
         before = counts[name]
         counts[name] = (before[0] + pairs, before[1] + saturated)
 
-    with evaluating(model), watching_inputs(linears, "x", see):
+    with evaluating(model), watching_inputs(linears, "x", count):
         for args, kwargs in model_inputs(model, batches, "saturation", "counting", progress):
             model(*args, **kwargs)
-    return Saturation({name: SaturationCount(*count) for name, count in counts.items()})
+    return Saturation({name: SaturationCount(*found) for name, found in counts.items()})

@@ -1,8 +1,8 @@
 """Accuracy-aware tuning: the fastest mix of int8 and float that keeps an accuracy goal.
 
-Two phases, each a study of one Optuna storage. The search lets a sampler choose settings for all
-linears and how many of them depart; the refinement (`refine`) then changes single linears. Both
-ask about whole configurations, and each is evaluated once, whoever asks: see `trials`.
+It has two phases, each a study of one Optuna storage. In the search a sampler chooses settings for
+all linears, and how many linears override them. The refinement (`refine`) then changes single
+linears. Both ask about whole configurations. Each is evaluated once, whoever asks: see `trials`.
 """
 
 from __future__ import annotations
@@ -14,68 +14,54 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optuna.pruners import BasePruner
-from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
 from torch import nn
 
 from sq_cpu.autotuning.configurations import Configuration, SearchSpace
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.evaluator import Evaluate, Goal, TuningJob
-from sq_cpu.autotuning.latency import Choice, Costs, measured_costs
-from sq_cpu.autotuning.refine import Rank
-from sq_cpu.autotuning.trials import Outcome, is_shared, join_study, opened_storage, quiet_optuna
-from sq_cpu.autotuning.workers import Course, Stopped, Worker, run_workers
+from sq_cpu.autotuning.latency import Costs, Precision, measured_costs
 from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.extras import require
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.models.calls import Batch
 from sq_cpu.progress import status
 from sq_cpu.smoothing.plan import SmoothPlan
 
-__all__ = ["Autotuned", "Candidate", "autotune"]
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
 
+    from sq_cpu.autotuning.refine import Rank
+    from sq_cpu.autotuning.workers import Stopped, Worker
 
-@dataclass(frozen=True)
-class Candidate:
-    """One evaluated configuration."""
-
-    phase: str
-    """"search" or "refine"."""
-    number: int
-    configuration: Configuration
-    metric: float
-    loss: float
-    """Against the float model: a fraction for a relative goal, else in the metric's unit."""
-    milliseconds: float
-    in_float: int
-    """Linears in float."""
-    dynamic: int
-    """Linears with per-token activations."""
+__all__ = ["Autotuned", "autotune"]
 
 
 @dataclass(frozen=True)
 class Autotuned:
-    """What an autotuning came to."""
+    """The result of an autotuning."""
 
     plan: SmoothPlan
-    """For `quantize(model, calibration, plan)`: that of the best configuration."""
+    """The best configuration's, for `quantize(model, calibration, plan)`."""
     metric: float
     loss: float
-    """As `Candidate.loss`."""
+    """As `EvaluatedConfiguration.loss`."""
     goal_met: bool
     milliseconds: float
     """Of all linears that can be int8, by the cost table."""
     float_metric: float
     float_milliseconds: float
     configuration: Configuration
-    trials: tuple[Candidate, ...]
-    """All that were evaluated, those of earlier runs and other workers too."""
+    trials: tuple[EvaluatedConfiguration, ...]
+    """All evaluated configurations, also those of earlier runs and of other workers."""
     stopped: Stopped
-    """Why it ended: "done" when nothing was left to try; "interrupted" by Ctrl-C; "terminated" by
-    `Terminated`."""
+    """Why it ended: "done" (nothing was left to try), "trials" or "time" (a limit), "interrupted"
+    (Ctrl-C) or "terminated" (`Terminated`)."""
 
 
 def autotune(
@@ -112,50 +98,55 @@ def autotune(
     ----------
     batches : a calibration of the model, or the batches for one (with gradients; a model whose
         forward cannot be differentiated needs a calibration made without)
-    evaluate : model -> metric, deterministic. It may return an iterator instead, of which each item
-        is the metric of more data and the last counts: then the search's pruner can stop a trial
-        early. What it scores should not be what is reported in the end: that would be over-fitted.
+    evaluate : model -> metric, deterministic. It may return an iterator instead: each item is the
+        metric of more data, and the last one counts. Then the search's pruner can stop a trial
+        early. Score other data than what you report in the end, which would be over-fitted.
     goal : greatest loss against the float model: "1%" of its metric, or a number, in the metric's
         unit
-    higher_is_better : whether the metric is an accuracy; a perplexity is not
+    higher_is_better : True for an accuracy, False for a perplexity
     space : what to search; None: `SearchSpace()`
-    storage : where the trials are kept, see `trials.opened_storage`. A study of the same job goes
-        on: after whatever stopped it, and beside other processes and machines at work on it.
+    storage : where the trials are kept, see `storage.opened_storage`. A study of the same job is
+        continued, after whatever stopped it, and together with other processes and machines.
     study : its name in the storage
-    job : says what else must agree for that, such as the text that evaluate scores
+    job : anything else that must agree for that, such as the text that evaluate scores
     trials, refine_trials : greatest number of evaluations in the search and in the refinement
     time_limit : seconds; half of it for the search
     rank : "measured" evaluates every linear's change alone before the refinement ranks them
     sampler, pruner : Optuna's, of the search. None: TPE from `seed`, and none
-    workers : processes on this machine that share its threads; they need a storage, and what they
-        are given pickled
+    workers : processes on this machine that share its threads. They need a storage, and a model
+        and an `evaluate` that can be pickled.
     tokens : rows of the linears' input that milliseconds are measured with: 512 for a prefill, 1
         for decoding
-    costs : None: those that the study was begun with; for a new one, measured, or from this
-        machine's cache
-    say : told, in a line, of every new trial, where there is no progress bar
+    costs : None takes those that the study was begun with; a new study's are measured, or come
+        from this machine's cache
+    say : takes one line for every new trial, where there is no progress bar
 
     Ctrl-C ends it with the best so far, and so does a signal whose handler raises
-    `errors.Terminated`. Under one seed one worker does the same again.
+    `errors.Terminated`. One worker repeats its work exactly under the same seed.
 
     Raises
     ------
     SqCpuError
-        For a goal or space that cannot be, a storage that cannot be opened or belongs to another
-        job (also by its calibration or costs), no linear to quantize, and when no configuration
-        could be evaluated.
+        When Optuna (the extra `tune`) is not installed, for a goal or space that cannot be, a
+        storage that cannot be opened or belongs to another job (also by its calibration or costs),
+        no linear to quantize, and when no configuration could be evaluated.
     """
+    require("optuna", "tune")
+    # Optuna is optional: these modules import it.
+    from sq_cpu.autotuning.storage import is_shared, opened_storage, quiet_optuna
+    from sq_cpu.autotuning.trials import join_study
+    from sq_cpu.autotuning.workers import SearchSettings, Worker, run_workers
+
     space = space or SearchSpace()
     parsed = Goal.of(goal)
     if min(trials, workers) < 1 or refine_trials < 0:
         raise SqCpuError("autotune needs trials and workers >= 1, and refine_trials >= 0")
     if workers > 1 and not is_shared(storage):
         raise SqCpuError(
-            "workers share a storage, and memory is each one's own: pass storage='study.db', or "
-            "workers=1"
+            "workers share a storage, which cannot be memory: pass storage='study.db', or workers=1"
         )
     start = time.monotonic()
-    course = Course(
+    settings = SearchSettings(
         study=study,
         space=space,
         trials=trials,
@@ -200,19 +191,19 @@ def autotune(
         task.float_metric = float(facts["float_metric"])
         task.costs = _costs_of(facts, costs, say)
         passed = time.monotonic() - start
-        course = replace(course, time_limit=max(0.0, course.time_limit - passed))
-        worker = Worker(task, opened, course)
-        with _watching(worker, progress, say) as look:
+        settings = replace(settings, time_limit=max(0.0, settings.time_limit - passed))
+        worker = Worker(task, opened, settings)
+        with _reporting(worker, progress, say) as report:
             if workers == 1:
-                stopped = worker.work(look)
+                stopped = worker.work(report)
             else:
                 assert storage is not None
-                stopped = run_workers(worker, storage, workers, look)
+                stopped = run_workers(worker, storage, workers, report)
         return _conclusion(worker, stopped)
 
 
-def _costs_of(facts: Mapping[str, Any], given: Costs | None, say: Callable[[str], object]) -> Costs:
-    """Return the costs that a study was begun with, by which its milliseconds are comparable.
+def _costs_of(facts: Mapping[str, Any], given: Costs | None, log: Callable[[str], object]) -> Costs:
+    """Return the costs that a study was begun with: all its milliseconds come from one table.
 
     Raises `SqCpuError` when others were given.
     """
@@ -223,97 +214,74 @@ def _costs_of(facts: Mapping[str, Any], given: Costs | None, say: Callable[[str]
         )
     where = facts["measured_on"]
     if where not in (None, str(Machine.here())):
-        say(f"milliseconds are those of where the study was begun: {where}")
+        log(f"milliseconds are those of where the study was begun: {where}")
     return Costs.from_dict(facts["costs"])
-
-
-def _candidates(worker: Worker) -> Iterator[Candidate]:
-    """Yield all that was evaluated, in order."""
-    for phase, of_phase in (("search", worker.search), ("refine", worker.refined)):
-        for outcome in of_phase.outcomes().values():
-            numbers = {
-                name: math.nan if name == "metric" else math.inf
-                for name in ("metric", "loss", "milliseconds")
-            }
-            found = {n: v for n, v in outcome.result.items() if n in numbers and v is not None}
-            yield Candidate(
-                phase=phase,
-                number=outcome.number,
-                configuration=Configuration.from_key(outcome.key),
-                in_float=outcome.result["in_float"],
-                dynamic=outcome.result["dynamic"],
-                **(numbers | found),
-            )
 
 
 def _conclusion(worker: Worker, stopped: Stopped) -> Autotuned:
     """Return the result; `SqCpuError` when there is none."""
     best = worker.best()
-    if best is None or best.result["loss"] is None:
-        errors = [o.result["error"] for o in worker.outcomes().values() if "error" in o.result]
+    if best is None or not best.scored:
+        errors = [one.error for one in worker.evaluated().values() if one.error]
         reason = f"the first: {errors[0]}" if errors else "give it more time"
         raise SqCpuError(f"no configuration could be evaluated; {reason}")
-    configuration = Configuration.from_key(best.key)
     assert worker.job.costs is not None
     return Autotuned(
-        plan=_explained(worker, configuration),
-        metric=best.result["metric"],
-        loss=best.result["loss"],
-        goal_met=best.result["loss"] <= worker.job.goal.limit,
-        milliseconds=best.result["milliseconds"],
+        plan=_explained(worker, best.configuration),
+        metric=best.metric,
+        loss=best.loss,
+        goal_met=best.loss <= worker.job.goal.limit,
+        milliseconds=best.milliseconds,
         float_metric=worker.job.float_metric,
         float_milliseconds=worker.job.costs.of(worker.job.linears.values()),
-        configuration=configuration,
-        trials=tuple(_candidates(worker)),
+        configuration=best.configuration,
+        trials=(*worker.search.evaluated().values(), *worker.refined.evaluated().values()),
         stopped=stopped,
     )
 
 
 def _explained(worker: Worker, configuration: Configuration) -> SmoothPlan:
-    """Return the plan, its notes saying what the loss would be without a linear's departure."""
+    """Return the plan; the note of a linear says what the loss would be without its override."""
     plan = worker.job.plan(configuration)
-    known = worker.outcomes()
+    known = worker.evaluated()
     layers = []
     for layer in plan.layers:
-        less: Choice = "per_token" if layer.in_float else configuration.activations
+        less: Precision = "per_token" if layer.in_float else configuration.activations
         single = configuration.changed([layer.name], less).key
-        loss = known[single].result["loss"] if layer.note and single in known else None
-        if loss is not None:
-            text = worker.job.goal.text(loss)
+        if layer.note and single in known and known[single].scored:
+            text = worker.job.goal.text(known[single].loss)
             layer = replace(layer, note=f"{layer.note}; with {less} the loss is {text}")
         layers.append(layer)
     return replace(plan, layers=tuple(layers))
 
 
 @contextmanager
-def _watching(
-    worker: Worker, progress: bool | None, say: Callable[[str], object]
+def _reporting(
+    worker: Worker, progress: bool | None, log: Callable[[str], object]
 ) -> Iterator[Callable[[], None]]:
-    """Yield what shows how it stands: on the progress bar, or a line for every new trial."""
+    """Yield what reports the progress: on the bar, or a line for every new trial."""
     goal = worker.job.goal
-    said = set(worker.outcomes())
+    reported = set(worker.evaluated())
 
-    def text(outcome: Outcome) -> str:
-        result = outcome.result
-        if result["loss"] is None:
-            return f"failed: {result['error']}" if "error" in result else "infinite loss"
+    def text(one: EvaluatedConfiguration) -> str:
+        if not one.scored:
+            return f"failed: {one.error}" if one.error else "infinite loss"
         return (
-            f"metric {result['metric']:.5g} ({goal.text(result['loss'])}), "
-            f"{result['milliseconds']:.2f} ms, {result['in_float']} linears in float"
+            f"metric {one.metric:.5g} ({goal.text(one.loss)}), {one.milliseconds:.2f} ms, "
+            f"{one.in_float} linears in float"
         )
 
     with status("autotune", progress) as show:
 
-        def look() -> None:
-            outcomes = worker.outcomes()
+        def report() -> None:
+            evaluated = worker.evaluated()
             best = worker.best()
             if show is not None and best is not None:
                 met = "goal met" if best.value < 1 else "goal missed"
-                show(f"{len(outcomes)} trials; best: {text(best)}, {met}")
-            for key, outcome in outcomes.items():
-                if show is None and key not in said:
-                    said.add(key)
-                    phase = "search" if outcome.study == worker.search.name else "refine"
-                    say(f"{phase} {outcome.number}: {text(outcome)}")
+                show(f"{len(evaluated)} trials; best: {text(best)}, {met}")
+            for key, one in evaluated.items():
+                if show is None and key not in reported:
+                    reported.add(key)
+                    log(f"{one.phase} {one.number}: {text(one)}")
 
-        yield look
+        yield report

@@ -1,27 +1,28 @@
-"""What an autotuning can choose: a `Configuration` says all of it, a `SearchSpace` offers many."""
+"""What an autotuning chooses, a `Configuration`, and what it chooses from, a `SearchSpace`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-from optuna.trial import Trial
-
-from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.latency import Precision
 from sq_cpu.errors import SqCpuError
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import RULES
 
+if TYPE_CHECKING:
+    from optuna.trial import Trial
+
 __all__ = ["Configuration", "Ranked", "SearchSpace"]
 
-Ranked = Callable[[Choice], Sequence[str]]
+Ranked = Callable[[Precision], Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """Settings for all linears, and the linears that depart from them; equal ones compare equal."""
+    """Settings for all linears, and the linears that override them; equal ones compare equal."""
 
     activations: Activations = "static"
     symmetric: bool = True
@@ -34,12 +35,12 @@ class Configuration:
     none for the rules without."""
     weight_clip: float = 1.0
     """`LayerPlan.weight_clip` of every int8 linear."""
-    layers: tuple[tuple[str, Choice], ...] = ()
-    """Linears with activations of their own, or in float, by name."""
+    layers: tuple[tuple[str, Precision], ...] = ()
+    """The linears that override `activations`, or are in float, by name."""
 
     def __post_init__(self) -> None:
         changes = dict(self.layers)
-        kept = {name: choice for name, choice in changes.items() if choice != self.activations}
+        kept = {name: own for name, own in changes.items() if own != self.activations}
         object.__setattr__(self, "layers", tuple(sorted(kept.items())))
         object.__setattr__(self, "alpha", tuple(round(float(a), 6) for a in self.alpha))
         if self.activations != "static" and "static" not in kept.values():
@@ -63,25 +64,25 @@ class Configuration:
             raise SqCpuError(f"not a configuration of this version: {error}") from error
 
     def settings(self) -> Configuration:
-        """Return the configuration without departing linears."""
+        """Return the settings alone, without the linears that override them."""
         return replace(self, layers=())
 
-    def choice(self, name: str) -> Choice:
+    def precision(self, name: str) -> Precision:
         """Return how a linear runs."""
         return dict(self.layers).get(name, self.activations)
 
-    def chosen(self, choice: Choice) -> tuple[str, ...]:
-        """Return the departing linears of that choice."""
-        return tuple(name for name, of_layer in self.layers if of_layer == choice)
+    def overrides(self, precision: Precision) -> tuple[str, ...]:
+        """Return the linears that override the settings with that precision."""
+        return tuple(name for name, own in self.layers if own == precision)
 
-    def changed(self, names: Sequence[str], choice: Choice) -> Configuration:
-        """Return the configuration with another choice for some linears."""
+    def changed(self, names: Sequence[str], precision: Precision) -> Configuration:
+        """Return the configuration with another precision for some linears."""
         return replace(
-            self, layers=tuple((dict(self.layers) | dict.fromkeys(names, choice)).items())
+            self, layers=tuple((dict(self.layers) | dict.fromkeys(names, precision)).items())
         )
 
     def scheme(self, ignore: tuple[str, ...]) -> Scheme:
-        """Return the scheme of the linears that do not depart."""
+        """Return the scheme of the linears that override nothing."""
         values: dict[str, Any] = {"activations": self.activations, "symmetric": self.symmetric}
         if self.activations == "static" and isinstance(self.static_range, str):
             values["static_range"] = self.static_range
@@ -137,15 +138,15 @@ _CHOICES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSpace:
-    """The settings among which an autotuning searches; each is a tuple of what may be chosen.
+    """The settings among which an autotuning searches; each field is a tuple of choices.
 
-    Raises `SqCpuError` for an empty tuple and for what no configuration can have.
+    Raises `SqCpuError` for an empty tuple, and for a choice that no configuration can have.
     """
 
     activations: tuple[Activations, ...] = ("static", "per_token", "per_tensor")
     symmetric: tuple[bool, ...] = (True, False)
     static_range: tuple[str | float, ...] = ("minmax",)
-    """"mse" and percentiles, too, if asked for: `tune` has clips of its own."""
+    """"mse" and percentiles are searched only if given: `tune` has clips of its own."""
     smoothing: tuple[str, ...] = ("tuned", "smoothquant", "aqas")
     alpha: tuple[float, ...] = tuple(step / 20 for step in range(4, 20))
     """Of "smoothquant"."""
@@ -153,7 +154,7 @@ class SearchSpace:
     """Of "tuned"."""
     weight_clip: tuple[float, ...] = (1.0, 0.95, 0.9)
     dynamic: tuple[float, ...] = (0.0, 0.125, 0.25, 0.5)
-    """Shares of the linears with per-token activations where others have not, by rank."""
+    """Shares of the linears, by rank, that override other activations with per-token ones."""
     in_float: tuple[float, ...] = (0.0, 0.0625)
     """Shares of the linears in float, by rank."""
 
@@ -176,7 +177,7 @@ class SearchSpace:
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
 
-    def departs(self, settings: Mapping[str, Any] | None) -> bool:
+    def may_override(self, settings: Mapping[str, Any] | None) -> bool:
         """Return whether `suggest` may ask for ranks where these settings are given, or none."""
         shares = {"dynamic": self.dynamic, "in_float": self.in_float}
         given = settings or {}
@@ -185,8 +186,8 @@ class SearchSpace:
     def suggest(self, trial: Trial, ranked: Ranked) -> Configuration:
         """Return the configuration of the sampler's choice.
 
-        `ranked` gives for "per_token" and "float" all linears, those that gain most of it first; it
-        is asked only where some are to depart.
+        `ranked` gives for "per_token" and "float" all linears, those that gain most of it first. It
+        is asked only where some override the settings.
         """
 
         def choose(name: str, among: Sequence[Any]) -> Any:
@@ -199,7 +200,7 @@ class SearchSpace:
             index = choose("alpha_range", tuple(range(len(self.alpha_ranges))))
             alpha = self.alpha_ranges[index]
         elif smoothing == "smoothquant":
-            # An integer: samplers know that 3 is next to 4, of categories they do not.
+            # An integer, not a category: samplers then know that 3 is next to 4.
             alphas = sorted(self.alpha)
             last = len(alphas) - 1
             alpha = (alphas[trial.suggest_int("alpha", 0, last) if last else 0],)
@@ -241,11 +242,11 @@ class SearchSpace:
 def _share(
     configuration: Configuration,
     share: float,
-    choice: Choice,
+    precision: Precision,
     ranked: Ranked,
 ) -> Configuration:
     if not share:
         return configuration
-    names = ranked(choice)
-    # Rounded up: a share asked for is one linear at least.
-    return configuration.changed(names[: -int(-share * len(names) // 1)], choice)
+    names = ranked(precision)
+    # Rounded up: a share above 0 is at least one linear.
+    return configuration.changed(names[: -int(-share * len(names) // 1)], precision)

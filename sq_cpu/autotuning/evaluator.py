@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sq_cpu.autotuning.configurations import Configuration
-from sq_cpu.autotuning.latency import Choice, Costs
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
+from sq_cpu.autotuning.latency import Costs, Precision
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import evaluating
+from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.linears import linearized, quantizable_linears
-from sq_cpu.quantization.quantize import quantize
+from sq_cpu.quantization.quantize import quantize_proven
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
+from sq_cpu.smoothing.proof import FoldProof, prove_folds, running
 from sq_cpu.tuning.tune import tune
 
 __all__ = ["Evaluate", "Goal", "Report", "TuningJob"]
@@ -34,10 +37,10 @@ Evaluate = Callable[[nn.Module], float | Iterator[float]]
 Report = Callable[[float, int], None]
 
 _NOTE = "autotune"
-# Median over linears by which mean ranges differ, relative. On SmolLM2-135M with AVX-512 and
-# without, it is 0 in fp32 and 2e-4 in bf16; with one of eight windows reversed, 5e-3.
+# The greatest median over linears of the relative difference of mean ranges. On SmolLM2-135M it is
+# 0 in fp32 and 2e-4 in bf16 between AVX-512 and none, and 5e-3 with one of eight windows reversed.
 _MOVED, _MOVED_HALF = 1e-5, 1e-3
-_BASES: tuple[Choice, ...] = ("static", "per_token", "per_tensor", "float")
+_BASES: tuple[Precision, ...] = ("static", "per_token", "per_tensor", "float")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Goal:
 
 @dataclass(eq=False)
 class TuningJob:
-    """Evaluates configurations of one model; nothing of it is changed.
+    """Evaluates configurations of one model, which it never changes.
 
     `kept` looks up a value that another worker may have made, or makes it: (name, make) -> value.
     """
@@ -103,6 +106,13 @@ class TuningJob:
             found = quantizable_linears(self.model, self.ignore)
         reached = self.calibration.channel_min
         return {name: linear for name, linear in found.items() if name in reached}
+
+    @cached_property
+    def proof(self) -> FoldProof:
+        """Which folds keep the model's function: proven once, for the copies that are quantized."""
+        with linearized(self.model):
+            groups = smoothing_groups(self.model)
+            return prove_folds(self.model, groups, running(self.model, self.calibration.example))
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this job from others, as JSON types; `check_ranges` tells the rest.
@@ -132,9 +142,9 @@ class TuningJob:
     def check_ranges(self, ranges: Sequence[float]) -> None:
         """Raise `SqCpuError` unless another calibration, which had these `ranges`, saw our data.
 
-        Other processors and thread counts add in another order, which moves a channel's range, of
-        few linears more than a little (experts that a token falls to by a hair): so it is the
-        median that tells.
+        Other processors and thread counts add in another order. That moves the ranges of channels:
+        in most linears by rounding, in a few by more (an expert that a token reaches by a hair). So
+        the median over the linears decides.
         """
         here = self.ranges()
         pairs = zip(here, ranges, strict=False)
@@ -154,7 +164,7 @@ class TuningJob:
             raise SqCpuError(f"evaluate gives {metric} for the float model; check model and text")
         if self.goal.relative and metric == 0:
             raise SqCpuError(
-                "evaluate gives 0 for the float model, of which nothing is a share: set an "
+                "evaluate gives 0 for the float model, and no loss is a percentage of that: set an "
                 "absolute goal, a number"
             )
         return metric
@@ -175,23 +185,23 @@ class TuningJob:
         base = self._smoothing(configuration)
         layers = {layer.name: layer for layer in base.layers}
         for name in self.linears:
-            choice = configuration.choice(name)
-            if choice == "float":
+            precision = configuration.precision(name)
+            if precision == "float":
                 layers[name] = LayerPlan(name=name, in_float=True, note=f"{_NOTE}: in float")
                 continue
             layer = layers.get(name, LayerPlan(name=name))
             clip = min(layer.weight_clip, configuration.weight_clip)
             layer = replace(layer, in_float=False, activations=None, weight_clip=clip)
-            if choice != configuration.activations:
-                note = "; ".join(filter(None, [layer.note, f"{_NOTE}: {choice} activations"]))
-                layer = replace(layer, activations=choice, note=note)
+            if precision != configuration.activations:
+                note = "; ".join(filter(None, [layer.note, f"{_NOTE}: {precision} activations"]))
+                layer = replace(layer, activations=precision, note=note)
             layers[name] = layer
-        departing = (layer for layer in layers.values() if layer != LayerPlan(name=layer.name))
+        overriding = (layer for layer in layers.values() if layer != LayerPlan(name=layer.name))
         scheme = configuration.scheme(self.ignore)
-        return replace(base, layers=tuple(departing), scheme=scheme)
+        return replace(base, layers=tuple(overriding), scheme=scheme)
 
     def _smoothing(self, configuration: Configuration) -> SmoothPlan:
-        # Weight clip and how linears depart are no matter of tune.
+        # tune knows neither weight clips nor linears that override the settings.
         settings = replace(configuration.settings(), weight_clip=1.0)
         key = settings.key
         if key not in self._plans:
@@ -218,13 +228,13 @@ class TuningJob:
     def gains(
         self,
         configuration: Configuration,
-        choice: Choice,
+        precision: Precision,
         before: Callable[[], object] = lambda: None,
     ) -> dict[str, float]:
-        """Estimate by how much the loss falls with each linear's choice changed to `choice`.
+        """Estimate by how much the loss falls with each linear's precision changed to `precision`.
 
-        The unit is that of `estimated_errors`; `before` is called where that is yet to be run. This
-        is the one place that ranks linears without an evaluation.
+        The unit is that of `estimated_errors`. `before` is called where that has yet to run. No
+        other place ranks linears without an evaluation.
         """
         settings = configuration.settings()
 
@@ -244,25 +254,26 @@ class TuningJob:
             self._errors[settings.key] = self.kept(name, made)
         errors = self._errors[settings.key]
         return {
-            name: errors[name][configuration.choice(name)] - errors[name][choice]
+            name: errors[name][configuration.precision(name)] - errors[name][precision]
             for name in self.linears
         }
 
-    def price(self, linear: nn.Module, choice: Choice) -> float:
-        """Return the milliseconds of a linear, smoothing in the pass not counted."""
+    def milliseconds(self, linear: nn.Module, precision: Precision) -> float:
+        """Return the milliseconds of a linear, without what smoothing at run time adds."""
         assert self.costs is not None
-        return self.costs.milliseconds(linear, choice)
+        return self.costs.milliseconds(linear, precision)
 
-    def result(self, configuration: Configuration, report: Report | None = None) -> dict[str, Any]:
-        """Quantize a copy of the model, evaluate it, and return what a trial keeps.
+    def result(
+        self, configuration: Configuration, report: Report | None = None
+    ) -> EvaluatedConfiguration:
+        """Quantize a copy of the model, evaluate it, and return what the configuration is worth.
 
-        A configuration that cannot be carried out or scored has an infinite loss, and the reason in
-        "error".
+        One that cannot be carried out or scored has an infinite loss, and the reason in `error`.
         """
         assert self.costs is not None
         names = list(self.linears)
-        kept = len(configuration.chosen("float"))
-        metric, error = self.float_metric, None
+        kept = len(configuration.overrides("float"))
+        metric, error = self.float_metric, ""
         if kept == len(names):  # the float model
             milliseconds = self.costs.of(self.linears.values())
         else:
@@ -271,15 +282,24 @@ class TuningJob:
             except SqCpuError as refused:
                 metric, milliseconds, error = math.nan, math.inf, str(refused)
         loss = self.goal.loss(metric, self.float_metric, self.higher_is_better)
-        result = {
-            "metric": metric if math.isfinite(metric) else None,
-            "loss": loss if math.isfinite(loss) else None,
-            "milliseconds": milliseconds if math.isfinite(milliseconds) else None,
-            "in_float": kept,
-            "dynamic": sum(c == "per_token" for c in map(configuration.choice, names)),
-            "value": self._value(loss, milliseconds, kept, len(names)),
-        }
-        return result if error is None else result | {"error": error}
+        return EvaluatedConfiguration(
+            configuration=configuration,
+            metric=metric if math.isfinite(metric) else math.nan,
+            loss=loss if math.isfinite(loss) else math.inf,
+            loss_percent=self._percent(metric, loss),
+            milliseconds=milliseconds,
+            in_float=kept,
+            dynamic=sum(c == "per_token" for c in map(configuration.precision, names)),
+            value=self._value(loss, milliseconds, kept, len(names)),
+            error=error,
+        )
+
+    def _percent(self, metric: float, loss: float) -> float:
+        """Return the loss in percent of the float model's metric, whatever the goal's unit."""
+        if not (math.isfinite(loss) and self.float_metric):
+            return math.nan
+        sign = 1 if loss >= 0 else -1
+        return sign * 100 * abs(metric - self.float_metric) / abs(self.float_metric)
 
     def _of_copy(
         self, configuration: Configuration, names: list[str], report: Report | None
@@ -287,7 +307,7 @@ class TuningJob:
         assert self.costs is not None
         plan = self.plan(configuration)
         model = copy.deepcopy(self.model)
-        quantize(model, self.calibration, plan, progress=False)
+        quantize_proven(model, self.calibration, plan, self.proof, progress=False)
         milliseconds = self.costs.of(model.get_submodule(name) for name in names)
         metric = self._metric(model, report)
         freed = weakref.ref(model)

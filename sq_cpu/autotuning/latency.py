@@ -1,7 +1,8 @@
-"""What a linear costs on this machine: milliseconds by shape and by how it is quantized.
+"""What a linear costs on this machine: milliseconds by shape and precision.
 
-Measured once with the layers that a model runs, and kept in a JSON file for each machine class:
-processor, instruction set in use, threads, versions. A plan's latency is the sum of its linears'.
+They are measured once, with the layers that a model runs, and kept in a JSON file for each machine
+class: processor, instruction set in use, threads, versions. A plan's latency is the sum over its
+linears.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
 from sq_cpu.scheme import Activations, Scheme
 
-__all__ = ["CHOICES", "Choice", "Costs", "cache_file", "machine", "measured_costs"]
+__all__ = ["PRECISIONS", "Costs", "Precision", "cache_file", "machine", "measured_costs"]
 
-Choice = Literal["static", "per_token", "per_tensor", "float"]
-CHOICES: tuple[Choice, ...] = get_args(Choice)
+Precision = Literal["static", "per_token", "per_tensor", "float"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 """How a linear can run: int8 with one of three kinds of activation scales, or float."""
 
 _ROUNDS = 9
-# Written between two calls. Ours and a model's other weights are as far from the core's caches.
+# Written between two calls, so that a linear's weights have left the caches, as in a model.
 _FLUSHED_BYTES = 128 << 20
 
 _Entries = dict[str, dict[str, float]]
@@ -48,26 +49,28 @@ class Costs:
     """Median milliseconds of one call of a linear, at a fixed number of rows."""
 
     tokens: int
-    """Rows of the input; those of an expert of a mixture count as much as any other's."""
+    """Rows of the input, the same for every linear, experts included."""
     dtype: str
     """Of the input, and of a float linear: "float32", "bfloat16" or "float16"."""
     entries: Mapping[str, Mapping[str, float]]
-    """Shape, as in "1536x576" (out_features, in_features) -> `Choice`, with "+smoothing" where the
-    input is divided by s while it is quantized -> milliseconds."""
+    """Shape, as in "1536x576" (out_features, in_features) -> `Precision`, with "+smoothing" where
+    the input is divided by s while it is quantized -> milliseconds."""
 
-    def milliseconds(self, linear: nn.Module, choice: Choice, *, smoothed: bool = False) -> float:
+    def milliseconds(
+        self, linear: nn.Module, precision: Precision, *, smoothed: bool = False
+    ) -> float:
         """Return what one call costs; `SqCpuError` for a shape that was not measured."""
         try:
-            return self.entries[_shape(linear)][_variant(choice, smoothed)]
+            return self.entries[_shape(linear)][_variant(precision, smoothed)]
         except KeyError:
             raise SqCpuError(
-                f"the cost table has no linear of {_shape(linear)}, {choice}: measure this model"
+                f"the cost table has no linear of {_shape(linear)}, {precision}: measure this model"
             ) from None
 
     def of(self, linears: Iterable[nn.Module]) -> float:
-        """Return the milliseconds of linears as they stand, each either int8 or float.
+        """Return the milliseconds of linears as they are, int8 or float.
 
-        Of a `DecomposedLinear` the few channels in float are not counted.
+        The few channels that a `DecomposedLinear` keeps in float are not counted.
         """
         total = 0.0
         for linear in linears:
@@ -120,13 +123,14 @@ def measured_costs(
 
     Parameters
     ----------
-    linears : modules with out_features and in_features; nothing else of them is read
+    linears : modules; only their out_features and in_features are read
     tokens : rows of the input: 512 for a prefill, 1 for decoding
     dtype : fp32, bf16 or fp16, of activations and float weights
-    cache : the file; None: `cache_file()`. One that is absent or damaged is written anew.
+    cache : the file; None: `cache_file()`. A file that is absent or damaged is written anew.
 
-    Every call finds its weights outside the core's caches; the variants of a shape take turns, and
-    the median of each counts. It takes about a second a shape, and seven times its weights.
+    Every call finds its weights outside the core's caches. The variants of a shape take turns, and
+    the median of each counts. A shape takes about a second, and seven times the memory of its
+    weights.
 
     Raises
     ------
@@ -153,8 +157,8 @@ def _shape(linear: Any) -> str:
     return f"{linear.out_features}x{linear.in_features}"
 
 
-def _variant(choice: Choice, smoothed: bool) -> str:
-    return f"{choice}+smoothing" if smoothed else choice
+def _variant(precision: Precision, smoothed: bool) -> str:
+    return f"{precision}+smoothing" if smoothed else precision
 
 
 def _variants(linear: nn.Linear) -> Iterator[tuple[str, nn.Module]]:
@@ -197,7 +201,9 @@ def _read(path: Path, tokens: int, dtype: str) -> _Entries:
 
 
 def _is_whole(row: Mapping[str, float]) -> bool:
-    needed = {_variant(choice, smoothed) for choice in CHOICES for smoothed in (False, True)}
+    needed = {
+        _variant(precision, smoothed) for precision in PRECISIONS for smoothed in (False, True)
+    }
     needed.discard(_variant("float", True))
     return needed == set(row) and all(0 < value < math.inf for value in row.values())
 

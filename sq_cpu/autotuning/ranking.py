@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.latency import Precision
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.groups import smoothing_groups
@@ -16,13 +16,13 @@ from sq_cpu.models.linears import linearized
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, quantized_consumers
-from sq_cpu.smoothing.rules import quantized_weight, smoothing_scale
+from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.scales import group_statistics
 from sq_cpu.tuning.losses import default_loss, loss_of
 
 __all__ = ["Errors", "estimated_errors"]
 
-Errors = dict[str, dict[Choice, float]]
+Errors = dict[str, dict[Precision, float]]
 
 
 def estimated_errors(
@@ -30,7 +30,7 @@ def estimated_errors(
     calibration: Calibration,
     plan: SmoothPlan,
     scheme: Scheme,
-    choices: Iterable[Choice],
+    choices: Iterable[Precision],
     *,
     progress: bool | None = None,
 ) -> Errors:
@@ -47,7 +47,7 @@ def estimated_errors(
     scheme = scheme.resolve(has_vnni())
     choices = tuple(choices)
     planned = {group.name: group for group in plan.groups}
-    # Weight clips stay; what departs otherwise is what is asked about.
+    # Weight clips stay; the other overrides are what is asked about.
     layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
     everything = replace(plan, layers=layers)
     errors: Errors = {}
@@ -59,20 +59,17 @@ def estimated_errors(
                 errors[name] = {"float": 0.0}
             if not names:
                 continue
+            of_group = group_statistics(model, group, calibration, scheme, everything)
+            entry = planned.get(group.name)
             for choice in choices:
                 if choice == "float":
                     continue
-                of_choice = scheme.with_activations(choice)
-                statistics = group_statistics(model, group, calibration, of_choice, everything)
+                statistics = replace(of_group, scheme=scheme.with_activations(choice))
                 s = torch.ones_like(statistics.act_absmax)
-                if group.name in planned:
-                    entry = planned[group.name]
+                if entry is not None:
                     statistics = replace(statistics, clip=entry.clip)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
-                wide = statistics.widen(s)
-                for sample, of_layer in statistics.quantized():
-                    weight, clip = quantized_weight(sample, wide, of_layer), statistics.clip
-                    errors[sample.name][choice] = loss_of(
-                        loss, sample, wide, weight, of_layer, clip, calibration.tokens
-                    )
+                for linear in statistics.fake_quantized(s):
+                    error = loss_of(loss, linear, calibration.tokens)
+                    errors[linear.sample.name][choice] = error
     return errors

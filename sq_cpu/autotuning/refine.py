@@ -1,10 +1,10 @@
-"""From a configuration that misses the goal, or wastes time, to one from which nothing can go.
+"""The local search: from a configuration that misses the goal, or wastes time, to a minimal one.
 
-Pure search over `Configuration`s; whoever calls says what one is worth. First, while the goal is
-missed, linears go over to per-token activations and then to float, those first that gain most per
-millisecond. Then they are given back, those first that gain least, until no single one can be.
-Each step is a question about one configuration; which others may be asked next goes with it, so
-that workers can share the work and still walk the same way.
+It searches over `Configuration`s alone, and its caller evaluates them. While the goal is missed,
+linears change to per-token activations and then to float; those that gain most per millisecond come
+first. Then they are given back, those that gain least first, until the goal needs each that is
+left. Each step asks for the loss of one configuration, and names those that it may ask for next: so
+workers can share the evaluations and still take the same steps.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sq_cpu.autotuning.configurations import Configuration
-from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.latency import Precision
 
 __all__ = ["Rank", "Refinement", "ranked"]
 
 Rank = Literal["estimated", "measured"]
 
-# What a linear goes over to, the first that will do.
-_STAGES: tuple[Choice, ...] = ("per_token", "float")
+# What a linear changes to: the first that suffices.
+_STAGES: tuple[Precision, ...] = ("per_token", "float")
 
 Loss = Callable[[Sequence[Configuration]], float]
-Gains = Callable[[Configuration, Choice], Mapping[str, float]]
-Prices = Callable[[str, Choice], float]
+Gains = Callable[[Configuration, Precision], Mapping[str, float]]
+LinearCosts = Callable[[str, Precision], float]
 
 
-def ranked(gains: Mapping[str, float], prices: Mapping[str, float]) -> list[str]:
-    """Return names by gain per price, the greatest first; what costs nothing comes before all.
+def ranked(gains: Mapping[str, float], costs: Mapping[str, float]) -> list[str]:
+    """Return names by gain per cost, the greatest first; gains without a cost come before all.
 
     Ties keep the order of `gains`.
     """
 
     def worth(name: str) -> tuple[bool, float]:
-        gain, price = gains[name], prices[name]
-        free = price <= 0 and gain > 0
-        return (free, gain if price <= 0 else gain / price)
+        gain, cost = gains[name], costs[name]
+        free = cost <= 0 and gain > 0
+        return (free, gain if cost <= 0 else gain / cost)
 
     return sorted(gains, key=worth, reverse=True)
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """The local search. What it asks about is all it does: the answers are kept by who gives them.
+    """The local search. It keeps no answers: `loss` does.
 
     Attributes
     ----------
     names : the linears
-    loss : of the first of some configurations, evaluated; the others may be asked about next
+    loss : evaluates the first of some configurations; the others may be asked about next
     goal : the greatest loss that is accepted
-    gains : estimates how much less the loss is with a linear's choice changed, in any unit
-    prices : milliseconds of a linear by choice
+    gains : estimates how much less the loss is with a linear's precision changed, in any unit
+    costs : milliseconds of a linear by precision
     rank : "measured" replaces the estimates by the evaluated loss of every single change
     """
 
@@ -61,31 +61,31 @@ class Refinement:
     loss: Loss
     goal: float
     gains: Gains
-    prices: Prices
+    costs: LinearCosts
     rank: Rank = "estimated"
 
     def run(self, start: Configuration, *, in_float: bool = True) -> Configuration:
         """Return the best configuration of this search.
 
-        It misses the goal only if all do; or, without `in_float`, if that takes more linears in
-        float than `start` has.
+        It misses the goal only if all configurations do; or, without `in_float`, if the goal takes
+        more linears in float than `start` has.
         """
         if not in_float:
             return self._give_back(self._repaired(start, ("per_token",), per_millisecond=True))
         best = self._give_back(self._repaired(start, _STAGES, per_millisecond=True))
-        if len(best.chosen("float")) > 1:
-            # Few slow linears may do what many quick ones do.
+        if len(best.overrides("float")) > 1:
+            # A few slow linears may be worth many quick ones.
             other = self._repaired(start.settings(), _STAGES, per_millisecond=False)
             other = self._give_back(other)
             best = min(best, other, key=self._size)
         return best
 
     def _size(self, configuration: Configuration) -> tuple[bool, int, float]:
-        """Return what makes one configuration better than another: less of it, in this order."""
-        milliseconds = sum(self.prices(name, configuration.choice(name)) for name in self.names)
+        """Return what is to be as small as possible, the most important first."""
+        milliseconds = sum(self.costs(name, configuration.precision(name)) for name in self.names)
         return (
             not self._meets([configuration]),
-            len(configuration.chosen("float")),
+            len(configuration.overrides("float")),
             milliseconds,
         )
 
@@ -93,50 +93,52 @@ class Refinement:
         return self.loss(frontier) <= self.goal
 
     def _order(
-        self, configuration: Configuration, names: Sequence[str], choice: Choice, per_ms: bool
+        self, configuration: Configuration, names: Sequence[str], precision: Precision, per_ms: bool
     ) -> list[str]:
-        """Return names by what changing each to `choice` gains, the greatest first."""
+        """Return names by what changing each to `precision` gains, the greatest first."""
         gains: Mapping[str, float]
         if self.rank == "measured":
-            singles = [configuration.changed([name], choice) for name in names]
+            singles = [configuration.changed([name], precision) for name in names]
             before = self.loss([configuration, *singles])
             after = [self.loss(singles[i:]) for i in range(len(singles))]
             gains = {n: _difference(before, loss) for n, loss in zip(names, after, strict=True)}
         else:
-            estimated = self.gains(configuration, choice)
+            estimated = self.gains(configuration, precision)
             gains = {name: estimated[name] for name in names}
-        prices = {
-            name: self.prices(name, choice) - self.prices(name, configuration.choice(name))
+        costs = {
+            name: self.costs(name, precision) - self.costs(name, configuration.precision(name))
             for name in names
         }
-        return ranked(gains, prices if per_ms else dict.fromkeys(names, 1.0))
+        return ranked(gains, costs if per_ms else dict.fromkeys(names, 1.0))
 
     def _repaired(
-        self, start: Configuration, stages: Sequence[Choice], *, per_millisecond: bool
+        self, start: Configuration, stages: Sequence[Precision], *, per_millisecond: bool
     ) -> Configuration:
         """Return a configuration that meets the goal: `start` with as few changes as it takes."""
         if self._meets([start]):
             return start
-        for choice in stages:
-            names = [n for n in self.names if start.choice(n) not in (choice, "float")]
+        for precision in stages:
+            names = [n for n in self.names if start.precision(n) not in (precision, "float")]
             if not names:
                 continue
-            everything = start.changed(names, choice)
+            everything = start.changed(names, precision)
             # With all in float it is the float model.
-            if choice == "float" or self._meets([everything]):
-                order = self._order(start, names, choice, per_millisecond)
-                return self._prefix(start, order, choice)
+            if precision == "float" or self._meets([everything]):
+                order = self._order(start, names, precision, per_millisecond)
+                return self._prefix(start, order, precision)
             start = everything
         return start
 
-    def _prefix(self, start: Configuration, order: Sequence[str], choice: Choice) -> Configuration:
+    def _prefix(
+        self, start: Configuration, order: Sequence[str], precision: Precision
+    ) -> Configuration:
         """Return `start` with the shortest beginning of `order` changed that meets the goal.
 
         The shortest if a longer one is never worse; by doubling, then bisection.
         """
 
         def changed(count: int) -> Configuration:
-            return start.changed(order[:count], choice)
+            return start.changed(order[:count], precision)
 
         missed, count = 0, 1
         doubles = [min(2**i, len(order)) for i in range(len(order).bit_length() + 1)]
@@ -155,31 +157,35 @@ class Refinement:
         return changed(met)
 
     def _give_back(self, configuration: Configuration) -> Configuration:
-        """Return the configuration after every linear that can go back to less has gone."""
+        """Return the configuration with every linear given back that the goal does not need."""
         if not self._meets([configuration]):
             return configuration
-        # First those that even per-token activations serve; then the fewest are in float.
-        steps: list[tuple[Choice, Choice]] = [("float", "per_token")]
+        # Linears in float first: the fewest are to remain.
+        steps: list[tuple[Precision, Precision]] = [("float", "per_token")]
         if configuration.activations != "per_token":
             steps.append(("per_token", configuration.activations))
-        for choice, less in steps:
-            names = list(configuration.chosen(choice))
+        for precision, less in steps:
+            names = list(configuration.overrides(precision))
             if names:
-                order = self._least_first(configuration, names, choice, less)
+                order = self._least_first(configuration, names, precision, less)
                 configuration = self._halving(configuration, order, less)
-                configuration = self._singly(configuration, choice, less)
+                configuration = self._singly(configuration, precision, less)
         return configuration
 
     def _least_first(
-        self, configuration: Configuration, names: Sequence[str], choice: Choice, less: Choice
+        self,
+        configuration: Configuration,
+        names: Sequence[str],
+        precision: Precision,
+        less: Precision,
     ) -> list[str]:
         without = configuration.changed(names, less)
-        estimated = self.gains(without, choice)
-        prices = {name: self.prices(name, choice) - self.prices(name, less) for name in names}
-        return ranked({name: estimated[name] for name in names}, prices)[::-1]
+        estimated = self.gains(without, precision)
+        costs = {name: self.costs(name, precision) - self.costs(name, less) for name in names}
+        return ranked({name: estimated[name] for name in names}, costs)[::-1]
 
     def _halving(
-        self, configuration: Configuration, names: Sequence[str], less: Choice
+        self, configuration: Configuration, names: Sequence[str], less: Precision
     ) -> Configuration:
         """Give back as many of `names` at once as the goal allows, down to single ones."""
         if not names:
@@ -196,10 +202,14 @@ class Refinement:
             configuration = self._halving(configuration, part, less)
         return configuration
 
-    def _singly(self, configuration: Configuration, choice: Choice, less: Choice) -> Configuration:
+    def _singly(
+        self, configuration: Configuration, precision: Precision, less: Precision
+    ) -> Configuration:
         """Give linears back one by one until the goal needs each that is left."""
         while True:
-            singles = [configuration.changed([name], less) for name in configuration.chosen(choice)]
+            singles = [
+                configuration.changed([name], less) for name in configuration.overrides(precision)
+            ]
             for index, single in enumerate(singles):
                 if self._meets(singles[index:]):
                     configuration = single

@@ -1,28 +1,23 @@
-"""Trials in an Optuna storage that many workers share, each configuration evaluated once.
+"""Trials in an Optuna storage that many workers share: each configuration is evaluated once.
 
-Optuna hands out trials; it keeps neither two workers from trying the same configuration nor a
-configuration that was tried from being suggested again. Here a trial claims its key, a text that
-says all of the configuration, as in Lamport's bakery: it writes the key down, waits until every
-trial with a lower number has done so or is finished, and gives way to one with the same key that
-has a lower number or a result. Trial numbers are unique and rise, so of two with one key exactly
-one goes on.
+Optuna alone lets two workers try the same configuration, and suggests again what was tried. Here a
+trial claims its configuration by the key, as in Lamport's bakery. It writes the key down and waits
+until every trial with a lower number has done so or is finished. Then it gives way to a trial with
+the same key that has a lower number or a result. Trial numbers are unique and rise, so of two
+trials with one key exactly one goes on.
 
-A worker that was killed leaves a running trial. It is marked failed once its process is seen to be
-gone (same machine) or its heartbeat to have stopped (relational storages), and tried again.
+A worker that was killed leaves a running trial. That is marked failed, and tried again, once the
+worker is gone: see `processes.is_gone`. A worker on another machine is gone once its heartbeat in
+the storage has stopped; relational storages alone have heartbeats.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -35,129 +30,20 @@ from optuna.exceptions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
+from sq_cpu.autotuning.processes import WorkerProcess, is_gone
+from sq_cpu.autotuning.storage import has_study
 from sq_cpu.errors import SqCpuError
 
-__all__ = [
-    "Outcome",
-    "Trials",
-    "has_study",
-    "is_shared",
-    "join_study",
-    "opened_storage",
-    "quiet_optuna",
-]
+__all__ = ["Trials", "join_study"]
 
-_HEARTBEAT = 10
-_GRACE = 60
 _POLL = 0.05
 
 _CLAIM, _RESULT, _JOB, _PROPOSED = "claim", "result", "job", "proposed"
-
-
-@contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Run a block without Optuna's log on stderr."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-@contextmanager
-def opened_storage(where: str | os.PathLike[str] | BaseStorage | None) -> Iterator[BaseStorage]:
-    """Yield the storage that `where` names, and close it afterwards, if it was opened here.
-
-    Parameters
-    ----------
-    where : a path (SQLite), a database's URL such as "postgresql://user@host/name", a storage of
-        Optuna's, or None: memory, which ends with the process. Of a storage of Optuna's that keeps
-        no heartbeats a worker that died on another machine cannot be told from a slow one.
-
-    Raises
-    ------
-    SqCpuError
-        When the database cannot be opened, or the package that talks to it is missing.
-    """
-    if isinstance(where, BaseStorage):
-        yield where
-        return
-    if where is None:
-        yield InMemoryStorage()
-        return
-    storage = _open(_url(where))
-    try:
-        yield storage
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def _open(url: str, retries: int = 5) -> RDBStorage:
-    # Writers wait for each other's locks instead of failing.
-    engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
-            return RDBStorage(
-                url, engine_kwargs=engine, heartbeat_interval=_HEARTBEAT, grace_period=_GRACE
-            )
-    except ImportError as error:
-        raise SqCpuError(
-            f"no driver for the storage {_without_password(url)} ({error}): for PostgreSQL, "
-            "pip install 'sq_cpu[postgres]'"
-        ) from error
-    except Exception as error:  # SQLAlchemy's and the drivers' own have no base in common
-        # Two make the tables at once, and one of them has to lose.
-        lost = any(sign in str(error) for sign in ("already exists", "UNIQUE constraint"))
-        if lost and retries:
-            time.sleep(random.random())
-            return _open(url, retries - 1)
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise SqCpuError(
-            f"cannot open the storage {_without_password(url)}: {reason}; give a path or the URL "
-            "of a database that is running"
-        ) from error
-
-
-def _url(where: str | os.PathLike[str]) -> str:
-    text = os.fspath(where)
-    kind, separator, rest = text.partition("://")
-    if not separator:
-        return f"sqlite:///{Path(text).expanduser().absolute()}"
-    # Without a driver the name would mean psycopg2 to some SQLAlchemy releases.
-    return f"postgresql+psycopg://{rest}" if kind in ("postgres", "postgresql") else text
-
-
-def _without_password(url: str) -> str:
-    kind, _, rest = url.partition("://")
-    who, at, where = rest.rpartition("@")
-    return f"{kind}://{who.partition(':')[0]}{at}{where}"
-
-
-def is_shared(where: str | os.PathLike[str] | BaseStorage | None) -> bool:
-    """Return whether all processes that open the storage see the same; memory is their own.
-
-    `where` is as for `opened_storage`.
-    """
-    if where is None or isinstance(where, InMemoryStorage):
-        return False
-    if isinstance(where, BaseStorage) and not isinstance(where, RDBStorage):
-        return True
-    url = str(where.engine.url) if isinstance(where, RDBStorage) else _url(where)
-    kind, _, rest = url.partition("://")
-    file, _, query = rest.partition("?")
-    in_memory = file.strip("/") in ("", ":memory:") or "mode=memory" in query
-    return not (kind.startswith("sqlite") and in_memory)
-
-
-def has_study(storage: BaseStorage, name: str) -> bool:
-    """Return whether the storage holds a study of that name."""
-    return name in optuna.get_all_study_names(storage)
 
 
 def join_study(
@@ -180,7 +66,7 @@ def join_study(
     """
     identity = dict(identity)
     if not has_study(storage, name):
-        # Before the study exists: whoever finds one finds its facts.
+        # Made before the study exists, so that whoever finds a study finds its facts.
         facts = dict(prepare())
         try:
             study = optuna.create_study(storage=storage, study_name=name, direction="minimize")
@@ -188,9 +74,9 @@ def join_study(
         except DuplicatedStudyError:
             pass  # another worker was faster: its facts hold
     study = optuna.load_study(storage=storage, study_name=name)
-    deadline = time.monotonic() + _GRACE
+    start = time.monotonic()
     while _JOB not in study.user_attrs:
-        if time.monotonic() > deadline:
+        if is_gone(None, time.monotonic() - start):
             raise SqCpuError(
                 f"the study {name} of the storage is empty: whoever began it was killed at once; "
                 "use another storage or study name"
@@ -207,23 +93,10 @@ def join_study(
     return dict(job["facts"])
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a configuration was evaluated to."""
-
-    key: str
-    value: float
-    """What the study minimizes."""
-    result: dict[str, Any]
-    """The rest, JSON types."""
-    number: int
-    study: str
-
-
 class Trials:
     """The trials of one study, for one worker of perhaps many.
 
-    `result` of an evaluation is a mapping of JSON types with the entry "value", the objective.
+    The study minimizes `EvaluatedConfiguration.value`, and marks each one with its `phase`.
     """
 
     def __init__(
@@ -232,8 +105,10 @@ class Trials:
         name: str,
         sampler: BaseSampler | None = None,
         pruner: BasePruner | None = None,
+        *,
+        phase: str = "",
     ) -> None:
-        self.name = name
+        self._phase = phase
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -244,7 +119,7 @@ class Trials:
         )
 
     def use(self, sampler: BaseSampler) -> None:
-        """Have the settings of trials to come suggested by `sampler`."""
+        """Let `sampler` suggest the settings of the next trials."""
         self._study.sampler = sampler
 
     def _all(self) -> list[FrozenTrial]:
@@ -257,36 +132,40 @@ class Trials:
         """Return how many trials there are, whatever became of them."""
         return len(self._all())
 
-    def outcomes(self) -> dict[str, Outcome]:
+    def evaluated(self) -> dict[str, EvaluatedConfiguration]:
         """Return what has been evaluated, by key, in the order of the trials."""
         found = {}
         for trial in self._all():
             key = _key(trial)
-            if trial.state == TrialState.COMPLETE and key is not None and trial.value is not None:
-                result = trial.user_attrs[_RESULT]
-                found[key] = Outcome(key, trial.value, result, trial.number, self.name)
+            if trial.state == TrialState.COMPLETE and key is not None:
+                found[key] = EvaluatedConfiguration.from_dict(
+                    trial.user_attrs[_RESULT],
+                    Configuration.from_key(key),
+                    phase=self._phase,
+                    number=trial.number,
+                )
         return found
 
     def running(self) -> set[str | None]:
-        """Return the keys that are being evaluated; None for one that is not known yet."""
+        """Return the keys that are being evaluated; None stands for a key not yet written."""
         self.recover()
         return {_key(trial) for trial in self._all() if trial.state == TrialState.RUNNING}
 
     def count(self) -> int:
-        """Return how many trials count towards a limit: evaluated, pruned half-way or running."""
+        """Return how many trials count towards a limit: evaluated, pruned or running."""
         self.recover()
         states = (TrialState.COMPLETE, TrialState.RUNNING)
         return sum(trial.state in states or _is_pruned(trial) for trial in self._all())
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return what the study keeps under a name, JSON types; made where it has none yet."""
+        """Return what the study keeps under a name, JSON types; make it where there is none yet."""
         attributes = self._study.user_attrs
         if name not in attributes:
             self._study.set_user_attr(name, make())
         return self._study.user_attrs[name]
 
     def propose(self, settings: Iterable[Mapping[str, Any]]) -> None:
-        """Have these settings tried first, if no trial exists yet."""
+        """Try these settings first, if no trial exists yet."""
         if not self._all():
             for values in settings:
                 self._enqueue(values)
@@ -303,17 +182,17 @@ class Trials:
 
     def run(
         self,
-        key_of: Callable[[Trial], str],
-        evaluate: Callable[[Trial, str], Mapping[str, Any]],
+        choose: Callable[[Trial], Configuration],
+        evaluate: Callable[[Trial, Configuration], EvaluatedConfiguration],
     ) -> bool:
         """Run one trial; return False when it gave way to one with the same configuration.
 
         Parameters
         ----------
-        key_of : asks the trial for its settings and returns the key
-        evaluate : takes the trial and the key, returns the result
+        choose : asks the trial for its settings and returns the configuration
+        evaluate : what the configuration is worth
 
-        What `evaluate` raises is passed on; after `KeyboardInterrupt` the configuration is tried
+        It raises what `evaluate` raises. After `KeyboardInterrupt` the configuration is tried
         again.
         """
         raised: BaseException | None = None
@@ -324,13 +203,13 @@ class Trials:
             nonlocal raised, number, gave_way
             number = trial.number
             try:
-                key = key_of(trial)
-                gave_way = not self._claim(trial, key)
+                configuration = choose(trial)
+                gave_way = not self._claim(trial, configuration.key)
                 if gave_way:
                     raise TrialPruned
-                result = self._evaluated(trial, key, evaluate)
-                trial.set_user_attr(_RESULT, result)
-                return float(result["value"])
+                found = self._evaluate(trial, configuration, evaluate)
+                trial.set_user_attr(_RESULT, found.to_dict())
+                return found.value
             except BaseException as error:
                 raised = error
                 raise
@@ -343,18 +222,21 @@ class Trials:
                 f"the storage failed; what is finished is kept, run again to go on: {error}"
             ) from error
         except Exception:
-            # Another worker took this one for dead and marked the trial failed: no error of ours.
+            # Another worker took this one for gone and marked the trial failed: no error of ours.
             expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
             if not expected or self._state(number) != TrialState.FAIL:
                 raise
             return False
         return not gave_way
 
-    def _evaluated(
-        self, trial: Trial, key: str, evaluate: Callable[[Trial, str], Mapping[str, Any]]
-    ) -> dict[str, Any]:
+    def _evaluate(
+        self,
+        trial: Trial,
+        configuration: Configuration,
+        evaluate: Callable[[Trial, Configuration], EvaluatedConfiguration],
+    ) -> EvaluatedConfiguration:
         try:
-            return dict(evaluate(trial, key))
+            return evaluate(trial, configuration)
         except (TrialPruned, UpdateFinishedTrialError):
             raise
         except Exception as error:
@@ -363,9 +245,8 @@ class Trials:
 
     def _claim(self, trial: Trial, key: str) -> bool:
         """Write the key down; return whether no other trial has it already."""
-        trial.set_user_attr(_CLAIM, {"key": key, "worker": _worker()})
-        deadline = time.monotonic() + _GRACE
-        recovered = time.monotonic()
+        trial.set_user_attr(_CLAIM, {"key": key, "worker": asdict(WorkerProcess.this())})
+        start = recovered = time.monotonic()
         while True:
             silent = []
             for other in self._all():
@@ -380,7 +261,7 @@ class Trials:
                     silent.append(other)
             if not silent:
                 return True
-            if time.monotonic() > deadline:  # killed before it wrote its name down
+            if is_gone(None, time.monotonic() - start):  # killed before they wrote their keys down
                 for other in silent:
                     self._fail(other)
             elif time.monotonic() - recovered > 1:
@@ -389,13 +270,15 @@ class Trials:
             time.sleep(_POLL)
 
     def recover(self) -> None:
-        """Mark the trials of dead workers failed, and have what was interrupted tried again."""
+        """Mark the trials of workers that are gone failed, and try again what was interrupted."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._all():
             claim = trial.user_attrs.get(_CLAIM)
-            if trial.state == TrialState.RUNNING and claim and _is_gone(claim["worker"]):
+            if trial.state != TrialState.RUNNING or claim is None:
+                continue
+            if is_gone(WorkerProcess(**claim["worker"])):
                 self._fail(trial)
         trials = self._all()
         retried = {trial.user_attrs.get("retry_of") for trial in trials}
@@ -419,30 +302,3 @@ def _key(trial: FrozenTrial) -> str | None:
 def _is_pruned(trial: FrozenTrial) -> bool:
     """Return whether the pruner stopped a trial, and not another with the same configuration."""
     return trial.state == TrialState.PRUNED and "duplicate_of" not in trial.user_attrs
-
-
-@cache
-def _machine() -> str:
-    # A host's name alone may be that of several containers, and survives a restart.
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started, in clock ticks since boot; None if there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]
-
-
-def _worker() -> dict[str, Any]:
-    return {"machine": _machine(), "pid": os.getpid(), "started": _started(os.getpid())}
-
-
-def _is_gone(worker: Mapping[str, Any]) -> bool:
-    """Return whether a worker is known to have ended; one of another machine is not."""
-    here = bool(worker["machine"] == _machine())
-    return here and _started(worker["pid"]) != worker["started"]

@@ -1,20 +1,20 @@
-"""Processes at work on one autotuning: each goes all the way, and what one evaluates all know."""
+"""The workers of one autotuning: each does the whole search, and all share what was evaluated."""
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optuna
 import torch
@@ -24,29 +24,32 @@ from optuna.storages import BaseStorage
 from optuna.trial import Trial
 
 from sq_cpu.autotuning.configurations import Configuration, SearchSpace
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.evaluator import TuningJob
-from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.latency import Precision
+from sq_cpu.autotuning.processes import WorkerProcess, is_gone
 from sq_cpu.autotuning.refine import Rank, Refinement, ranked
-from sq_cpu.autotuning.trials import Outcome, Trials, opened_storage, quiet_optuna
+from sq_cpu.autotuning.storage import opened_storage, quiet_optuna
+from sq_cpu.autotuning.trials import Trials
 from sq_cpu.errors import SqCpuError, Terminated
 from sq_cpu.scheme import Activations
 
-__all__ = ["Course", "Stopped", "Worker", "run_workers"]
+__all__ = ["SearchSettings", "Stopped", "Worker", "run_workers"]
 
 Stopped = Literal["done", "trials", "time", "interrupted", "terminated"]
 
 _POLL = 0.2
-# Suggestions in a row that were tried before: the sampler has nothing new to say.
+# After so many known suggestions in a row the sampler has nothing new.
 _REPEATS = 20
-# Of the fastest milliseconds there can be: what measures no better.
+# Milliseconds within this factor of the fastest possible ones count as fastest.
 _FAST_ENOUGH = 1.02
-# Of the time limit: what the search leaves to the refinement.
+# The part of the time limit that the search may take; the refinement has the rest.
 _SEARCH_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
-    """How to go about it; the same for all workers."""
+class SearchSettings:
+    """How to search; the same for all workers."""
 
     study: str
     space: SearchSpace
@@ -70,44 +73,44 @@ class Worker:
     """One process at work on a study."""
 
     def __init__(
-        self, job: TuningJob, storage: BaseStorage, course: Course, index: int = 0
+        self, job: TuningJob, storage: BaseStorage, settings: SearchSettings, index: int = 0
     ) -> None:
         self.job = job
-        self.course = course
+        self.settings = settings
         start = time.monotonic()
-        self._deadline = start + course.time_limit
-        self._search_deadline = start + _SEARCH_SHARE * course.time_limit
-        self.search = Trials(storage, course.study, pruner=course.pruner)
-        # A run that goes on must not suggest once more what its sampler began with.
-        seed = course.seed + 7919 * len(self.search) + 104729 * index
+        self._deadline = start + settings.time_limit
+        self._search_deadline = start + _SEARCH_SHARE * settings.time_limit
+        self.search = Trials(storage, settings.study, pruner=settings.pruner, phase="search")
+        # A resumed run must not repeat the suggestions that its sampler began with.
+        seed = settings.seed + 7919 * len(self.search) + 104729 * index
         own = optuna.samplers.TPESampler(seed=seed % 2**32)
-        self.search.use(course.sampler or own)
+        self.search.use(settings.sampler or own)
         none = optuna.samplers.RandomSampler(seed=0)
-        self.refined = Trials(storage, f"{course.study}: refine", none)
+        self.refined = Trials(storage, f"{settings.study}: refine", none, phase="refine")
         job.kept = self.search.kept
-        self._look: Callable[[], object] = lambda: None
+        self._report: Callable[[], object] = lambda: None
 
     def remaining(self) -> float:
         """Return the seconds that are left."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def outcomes(self) -> dict[str, Outcome]:
+    def evaluated(self) -> dict[str, EvaluatedConfiguration]:
         """Return all that was evaluated, by key."""
-        return self.refined.outcomes() | self.search.outcomes()
+        return self.refined.evaluated() | self.search.evaluated()
 
-    def best(self) -> Outcome | None:
+    def best(self) -> EvaluatedConfiguration | None:
         """Return the best of them; None before the first."""
-        return min(self.outcomes().values(), key=lambda o: (o.value, o.key), default=None)
+        return min(self.evaluated().values(), key=_rank, default=None)
 
-    def work(self, look: Callable[[], object]) -> Stopped:
-        """Search and refine until done or stopped; `look` is called after every trial."""
-        self._look = look
+    def work(self, report: Callable[[], object]) -> Stopped:
+        """Search and refine until done or stopped; call `report` after every trial."""
+        self._report = report
         try:
             self._search()
             for start in self._starts():
-                # With linears in float it would be worse than what does without.
+                # When the goal is met without linears in float, any with some is worse.
                 best = self.best()
-                without = best is not None and best.value < 1 and not best.result["in_float"]
+                without = best is not None and best.value < 1 and not best.in_float
                 self._refinement().run(start, in_float=not without)
         except _Stop as stop:
             return stop.why
@@ -119,38 +122,38 @@ class Worker:
 
     def _search(self) -> None:
         @cache
-        def ranked_by(choice: Choice) -> list[str]:
+        def ranked_by(precision: Precision) -> list[str]:
             plain = Configuration(smoothing="smoothquant", alpha=(0.5,))
-            gains = self.job.gains(plain, choice)
-            return ranked(gains, self._prices(gains, plain, choice))
+            gains = self.job.gains(plain, precision)
+            return ranked(gains, self._cost_changes(gains, plain, precision))
 
-        def key_of(trial: Trial) -> str:
-            return self.course.space.suggest(trial, ranked_by).key
+        def choose(trial: Trial) -> Configuration:
+            return self.settings.space.suggest(trial, ranked_by)
 
-        def evaluate(trial: Trial, key: str) -> Mapping[str, Any]:
+        def evaluate(trial: Trial, configuration: Configuration) -> EvaluatedConfiguration:
             def report(metric: float, step: int) -> None:
                 trial.report(-metric if self.job.higher_is_better else metric, step)
                 if trial.should_prune():
                     raise optuna.TrialPruned
 
-            # A refinement before may have got there.
-            known = self.refined.outcomes().get(key)
-            return known.result if known else self.job.result(Configuration.from_key(key), report)
+            # An earlier refinement may have evaluated it.
+            known = self.refined.evaluated().get(configuration.key)
+            return known or self.job.result(configuration, report)
 
         if self._has_search_to_do():
-            self.search.propose(self.course.space.defaults())
+            self.search.propose(self.settings.space.defaults())
         repeats = 0
         while self._has_search_to_do() and repeats < _REPEATS:
-            if self.course.space.departs(self.search.proposed()):
-                # Before the trial: others wait until it says its key.
+            if self.settings.space.may_override(self.search.proposed()):
+                # Ranked before the trial begins: others wait until it has written its key.
                 ranked_by("per_token")
                 ranked_by("float")
-            repeats = 0 if self.search.run(key_of, evaluate) else repeats + 1
-            self._look()
+            repeats = 0 if self.search.run(choose, evaluate) else repeats + 1
+            self._report()
         # What others still evaluate decides where the refinement starts.
         while self.search.running() and time.monotonic() < self._deadline:
             time.sleep(_POLL)
-            self._look()
+            self._report()
         if time.monotonic() >= self._deadline:
             raise _Stop("time")
 
@@ -159,20 +162,20 @@ class Worker:
             return False
         if time.monotonic() >= self._deadline:
             raise _Stop("time")
-        return self.search.count() < self.course.trials and not self._cannot_be_faster()
+        return self.search.count() < self.settings.trials and not self._cannot_be_faster()
 
     def _starts(self) -> list[Configuration]:
         """Return where to refine from: the best, and the most accurate of the fastest settings."""
-        found = [(o, Configuration.from_key(o.key)) for o in self.search.outcomes().values()]
+        found = self.search.evaluated().values()
         if not found:
             return []
-        starts = [min(found, key=lambda pair: (pair[0].value, pair[0].key))[1]]
+        starts = [min(found, key=_rank).configuration]
         fastest = self._fastest()[1]
         plain = [
-            (o.result["loss"], o.key, configuration)
-            for o, configuration in found
-            if configuration.activations == fastest and not configuration.layers
-            if o.result["loss"] is not None
+            (one.loss, one.configuration.key, one.configuration)
+            for one in found
+            if one.configuration.activations == fastest and not one.configuration.layers
+            if one.scored
         ]
         if starts[0].activations != fastest and plain:
             starts.append(min(plain)[2])
@@ -182,24 +185,24 @@ class Worker:
         """Return the least milliseconds that all linears can take, and with which activations."""
         linears = self.job.linears.values()
         return min(
-            (sum(self.job.price(linear, activations) for linear in linears), activations)
-            for activations in self.course.space.activations
+            (sum(self.job.milliseconds(linear, activations) for linear in linears), activations)
+            for activations in self.settings.space.activations
         )
 
     def _cannot_be_faster(self) -> bool:
         best = self.best()
-        if best is None or best.value >= 1 or best.result["in_float"]:
+        if best is None or best.value >= 1 or best.in_float:
             return False
         fastest, _ = self._fastest()
-        return bool(best.result["milliseconds"] <= _FAST_ENOUGH * fastest)
+        return best.milliseconds <= _FAST_ENOUGH * fastest
 
-    def _prices(
-        self, names: Iterable[str], configuration: Configuration, choice: Choice
+    def _cost_changes(
+        self, names: Iterable[str], configuration: Configuration, precision: Precision
     ) -> dict[str, float]:
         linears = self.job.linears
         return {
-            name: self.job.price(linears[name], choice)
-            - self.job.price(linears[name], configuration.choice(name))
+            name: self.job.milliseconds(linears[name], precision)
+            - self.job.milliseconds(linears[name], configuration.precision(name))
             for name in names
         }
 
@@ -210,24 +213,23 @@ class Worker:
             loss=self._loss,
             goal=self.job.goal.limit,
             gains=self._gains,
-            prices=lambda name, choice: self.job.price(linears[name], choice),
-            rank=self.course.rank,
+            costs=lambda name, precision: self.job.milliseconds(linears[name], precision),
+            rank=self.settings.rank,
         )
 
-    def _gains(self, configuration: Configuration, choice: Choice) -> dict[str, float]:
+    def _gains(self, configuration: Configuration, precision: Precision) -> dict[str, float]:
         def check() -> None:
             if self._refined_enough():  # an order is for evaluations to come
                 raise _Stop("trials")
 
-        return self.job.gains(configuration, choice, check)
+        return self.job.gains(configuration, precision, check)
 
     def _loss(self, frontier: Sequence[Configuration]) -> float:
         """Return the loss of the first; while another worker evaluates it, evaluate the others."""
         while True:
-            known = self.outcomes()
+            known = self.evaluated()
             if frontier[0].key in known:
-                loss = known[frontier[0].key].result["loss"]
-                return math.inf if loss is None else float(loss)
+                return known[frontier[0].key].loss
             if time.monotonic() >= self._deadline:
                 raise _Stop("time")
             running = self.refined.running() | self.search.running()
@@ -238,24 +240,28 @@ class Worker:
                 self._refine(open_[0])
             else:
                 time.sleep(_POLL)
-            self._look()
+            self._report()
 
     def _refined_enough(self) -> bool:
-        return self.refined.count() >= self.course.refine_trials
+        return self.refined.count() >= self.settings.refine_trials
 
     def _refine(self, configuration: Configuration) -> None:
-        self.refined.run(lambda _: configuration.key, lambda _, __: self.job.result(configuration))
+        self.refined.run(lambda _: configuration, lambda _, __: self.job.result(configuration))
+
+
+def _rank(one: EvaluatedConfiguration) -> tuple[float, str]:
+    return one.value, one.configuration.key
 
 
 def run_workers(
     worker: Worker,
     where: str | os.PathLike[str] | BaseStorage,
     count: int,
-    look: Callable[[], object],
+    report: Callable[[], object],
 ) -> Stopped:
-    """Have `count` processes do the work of `worker`; `look` is called now and then.
+    """Have `count` processes do the work of `worker`, and call `report` now and then.
 
-    torch's threads are shared out among them. One that dies leaves its work to the others.
+    They share torch's threads. One that dies leaves its work to the others.
 
     Raises
     ------
@@ -263,11 +269,11 @@ def run_workers(
         When the model, the evaluation or the sampler cannot be pickled, when a worker fails, and
         when all of them die.
     """
-    job, course = worker.job, worker.course
+    job, settings = worker.job, worker.settings
     assert job.costs is not None
     parts = {
         "where": where,
-        "course": replace(course, time_limit=worker.remaining()),
+        "settings": replace(settings, time_limit=worker.remaining()),
         "job": {
             "model": job.model,
             "calibration": job.calibration,
@@ -284,7 +290,7 @@ def run_workers(
     with tempfile.TemporaryDirectory(prefix="sq_cpu-") as folder:
         path = Path(folder) / "job.pt"
         try:
-            # A file, which all of them map: weights are in memory once.
+            # All workers map one file, so the weights are in memory once.
             torch.save(parts, path)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise SqCpuError(
@@ -293,18 +299,21 @@ def run_workers(
             ) from error
         pipes = []
         processes = []
+        children = []
         for index in range(count):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (str(path), index, threads, sender, os.getpid())
+            arguments = (str(path), index, threads, sender, WorkerProcess.this())
             process = context.Process(target=_main, args=arguments)
             process.start()
             sender.close()
+            assert process.pid is not None
             processes.append(process)
+            children.append(WorkerProcess.of(process.pid))
             pipes.append(receiver)
         try:
-            while any(process.is_alive() for process in processes):
-                processes[0].join(_POLL) if processes[0].is_alive() else time.sleep(_POLL)
-                look()
+            while not all(map(is_gone, children)):
+                time.sleep(_POLL)
+                report()
         except KeyboardInterrupt as stop:
             if worker.best() is None:
                 raise
@@ -314,62 +323,59 @@ def run_workers(
                 process.terminate()  # as Ctrl-C does
             for process in processes:
                 process.join()
-        return _together([_said(pipe) for pipe in pipes])
+        return _together([_last_message(pipe) for pipe in pipes])
 
 
 def _signalled(stop: KeyboardInterrupt) -> Stopped:
     return "terminated" if isinstance(stop, Terminated) else "interrupted"
 
 
-def _said(pipe: Connection) -> tuple[str, str] | None:
-    """Return what a worker that has ended left to say; None for one that was killed."""
+def _last_message(pipe: Connection) -> tuple[str, str] | None:
+    """Return how a worker that is gone said it ended; None for one that was killed."""
     try:
-        said: tuple[str, str] = pipe.recv()
+        message: tuple[str, str] = pipe.recv()
     except EOFError:
         return None
-    return said
+    return message
 
 
-def _together(said: Sequence[tuple[str, str] | None]) -> Stopped:
-    errors = [text for kind, text in filter(None, said) if kind == "error"]
+def _together(messages: Sequence[tuple[str, str] | None]) -> Stopped:
+    errors = [text for kind, text in filter(None, messages) if kind == "error"]
     if errors:
         raise SqCpuError(f"a worker failed: {errors[0]}")
-    reasons = {text for _, text in filter(None, said)}
+    reasons = {text for _, text in filter(None, messages)}
     order: tuple[Stopped, ...] = ("done", "trials", "time", "interrupted")
     for why in order:
         if why in reasons:
             return why
     raise SqCpuError(
-        "all workers died, perhaps of too little memory: use fewer; finished trials are kept, "
-        "run again to go on"
+        "all workers died, perhaps for lack of memory: use fewer; finished trials are kept, run "
+        "again to go on"
     )
 
 
-class _Orphaned(KeyboardInterrupt):
-    """The parent died."""
-
-
-def _main(path: str, index: int, threads: int, pipe: Connection, parent: int) -> None:
+def _main(path: str, index: int, threads: int, pipe: Connection, parent: WorkerProcess) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     torch.set_num_threads(threads)
 
-    def look() -> None:
-        if os.getppid() != parent:
-            raise _Orphaned
+    def check_parent() -> None:
+        if is_gone(parent):
+            raise KeyboardInterrupt
 
-    said = ("stopped", "interrupted")
+    message = ("stopped", "interrupted")
     try:
         parts = torch.load(path, mmap=True, weights_only=False)
         with quiet_optuna(), opened_storage(parts["where"]) as storage:
-            worker = Worker(TuningJob(**parts["job"]), storage, parts["course"], index)
-            said = ("stopped", worker.work(look))
+            worker = Worker(TuningJob(**parts["job"]), storage, parts["settings"], index)
+            message = ("stopped", worker.work(check_parent))
     except KeyboardInterrupt:
         pass
     except Exception as error:
         text = str(error) if isinstance(error, SqCpuError) else f"{type(error).__name__}: {error}"
-        said = ("error", text)
-    pipe.send(said)
+        message = ("error", text)
+    with suppress(BrokenPipeError):  # the parent is gone: nobody reads it
+        pipe.send(message)
 
 
 def _interrupt(*_: object) -> None:

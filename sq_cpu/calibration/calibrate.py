@@ -37,14 +37,14 @@ def calibrate(
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
 
-    Beside the range, a uniform sample of at most `rows` input rows is kept of each linear, of
-    rows * in_features elements. With `gradient_rows` each batch is also run backward, and of each
-    linear at most so many rows are kept with the gradient of the model's loss with respect to its
-    output, which tells `tune` what an error there costs: those where it would cost most, as a
-    rule, and weights by which all others are counted. They are gradient_rows * (in_features +
-    out_features) elements; a batch takes three times the time, and the memory of its graph and of
-    a copy of every linear's input and output. Of linears that the model runs without gradients
-    none are kept.
+    Beside the range, each linear keeps a uniform sample of at most `rows` input rows, which are
+    rows * in_features elements. With `gradient_rows` each batch is also run backward. Each linear
+    then keeps at most so many rows together with the gradient of the model's loss with respect to
+    its output, which tells `tune` what an error there costs. Rows where it would cost most are
+    likelier to be kept, and weights make up for that. They are gradient_rows * (in_features +
+    out_features) elements. A batch takes three times the time, and the memory of its graph and of a
+    copy of every linear's input and output. Linears that the model runs without gradients keep
+    none.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that a mapping's two-dimensional
@@ -80,7 +80,7 @@ def _calibrate(
         stack.enter_context(evaluating(model))
         stack.enter_context(ranges.watching())
         if gradient_rows:
-            stack.enter_context(differentiating(model, linears, ranges.see_gradients))
+            stack.enter_context(differentiating(model, linears, ranges.observe_gradients))
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
             example = example or example_of(args, kwargs)
             mask = kwargs.get("attention_mask")

@@ -24,7 +24,7 @@ __all__ = ["FOLDS", "TENSORS", "Calibration", "fingerprint"]
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 4
 FOLDS = 4
-"""Parts that the batches are dealt into, so that a search can be scored on what it did not see."""
+"""Parts that the batches are dealt into: a search is scored on a part that it did not see."""
 TENSORS = (
     "channel_min",
     "channel_max",
@@ -52,26 +52,26 @@ class Calibration:
     rows: dict[str, Tensor]
     """A uniform sample of input rows, of the model's dtype [at most `rows`, in_features] each."""
     fingerprints: dict[str, int]
-    """Checksum of some of each linear's weight rows, to tell when it has changed since."""
+    """Checksum of some of each linear's weight rows, which tells whether it changed since."""
     tokens: int
     """Rows that the busiest linear saw, padding not counted."""
     batches: int
     unreached: tuple[str, ...] = field(default=())
     """Linears that no batch reached; they have no ranges."""
     example: Example | None = None
-    """The first batch, if it is token ids alone their first 32: what folds are proven with."""
+    """The first batch, with which folds are proven; of one with token ids alone, the first 32."""
     row_folds: dict[str, Tensor] = field(default_factory=dict)
     """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
     row_places: dict[str, Tensor] = field(default_factory=dict)
     """The number of each of `rows` among all that the linear saw, int64."""
     rows_seen: dict[str, int] = field(default_factory=dict)
-    """Rows that each linear saw, padding not counted where it can be told."""
+    """Rows that each linear saw, without padding where that can be told."""
     gradient_rows: dict[str, Tensor] = field(default_factory=dict)
-    """Input rows that are known with gradients, like `rows` but not uniformly drawn."""
+    """Input rows with known gradients, like `rows` but not uniformly drawn."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """Of the model's sampled loss (see `sampled_loss`) with respect to each linear's output, for
-    each of `gradient_rows`, [gradient_rows, out_features]. Empty unless asked for, and without the
-    linears that the model runs without gradients."""
+    """The gradients of the model's sampled loss (see `sampled_loss`) with respect to each linear's
+    output, [gradient_rows, out_features]: one for each of `gradient_rows`. Empty unless asked for.
+    Linears that the model runs without gradients have none."""
     gradient_weights: dict[str, Tensor] = field(default_factory=dict)
     """How many of all rows each of `gradient_rows` stands for, fp32."""
     gradient_folds: dict[str, Tensor] = field(default_factory=dict)
@@ -114,8 +114,8 @@ class Calibration:
     def held_out(self, names: Iterable[str]) -> tuple[Calibration, ...]:
         """Return for each fold these linears' rows, with the ranges that the other folds saw.
 
-        What is chosen by ranges and scored on rows is then scored on what it has not seen, as it
-        will be used. A calibration of one batch, or from a file without folds, is returned as is.
+        A choice that is made by these ranges is then scored on rows that it has not seen, as in
+        use. A calibration of one batch, or from a file without folds, is returned as it is.
         """
         names = [name for name in names if name in self.fold_min]
         folds = (self._of_fold(fold, names) for fold in range(FOLDS))
@@ -223,7 +223,7 @@ class Calibration:
 
 
 def _split_example(example: Example | None) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return an example's tensors and the rest by position or keyword; None: JSON cannot say it."""
+    """Return an example's tensors, and the rest by position or keyword; None if JSON cannot."""
     args, kwargs = example or ((), {})
     values = {str(index): value for index, value in enumerate(args)} | kwargs
     given = {key: value for key, value in values.items() if isinstance(value, Tensor)}
@@ -234,7 +234,7 @@ def _split_example(example: Example | None) -> tuple[dict[str, Tensor], dict[str
 
 
 def _join_example(given: dict[str, Tensor], plain: dict[str, Any] | None) -> Example | None:
-    """Put together what `Calibration.save` took apart; None of a file without an example."""
+    """Join what `_split_example` split; None for a file without an example."""
     if plain is None:
         return None
     values = given | plain

@@ -2,8 +2,8 @@
 
 Let g be the gradient of -log p(y | x) with respect to a linear's output, with y drawn from the
 model's own prediction. A small error d of that output moves the prediction by a KL divergence of
-E[(g . d)^2] / 2 (the Fisher information; Amari 1998): so the errors of all linears are measured in
-one unit, nats, and add up to what the model loses.
+E[(g . d)^2] / 2 (the Fisher information; Amari 1998). So the errors of all linears have one unit,
+nats, and their sum is what the model loses.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["differentiating", "sampled_loss"]
 def sampled_loss(outputs: Any, mask: Any, generator: torch.Generator) -> Tensor:
     """Return -log p(y | x), summed over all predictions, of y drawn from the prediction itself.
 
-    Where the model gives `logits` [..., classes], y is drawn from their softmax; positions that
-    `mask` [batch, tokens] has 0 for are left out. All other float outputs are taken as means of
-    Gaussians of variance 1. Raises `SqCpuError` when no output depends on a linear.
+    Where the model gives `logits` [..., classes], y is drawn from their softmax, without the
+    positions where `mask` [batch, tokens] is 0. All other float outputs count as means of Gaussians
+    of variance 1. Raises `SqCpuError` when no output depends on a linear.
     """
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor) and logits.dim() >= 2 and logits.requires_grad:
@@ -60,8 +60,8 @@ def differentiating(
 ) -> Iterator[None]:
     """Run a block in which calls of the model have a graph from the first linears on.
 
-    Right after a linear ran, taker(name) gives what its output's gradient is handed to. Parameters
-    get no gradients.
+    Right after a linear ran, taker(name) returns the function that takes its output's gradient.
+    Parameters get no gradients.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -76,7 +76,7 @@ def differentiating(
         def hook(_module: nn.Module, _args: Any, y: Tensor) -> Tensor | None:
             if not y.requires_grad:  # a part of the model that runs without gradients
                 return None
-            # A copy: what follows may change y in place, and the hook would see that's gradient.
+            # A copy: the model may change y in place, and the hook would get that one's gradient.
             y = y.clone()
             y.register_hook(taker(name))  # type: ignore[no-untyped-call]
             return y

@@ -1,4 +1,4 @@
-"""What is seen of the linears' inputs while a model runs: ranges and samples, batch by batch."""
+"""Gathers ranges and samples of the linears' inputs while a model runs, batch by batch."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sq_cpu.models.hooks import watching_inputs
 __all__ = ["InputRanges"]
 
 
-class _Seen:
-    """What was seen of one linear: the range of its input channels, and samples of its rows."""
+class _LinearObserver:
+    """Gathers the range of one linear's input channels, and samples of its rows."""
 
     def __init__(self, name: str, linear: nn.Linear, rows: int, gradient_rows: int) -> None:
         self.name = name
@@ -29,15 +29,15 @@ class _Seen:
         self.sample = Reservoir(rows)
         self.costly = Reservoir(gradient_rows)
         self.differentiated = False
-        # The same seed for all: linears that share an input keep the same rows.
+        # One seed for all: linears that share an input keep the same rows.
         self.generator = torch.Generator().manual_seed(0)
-        # Another one each: what chance adds to the loss of one linear evens out over all.
+        # A seed of its own: chance errors of the linears' losses then even out over all.
         self.gradient_generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         self.low = torch.full((FOLDS, linear.in_features), torch.inf)
         self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
 
     def add(self, x: Tensor, recent: InputRows) -> None:
-        recent.look(x)
+        recent.observe(x)
         first, self.rows = self.rows, self.rows + len(recent.rows)
         if not len(recent.rows):  # an expert that no token was routed to, or all padding
             return
@@ -58,13 +58,13 @@ class _Seen:
         )
 
     def gradient_taker(self, recent: InputRows) -> Callable[[Tensor], None]:
-        """Return what takes the gradient of the output whose input was added last.
+        """Return the function that takes the gradient of the output for the input added last.
 
         Rows are drawn by priority sampling (Duffield, Lund, Thorup 2007), which needs one pass: a
         row of size w has priority w / u, u uniform in (0, 1], and if kept counts
-        max(1, threshold / w) times. Sums over rows are unbiased, of little variance where w grows
-        with a row's share of them: so w is |gradient| times how near the row comes to the ends of
-        the channels' ranges, as what clips there, or sets a coarse scale, is few rows.
+        max(1, threshold / w) times. Sums over rows are unbiased. Their variance is small where w
+        grows with a row's share of the sum. So w is |gradient| times how near the row comes to the
+        ends of the channels' ranges: the few rows there are clipped, or set a coarse scale.
         """
         self.differentiated = True
         rows, kept = recent.copy(), recent.kept
@@ -94,7 +94,7 @@ class _Seen:
 
         return take
 
-    # Each of these by the names of the fields of a `Calibration`.
+    # These return tensors by the names of the fields of a `Calibration`.
 
     def ranges(self) -> dict[str, Tensor]:
         """Return the range of every channel, over all and in each fold."""
@@ -106,7 +106,7 @@ class _Seen:
         }
 
     def sampled(self) -> dict[str, Tensor]:
-        """Return the uniform sample; nothing, if none was asked for."""
+        """Return the uniform sample; nothing if its size is 0."""
         if not self.sample.size:
             return {}
         column = self.sample.columns
@@ -130,7 +130,7 @@ class _Seen:
                 "fold": _all_of(0, none),
                 "place": torch.arange(0),
             }
-        # 0 / 0 is of rows that cost nothing, when all that do are kept.
+        # 0 / 0: a row that costs nothing, while every row that does is kept.
         weights = (self.costly.threshold / column["size"]).nan_to_num(1.0).clamp_min(1.0)
         return {
             "gradient_rows": column["rows"],
@@ -150,22 +150,23 @@ class InputRanges:
 
     def __init__(self, linears: Mapping[str, nn.Linear], rows: int, gradient_rows: int = 0) -> None:
         self._linears = linears
-        self._ranges = {
-            name: _Seen(name, linear, rows, gradient_rows) for name, linear in linears.items()
+        self._observers = {
+            name: _LinearObserver(name, linear, rows, gradient_rows)
+            for name, linear in linears.items()
         }
         self._recent = InputRows()
         self._batches = 0
 
-    def _see(self, name: str, x: Tensor) -> None:
-        self._ranges[name].add(x, self._recent)
+    def _observe(self, name: str, x: Tensor) -> None:
+        self._observers[name].add(x, self._recent)
 
     def watching(self) -> AbstractContextManager[None]:
-        """Return a context in which the inputs of the linears are seen."""
-        return watching_inputs(self._linears, "input", self._see)
+        """Return a context in which the inputs of the linears are observed."""
+        return watching_inputs(self._linears, "input", self._observe)
 
-    def see_gradients(self, name: str) -> Callable[[Tensor], None]:
-        """Return what takes the gradient of a linear's output, right after the linear ran."""
-        return self._ranges[name].gradient_taker(self._recent)
+    def observe_gradients(self, name: str) -> Callable[[Tensor], None]:
+        """Return the function that takes the gradient of the output of a linear that just ran."""
+        return self._observers[name].gradient_taker(self._recent)
 
     @contextmanager
     def batch(self, mask: Any) -> Iterator[None]:
@@ -176,18 +177,19 @@ class InputRanges:
         self._batches += 1
 
     def calibration(self, example: Example | None = None) -> Calibration:
-        """Return what was seen so far."""
-        reached = {name: seen for name, seen in self._ranges.items() if seen.rows}
+        """Return what was gathered so far."""
+        reached = {name: observer for name, observer in self._observers.items() if observer.rows}
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
-        for name, seen in reached.items():
-            for kind, tensor in (seen.ranges() | seen.sampled() | seen.gradients()).items():
+        for name, observer in reached.items():
+            found = observer.ranges() | observer.sampled() | observer.gradients()
+            for kind, tensor in found.items():
                 tensors[kind][name] = tensor
         return Calibration(
             **tensors,
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
-            rows_seen={name: seen.rows for name, seen in reached.items()},
-            tokens=max((seen.rows for seen in reached.values()), default=0),
+            rows_seen={name: observer.rows for name, observer in reached.items()},
+            tokens=max((observer.rows for observer in reached.values()), default=0),
             batches=self._batches,
-            unreached=tuple(name for name in self._ranges if name not in reached),
+            unreached=tuple(name for name in self._observers if name not in reached),
             example=example,
         )

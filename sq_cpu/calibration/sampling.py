@@ -1,4 +1,4 @@
-"""The inputs of linears: watched, seen as rows without padding, and sampled."""
+"""The inputs of linears as rows without padding, and samples of them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["InputRows", "Reservoir", "SampledRows"]
 
 
 class InputRows:
-    """The rows of the input seen last, and their range.
+    """The rows of the input observed last, and their range.
 
-    q, k and v are handed the same tensor in a row, which is looked at once.
+    q, k and v get the same tensor one after another; its rows are made once.
     """
 
     batch = 0
@@ -27,7 +27,7 @@ class InputRows:
     held: Tensor | None = None  # keeps the address from being reused while the key stands
     rows: Tensor
     kept: Tensor | None = None
-    """Which rows of x are no padding, bool; None: all."""
+    """Which rows of x are not padding, bool; None: all."""
     copied: Tensor | None = None
     low: Tensor
     high: Tensor
@@ -39,11 +39,11 @@ class InputRows:
         self.mask = mask.bool() if padded else None
 
     def forget(self) -> None:
-        """Let go of the tensors."""
+        """Release the tensors."""
         self.key = self.held = self.copied = None
         self.rows = torch.empty(0)
 
-    def look(self, x: Tensor) -> None:
+    def observe(self, x: Tensor) -> None:
         """Set `rows` to x without padding, [rows, in_features], and `low` and `high` to theirs."""
         # Inference tensors have no version that would show an in-place change: never cached.
         key = None if x.is_inference() else (id(x), x._version)
@@ -60,14 +60,14 @@ class InputRows:
         self.key, self.held, self.copied = key, x, None
 
     def copy(self) -> Tensor:
-        """Return the rows for later, when x may have been changed in place."""
+        """Return the rows as they are now: x may later be changed in place."""
         if self.copied is None:
             self.copied = self.rows.clone() if self.kept is None else self.rows
         return self.copied
 
 
 class Reservoir:
-    """The `size` rows of greatest priority of all that were seen, in any columns."""
+    """The `size` rows of greatest priority among all that were added, in any columns."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -75,10 +75,10 @@ class Reservoir:
         """The greatest priority of a row that is not kept."""
         self._priority = torch.empty(0)
         self.columns: dict[str, Tensor] = {}
-        """Of the rows that are kept; empty before any was seen."""
+        """Of the rows that are kept; empty before any was added."""
 
     def add(self, priority: Tensor, **columns: Tensor) -> None:
-        """Take in rows, [rows] or [rows, features] a column."""
+        """Add rows; a column is [rows] or [rows, features]."""
         count = len(self._priority)
         ordered, order = torch.cat([self._priority, priority]).sort(descending=True)
         if len(order) > self.size:
@@ -94,9 +94,9 @@ class Reservoir:
 
 
 class SampledRows:
-    """Takes the rows again that a calibration sampled, from another run on the same batches.
+    """Takes the rows that a calibration sampled again, from another run on the same batches.
 
-    Of linears that not each of the `tokens` reaches none are taken: another run may send others.
+    It takes none of a linear that some of the `tokens` do not reach: another run may route others.
     """
 
     def __init__(self, calibration: Calibration, tokens: int) -> None:
@@ -116,9 +116,9 @@ class SampledRows:
         self._input.forget()
         self._batches += 1
 
-    def see(self, name: str, x: Tensor) -> None:
-        """Look at the input of a linear."""
-        self._input.look(x)
+    def observe(self, name: str, x: Tensor) -> None:
+        """Take the sampled rows from the input of a linear."""
+        self._input.observe(x)
         rows, first = self._input.rows, self._seen.get(name, 0)
         self._seen[name] = first + len(rows)
         before = self._calibration

@@ -5,11 +5,12 @@ What a command has to say goes to stdout, `--json` makes that one JSON object; p
 stderr.
 """
 
+from sq_cpu.cli.autotune import autotune_command
 from sq_cpu.cli.entry import app, main
 from sq_cpu.cli.inspect import inspect_command
 from sq_cpu.cli.quantize import quantize_command
 from sq_cpu.cli.run import demo_command, eval_command, generate_command, info_command
-from sq_cpu.cli.tuning import autotune_command, tune_command
+from sq_cpu.cli.tune import tune_command
 
 __all__ = ["app", "main"]
 

@@ -12,6 +12,7 @@ import typer
 from sq_cpu import texts
 from sq_cpu.analysis.analysis import Analysis, analyze
 from sq_cpu.analysis.report import report as write_report
+from sq_cpu.analysis.report import require_report
 from sq_cpu.analysis.saturation import count_saturation
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.checkpoint import sources
@@ -101,13 +102,14 @@ def inspect_command(
 ) -> None:
     """Show what is in each int8 linear of MODEL, or what int8 would do to a float MODEL.
 
-    Of a folder that sq-cpu quantize wrote: shape, bytes and scales of each int8 linear, and with
-    --saturation what text does to it.
+    For a folder that sq-cpu quantize wrote, it shows shape, bytes and scales of each int8 linear,
+    and with --saturation how many of its sums would saturate.
 
-    Of a float model, which is calibrated first: the outliers of each group of linears with one
-    input, before and after smoothing, and the error of int8 outputs, without and with the plan.
+    For a float model, which it calibrates first, it shows the outliers of each group of linears
+    with one input, before and after smoothing, and the error of int8 outputs, without and with the
+    plan.
 
-    --report writes the latter, of either, as one HTML file with pictures.
+    --report writes the latter, for either, as one HTML file with pictures.
     """
     options = {
         "--plan": plan,
@@ -127,6 +129,7 @@ def inspect_command(
     )
     tokens = _WINDOW if window is None else window
     if report is not None:
+        require_report()
         check_file(report)
     if source is not None:
         check_float(source)
@@ -184,7 +187,7 @@ def inspect_command(
 def _check_options(
     given: AbstractSet[str], *, is_int8: bool, model: str, report: bool, saturation: bool
 ) -> None:
-    """Refuse options that would have no effect, and say what they need."""
+    """Refuse options that would have no effect, and name what they need."""
 
     def refuse(names: AbstractSet[str], need: str) -> None:
         if useless := sorted(given & names):
@@ -217,7 +220,7 @@ def _check_options(
 
 
 class _Scored(NamedTuple):
-    """What `--saturation` runs over."""
+    """The text of `--saturation`."""
 
     text: Path | None
     windows: int
@@ -227,7 +230,7 @@ class _Scored(NamedTuple):
 def _int8(
     model: str, scored: _Scored | None
 ) -> tuple[QuantizationRecord, dict[str, Any], list[str]]:
-    """Return an int8 model's record, the facts as JSON types, and what to say below the table."""
+    """Return an int8 model's record, the facts as JSON types, and the lines below the table."""
     shown: str | Sequence[str] = ""
     if scored is not None and scored.text is not None:
         shown = read(scored.text)

@@ -55,7 +55,7 @@ def megabytes(size: int) -> str:
 
 
 def _wide_console() -> Console:
-    """Make a console for a table: a pipe has no width, it gets its own instead of a guess of 80."""
+    """Make a console for a table; a pipe, which has no width, gets 160 columns instead of 80."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = 160
@@ -78,12 +78,12 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def plan_lines(record: QuantizationRecord) -> list[str]:
-    """Say which smoothing was folded, what was not and why, and which linears differ from most."""
+    """Say which smoothing was folded, what was not and why, and which linears override the rest."""
     lines = []
     if record.plan is not None:
         divided = Counter(group.note for group in record.plan.groups if not group.fold)
         folded = len(record.plan.groups) - divided.total()
-        lines.append(f"smoothing: {folded} groups folded, {divided.total()} divided in the pass")
+        lines.append(f"smoothing: {folded} groups folded, {divided.total()} divided at run time")
         # Names in a reason differ from block to block: one line for all of a kind.
         kinds = Counter({_BLOCK.sub(".N.", note): 0 for note in divided})
         for note, count in divided.items():
@@ -155,7 +155,7 @@ def _layer_cells(facts: dict[str, Any], mixed: bool) -> dict[str, str]:
 
 
 def print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
-    """Print what `layer_facts` gave, a layer a row; a cell is empty where a layer has no such."""
+    """Print what `layer_facts` gave, a layer a row; a cell is empty where a layer has none."""
     mixed = len({facts["activations"] for facts in layers.values()}) > 1
     rows = {name: _layer_cells(facts, mixed) for name, facts in layers.items()}
     found = {heading for cells in rows.values() for heading in cells}

@@ -163,7 +163,6 @@ def _run(
     a_scale = None if a_scale is None else a_scale.resolve_neg().contiguous()
     b_scale = None if b_scale is None else b_scale.resolve_neg().contiguous()
     y = torch.empty(batch, heads, m, n, dtype=out_dtype, device="cpu")
-    torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
     _core.batched_matmul(
         batch,
         heads,

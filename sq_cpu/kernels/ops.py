@@ -214,7 +214,6 @@ def linear(
     if epilogue is not None:
         epilogue = epilogue.checked(tuple(y.shape), y.dtype)
     activation, other, residual = _NO_STEPS if epilogue is None else epilogue.arguments()
-    torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
     _core.linear(
         x.data_ptr(),
         kind,
@@ -258,7 +257,6 @@ def quantize_activations(x: Tensor, quantizer: _core.ActivationQuantizer) -> Qua
     *leading, in_features = x.shape
     x = x.resolve_neg().contiguous()
     out = _empty_codes(tuple(leading), in_features, x.dtype, quantizer)
-    torch.get_num_threads()
     _core.quantize_activations(
         x.data_ptr(), _DTYPES[x.dtype], len(out.scale), in_features, quantizer, *_addresses(out)
     )
@@ -272,7 +270,6 @@ def linear_quantized(
     shape = (*x.leading, out_features)
     epilogue = epilogue.checked(shape, x.dtype)
     y = torch.empty(shape, dtype=x.dtype, device="cpu")
-    torch.get_num_threads()
     _core.linear_quantized(
         *_addresses(x),
         len(x.scale),
@@ -297,7 +294,6 @@ def linear_requantized(
     """Return the codes of y by `quantizer`, which must be static, without rounding y before."""
     epilogue = epilogue.checked((*x.leading, out_features), x.dtype)
     y = _empty_codes(x.leading, out_features, x.dtype, quantizer)
-    torch.get_num_threads()
     _core.linear_requantized(
         *_addresses(x),
         len(x.scale),

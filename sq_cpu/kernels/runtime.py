@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sq_cpu.kernels import _core
 
 __all__ = ["Machine", "available_memory", "has_vnni", "isa"]
@@ -45,7 +43,6 @@ def isa() -> dict[str, Any]:
     SqCpuError
         When SQ_CPU_ISA names an unknown or unusable instruction set.
     """
-    torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
     return _core.isa() | {"cpu": _cpu_name()}
 
 

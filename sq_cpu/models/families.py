@@ -2,7 +2,7 @@
 
 A group is one producer (a norm, or a linear whose output channels reach the consumers one to one)
 and *every* consumer of its output; its consumers share one smoothing scale s. A family is one row
-of `FAMILIES`; no row needs code of its own. A row claims, `folding` proves on the model at hand.
+of `FAMILIES`; no row needs code of its own. A row claims, `proof` proves on the model at hand.
 """
 
 from __future__ import annotations

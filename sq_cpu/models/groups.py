@@ -75,7 +75,7 @@ class SmoothingGroup:
     """Full name of the block that holds producer and consumers; "" outside of all blocks."""
 
     def unfolded(self, reason: str) -> SmoothingGroup:
-        """Return this group without its producer."""
+        """Return this group without its producer: s divides the input at run time."""
         return replace(self, producer=None, reason=reason, norm_offset=0.0)
 
 

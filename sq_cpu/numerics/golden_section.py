@@ -13,9 +13,9 @@ _RATIO = (math.sqrt(5) - 1) / 2
 def argmin(f: Callable[[float], float], grid: Sequence[float], steps: int) -> float:
     """Return where f is least of all that was tried; of equals, what comes first in `grid`.
 
-    Tried are the grid and `steps` steps of a golden-section search between the neighbours of its
-    best; each step shrinks the bracket by 0.62. A step function with noise may lead that search to
-    a worse place than where it began, which is why the best of all is returned.
+    It tries the grid, then takes `steps` steps of a golden-section search between the neighbours
+    of the grid's best; each step shrinks the bracket by 0.62. A step function with noise may lead
+    that search to a worse place than where it began, so the best of all is returned.
     """
     tried = {x: f(x) for x in grid}
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from sq_cpu.models.linears import (
     quantizable_linears,
     restore_modules,
 )
-from sq_cpu.nn.decomposed import DecomposedLinear, outlier_columns
+from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.numerics.ranges import static_range
+from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import (
     check_calibration,
@@ -36,15 +37,10 @@ from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
-from sq_cpu.smoothing.scales import (
-    Run,
-    consumer_scales,
-    fold_scales,
-    plan_scales,
-    running,
-)
+from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, running
+from sq_cpu.smoothing.scales import consumer_scales, fold_scales, linear_sample, plan_scales
 
-__all__ = ["quantize", "quantize_part"]
+__all__ = ["quantize", "quantize_part", "quantize_proven"]
 
 
 def quantize(
@@ -78,6 +74,25 @@ def quantize(
     weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
     older than the weights, not finite, or without the rows that the scheme's range needs.
     """
+    return quantize_proven(
+        model, calibration, plan, None, scheme=scheme, smooth=smooth, progress=progress
+    )
+
+
+def quantize_proven(
+    model: nn.Module,
+    calibration: Calibration | None,
+    plan: SmoothPlan | None,
+    proof: FoldProof | None,
+    *,
+    scheme: str | Scheme | None = None,
+    smooth: bool = True,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Do what `quantize` does, with the folds proven before.
+
+    `proof` is of all groups of this model, or of one that it is a copy of; None: it is made here.
+    """
     recipe = Recipe.of(scheme, plan, smooth=smooth)
     scheme = recipe.scheme
     replaced = linearize(model)
@@ -99,9 +114,12 @@ def quantize(
         unreached = () if calibration is None else calibration.unreached
         if recipe.needs_calibration and linears.keys() <= set(unreached):
             raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
-        example = None if calibration is None else calibration.example
-        run = running(model, example)
-        prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, run)
+
+        def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
+            example = None if calibration is None else calibration.example
+            return proof or prove_folds(model, groups, running(model, example))
+
+        prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, prove)
     except BaseException:
         restore_modules(replaced)
         raise
@@ -127,7 +145,8 @@ def quantize_part(
     them and returns its outputs. `linears` is emptied, so that each can be freed.
     """
     smooth = plan is not None
-    prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, run)
+    prove = partial(prove_folds, model, run=run)
+    prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, prove)
     return _swap(model, linears, prepared, progress=False)
 
 
@@ -141,7 +160,7 @@ class _Prepared:
     plan: SmoothPlan | None
     schemes: Mapping[str, Scheme]
     scales: Mapping[str, Tensor]
-    in_pass: frozenset[str]
+    at_run_time: frozenset[str]
     ranges: _Ranges
     outliers: Mapping[str, Tensor]
 
@@ -154,7 +173,7 @@ def _prepare(
     scheme: Scheme,
     smooth: bool,
     groups: Sequence[SmoothingGroup] | None,
-    run: Run | None,
+    prove: Callable[[Iterable[SmoothingGroup]], FoldProof],
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
     check_linears(linears)
@@ -163,7 +182,7 @@ def _prepare(
     if groups is None:
         groups = smoothing_groups(model) if smooth else ()
     if smooth and plan is None:
-        assert calibration is not None  # _check_calibration raised otherwise
+        assert calibration is not None  # check_calibration raised otherwise
         plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
     scales: dict[SmoothingGroup, Tensor] = {}
     schemes = dict.fromkeys(linears, scheme)
@@ -177,13 +196,12 @@ def _prepare(
         clip_of = {group.name: group.clip for group in plan.groups}
         clips = {name: clip_of[group.name] for group in scales for name in group.consumers}
     by_linear = consumer_scales(scales)
-    outliers = _outliers(schemes, calibration, by_linear, plan)
-    ranges = _input_ranges(schemes, calibration, by_linear, clips, outliers)
-    in_pass: frozenset[str] = frozenset()
+    ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, clips)
+    at_run_time: frozenset[str] = frozenset()
     if plan is not None and plan.groups:
-        smoothed = fold_scales(model, plan, scales, run)
-        plan, in_pass = smoothed.plan, smoothed.in_pass
-    return _Prepared(plan, schemes, by_linear, in_pass, ranges, outliers)
+        smoothed = fold_scales(model, plan, scales, prove(scales))
+        plan, at_run_time = smoothed.plan, smoothed.at_run_time
+    return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers)
 
 
 def _of_quantized(
@@ -211,7 +229,7 @@ def _swap(
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
         _untie(model, linear)
-        s = prepared.scales[name] if name in prepared.in_pass else None
+        s = prepared.scales[name] if name in prepared.at_run_time else None
         clip = 1.0 if prepared.plan is None else prepared.plan.layer(name).weight_clip
         layer: nn.Module
         if name in outliers:
@@ -228,71 +246,49 @@ def _swap(
                 linear, schemes[name], ranges.get(name), smoothing=s, weight_clip=clip
             )
         put(layer, places[name])
-    in_pass = prepared.in_pass.difference(outliers)
+    at_run_time = prepared.at_run_time.difference(outliers)
     return QuantizedPart(
         plan=prepared.plan,
         layers=layers,
-        smoothed=tuple(name for name in layers if name in in_pass),
+        smoothed=tuple(name for name in layers if name in at_run_time),
         decomposed={name: len(outliers[name]) for name in layers if name in outliers},
         unreached=unreached,
     )
 
 
-def _input_ranges(
-    schemes: Mapping[str, Scheme],
+def _ranges_and_outliers(
+    linears: Mapping[str, nn.Linear],
+    plan: SmoothPlan | None,
+    base: Scheme,
     calibration: Calibration | None,
     scales: Mapping[str, Tensor],
     clips: Mapping[str, float],
-    outliers: Mapping[str, Tensor],
-) -> _Ranges:
-    """Return what the scale of each static linear covers of its smoothed input but the outliers.
+) -> tuple[_Ranges, dict[str, Tensor]]:
+    """Return what each static scale covers, and which channels stay in float: int64, ascending.
 
-    s > 0 keeps the order of the values. A linear that no batch reached has none.
+    Both are what the searches see of a linear. One that no batch reached has no range, one without
+    such channels no entry.
     """
+    plan = plan or SmoothPlan(())
     ranges: _Ranges = {}
-    for name, scheme in schemes.items():
-        if calibration is None or scheme.activations != "static" or name in calibration.unreached:
-            continue
-        low, high = calibration.channels(name)
-        rows = calibration.rows.get(name)
-        if name in scales:
-            low, high = low / scales[name], high / scales[name]
-            rows = None if rows is None else rows / scales[name]
-        if not (low.isfinite().all() and high.isfinite().all()):
-            raise SqCpuError(
-                f"the calibrated range of {name} is not finite: calibrate again, or ignore it"
-            )
-        if name in outliers:
-            low, high = (end.index_fill(0, outliers[name], 0.0) for end in (low, high))
-            rows = None if rows is None else rows.index_fill(1, outliers[name], 0.0)
-        least, greatest = static_range(low, high, rows, scheme)
-        clip = clips.get(name, 1.0)
-        ranges[name] = clip * least, clip * greatest
-    return ranges
-
-
-def _outliers(
-    schemes: Mapping[str, Scheme],
-    calibration: Calibration | None,
-    scales: Mapping[str, Tensor],
-    plan: SmoothPlan | None,
-) -> dict[str, Tensor]:
-    """Return which input channels of a linear stay in float, if any: int64, ascending.
-
-    They are those that the plan names, and whose smoothed absmax reaches the scheme's threshold.
-    """
     outliers: dict[str, Tensor] = {}
-    for name, scheme in schemes.items():
-        planned = () if plan is None else plan.layer(name).outliers
-        columns = torch.tensor(planned, dtype=torch.int64)
-        threshold = scheme.outlier_threshold
-        if calibration is not None and threshold is not None and name not in calibration.unreached:
-            absmax = calibration.absmax(name) / scales.get(name, torch.ones(1))
-            columns = torch.cat([columns, outlier_columns(absmax, threshold)])
-            columns = columns.unique(sorted=True)  # type: ignore[no-untyped-call]
-        if len(columns):
-            outliers[name] = columns
-    return outliers
+    for name, linear in linears.items():
+        scheme = plan.layer_scheme(base, name)
+        seen = calibration if scheme.needs_calibration else None
+        if seen is not None and name in seen.unreached:
+            seen = None
+        # Its weight is the model's own, and is not looked at: no linear is held.
+        fake = FakeQuantizedLinear(
+            linear_sample(name, linear.weight, base, plan, seen),
+            scales.get(name, torch.ones(linear.in_features, device="cpu")),
+            scheme,
+            clips.get(name, 1.0),
+        )
+        if fake.outliers.any():
+            outliers[name] = fake.outliers.nonzero().flatten()
+        if seen is not None and scheme.activations == "static":
+            ranges[name] = fake.range
+    return ranges, outliers
 
 
 def _untie(model: nn.Module, linear: nn.Linear) -> None:

@@ -1,4 +1,4 @@
-"""A plan: which smoothing and static clip a group gets, and which linears depart from the scheme.
+"""A plan: which smoothing and static clip a group gets, and what single linears override.
 
 It is the one value that goes from tuning to `quantize` and into the checkpoint, and a readable JSON
 file.
@@ -50,7 +50,7 @@ class GroupPlan:
     alpha: float = 0.5
     """The migration strength, for the rule that has one."""
     fold: bool = True
-    """Folded into the producer; or s divides the input while that is quantized."""
+    """s is folded into the producer; if not, it divides the input at run time."""
     note: str = ""
     """Why it is not folded, or how alpha was chosen."""
     clip: float = 1.0
@@ -88,7 +88,7 @@ class GroupPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One linear that departs from the scheme. Raises `SqCpuError` for what cannot be."""
+    """What one linear overrides of the scheme. Raises `SqCpuError` for what cannot be."""
 
     name: str
     """The linear's full name."""
@@ -136,7 +136,7 @@ class SmoothPlan:
 
     groups: tuple[GroupPlan, ...]
     layers: tuple[LayerPlan, ...] = ()
-    """The linears that depart from the scheme."""
+    """The linears that override the scheme."""
     scheme: Scheme | None = None
     """What it was made for, and `quantize` takes when it is given none."""
 

@@ -6,32 +6,19 @@ computed in fp32 or better, whatever the dtype of rows and weights.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.numerics.golden_section import argmin
-from sq_cpu.numerics.ranges import static_range
-from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
-from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 
 __all__ = [
     "ALPHAS",
     "RULES",
-    "GroupStatistics",
-    "LinearSample",
     "check_rule",
-    "output_deltas",
-    "output_errors",
-    "quantized_output",
-    "quantized_rows",
-    "quantized_weight",
-    "smoothed_range",
     "smoothing_scale",
     "smoothing_scales",
     "without_quiet",
@@ -48,95 +35,6 @@ _QUIET = 0.6
 
 ALPHAS = tuple(step / 20 for step in range(21))
 """The grid on which the migration strength is searched."""
-
-
-@dataclass(frozen=True, eq=False)
-class LinearSample:
-    """What a search needs to know of one linear that will be quantized."""
-
-    weight: Tensor
-    """Floating point [out_features, in_features]; may be the model's own."""
-    rows: Tensor | None
-    """A sample of the linear's input, floating point [rows, in_features]; None if none was kept."""
-    low: Tensor
-    high: Tensor
-    """Range of every input channel, fp32 [in_features] each."""
-    scheme: Scheme | None = None
-    """How it will be quantized, resolved; None: as its group."""
-    gradient_rows: Tensor | None = None
-    """Rows that are known with gradients, like `rows`; None: none are."""
-    gradient: Tensor | None = None
-    """Of the model's loss with respect to the output for each of them, [rows, out_features]."""
-    gradient_weights: Tensor | None = None
-    """How many rows each of them stands for, fp32."""
-    weight_clip: float = 1.0
-    """Fraction of a weight scale's absmax that the codes cover."""
-    outliers: tuple[int, ...] = ()
-    """Input channels that stay in float, beside those that reach the scheme's threshold."""
-    name: str = ""
-    """Its full name, for who asks for several."""
-
-    @cached_property
-    def output(self) -> Tensor:
-        """What the float linear gives for `rows`, without bias: fp32 [rows, out_features]."""
-        return self._output(self.inputs())
-
-    @cached_property
-    def gradient_output(self) -> Tensor:
-        """What the float linear gives for `gradient_rows`, like `output`."""
-        return self._output(self.gradient_inputs())
-
-    def _output(self, x: Tensor) -> Tensor:
-        return x @ self.weight.detach().float().T
-
-    def inputs(self) -> Tensor:
-        """Return `rows` in fp32; `SqCpuError` when there are none."""
-        if self.rows is None or not len(self.rows):
-            raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
-        return self.rows.float()
-
-    def gradient_inputs(self) -> Tensor:
-        """Return `gradient_rows` in fp32; `SqCpuError` when none were looked for."""
-        if self.gradient_rows is None:
-            raise SqCpuError(
-                f"the calibration holds no gradients of {self.name}: calibrate with "
-                "gradient_rows=384, or, where the model runs without gradients, with 0"
-            )
-        return self.gradient_rows.float()
-
-
-@dataclass(frozen=True, eq=False)
-class GroupStatistics:
-    """What the rules may look at: a group of linears with one input X, before smoothing.
-
-    Channels are those of the group's producer; `widen` repeats them to the linears' input
-    channels, where grouped-query attention has fewer of the former.
-    """
-
-    act_absmax: Tensor
-    """max|X_j|, fp32 [channels]."""
-    weight_absmax: Tensor
-    """max|W_j| over all linears of the group, fp32 [channels]."""
-    norm_weight: Tensor | None = None
-    """gamma of the norm that makes X, any offset added, fp32 [channels]; None without a norm."""
-    samples: tuple[LinearSample, ...] = ()
-    """The linears of the group that will be quantized."""
-    scheme: Scheme | None = None
-    """How they will be, resolved."""
-    widen: Callable[[Tensor], Tensor] = lambda s: s
-    """[channels] -> [in_features]."""
-    clip: float = 1.0
-    """Fraction of the found range that a static scale covers."""
-
-    def quantized(self) -> Iterator[tuple[LinearSample, Scheme]]:
-        """Yield each sample with its scheme; `SqCpuError` without a scheme or samples."""
-        if self.scheme is None or not self.samples:
-            raise SqCpuError(
-                "the output error needs a scheme and linears that it quantizes: pass the scheme, "
-                "and leave out groups that it ignores"
-            )
-        for sample in self.samples:
-            yield sample, sample.scheme or self.scheme
 
 
 def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
@@ -231,100 +129,8 @@ def smoothing_scale(rule: str, statistics: GroupStatistics, alpha: float = 0.5) 
     return RULES[rule](statistics, alpha)
 
 
-@torch.no_grad()
-def output_errors(statistics: GroupStatistics, s: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the squares of what `output_deltas` yields, and of the outputs.
-
-    They are |Q(X / s) Q(W s)^T - X W^T|^2 and |X W^T|^2 over the sampled rows, fp64 [samples] each.
-    Raises as `output_deltas`.
-    """
-    pairs = [(delta, sample.output) for sample, delta in output_deltas(statistics, s)]
-    errors, outputs = zip(*pairs, strict=True)
-    return _squares(errors), _squares(outputs)
-
-
-@torch.no_grad()
-def output_deltas(statistics: GroupStatistics, s: Tensor) -> Iterator[tuple[LinearSample, Tensor]]:
-    """Yield what smoothing by s and quantizing do to the outputs, in the kernels' numerics.
-
-    Parameters
-    ----------
-    s : fp32 [channels]
-
-    Yields
-    ------
-    each sample and Q(X / s) Q(W s)^T - X W^T over its rows, fp32 [rows, out_features]
-
-    Raises
-    ------
-    SqCpuError
-        When the statistics have no scheme, no linear that is quantized, or no sampled rows.
-    """
-    s = statistics.widen(s)
-    for sample, scheme in statistics.quantized():
-        y = quantized_output(sample.inputs(), sample, s, scheme, statistics.clip)
-        yield sample, y - sample.output
-
-
-def quantized_output(
-    x: Tensor, sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0
-) -> Tensor:
-    """Return Q(X / s) Q(W s)^T of rows X in the kernels' numerics, fp32 [rows, out_features].
-
-    `s` is fp32 [in_features], `clip` the share of its range that a static scale covers.
-    """
-    return quantized_rows(x, sample, s, scheme, clip) @ quantized_weight(sample, s, scheme).T
-
-
-def quantized_rows(
-    x: Tensor, sample: LinearSample, s: Tensor, scheme: Scheme, clip: float = 1.0
-) -> Tensor:
-    """Return Q(X / s) of rows X of the sample's linear, fp32; see `quantized_output`."""
-    static = None
-    if scheme.activations == "static":
-        ends = smoothed_range(sample, s, scheme)
-        static = static_code(scheme, *(clip * end for end in ends))
-    x = x / s
-    outliers = _outliers(sample, s, scheme)
-    codes, row_scale, zero_point = quantize_rows(x.masked_fill(outliers, 0.0), scheme, static)
-    return torch.where(outliers, x, (codes.float() - zero_point[:, None]) * row_scale[:, None])
-
-
-def smoothed_range(sample: LinearSample, s: Tensor, scheme: Scheme) -> tuple[float, float]:
-    """Return what `static_range` finds of X / s, for the channels that are quantized."""
-    outliers = _outliers(sample, s, scheme)
-    low, high = ((end / s).masked_fill(outliers, 0.0) for end in (sample.low, sample.high))
-    rows = None if sample.rows is None else (sample.rows.float() / s).masked_fill(outliers, 0.0)
-    return static_range(low, high, rows, scheme)
-
-
-def quantized_weight(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
-    """Return Q(W s), fp32 [out_features, in_features]; see `quantized_output`."""
-    weight = sample.weight.float() * s
-    outliers = _outliers(sample, s, scheme)
-    codes, scale = quantize_weight(
-        weight.masked_fill(outliers, 0.0),
-        scheme.weights,
-        scheme.rows_per_scale,
-        sample.weight_clip,
-    )
-    return torch.where(outliers, weight, codes.float() * scale[:, None])
-
-
-def _outliers(sample: LinearSample, s: Tensor, scheme: Scheme) -> Tensor:
-    """Return which channels of X / s and W s stay in float, bool [in_features]."""
-    threshold = math.inf if scheme.outlier_threshold is None else scheme.outlier_threshold
-    found = torch.maximum(-sample.low / s, sample.high / s) >= threshold
-    found[list(sample.outliers)] = True
-    return found
-
-
 def _squared_error(statistics: GroupStatistics, s: Tensor) -> float:
     return float(output_errors(statistics, s)[0].sum())
-
-
-def _squares(tensors: tuple[Tensor, ...]) -> Tensor:
-    return torch.stack([tensor.double().square().sum() for tensor in tensors])
 
 
 def _finite(values: Tensor) -> Tensor:

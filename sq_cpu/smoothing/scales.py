@@ -1,42 +1,41 @@
 """SmoothQuant: X W^T = (X / s) (W s)^T, with the division folded into whatever makes X.
 
-`rules.RULES` has the rules, a `SmoothPlan` says which group gets which, and `fold` applies it: to
-the weights where that is proven to keep the function, and otherwise to the pass that quantizes the
-input, which divides it by s.
+`rules.RULES` has the rules, a `SmoothPlan` says which group gets which, and `fold` applies it to
+the weights where that is proven to keep the function. Elsewhere the input is divided by s at run
+time, while it is quantized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import Example, evaluating
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored, linearized
+from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.folding import apply_folds, refused_folds
+from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
-from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, smoothing_scale
+from sq_cpu.smoothing.proof import FoldProof, prove_folds, refused_folds, running
+from sq_cpu.smoothing.rules import smoothing_scale
+from sq_cpu.smoothing.statistics import GroupStatistics
 
 __all__ = [
-    "Run",
     "Smoothed",
+    "WeightStatistics",
     "consumer_scales",
     "fold",
     "fold_scales",
     "group_statistics",
+    "linear_sample",
     "plan_scales",
-    "running",
+    "weight_absmax",
 ]
-
-Run = Callable[[], Sequence[Tensor]]
 
 
 def plan_scales(
@@ -46,14 +45,16 @@ def plan_scales(
     *,
     scheme: Scheme | None = None,
     among: Iterable[SmoothingGroup] | None = None,
+    weights: WeightStatistics | None = None,
 ) -> dict[SmoothingGroup, Tensor]:
     """Return s of every planned group, fp32 [its entries], of a linearized model.
 
-    `among` are the model's groups; None: `smoothing_groups` finds them.
+    `among` are the model's groups; None: `smoothing_groups` finds them. `weights` is as for
+    `group_statistics`.
 
     All are computed from the weights as they stand, so the order of the groups does not matter.
-    What the plan does not fold has no producer here. `scheme`, resolved, and what the plan says of
-    layers is what the rule "aqas" minimizes the error of; other rules need none.
+    A group that the plan does not fold has no producer here. The rule "aqas" minimizes the error
+    of `scheme`, resolved, with the plan's overrides; other rules need neither.
 
     Raises `SqCpuError` for a group that the model lacks or the calibration does not cover, for one
     to be folded that cannot be, on weights that changed since the calibration, and where
@@ -65,7 +66,7 @@ def plan_scales(
     scales = {}
     for planned in plan.groups:
         group = groups[planned.name]
-        s = _group_scales(model, group, planned, calibration, scheme, plan)
+        s = _group_scales(model, group, planned, calibration, scheme, plan, weights)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
         scales[group if planned.fold else group.unfolded(planned.note)] = s
@@ -80,8 +81,8 @@ class Smoothed:
     """The plan as it was carried out: a fold that was refused has `fold=False` and the reason."""
     scales: dict[str, Tensor]
     """s of every consumer, by its full name, fp32 [in_features]."""
-    in_pass: frozenset[str]
-    """Consumers whose weights are as they were: they and their input are still to be scaled."""
+    at_run_time: frozenset[str]
+    """Consumers whose weights are as they were: they and their input are scaled at run time."""
 
 
 def fold(
@@ -91,50 +92,30 @@ def fold(
     *,
     scheme: Scheme | None = None,
 ) -> Smoothed:
-    """Fold into `model`, in place, what the plan says and `refused_folds` proves.
+    """Fold into `model`, in place, what the plan says and is proven to keep the function.
 
     Afterwards the calibration no longer fits the model. The proof runs the model on the
     calibration's example, a few times in all. Raises `SqCpuError`, with the model unchanged, where
-    `plan_scales` or `refused_folds` does.
+    `plan_scales`, `prove_folds` or `refused_folds` does.
     """
     with linearized(model):
         scales = plan_scales(model, plan, calibration, scheme=scheme)
-        return fold_scales(model, plan, scales, running(model, calibration.example))
-
-
-def running(model: nn.Module, example: Example | None) -> Run | None:
-    """Return what calls the model with an example and gives its outputs; None without one."""
-    if example is None:
-        return None
-    args, kwargs = example
-
-    def run() -> list[Tensor]:
-        # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
-        outputs = tree_leaves(model(*args, **kwargs), is_leaf=_is_cache)
-        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
-
-    return run
-
-
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")
+        proof = prove_folds(model, scales, running(model, calibration.example))
+        return fold_scales(model, plan, scales, proof)
 
 
 def fold_scales(
     model: nn.Module,
     plan: SmoothPlan,
     scales: Mapping[SmoothingGroup, Tensor],
-    run: Run | None,
+    proof: FoldProof,
 ) -> Smoothed:
     """Do what `fold` does for the s that `plan_scales` gave, to a linearized model.
 
-    `run` is what `refused_folds` needs; without it nothing is folded.
+    `proof` is of these groups or more of them.
     """
     folds = {group: s for group, s in scales.items() if group.producer is not None}
-    refused = dict.fromkeys(folds, "the calibration holds no example to prove it with")
-    if run is not None:
-        with evaluating(model):
-            refused = refused_folds(model, folds, run)
+    refused = refused_folds(model, folds, proof)
     apply_folds(model, {group: s for group, s in folds.items() if group not in refused})
     reasons = {group.name: reason for group, reason in refused.items()}
     return Smoothed(
@@ -148,7 +129,7 @@ def fold_scales(
             ),
         ),
         scales=consumer_scales(scales),
-        in_pass=frozenset(
+        at_run_time=frozenset(
             name
             for group in scales
             if group.producer is None or group in refused
@@ -162,16 +143,40 @@ def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor
     return {name: group.layout.widen(s) for group, s in scales.items() for name in group.consumers}
 
 
+class WeightStatistics:
+    """max|W_j| of a model's groups, each found once, while the weights stay as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._absmax: dict[SmoothingGroup, Tensor] = {}
+
+    def absmax(self, group: SmoothingGroup) -> Tensor:
+        """Return max|W_j| over all linears of the group, fp32 [channels]."""
+        if group not in self._absmax:
+            self._absmax[group] = weight_absmax(self._model, group)
+        return self._absmax[group]
+
+
+def weight_absmax(model: nn.Module, group: SmoothingGroup) -> Tensor:
+    """Return max|W_j| over all linears of the group, fp32 [channels]; no weight is copied."""
+    weights = [model.get_parameter(f"{name}.weight").detach() for name in group.consumers]
+    ends = [torch.aminmax(weight, dim=0) for weight in weights]  # abs() would copy it
+    absmax = torch.stack([torch.maximum(-low, high).float() for low, high in ends])
+    return group.layout.narrow(absmax.amax(dim=0))
+
+
 def group_statistics(
     model: nn.Module,
     group: SmoothingGroup,
     calibration: Calibration,
     scheme: Scheme | None = None,
     plan: SmoothPlan | None = None,
+    weights: WeightStatistics | None = None,
 ) -> GroupStatistics:
     """Return what the smoothing rules look at; weights and rows are not copied.
 
-    `scheme`, resolved, says which linears are quantized and how, but for the layers of `plan`.
+    `scheme`, resolved, says which linears are quantized and how; the layers of `plan` override it.
+    `weights` are those of the model; None looks at them anew.
 
     Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.
     """
@@ -180,25 +185,13 @@ def group_statistics(
     covered = covered_consumers(group, calibration) or group.consumers[:1]
     for name in covered:
         calibration.check_weight(name, model.get_submodule(name))
-    weights = {name: model.get_parameter(f"{name}.weight").detach() for name in group.consumers}
-    ends = [torch.aminmax(weight, dim=0) for weight in weights.values()]  # abs() would copy it
-    absmax = torch.stack([torch.maximum(-low, high).float() for low, high in ends])
     return GroupStatistics(
         act_absmax=group.layout.narrow(calibration.absmax(covered[0])),
-        weight_absmax=group.layout.narrow(absmax.amax(dim=0)),
+        weight_absmax=(weights or WeightStatistics(model)).absmax(group),
         norm_weight=norm_weight(model, group),
         samples=tuple(
-            LinearSample(
-                weights[name],
-                calibration.rows.get(name),
-                *calibration.channels(name),
-                gradient_rows=calibration.gradient_rows.get(name),
-                gradient=calibration.gradients.get(name),
-                gradient_weights=calibration.gradient_weights.get(name),
-                scheme=plan.layer_scheme(scheme, name),
-                weight_clip=plan.layer(name).weight_clip,
-                outliers=plan.layer(name).outliers,
-                name=name,
+            linear_sample(
+                name, model.get_parameter(f"{name}.weight").detach(), scheme, plan, calibration
             )
             for name in covered
             if scheme is not None
@@ -210,6 +203,39 @@ def group_statistics(
     )
 
 
+def linear_sample(
+    name: str,
+    weight: Tensor,
+    scheme: Scheme,
+    plan: SmoothPlan,
+    calibration: Calibration | None,
+) -> LinearSample:
+    """Return what is known of a linear; without a calibration, nothing of its input."""
+    layer = plan.layer(name)
+    sample = LinearSample(
+        weight,
+        rows=None,
+        low=None,
+        high=None,
+        scheme=None if layer.activations is None else scheme.with_activations(layer.activations),
+        weight_clip=layer.weight_clip,
+        outliers=layer.outliers,
+        name=name,
+    )
+    if calibration is None:
+        return sample
+    low, high = calibration.channels(name)
+    return replace(
+        sample,
+        rows=calibration.rows.get(name),
+        low=low,
+        high=high,
+        gradient_rows=calibration.gradient_rows.get(name),
+        gradient=calibration.gradients.get(name),
+        gradient_weights=calibration.gradient_weights.get(name),
+    )
+
+
 def _group_scales(
     model: nn.Module,
     group: SmoothingGroup,
@@ -217,8 +243,9 @@ def _group_scales(
     calibration: Calibration,
     scheme: Scheme | None,
     plan: SmoothPlan,
+    weights: WeightStatistics | None,
 ) -> Tensor:
-    statistics = group_statistics(model, group, calibration, scheme, plan)
+    statistics = group_statistics(model, group, calibration, scheme, plan, weights)
     statistics = replace(statistics, clip=planned.clip)
     try:
         return smoothing_scale(planned.rule, statistics, planned.alpha)

@@ -39,7 +39,7 @@ from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
-from sq_cpu.smoothing.scales import Run, running
+from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.tensors import copy_tensors, file_tensors
 from sq_cpu.streaming.work_folder import Part, State

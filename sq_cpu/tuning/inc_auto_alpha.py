@@ -23,12 +23,13 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import removing
+from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan
-from sq_cpu.smoothing.rules import GroupStatistics, LinearSample, quantized_output
 from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.losses import LOCAL_LOSSES
-from sq_cpu.tuning.simulation import simulating, smoothing_of
+from sq_cpu.tuning.simulation import fake_quantized, simulating
 
 __all__ = ["Choose", "auto_alpha"]
 
@@ -52,8 +53,8 @@ def auto_alpha(
 ) -> list[GroupPlan]:
     """Return the plans of a linearized model's groups with the alphas that the samples chose.
 
-    Runs the model twice a sample, and every linear once for each alpha; one sample's inputs and
-    outputs of all linears are held.
+    It runs the model twice a sample, and every linear once for each alpha. It keeps one sample's
+    inputs and outputs of all linears.
     """
     samples = list(batches)
     statistics = {
@@ -67,14 +68,14 @@ def auto_alpha(
         inputs = model_inputs(model, samples, "tuning", "auto-alpha", progress)
         for number, (args, kwargs) in enumerate(inputs, start=1):
             outputs: dict[str, Tensor] = {}
-            with _watching_outputs(model, statistics, outputs):
+            with _recording_outputs(model, statistics, outputs):
                 model(*args, **kwargs)
             seen: dict[str, Tensor] = {}
 
-            def see(sample: LinearSample, rows: Tensor, seen: dict[str, Tensor] = seen) -> None:
+            def observe(sample: LinearSample, rows: Tensor, seen: dict[str, Tensor] = seen) -> None:
                 seen[sample.name] = rows
 
-            with simulating(model, statistics, chosen.values(), see):
+            with simulating(model, statistics, chosen.values(), observe):
                 model(*args, **kwargs)
             for name, of_group in statistics.items():
                 curve: dict[float, Mapping[str, float]] = {
@@ -104,20 +105,19 @@ def _losses(
     seen: Mapping[str, Tensor],
     outputs: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    s = smoothing_of(statistics, planned)
     found = {}
-    for sample, scheme in statistics.quantized() if statistics.samples else ():
-        y, x = outputs.get(sample.name), seen.get(sample.name)
+    for linear in fake_quantized(statistics, planned):
+        name = linear.sample.name
+        y, x = outputs.get(name), seen.get(name)
         # An expert that the quantized pass routes other tokens to has nothing to compare with.
         if y is None or x is None or len(x) != len(y):
             continue
-        delta = quantized_output(x.float(), sample, s, scheme) - y
-        found[sample.name] = LOCAL_LOSSES["sqrt_abs"](y, delta) * y.numel()
+        found[name] = LOCAL_LOSSES["sqrt_abs"](y, linear(x) - y) * y.numel()
     return found
 
 
 @contextmanager
-def _watching_outputs(
+def _recording_outputs(
     model: nn.Module, statistics: Mapping[str, GroupStatistics], outputs: dict[str, Tensor]
 ) -> Iterator[None]:
     """Run a block that keeps each linear's output, without bias, fp32 [rows, out_features]."""

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.rules import LinearSample, quantized_rows
+from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
 
 __all__ = [
     "LOCAL_LOSSES",
@@ -79,27 +78,16 @@ NEGLIGIBLE: Mapping[str, float] = {_KL: 2e-4}
 """Below this, a change of one group's loss is not seen: in nats 0.02 % of a perplexity."""
 
 
-def loss_of(
-    loss: str,
-    sample: LinearSample,
-    s: Tensor,
-    weight: Tensor,
-    scheme: Scheme,
-    clip: float,
-    tokens: int,
-) -> float:
+def loss_of(loss: str, linear: FakeQuantizedLinear, tokens: int) -> float:
     """Return what a linear's output loses by quantization, on the calibration's rows of its input.
 
-    `s` is fp32 [in_features], `weight` what `quantized_weight` makes of it, `clip` the share of its
-    range that a static scale covers. "kl" is in nats for each of the `tokens` that all rows stand
-    for: so losses of all linears add up.
-
-    Raises `SqCpuError` where the calibration has no rows of the loss's kind.
+    "kl" is in nats for each of the `tokens` that all rows stand for: so losses of all linears add
+    up. Raises `SqCpuError` where the calibration has no rows of the loss's kind.
     """
+    sample = linear.sample
     if loss != _KL:
-        y = quantized_rows(sample.inputs(), sample, s, scheme, clip) @ weight.T
-        return LOCAL_LOSSES[loss](sample.output, y - sample.output)
-    y = quantized_rows(sample.gradient_inputs(), sample, s, scheme, clip) @ weight.T
+        return LOCAL_LOSSES[loss](sample.output, linear(sample.inputs()) - sample.output)
+    y = linear(sample.gradient_inputs())
     assert sample.gradient is not None
     assert sample.gradient_weights is not None
     return _kl(y - sample.gradient_output, sample.gradient, sample.gradient_weights) / tokens

@@ -1,9 +1,9 @@
 """The rows that a search looks at, as the quantized part of the model before them makes them.
 
-Blocks are tuned in their order. The calibration batches, which the blocks before have taken through
-their quantized selves, run through a block before it is tuned, and the rows that the calibration
-sampled are taken again there. Ranges and gradients stay those of the float model: by those ranges
-the linears are quantized.
+Blocks are tuned in their order. Before a block is tuned, the calibration batches run through it, on
+the hidden states that the quantized blocks before it gave. The rows that the calibration sampled
+are taken again there. Ranges and gradients stay those of the float model: the linears are quantized
+with those ranges.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
-from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
 from sq_cpu.tuning.simulation import simulating
 
 __all__ = ["QuantizedPrefix", "is_inside"]
@@ -35,8 +35,8 @@ def is_inside(group: SmoothingGroup, block: str) -> bool:
 class QuantizedPrefix:
     """A linearized model, quantized up to a block, on the batches of its calibration.
 
-    Held are the batches' hidden states between two blocks, and one block's quantized weights in
-    fp32.
+    It keeps the hidden states of every batch between two blocks, and one block's quantized weights
+    in fp32.
 
     Raises
     ------
@@ -52,6 +52,7 @@ class QuantizedPrefix:
         batches: Iterable[Batch],
         groups: Mapping[str, SmoothingGroup],
         scheme: Scheme,
+        weights: WeightStatistics | None = None,
     ) -> None:
         if not calibration.rows_seen:
             raise SqCpuError(
@@ -62,6 +63,7 @@ class QuantizedPrefix:
         self._calibration = calibration
         self._groups = groups
         self._scheme = scheme
+        self._weights = weights or WeightStatistics(model)
         self._chain = BlockChain(model, otherwise="tune it with sequential=False")
         given = list(model_inputs(model, batches, "tuning", "reading batches", False))
         with evaluating(model):
@@ -80,7 +82,7 @@ class QuantizedPrefix:
         """Yield each block's full name, and the calibration with the rows that it takes.
 
         When the next is asked for, `tuned` has the plans of all groups in this one, and `layers`
-        of its linears that depart.
+        the overrides of its linears.
         """
         hidden = [call.take() for call in self._calls]
         for index, block in enumerate(self._chain.names):
@@ -90,14 +92,14 @@ class QuantizedPrefix:
                 if name.startswith(f"{block}.")
             }
             sampled = SampledRows(self._calibration, self._tokens)
-            with evaluating(self._model), watching_inputs(linears, "input", sampled.see):
+            with evaluating(self._model), watching_inputs(linears, "input", sampled.observe):
                 for call, states in zip(self._calls, hidden, strict=True):
                     with sampled.batch(call.mask):
                         self._chain.run(index, call, states)
             yield block, sampled.calibration()
             if block == self._chain.names[-1]:
                 return  # no block takes what it gives
-            departing = SmoothPlan((), tuple(layers.values()))
+            overrides = SmoothPlan((), tuple(layers.values()))
             plans = [planned for n, planned in tuned.items() if is_inside(self._groups[n], block)]
             statistics = {
                 planned.name: group_statistics(
@@ -105,7 +107,8 @@ class QuantizedPrefix:
                     self._groups[planned.name],
                     self._calibration,
                     self._scheme,
-                    departing,
+                    overrides,
+                    self._weights,
                 )
                 for planned in plans
             }

@@ -10,13 +10,11 @@ does. Ranges by percentile or squared error, which are found on rows, see those 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
@@ -24,43 +22,25 @@ from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.calls import Batch
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
-from sq_cpu.numerics.golden_section import argmin
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import (
-    GroupPlan,
-    LayerPlan,
-    SmoothPlan,
-    quantized_consumers,
-    uniform_plan,
+from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan, uniform_plan
+from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
+from sq_cpu.smoothing.statistics import GroupStatistics
+from sq_cpu.tuning.alpha_search import (
+    CLIPS,
+    CRITERIA,
+    AlphaSearch,
+    Criterion,
+    FoundPlans,
+    ScoredGroup,
 )
-from sq_cpu.smoothing.rules import (
-    GroupStatistics,
-    quantized_weight,
-    smoothing_scale,
-)
-from sq_cpu.smoothing.scales import group_statistics
 from sq_cpu.tuning.inc_auto_alpha import auto_alpha
-from sq_cpu.tuning.losses import NEGLIGIBLE, check_loss, default_loss, loss_of, of_parts
+from sq_cpu.tuning.losses import check_loss, default_loss
+from sq_cpu.tuning.massive import OUTLIERS, keeping, massive_layers
 from sq_cpu.tuning.sequential import QuantizedPrefix, is_inside
 
 __all__ = ["OUTLIERS", "Criterion", "tune"]
-
-Criterion = Literal["mean", "min", "max"]
-Curve = Mapping[float, Mapping[str, float]]
-"""The loss of every linear at each alpha that was tried."""
-
-OUTLIERS = 4
-"""Channels that a linear may keep in float, unless told otherwise."""
-
-# Of the calibrated range: below 1 rare large values clip and all others are rounded more finely;
-# above 1 there is room for values that calibration did not see.
-_CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
-# A channel is massive from so many times the median channel's absmax on. In SmolLM2 two of the 30
-# down_proj gain sevenfold by keeping theirs in float, of 275 and 1730 times; the others gain less
-# than half.
-_MASSIVE = 16.0
-_GOLDEN_STEPS = 4  # a bracket of two grid steps, 0.1, shrinks to 0.015
 
 
 def tune(
@@ -150,21 +130,24 @@ def tune(
                 model, groups, uniform.groups, calibration, batches, scheme, grid, choose, progress
             )
             return SmoothPlan(tuple(plans), scheme=scheme)
-        search = _Search(
+        weights = WeightStatistics(model)
+        search = AlphaSearch(
             tokens=calibration.tokens,
             loss=loss,
             criterion=criterion,
             grid=grid,
-            clips=_CLIPS if clip and scheme.activations == "static" else (1.0,),
+            clips=CLIPS if clip and scheme.activations == "static" else (1.0,),
         )
 
         def best(
             unit: list[GroupPlan], seen: Calibration, layers: Sequence[LayerPlan] = ()
-        ) -> _Found:
-            departing = SmoothPlan((), tuple(layers))
+        ) -> FoundPlans:
+            overrides = SmoothPlan((), tuple(layers))
             return search.best(
                 [
-                    _Scored(p, _statistics(model, groups[p.name], seen, scheme, departing))
+                    ScoredGroup(
+                        p, _statistics(model, groups[p.name], seen, scheme, overrides, weights)
+                    )
                     for p in unit
                 ]
             )
@@ -175,17 +158,17 @@ def tune(
         fed: Iterable[_Fed] = [(unit, calibration) for unit in units]
         if sequential:
             assert batches is not None
-            prefix = QuantizedPrefix(model, calibration, batches, groups, scheme)
+            prefix = QuantizedPrefix(model, calibration, batches, groups, scheme, weights)
             fed = _block_by_block(units, groups, prefix, calibration, tuned, layers)
         for unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
             found = best(unit, seen)
             massive = {
                 planned.name: linears
                 for planned in unit
-                if (linears := _massive(model, groups[planned.name], seen, scheme, outliers))
+                if (linears := massive_layers(model, groups[planned.name], seen, scheme, outliers))
             }
             if massive:
-                found, kept = _keeping(massive, found, partial(best, unit, seen), loss)
+                found, kept = keeping(massive, found, partial(best, unit, seen), loss)
                 layers |= {layer.name: layer for layer in kept}
             tuned |= {planned.name: planned for planned in found.plans}
     # Named as the uniform plan is, so in the model's order.
@@ -238,199 +221,18 @@ def _block_by_block(
     yield from ((unit, calibration) for unit in rest)
 
 
-class _Scored:
-    """A group, with what each fold knows of it."""
-
-    def __init__(self, planned: GroupPlan, folds: Sequence[GroupStatistics]) -> None:
-        self.planned = planned
-        self._folds = folds
-        # Of the alpha asked for last: many clips are tried with one, and weights take most time.
-        self._alpha = math.nan
-        self._scales: list[Tensor] = []
-        self._weights: list[list[Tensor]] = []
-
-    def _quantize_weights(self, alpha: float) -> None:
-        self._alpha = alpha
-        self._weights = []  # freed before the next are made
-        self._scales = [
-            of_fold.widen(smoothing_scale("smoothquant", of_fold, alpha)) for of_fold in self._folds
-        ]
-        self._weights = [
-            [quantized_weight(sample, s, scheme) for sample, scheme in of_fold.quantized()]
-            for of_fold, s in zip(self._folds, self._scales, strict=True)
-        ]
-
-    @torch.no_grad()
-    def losses(self, loss: str, tokens: int, alpha: float, clip: float) -> dict[str, float]:
-        """Return each linear's loss over all folds."""
-        if alpha != self._alpha:
-            self._quantize_weights(alpha)
-        found: dict[str, list[float]] = {}
-        for of_fold, s, weights in zip(self._folds, self._scales, self._weights, strict=True):
-            for (sample, scheme), weight in zip(of_fold.quantized(), weights, strict=True):
-                value = loss_of(loss, sample, s, weight, scheme, clip, tokens)
-                found.setdefault(sample.name, []).append(value)
-        return {name: of_parts(loss, values) for name, values in found.items()}
-
-
-@dataclass(frozen=True)
-class _Found:
-    """The plans of groups that share a choice, and the loss of each by its name."""
-
-    plans: list[GroupPlan]
-    losses: Mapping[str, float]
-
-
-def _keeping(
-    massive: Mapping[str, Sequence[LayerPlan]],
-    without: _Found,
-    best: Callable[[Sequence[LayerPlan]], _Found],
-    loss: str,
-) -> tuple[_Found, list[LayerPlan]]:
-    """Return what `best` finds where those groups keep their channels that gain by it, and these.
-
-    `massive` has by group the linears with massive channels, `without` what is found without.
-    """
-
-    def gains(name: str, found: _Found) -> bool:
-        before, after = without.losses[name], found.losses[name]
-        return after <= 0.5 * before and before - after > NEGLIGIBLE.get(loss, 0.0)
-
-    found = best([layer for linears in massive.values() for layer in linears])
-    worth = [name for name in massive if gains(name, found)]
-    kept = [
-        replace(layer, note=f"massive activations; {loss} {without.losses[name]:.3g} without")
-        for name in worth
-        for layer in massive[name]
-    ]
-    if not worth:
-        return without, []
-    return (found if len(worth) == len(massive) else best(kept)), kept
-
-
-@dataclass(frozen=True)
-class _Search:
-    """How the choice that groups share is found."""
-
-    loss: str
-    tokens: int
-    criterion: Criterion
-    grid: tuple[float, ...]
-    clips: tuple[float, ...]
-
-    def best(self, groups: Sequence[_Scored]) -> _Found:
-        """Return these groups planned with the alpha and clip that suit them best together."""
-        tried: dict[tuple[float, float], list[dict[str, float]]] = {}
-
-        def losses(alpha: float, clip: float) -> list[dict[str, float]]:
-            if (alpha, clip) not in tried:
-                tried[alpha, clip] = [
-                    group.losses(self.loss, self.tokens, alpha, clip) for group in groups
-                ]
-            return tried[alpha, clip]
-
-        def total(alpha: float, clip: float) -> float:
-            return _sum(losses(alpha, clip))
-
-        def best_alpha(clip: float, grid: Sequence[float], steps: int) -> float:
-            return argmin(lambda alpha: total(alpha, clip), grid, steps)
-
-        def best_clip(alpha: float, first: float) -> float:
-            grid = (first, *self.clips)
-            return argmin(lambda clip: total(alpha, clip), grid, _GOLDEN_STEPS)
-
-        # Of equals, such as the losses of a linear that the model ignores, the middle is taken.
-        grid = sorted(self.grid, key=lambda alpha: abs(alpha - 0.5))
-        clip, alpha = 1.0, best_alpha(1.0, grid, _GOLDEN_STEPS)
-        if len(self.clips) > 1:
-            # Each moves the other, in a wide valley: twice is enough.
-            for _ in range(2):
-                clip = best_clip(alpha, clip)
-                near = [a for a in self.grid if abs(a - alpha) <= _width(self.grid)]
-                alpha = best_alpha(clip, (alpha, *near), 0)
-        if self.criterion != "mean":
-            curve = {a: _merged(losses(a, clip)) for a in (alpha, *self.grid)}
-            alpha = CRITERIA[self.criterion](curve)
-        plans = [
-            replace(
-                group.planned,
-                alpha=round(alpha, 4),
-                clip=round(clip, 4),
-                note=_joined(group.planned.note, f"{self.loss} {_sum([of_group]):.3g}"),
-                curve=tuple(
-                    (a, _sum([values[index]])) for (a, c), values in tried.items() if c == 1.0
-                ),
-            )
-            for index, (group, of_group) in enumerate(zip(groups, losses(alpha, clip), strict=True))
-        ]
-        pairs = zip(plans, losses(alpha, clip), strict=True)
-        return _Found(plans, {planned.name: _sum([of_group]) for planned, of_group in pairs})
-
-
-def _least_sum(curve: Curve) -> float:
-    return min(curve, key=lambda alpha: sum(curve[alpha].values()))
-
-
-def _best_of_each(curve: Curve) -> list[float]:
-    names = {name for losses in curve.values() for name in losses}
-    return [min(curve, key=lambda a: curve[a].get(name, math.inf)) for name in names]
-
-
-CRITERIA: Mapping[Criterion, Callable[[Curve], float]] = {
-    "mean": _least_sum,
-    "min": lambda curve: min(_best_of_each(curve)),
-    "max": lambda curve: max(_best_of_each(curve)),
-}
-"""How linears that share an input agree on an alpha."""
-
-
-def _merged(losses: Iterable[dict[str, float]]) -> dict[str, float]:
-    return {name: value for of_group in losses for name, value in of_group.items()}
-
-
-def _width(grid: Sequence[float]) -> float:
-    """Return a step and a half of the grid: within it are the neighbours on both sides."""
-    return 1.5 * (grid[1] - grid[0]) if len(grid) > 1 else 0.0
-
-
-def _sum(losses: Iterable[dict[str, float]]) -> float:
-    return sum(value for of_group in losses for value in of_group.values())
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(filter(None, notes))
-
-
-def _massive(
-    model: nn.Module,
-    group: SmoothingGroup,
-    calibration: Calibration,
-    scheme: Scheme,
-    most: int,
-) -> list[LayerPlan]:
-    """Return a group's linears with massive activations, keeping those channels in float."""
-    found = []
-    for name in quantized_consumers(model, group, calibration, scheme):
-        absmax = calibration.absmax(name)
-        alive = absmax[absmax > 0]
-        massive = int((alive >= _MASSIVE * alive.median()).sum()) if len(alive) else 0
-        channels = absmax.topk(min(massive, most)).indices.sort().values.tolist()
-        if channels:
-            found.append(LayerPlan(name=name, outliers=tuple(channels)))
-    return found
-
-
 def _statistics(
     model: nn.Module,
     group: SmoothingGroup,
     calibration: Calibration,
     scheme: Scheme,
-    departing: SmoothPlan,
+    overrides: SmoothPlan,
+    weights: WeightStatistics,
 ) -> list[GroupStatistics]:
     """Return what each fold says of a group; one that reached none of it says nothing."""
     found = [
-        group_statistics(model, group, held_out, scheme, departing)
+        group_statistics(model, group, held_out, scheme, overrides, weights)
         for held_out in calibration.held_out(group.consumers)
         if any(name in held_out.channel_min for name in group.consumers)
     ]
-    return found or [group_statistics(model, group, calibration, scheme, departing)]
+    return found or [group_statistics(model, group, calibration, scheme, overrides, weights)]

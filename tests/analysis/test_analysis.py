@@ -30,7 +30,7 @@ from sq_cpu.smoothing.scales import fold
 def planted_plan(
     scheme: str | Scheme = "O3", clip: float = 1.0, alpha: float = 0.8
 ) -> tuple[Any, Calibration, SmoothPlan]:
-    """Make a model with outliers, and a uniform plan that divides in the pass."""
+    """Make a model with outliers, and a uniform plan that divides at run time."""
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(3))
     uniform = SmoothPlan.uniform(model, calibration, alpha, ignore=Scheme.of(scheme).ignore)

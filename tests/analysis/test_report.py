@@ -22,6 +22,8 @@ import sq_cpu
 from sq_cpu import Analysis, LayerPlan, Scheme, SmoothPlan, SqCpuError
 from sq_cpu.analysis import figures, plots
 from sq_cpu.analysis.report import Trial, pareto_front, report, scheme_text
+from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 
 _VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 _LOADING = {"script", "link", "iframe", "object", "embed", "base", "img", "audio", "video"}
@@ -334,6 +336,39 @@ def test_what_fails_leaves_the_report_as_it_was(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     with pytest.raises(SqCpuError, match="cannot write"):
         report(tmp_path / "nowhere" / "r.html", found, png=tmp_path / "png")
+
+
+def test_evaluated_configurations_are_trials(tmp_path: Path) -> None:
+    configuration = Configuration(activations="per_token")
+    some = [
+        EvaluatedConfiguration(
+            configuration=configuration.changed([f"layer{k}" for k in range(count)], "float"),
+            metric=metric,
+            loss=loss,
+            loss_percent=100 * loss,
+            milliseconds=milliseconds,
+            in_float=count,
+            dynamic=7 - count,
+            value=value,
+            phase="search",
+        )
+        for count, metric, loss, milliseconds, value in (
+            (0, 30.0, 0.02, 10.0, 1.5),
+            (2, 29.6, 0.005, 12.0, 0.3),
+        )
+    ]
+    failed = EvaluatedConfiguration(
+        configuration=configuration, in_float=0, dynamic=7, value=2.0, error="NaN", phase="refine"
+    )
+    path = report(tmp_path / "r.html", few(analysis("O1")), trials=[*some, failed])
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.values[:6] == [30.0, 2.0, 10.0, 29.6, 0.5, 12.0]
+    first = page.cells.index("complete")
+    assert page.cells[first - 1] == "0"
+    row = page.cells[page.cells.index("failed") - 1 :][:7]
+    assert (row[0], row[2:6]) == ("2", ["", "", "", "0"])
+    assert row[6].startswith("phase refine, activations per_token, ")
+    assert row[6].endswith("per_token 7")
 
 
 def test_pareto_front() -> None:

@@ -13,7 +13,7 @@ from tuning_cases import planted
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
 from sq_cpu.autotuning import latency
-from sq_cpu.autotuning.latency import CHOICES, Costs, cache_file, machine, measured_costs
+from sq_cpu.autotuning.latency import PRECISIONS, Costs, cache_file, machine, measured_costs
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
 
@@ -62,10 +62,10 @@ def test_each_shape_is_measured_once_for_a_machine(cache: Path, measured: list[s
 def test_every_choice_has_a_price(cache: Path) -> None:
     table = measured_costs(linears(), tokens=8)
     for linear in linears():
-        for choice in CHOICES:
-            assert table.milliseconds(linear, choice) > 0
-            if choice != "float":
-                assert table.milliseconds(linear, choice, smoothed=True) > 0
+        for precision in PRECISIONS:
+            assert table.milliseconds(linear, precision) > 0
+            if precision != "float":
+                assert table.milliseconds(linear, precision, smoothed=True) > 0
     with pytest.raises(SqCpuError, match="no linear of 5x7, static"):
         table.milliseconds(nn.Linear(7, 5), "static")
 
@@ -114,7 +114,11 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, tmp_path: Path) ->
 
 def test_the_latency_of_a_model_is_the_sum_of_its_linears() -> None:
     row = {"static": 1.0, "per_token": 2.0, "per_tensor": 4.0, "float": 64.0}
-    row |= {f"{choice}+smoothing": row[choice] + 8 for choice in CHOICES if choice != "float"}
+    row |= {
+        f"{precision}+smoothing": row[precision] + 8
+        for precision in PRECISIONS
+        if precision != "float"
+    }
     table = Costs(tokens=1, dtype="float32", entries={"48x32": row})
     linear = nn.Linear(32, 48)
     layers = [
@@ -128,7 +132,7 @@ def test_the_latency_of_a_model_is_the_sum_of_its_linears() -> None:
 
 
 def test_a_table_is_its_own_json() -> None:
-    row = dict.fromkeys(CHOICES, 1.0)
+    row = dict.fromkeys(PRECISIONS, 1.0)
     table = Costs(tokens=1, dtype="bfloat16", entries={"48x32": row})
     again = Costs.from_dict(json.loads(json.dumps(table.to_dict())))
     assert again.to_dict() == table.to_dict()

@@ -8,7 +8,7 @@ from tuning_cases import planted
 
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, SqCpuError
-from sq_cpu.autotuning.latency import CHOICES
+from sq_cpu.autotuning.latency import PRECISIONS
 from sq_cpu.autotuning.ranking import estimated_errors
 from sq_cpu.smoothing.plan import LayerPlan
 
@@ -19,7 +19,7 @@ def test_the_estimate_is_the_error_of_the_quantized_layer() -> None:
     calibration = sq_cpu.calibrate(model, batches(3))
     plan = SmoothPlan.uniform(model, calibration, 0.5, ignore=("lm_head",))
     scheme = Scheme.of("O3")
-    errors = estimated_errors(model, calibration, plan, scheme, CHOICES)
+    errors = estimated_errors(model, calibration, plan, scheme, PRECISIONS)
     linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"}
     assert errors.keys() == linears.keys()
     for activations in ("static", "per_token", "per_tensor"):
@@ -38,7 +38,7 @@ def test_the_estimate_is_the_error_of_the_quantized_layer() -> None:
     assert all(of_linear["float"] == 0 for of_linear in errors.values())
 
 
-def test_static_scales_lose_most_and_departing_linears_do_not_matter() -> None:
+def test_static_scales_lose_most_and_overrides_do_not_matter() -> None:
     model = planted("opt")
     calibration = sq_cpu.calibrate(model, batches(3))
     plan = SmoothPlan.uniform(model, calibration, 0.5, ignore=("lm_head",))
@@ -46,11 +46,11 @@ def test_static_scales_lose_most_and_departing_linears_do_not_matter() -> None:
     errors = estimated_errors(model, calibration, plan, scheme, ("static", "per_token"))
     total = {choice: sum(e[choice] for e in errors.values()) for choice in ("static", "per_token")}
     assert total["static"] > total["per_token"]
-    departing = (
+    overrides = (
         LayerPlan(name=next(iter(errors)), in_float=True),
         LayerPlan(name=list(errors)[-1], activations="per_tensor"),
     )
-    mixed = SmoothPlan(plan.groups, departing)
+    mixed = SmoothPlan(plan.groups, overrides)
     assert estimated_errors(model, calibration, mixed, scheme, ("static", "per_token")) == errors
 
 

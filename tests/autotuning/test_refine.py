@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from sq_cpu.autotuning.configurations import Configuration
-from sq_cpu.autotuning.latency import Choice
+from sq_cpu.autotuning.latency import Precision
 from sq_cpu.autotuning.refine import Rank, Refinement, ranked
 
 NAMES = tuple(f"layer{i}" for i in range(8))
-COST: dict[Choice, float] = {"static": 1.0, "per_token": 1.125, "per_tensor": 1.25, "float": 4.0}
+COST: dict[Precision, float] = {"static": 1.0, "per_token": 1.125, "per_tensor": 1.25, "float": 4.0}
 
 
 class Losses:
@@ -22,7 +22,7 @@ class Losses:
         rng = random.Random(seed)
         self.size = {name: rng.choice([1, 2, 4]) for name in NAMES}
         static = {name: rng.random() ** 4 for name in NAMES}
-        self.loss_of: dict[str, dict[Choice, float]] = {
+        self.loss_of: dict[str, dict[Precision, float]] = {
             name: {"static": static[name], "per_token": rng.random() * static[name], "float": 0.0}
             for name in NAMES
         }
@@ -30,28 +30,28 @@ class Losses:
         self.known: dict[str, float] = {}
 
     def of(self, configuration: Configuration) -> float:
-        return sum(self.loss_of[name][configuration.choice(name)] for name in NAMES)
+        return sum(self.loss_of[name][configuration.precision(name)] for name in NAMES)
 
     def first(self, frontier: Sequence[Configuration]) -> float:
         return self.known.setdefault(frontier[0].key, self.of(frontier[0]))
 
-    def gains(self, configuration: Configuration, choice: Choice) -> dict[str, float]:
+    def gains(self, configuration: Configuration, precision: Precision) -> dict[str, float]:
         loss = self.loss_of
-        return {n: loss[n][configuration.choice(n)] - loss[n][choice] for n in NAMES}
+        return {n: loss[n][configuration.precision(n)] - loss[n][precision] for n in NAMES}
 
-    def price(self, name: str, choice: Choice) -> float:
-        return self.size[name] * COST[choice]
+    def cost(self, name: str, precision: Precision) -> float:
+        return self.size[name] * COST[precision]
 
     def refinement(self, rank: Rank = "estimated", **changes: Any) -> Refinement:
         parts = {"gains": self.gains} | changes
-        return Refinement(NAMES, self.first, self.goal, prices=self.price, rank=rank, **parts)
+        return Refinement(NAMES, self.first, self.goal, costs=self.cost, rank=rank, **parts)
 
     def fewest_in_float(self) -> int:
         """Try every assignment; per-token activations never lose more than static ones."""
-        choices: tuple[Choice, ...] = ("per_token", "float")
+        precisions: tuple[Precision, ...] = ("per_token", "float")
         return min(
             assignment.count("float")
-            for assignment in product(choices, repeat=len(NAMES))
+            for assignment in product(precisions, repeat=len(NAMES))
             if self.of(Configuration(layers=tuple(zip(NAMES, assignment, strict=True))))
             <= self.goal
         )
@@ -64,7 +64,7 @@ def test_as_few_in_float_as_of_all_assignments(seed: int, goal: float, rank: Ran
     losses = Losses(seed, goal)
     found = losses.refinement(rank).run(Configuration())
     assert losses.of(found) <= goal
-    assert len(found.chosen("float")) == losses.fewest_in_float()
+    assert len(found.overrides("float")) == losses.fewest_in_float()
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -72,24 +72,24 @@ def test_nothing_single_can_be_given_back_whatever_the_estimate(seed: int) -> No
     losses = Losses(seed, 0.05)
     rng = random.Random(seed)
 
-    def nonsense(configuration: Configuration, choice: Choice) -> dict[str, float]:
+    def nonsense(configuration: Configuration, precision: Precision) -> dict[str, float]:
         return {name: rng.random() for name in NAMES}
 
     found = losses.refinement(gains=nonsense).run(Configuration())
     assert losses.of(found) <= losses.goal
-    less: dict[Choice, Choice] = {"float": "per_token", "per_token": "static"}
+    less: dict[Precision, Precision] = {"float": "per_token", "per_token": "static"}
     assert found.layers
-    for name, choice in found.layers:
-        assert losses.of(found.changed([name], less[choice])) > losses.goal
+    for name, precision in found.layers:
+        assert losses.of(found.changed([name], less[precision])) > losses.goal
 
 
 def test_measured_ranks_make_up_for_wrong_estimates() -> None:
     for seed in range(6):
         losses = Losses(seed, 0.05)
         wrong = {name: -gain for name, gain in losses.gains(Configuration(), "float").items()}
-        found = losses.refinement("measured", gains=lambda c, choice, w=wrong: w)
+        found = losses.refinement("measured", gains=lambda c, precision, w=wrong: w)
         best = found.run(Configuration())
-        assert len(best.chosen("float")) == losses.fewest_in_float()
+        assert len(best.overrides("float")) == losses.fewest_in_float()
 
 
 def test_what_is_not_needed_is_given_back() -> None:
@@ -102,13 +102,13 @@ def test_what_is_not_needed_is_given_back() -> None:
 
 def test_a_goal_that_is_out_of_reach_ends_with_all_in_float() -> None:
     losses = Losses(0, -1.0)
-    assert losses.refinement().run(Configuration()).chosen("float") == NAMES
+    assert losses.refinement().run(Configuration()).overrides("float") == NAMES
 
 
 def test_without_float_it_ends_where_float_would_begin() -> None:
     losses = Losses(0, 0.01)
     found = losses.refinement().run(Configuration(), in_float=False)
-    assert not found.chosen("float")
+    assert not found.overrides("float")
     assert losses.of(found) > losses.goal
     assert len(losses.known) == 2  # as it is, and all per token
     easy = Losses(0, sum(of["per_token"] for of in losses.loss_of.values()))
@@ -122,22 +122,22 @@ def test_few_questions_for_many_linears() -> None:
 
     def loss(frontier: Sequence[Configuration]) -> float:
         first = frontier[0]
-        missing = float(len(needed.difference(first.chosen("float"))))
+        missing = float(len(needed.difference(first.overrides("float"))))
         return asked.setdefault(first.key, missing)
 
-    def gains(configuration: Configuration, choice: Choice) -> dict[str, float]:
+    def gains(configuration: Configuration, precision: Precision) -> dict[str, float]:
         return {name: 2.0 if name in needed else 1 / (1 + int(name[1:])) for name in names}
 
-    search = Refinement(names, loss, 0.0, gains, lambda name, choice: COST[choice])
+    search = Refinement(names, loss, 0.0, gains, lambda name, precision: COST[precision])
     found = search.run(Configuration(activations="per_token"))
-    assert set(found.chosen("float")) == needed
+    assert set(found.overrides("float")) == needed
     assert len(asked) < 20
 
 
 def test_the_rank_is_by_gain_per_price_and_what_is_free_comes_first() -> None:
     gains = {"dear": 4.0, "cheap": 3.0, "free": 0.1, "useless": 0.0}
-    prices = {"dear": 4.0, "cheap": 1.0, "free": -0.5, "useless": -0.5}
-    assert ranked(gains, prices) == ["free", "cheap", "dear", "useless"]
+    costs = {"dear": 4.0, "cheap": 1.0, "free": -0.5, "useless": -0.5}
+    assert ranked(gains, costs) == ["free", "cheap", "dear", "useless"]
 
 
 def test_the_frontier_begins_with_what_is_asked_and_has_no_other_order_of_events() -> None:
@@ -151,6 +151,6 @@ def test_the_frontier_begins_with_what_is_asked_and_has_no_other_order_of_events
             ahead.known[configuration.key] = ahead.of(configuration)
         return ahead.first(frontier)
 
-    search = Refinement(NAMES, first, 0.05, ahead.gains, ahead.price, "measured")
+    search = Refinement(NAMES, first, 0.05, ahead.gains, ahead.cost, "measured")
     assert search.run(Configuration()) == alone
     assert ahead.known.keys() >= losses.known.keys()

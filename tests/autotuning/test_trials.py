@@ -2,7 +2,8 @@
 
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,19 @@ import trial_worker
 from optuna.storages import InMemoryStorage
 from optuna.trial import Trial, TrialState
 from processes import kill_at, start, wait_for
+from trial_worker import worth
 
 from sq_cpu import SqCpuError
-from sq_cpu.autotuning import trials
-from sq_cpu.autotuning.trials import Outcome, Trials, has_study, join_study, opened_storage
+from sq_cpu.autotuning import processes, trials
+from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
+from sq_cpu.autotuning.storage import has_study, opened_storage, quiet_optuna
+from sq_cpu.autotuning.trials import Trials, join_study
 
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
-    with trials.quiet_optuna():
+    with quiet_optuna():
         yield
 
 
@@ -54,9 +59,9 @@ def states(where: str) -> list[TrialState]:
         return [trial.state for trial in study.get_trials()]
 
 
-def outcomes(where: str) -> dict[str, Outcome]:
+def evaluated_in(where: str) -> dict[str, EvaluatedConfiguration]:
     with opened_storage(where) as storage:
-        return Trials(storage, "test").outcomes()
+        return Trials(storage, "test").evaluated()
 
 
 def test_workers_never_evaluate_a_configuration_twice(storage: str, tmp_path: Path) -> None:
@@ -68,7 +73,7 @@ def test_workers_never_evaluate_a_configuration_twice(storage: str, tmp_path: Pa
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     evaluated = log.read_text().splitlines()
     assert len(evaluated) == len(set(evaluated))
-    found = outcomes(storage)
+    found = evaluated_in(storage)
     assert found.keys() == set(evaluated)
     assert 32 <= len(found) <= 34  # each may have begun one when the last was
     assert TrialState.PRUNED in states(storage)
@@ -88,18 +93,18 @@ def test_a_killed_worker_loses_no_trial_and_its_own_is_tried_again(
     assert evaluated[0] == interrupted
     assert not set(evaluated) & set(finished)
     assert states(storage).count(TrialState.FAIL) == 1
-    found = outcomes(storage)
+    found = evaluated_in(storage)
     assert found.keys() == {*finished, *evaluated}
-    x, y = map(int, interrupted.split(","))
+    x, y = Configuration.from_key(interrupted).alpha
     assert found[interrupted].value == x * y
 
 
 def test_a_worker_of_another_machine_is_gone_when_its_heart_stops(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trials, "_HEARTBEAT", 1)
-    monkeypatch.setattr(trials, "_GRACE", 2)
-    monkeypatch.setattr(trials, "_machine", lambda: "another")
+    monkeypatch.setattr(processes, "HEARTBEAT", 1)
+    monkeypatch.setattr(processes, "GRACE", 2)
+    monkeypatch.setattr(processes, "_machine", lambda: "another")
     log = tmp_path / "log"
     (interrupted,) = kill_at(start(trial_worker.work, storage, log, 20, 0), log, 1)
     with opened_storage(storage) as shared:
@@ -110,11 +115,11 @@ def test_a_worker_of_another_machine_is_gone_when_its_heart_stops(
             time.sleep(0.1)
         evaluated: list[str] = []
 
-        def evaluate(_: Trial, key: str) -> Mapping[str, Any]:
-            evaluated.append(key)
-            return {"value": 0.0}
+        def evaluate(_: Trial, configuration: Configuration) -> EvaluatedConfiguration:
+            evaluated.append(configuration.key)
+            return worth(configuration)
 
-        other.run(trial_worker.key_of, evaluate)
+        other.run(trial_worker.choose, evaluate)
     assert evaluated == [interrupted]
     assert states(storage) == [TrialState.FAIL, TrialState.COMPLETE]
 
@@ -128,28 +133,35 @@ def test_a_living_worker_keeps_its_trial(storage: str, tmp_path: Path) -> None:
         with opened_storage(storage) as shared:
             other = Trials(shared, "test")
             assert other.running() == {key}
-            assert not other.run(lambda _: key, refuse)
-            assert other.run(lambda _: "another", lambda *_: {"value": 1.0})
+            assert not other.run(lambda _: Configuration.from_key(key), refuse)
+            assert other.run(lambda _: named("another"), one(1.0))
         assert states(storage) == [TrialState.RUNNING, TrialState.PRUNED, TrialState.COMPLETE]
     finally:
         worker.kill()
         worker.join()
 
 
-def refuse(*_: Any) -> Mapping[str, Any]:
+def refuse(*_: Any) -> Any:
     raise AssertionError("evaluated twice")
 
 
-def one(value: float = 0.0) -> Any:
-    return lambda *_: {"value": value, "note": "kept"}
+def named(name: str) -> Configuration:
+    return Configuration(smoothing=name)
+
+
+A = named("a")
+
+
+def one(value: float = 0.0) -> Callable[[Trial, Configuration], EvaluatedConfiguration]:
+    return lambda _, configuration: worth(configuration, value)
 
 
 def test_what_was_evaluated_is_not_evaluated_again() -> None:
     shared = InMemoryStorage()
     first, second = Trials(shared, "test"), Trials(shared, "test")
-    assert first.run(lambda _: "a", one(3.0))
-    assert not second.run(lambda _: "a", refuse)
-    assert second.outcomes()["a"].result == {"value": 3.0, "note": "kept"}
+    assert first.run(lambda _: A, one(3.0))
+    assert not second.run(lambda _: A, refuse)
+    assert second.evaluated() == {A.key: replace(worth(A, 3.0), number=0)}
     assert second.count() == 1
     assert len(second) == 2
 
@@ -167,17 +179,17 @@ def test_a_trial_waits_for_the_key_of_one_before_it(monkeypatch: pytest.MonkeyPa
             study.tell(silent, 1.0)
 
     monkeypatch.setattr(trials.time, "sleep", sleep)
-    assert mine.run(lambda _: "a", one())
+    assert mine.run(lambda _: A, one())
     assert len(slept) == 3
 
 
 def test_one_that_never_says_its_key_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "_GRACE", 0.2)
+    monkeypatch.setattr(processes, "GRACE", 0.2)
     shared = InMemoryStorage()
     mine = Trials(shared, "test")
     study = optuna.load_study(storage=shared, study_name="test")
     study.ask()
-    assert mine.run(lambda _: "a", one())
+    assert mine.run(lambda _: A, one())
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
 
 
@@ -185,11 +197,11 @@ def test_a_later_trial_gives_way_and_an_earlier_one_does_not() -> None:
     shared = InMemoryStorage()
     first, second = Trials(shared, "test"), Trials(shared, "test")
 
-    def evaluate(*_: Any) -> Mapping[str, Any]:
-        assert not second.run(lambda _: "a", refuse)
-        return {"value": 0.0}
+    def evaluate(_: Trial, configuration: Configuration) -> EvaluatedConfiguration:
+        assert not second.run(lambda _: A, refuse)
+        return worth(configuration)
 
-    assert first.run(lambda _: "a", evaluate)
+    assert first.run(lambda _: A, evaluate)
 
 
 def test_a_trial_that_others_took_for_dead_is_not_told() -> None:
@@ -197,55 +209,48 @@ def test_a_trial_that_others_took_for_dead_is_not_told() -> None:
     mine = Trials(shared, "test")
     study = optuna.load_study(storage=shared, study_name="test")
 
-    def evaluate(trial: Trial, _: str) -> Mapping[str, Any]:
+    def evaluate(trial: Trial, configuration: Configuration) -> EvaluatedConfiguration:
         study.tell(trial.number, state=TrialState.FAIL)
-        return {"value": 0.0}
+        return worth(configuration)
 
-    assert not mine.run(lambda _: "a", evaluate)
-    assert mine.outcomes() == {}
-    assert mine.run(lambda _: "a", one())
+    assert not mine.run(lambda _: A, evaluate)
+    assert mine.evaluated() == {}
+    assert mine.run(lambda _: A, one())
 
 
 def test_errors_are_passed_on_and_not_tried_again() -> None:
     mine = Trials(InMemoryStorage(), "test")
 
-    def key_of(trial: Trial) -> str:
-        return str(trial.suggest_int("x", 0, 9))
+    def choose(trial: Trial) -> Configuration:
+        return named(str(trial.suggest_int("x", 0, 9)))
 
-    def fail(*_: Any) -> Mapping[str, Any]:
+    def fail(*_: Any) -> Any:
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        mine.run(key_of, fail)
+        mine.run(choose, fail)
     mine.recover()
     assert len(mine) == 1
 
 
 def test_an_interrupted_trial_is_tried_again_with_its_settings() -> None:
     mine = Trials(InMemoryStorage(), "test")
-    keys = []
+    chosen = []
 
-    def key_of(trial: Trial) -> str:
-        keys.append(str(trial.suggest_int("x", 0, 10**9)))
-        return keys[-1]
+    def choose(trial: Trial) -> Configuration:
+        chosen.append(named(str(trial.suggest_int("x", 0, 10**9))))
+        return chosen[-1]
 
-    def interrupt(*_: Any) -> Mapping[str, Any]:
+    def interrupt(*_: Any) -> Any:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        mine.run(key_of, interrupt)
+        mine.run(choose, interrupt)
     assert mine.running() == set()
-    assert mine.run(key_of, one())
-    assert keys[0] == keys[1]
+    assert mine.run(choose, one())
+    assert chosen[0] == chosen[1]
     mine.recover()
     assert len(mine) == 2
-
-
-def test_a_process_that_reused_the_id_is_not_the_worker() -> None:
-    me = trials._worker()
-    assert not trials._is_gone(me)
-    assert trials._is_gone(me | {"started": "1"})
-    assert not trials._is_gone(me | {"started": "1", "machine": "elsewhere"})
 
 
 def test_the_facts_of_a_study_are_made_once_and_other_jobs_refused(tmp_path: Path) -> None:
@@ -269,45 +274,3 @@ def test_two_that_begin_at_once_share_the_facts_of_one() -> None:
         return {"by": "me"}
 
     assert join_study(shared, "test", {}, slower) == {"by": "other"}
-
-
-def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
-    def message(where: str | Path) -> str:
-        with pytest.raises(SqCpuError) as caught, opened_storage(where):
-            pass
-        return str(caught.value)
-
-    missing = message(tmp_path / "none" / "study.db")
-    assert missing.startswith("cannot open the storage sqlite:///")
-    assert "\n" not in missing
-    unreachable = message("postgresql://me:secret@127.0.0.1:1/none")
-    assert unreachable.startswith(
-        "cannot open the storage postgresql+psycopg://me@127.0.0.1:1/none"
-    )
-    assert "secret" not in unreachable
-    assert message("mysql://host/name").startswith("no driver for the storage mysql://host/name")
-
-
-def test_a_worker_that_loses_the_race_for_the_tables_opens_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    open_for_good = trials.RDBStorage
-    lost = ["table studies already exists", "UNIQUE constraint failed: alembic_version"]
-
-    def race(*arguments: Any, **options: Any) -> Any:
-        if lost:
-            raise RuntimeError(lost.pop())
-        return open_for_good(*arguments, **options)
-
-    monkeypatch.setattr(trials, "RDBStorage", race)
-    monkeypatch.setattr(trials.time, "sleep", lambda _: None)
-    with opened_storage(tmp_path / "study.db") as storage:
-        assert not has_study(storage, "test")
-    assert not lost
-
-
-def test_optuna_is_as_loud_afterwards_as_before() -> None:
-    before = optuna.logging.get_verbosity()
-    with trials.quiet_optuna():
-        assert optuna.logging.get_verbosity() == optuna.logging.ERROR
-    assert optuna.logging.get_verbosity() == before

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from sameness import assert_same_model, assert_to_rounding, logits_of_a_fresh_process
 from tiny import batches, change_config, logits, tiny_model
 from transformers import (
     AutoConfig,
@@ -56,7 +56,7 @@ def fails(match: str, source: Any, auto: Any = AutoModelForCausalLM, **kwargs: A
 
 def assert_same(found: Any, expected: Any) -> None:
     assert type(found) is type(expected)
-    assert torch.equal(logits(found), logits(expected))
+    assert_same_model(found, expected, logits)
     assert found.dtype == found.config.dtype == expected.dtype
     assert found.sq_cpu_config == expected.sq_cpu_config
     assert found.all_tied_weights_keys == expected.all_tied_weights_keys
@@ -86,7 +86,7 @@ def test_equals_load(model_type: str, scheme: str, dtype: torch.dtype, tmp_path:
     if (
         dtype == torch.float32
     ):  # else tiny_model rounded the rotary frequencies, which load does not
-        assert torch.equal(logits(found), logits(model))
+        assert_same_model(found, model, logits)
 
 
 def test_fresh_process(tmp_path: Path) -> None:
@@ -96,20 +96,9 @@ def test_fresh_process(tmp_path: Path) -> None:
     }
     for name, model in models.items():
         sq_cpu.save(model, tmp_path / name)
-    save_file({"ids": batches(1)[0]}, tmp_path / "ids.safetensors")
-    script = """
-import sys
-import sq_cpu
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-ids = load_file("ids.safetensors")["ids"]
-found = {name: AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[1:]}
-save_file({name: model(ids).logits.float() for name, model in found.items()}, "out.safetensors")
-"""
-    subprocess.run([sys.executable, "-W", "error", "-c", script, *models], check=True, cwd=tmp_path)
-    found = load_file(tmp_path / "out.safetensors")
+    found = logits_of_a_fresh_process(models, batches(1)[0], tmp_path, loader="from_pretrained")
     for name, model in models.items():
-        assert torch.equal(found[name], logits(model)), name
+        assert_to_rounding(found[name].float(), logits(model), model.dtype)
 
 
 def test_registers_after_transformers_is_imported(folder: Path) -> None:
@@ -128,6 +117,8 @@ def test_real_model(smollm2: Callable[[], tuple[Any, Any]], tmp_path: Path) -> N
     calibration = sq_cpu.calibrate(model, texts, progress=False)
     sq_cpu.quantize(model, calibration, scheme="O3", progress=False)
     found = AutoModelForCausalLM.from_pretrained(sq_cpu.save(model, tmp_path / "out"))
+    assert_same_model(found, model)
+    # Tokens: rounding moves no logit past another.
     options = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(found.generate(texts[0], **options), model.generate(texts[0], **options))
 
@@ -204,7 +195,7 @@ def test_generates(folder: Path) -> None:
 
 def test_copies(folder: Path) -> None:
     found = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(logits(copy.deepcopy(found)), logits(found))
+    assert_same_model(copy.deepcopy(found), found, logits)
 
 
 # --- saving it again ----------------------------------------------------------------------------

@@ -19,8 +19,6 @@ from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.save import save
 from sq_cpu.errors import SqCpuError
 
-pytest_plugins = ["checkpoint_fixtures"]
-
 
 def test_load_without_config(tmp_path: Path) -> None:
     fails("config.json does not exist", load, tmp_path)

@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import save_file
+from sameness import assert_same_model
 from tiny_checkpoints import fails, logits, tiny_llama
 from transformers import LlamaForCausalLM
 
 from sq_cpu.checkpoint import save as saving
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.save import save
-
-pytest_plugins = ["checkpoint_fixtures"]
 
 
 def test_save_refuses_a_float_model(tmp_path: Path) -> None:
@@ -55,7 +53,7 @@ def test_save_into_an_empty_folder_and_through_a_link(quantized_llama: Any, tmp_
     save(quantized_llama, tmp_path / "link")
     save(quantized_llama, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert torch.equal(logits(load(tmp_path / "real")), logits(quantized_llama))
+    assert_same_model(load(tmp_path / "real"), quantized_llama, logits)
 
 
 def test_save_makes_parents(quantized_llama: Any, tmp_path: Path) -> None:
@@ -138,7 +136,7 @@ def test_save_fills_an_empty_folder_in_place(
     inode = tmp_path.stat().st_ino
     save(quantized_llama, ".")
     assert tmp_path.stat().st_ino == inode
-    assert torch.equal(logits(load(".")), logits(quantized_llama))
+    assert_same_model(load("."), quantized_llama, logits)
     # What is there now could only be replaced with the folder.
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     fails("mount point or the current folder", save, quantized_llama, ".")

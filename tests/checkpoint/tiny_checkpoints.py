@@ -66,6 +66,12 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(IDS).logits  # type: ignore[no-any-return]
 
 
+def one_token(model: nn.Module) -> torch.Tensor:
+    """Return the logits of one row: torch multiplies it in another order than several."""
+    with torch.no_grad():
+        return model(IDS[:1, :1] + 1).logits  # type: ignore[no-any-return]
+
+
 def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Rewrite the one safetensors file, its hash brought up to date."""
     path = folder / "model.safetensors"

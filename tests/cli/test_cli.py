@@ -20,8 +20,6 @@ from sq_cpu.cli import demo
 from sq_cpu.streaming import convert
 from sq_cpu.streaming.convert import linear_bytes
 
-pytest_plugins = ["cli_fixtures"]
-
 
 def test_whole_way(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "int8"

@@ -19,7 +19,8 @@ from torch import nn
 import sq_cpu
 from sq_cpu import SmoothPlan, texts
 from sq_cpu.autotuning import latency
-from sq_cpu.autotuning.trials import opened_storage
+from sq_cpu.autotuning.storage import opened_storage
+from sq_cpu.cli import autotune as autotune_cli
 from sq_cpu.cli import tuning
 from sq_cpu.errors import Terminated
 from sq_cpu.evaluation.perplexity import TextPerplexity
@@ -287,7 +288,7 @@ def test_tasks_are_an_accuracy(
         asked.append((options["tasks"], options["limit"]))
         return 0.5 if len(asked) == 1 else 0.496
 
-    monkeypatch.setattr(tuning, "lm_eval_accuracy", accuracy)
+    monkeypatch.setattr(autotune_cli, "lm_eval_accuracy", accuracy)
     options = [*small[:2], *small[4:], "--tasks", "a", "--tasks", "b", "--task-limit", 7]
     made = json_of("autotune", folder, "-o", tmp_path / "plan.json", "--goal", "1%", *options)
     assert set(map(str, asked)) == {"(['a', 'b'], 7)"}
@@ -328,7 +329,7 @@ def test_wrong_usage_is_said_before_the_work(
     ("text", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), ("1.5h", 5400)]
 )
 def test_time_limits(text: str, seconds: float) -> None:
-    assert tuning._seconds(text) == seconds
+    assert autotune_cli._seconds(text) == seconds
 
 
 def test_a_search_scores_other_text_than_the_evaluation() -> None:

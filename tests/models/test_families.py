@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sameness import assert_same_model
 from tiny import CONFIGS, inputs, tiny_model
 from torch import Tensor, nn
 
@@ -25,8 +26,9 @@ from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearize, linearized, quantizable_linears
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.quantize import quantize
-from sq_cpu.smoothing.folding import apply_folds, refused_folds
+from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.smoothing.proof import prove_folds, refused_folds
 from sq_cpu.smoothing.scales import fold
 
 
@@ -169,7 +171,9 @@ def proven(model: Any, scales: dict[SmoothingGroup, Tensor], name: str) -> dict[
     """Give what the proof refuses on a linearized model, by group name, and why."""
     (batch,) = inputs(name, 1)
     with evaluating(model):
-        refused = refused_folds(model, scales, lambda: [model(**batch)[0]])
+        refused = refused_folds(
+            model, scales, prove_folds(model, scales, lambda: [model(**batch)[0]])
+        )
     return {group.name: reason for group, reason in refused.items()}
 
 
@@ -237,7 +241,7 @@ def test_every_preset_runs_and_comes_back_from_disk(name: str, tmp_path: Path) -
         left = {matrix_name(n) for n, p in quantized.named_parameters() if p.dim() > 1}
         assert left == EXPECTED[name].matrices
         loaded = sq_cpu.load(sq_cpu.save(quantized, tmp_path / scheme))
-        assert torch.equal(first_output(loaded, data[0]), first_output(quantized, data[0]))
+        assert_same_model(loaded, quantized, lambda model: first_output(model, data[0]))
     naive = quantize(copy.deepcopy(model), found, scheme="O3", smooth=False)
     assert error(quantized) < error(naive) / 4
 

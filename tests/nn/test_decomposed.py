@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from sameness import assert_same_model
 from tiny import batches, change_config, inputs, logits, tiny_model
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -342,7 +343,7 @@ def test_channels_that_a_plan_keeps_in_float(scheme: str, tmp_path: Path) -> Non
                 absmax = (calibration.absmax(name) / s).index_fill(0, module.columns, 0)
                 assert module.regular.input_scale == pytest.approx(float(absmax.max()) / 127)
     loaded = sq_cpu.load(sq_cpu.save(model, tmp_path / "out"))
-    assert torch.equal(logits(loaded), logits(model))
+    assert_same_model(loaded, model, logits)
     alone = sq_cpu.quantize(planted(), calibration, SmoothPlan((), layers), scheme=scheme)
     naive = sq_cpu.quantize(planted(), calibration, scheme=scheme, smooth=False)
     y = logits(float_model)
@@ -388,7 +389,7 @@ def test_models_are_saved_and_loaded(dtype: torch.dtype, tmp_path: Path) -> None
         AutoModelForCausalLM.from_pretrained(folder, dtype=dtype),
         sq_cpu.load(sq_cpu.save(sq_cpu.load(folder), tmp_path / "again")),
     ):
-        assert torch.equal(logits(loaded), logits(model))
+        assert_same_model(loaded, model, logits)
         assert loaded.sq_cpu_config == model.sq_cpu_config
     half = sq_cpu.load(folder, dtype=torch.float16).get_submodule("model.decoder.layers.0.fc1")
     assert half.outlier_weight.dtype == torch.float16
@@ -407,7 +408,7 @@ def test_a_decomposed_head_that_was_tied_is_loaded(tmp_path: Path) -> None:
     assert isinstance(model.lm_head, DecomposedLinear)
     loaded = sq_cpu.load(sq_cpu.save(model, tmp_path / "out"))
     with torch.no_grad():
-        assert torch.equal(loaded(**data[0]).logits, model(**data[0]).logits)
+        assert_same_model(loaded, model, lambda model: model(**data[0]).logits)
 
 
 def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from quantize_cases import Twice, calibrated, refuse
+from sameness import assert_same_model
 from tiny import batches, logits, mixed_plan, tiny_model
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ def test_every_scheme_runs_as_its_reference_and_is_saved(
     assert 0 < relative_error(kernels, before) < 0.06
     loaded = load(save(model, tmp_path / "out"))
     assert loaded.sq_cpu_config.scheme == scheme
-    assert torch.equal(logits(loaded), kernels)
+    assert_same_model(loaded, model, logits)
     rows = {"per_channel": 1, "per_rows": 5, "per_tensor": 32}[scheme.weights]
     scale = loaded.model.layers[0].mlp.down_proj.weight_scale
     assert len(scale.unique_consecutive()) == -(-32 // rows)
@@ -224,7 +225,7 @@ def test_mixtures_of_experts_are_copied_and_pickled_and_hold_no_float_twice() ->
     # Those that no token was routed to; views would keep all the others alive.
     assert all(parameter.untyped_storage().nbytes() == parameter.nbytes for parameter in kept)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), logits(model))
+        assert_same_model(twin, model, logits)
 
 
 def test_matrices_of_other_modules_are_accounted_for() -> None:
@@ -282,7 +283,7 @@ def test_mixed_plans_are_carried_out_linear_by_linear(
     kinds = set()
     for name in found.channel_min:
         layer, planned = model.get_submodule(name), plan.layer(name)
-        in_pass, s = name in smoothed.in_pass, smoothed.scales.get(name)
+        at_run_time, s = name in smoothed.at_run_time, smoothed.scales.get(name)
         weight = folded.get_submodule(name).weight
         outliers = torch.tensor(planned.outliers, dtype=torch.int64)
         if planned.outliers:
@@ -298,9 +299,9 @@ def test_mixed_plans_are_carried_out_linear_by_linear(
             assert torch.equal(layer.weight, weight)
             continue
         assert layer.scheme == plan.layer_scheme(Scheme.of(scheme), name)
-        assert (name in record.smoothed) == (in_pass and not planned.outliers)
-        assert (layer.smoothing is not None) == (in_pass or bool(planned.outliers))
-        weight = (weight * s if in_pass else weight).index_fill(1, outliers, 0)
+        assert (name in record.smoothed) == (at_run_time and not planned.outliers)
+        assert (layer.smoothing is not None) == (at_run_time or bool(planned.outliers))
+        weight = (weight * s if at_run_time else weight).index_fill(1, outliers, 0)
         codes, scale = quantize_weight(weight, clip=planned.weight_clip)
         assert torch.equal(layer.weight_int8(), codes)
         assert torch.equal(layer.weight_scale, scale)
@@ -366,7 +367,7 @@ def test_a_clip_has_no_effect_on_dynamic_linears() -> None:
         plain, same = copy.deepcopy(model), copy.deepcopy(other)
         quantize(plain, found, plan, scheme=scheme)
         quantize(same, found, clipped, scheme=scheme)
-        assert torch.equal(logits(plain), logits(same))
+        assert_same_model(plain, same, logits)
 
 
 def test_a_group_of_float_linears_is_left_as_it_is() -> None:

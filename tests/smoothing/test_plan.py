@@ -30,7 +30,7 @@ def test_plans_are_values(tmp_path: Path) -> None:
         assert SmoothPlan.load(given.save(tmp_path / "plan.json")) == given
 
 
-def test_json_says_what_departs_from_the_defaults() -> None:
+def test_json_says_what_is_not_the_default() -> None:
     curve = ((0.5, 1 / 3), (0.05, 2e-9), (1, 12345678))
     group = GroupPlan(name="a", alpha=0.25, clip=0.9, curve=curve)
     layers = LayerPlan(name="x", in_float=True, note="why"), LayerPlan(name="y", weight_clip=0.5)

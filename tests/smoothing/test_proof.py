@@ -1,4 +1,4 @@
-"""Wrong folds, as other implementations make them, are refused."""
+"""Right folds are proven; wrong ones, as other implementations make them, are refused."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from folding_cases import TYPES, LeakyNorm, assert_unchanged, random_scales, refused, state
 from tiny import batches, inputs, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import Layout, SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
-from sq_cpu.smoothing.folding import refused_folds
-from sq_cpu.smoothing.scales import running
+from sq_cpu.smoothing.proof import prove_folds, refused_folds, running
 
 
 def claim(model: Any, producer: str, *consumers: str, offset: float = 0.0) -> SmoothingGroup:
@@ -32,7 +33,9 @@ def refusal(name: str, model: Any, group: SmoothingGroup, s: Tensor | None = Non
     if s is None:
         s = torch.exp(0.1 * torch.randn(group.layout.channels, generator=generator))
     with evaluating(model):
-        found = refused_folds(model, {group: s}, lambda: [model(**batch)[0]])
+        found = refused_folds(
+            model, {group: s}, prove_folds(model, [group], lambda: [model(**batch)[0]])
+        )
     return found.get(group, "")
 
 
@@ -183,7 +186,9 @@ def test_two_producers_in_each_others_place_are_refused() -> None:
     (batch,) = inputs("llama", 1)
     s = dict.fromkeys(wrong, torch.ones(32))
     with evaluating(model):
-        assert refused_folds(model, s, lambda: [model(**batch)[0]]).keys() == set(wrong)
+        assert refused_folds(
+            model, s, prove_folds(model, s, lambda: [model(**batch)[0]])
+        ).keys() == set(wrong)
 
 
 @pytest.mark.parametrize("kind", ["producer", "consumer"])
@@ -257,8 +262,119 @@ def test_every_output_of_the_model_counts() -> None:
     run = running(model, ((batches(1)[0],), {}))
     assert run is not None
     with evaluating(model):
-        refused = refused_folds(model, scales, run)
+        refused = refused_folds(model, scales, prove_folds(model, scales, run))
     assert {group.name for group in refused} == {"model.layers.1.input_layernorm"}
+
+
+# --- right and wrong folds of our own rows ------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_right_folds_are_proven_in_any_dtype(model_type: str, dtype: torch.dtype) -> None:
+    model = tiny_model(model_type, dtype=dtype)
+    before = state(model)
+    assert refused(model, random_scales(model, spread=1)) == {}
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hidden_use_is_caught_and_its_group_named(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", dtype=dtype)
+    model.model.layers[1].mlp = LeakyNorm(model.model.layers[1].mlp)
+    before = state(model)
+    assert refused(model, random_scales(model, spread=0.1)) == {
+        "model.layers.1.post_attention_layernorm": "something else uses the output of "
+        "model.layers.1.post_attention_layernorm, or is not linear in it"
+    }
+    assert_unchanged(model, before)
+
+
+def test_a_group_that_misses_a_consumer_is_caught_and_it_is_named() -> None:
+    model = tiny_model("llama")
+    before = state(model)
+    scales = {
+        replace(group, consumers=group.consumers[:2]): s
+        for group, s in random_scales(model).items()
+        if group.name == "model.layers.0.input_layernorm"
+    }
+    assert refused(model, scales) == {
+        "model.layers.0.input_layernorm": "model.layers.0.self_attn.v_proj (Linear) takes the "
+        "output of model.layers.0.input_layernorm"
+    }
+    assert_unchanged(model, before)
+
+
+def test_an_unsmooth_activation_is_caught() -> None:
+    model = tiny_model("opt")
+    model.model.decoder.layers[1].activation_fn = nn.GELU()  # unlike what the config says
+    assert list(refused(model, random_scales(model))) == ["model.decoder.layers.1.fc1"]
+
+
+def test_several_wrong_folds_are_all_found() -> None:
+    model = tiny_model("opt", num_hidden_layers=5)
+    wrong = (0, 3, 4)
+    for index in wrong:
+        model.model.decoder.layers[index].activation_fn = nn.GELU()
+    found = refused(model, random_scales(model))
+    assert list(found) == [f"model.decoder.layers.{index}.fc1" for index in wrong]
+
+
+def test_a_weight_that_two_norms_share_is_refused() -> None:
+    model = tiny_model("llama")
+    first, second = model.model.layers
+    second.input_layernorm.weight = first.input_layernorm.weight
+    found = refused(model, random_scales(model))
+    names = [f"model.layers.{index}.input_layernorm" for index in (0, 1)]
+    assert found == dict.fromkeys(
+        names, f"{names[0]}.weight and {names[1]}.weight are the same parameter"
+    )
+
+
+def test_overflow_of_a_narrow_dtype_is_refused() -> None:
+    model = tiny_model("opt", dtype=torch.float16)
+    scales = {group: torch.full_like(s, 2.0**-20) for group, s in random_scales(model).items()}
+    found = refused(model, scales)
+    assert set(found) == {group.name for group in scales}
+    assert found["model.decoder.layers.0.fc1"].endswith("fc1.weight would overflow float16")
+
+
+def test_bad_scales_are_refused() -> None:
+    model = tiny_model("llama")
+    (group, *_) = smoothing_groups(model)
+    for s in (torch.ones(31), torch.zeros(32), torch.full((32,), torch.inf), -torch.ones(32)):
+        with pytest.raises(SqCpuError, match="s must be 32 positive finite numbers"):
+            refused(model, {group: s})
+
+
+def test_a_model_that_gives_nan_is_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.weight.data[0, 0] = torch.nan
+    with pytest.raises(SqCpuError, match="gives NaN"):
+        refused(model, random_scales(model))
+
+
+def test_a_block_that_is_never_called_is_refused() -> None:
+    model = tiny_model("llama")
+    scales = random_scales(model)
+    model.config.num_hidden_layers = 1  # the model runs that many of its layers
+    found = refused(model, scales)
+    assert found == dict.fromkeys(
+        (group.name for group in scales if group.block == "model.layers.1"),
+        "the example never reaches it, so the fold cannot be proven",
+    )
+
+
+def test_the_proof_leaves_no_trace() -> None:
+    model = tiny_model("llama").train()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    refused(model, random_scales(model))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 # --- modules that no row of ours has ------------------------------------------------------------
@@ -282,7 +398,8 @@ def pair_refusal(model: nn.Module, *shape: int, outputs: Any = list) -> str:
     x = torch.randn(shape)
     s = torch.linspace(0.5, 2.0, 8)
     with evaluating(model):
-        return refused_folds(model, {group: s}, lambda: outputs([model(x)])).get(group, "")
+        proof = prove_folds(model, [group], lambda: outputs([model(x)]))
+        return refused_folds(model, {group: s}, proof).get(group, "")
 
 
 def test_outputs_without_a_tensor_prove_nothing() -> None:

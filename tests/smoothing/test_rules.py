@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from smoothing_cases import SCHEMES, sampled
 from tiny import batches, logits, tiny_model
 from torch import Tensor
 
@@ -13,28 +14,12 @@ import sq_cpu
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.groups import smoothing_groups
-from sq_cpu.nn.decomposed import DecomposedLinear, outlier_columns
-from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
-from sq_cpu.smoothing.rules import (
-    ALPHAS,
-    RULES,
-    GroupStatistics,
-    LinearSample,
-    output_errors,
-    smoothing_scale,
-    smoothing_scales,
-    without_quiet,
-)
+from sq_cpu.smoothing.rules import ALPHAS, RULES, smoothing_scale, smoothing_scales, without_quiet
 from sq_cpu.smoothing.scales import fold, group_statistics, plan_scales
-
-SCHEMES = [
-    Scheme(),
-    Scheme.of("O2", symmetric=False),
-    Scheme.of("O3"),
-    Scheme(weights="per_tensor"),
-]
+from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 
 
 def statistics(
@@ -42,17 +27,6 @@ def statistics(
 ) -> GroupStatistics:
     gamma = None if norm is None else torch.tensor(norm)
     return GroupStatistics(torch.tensor(act), torch.tensor(weight), gamma)
-
-
-def sampled(scheme: Scheme, *, dtype: torch.dtype = torch.float32) -> GroupStatistics:
-    """Give the statistics of linears whose shared input has two channels of outliers."""
-    torch.manual_seed(0)
-    x = torch.randn(40, 32)
-    x[:, [3, 17]] *= 50
-    weights = [(0.1 * torch.randn(24, 32)).to(dtype) for _ in range(2)]
-    samples = tuple(LinearSample(w, x.to(dtype), x.amin(0), x.amax(0)) for w in weights)
-    absmax = torch.cat(weights).abs().amax(0).float()
-    return GroupStatistics(x.abs().amax(0), absmax, samples=samples, scheme=scheme)
 
 
 # --- each rule ----------------------------------------------------------------------------------
@@ -155,43 +129,7 @@ def test_unknown_rules_are_refused() -> None:
         smoothing_scale("awq", statistics([1.0], [1.0]))
 
 
-# --- the output error and its search ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_the_output_error_is_that_of_the_layer(scheme: Scheme, dtype: torch.dtype) -> None:
-    found = sampled(scheme, dtype=dtype)
-    s = smoothing_scale("smoothquant", found, 0.6)
-    errors, outputs = output_errors(found, s)
-    for sample, error, output in zip(found.samples, errors, outputs, strict=True):
-        linear = torch.nn.Linear(32, 24, bias=False)
-        linear.weight.data = sample.weight.float() * s
-        ranges = float((sample.low / s).min()), float((sample.high / s).max())
-        layer = QuantLinear.from_float(linear, scheme, ranges)
-        y = sample.rows.double() @ sample.weight.double().T
-        expected = (layer(sample.rows.float() / s).double() - y).square().sum()
-        # The sums are in fp32 here, in integers there: 32 terms, each rounded to 2^-24, against
-        # codes of 2^-7, so the errors agree to 32 * 2^-17; their squares to twice that.
-        torch.testing.assert_close(error, expected, rtol=2**-11, atol=0)
-        torch.testing.assert_close(output, y.square().sum(), rtol=2**-18, atol=0)
-
-
-@pytest.mark.parametrize("threshold", [1e-3, 2.0, 6.0, 1e3])
-def test_the_output_error_knows_of_channels_in_float(threshold: float) -> None:
-    scheme = Scheme(outlier_threshold=threshold)
-    found = sampled(scheme)
-    s = smoothing_scale("smoothquant", found, 0.2)
-    errors, _ = output_errors(found, s)
-    for sample, error in zip(found.samples, errors, strict=True):
-        linear = torch.nn.Linear(32, 24, bias=False)
-        linear.weight.data = sample.weight * s
-        x = sample.rows / s
-        columns = outlier_columns(x.abs().amax(0), threshold)
-        layer = DecomposedLinear.from_float(linear, scheme, columns)
-        expected = (layer(x) - x.double() @ linear.weight.T.double()).square().sum()
-        # As above; with every channel in float both are sums of squared fp32 roundings.
-        torch.testing.assert_close(error, expected, rtol=2**-11, atol=1e-6)
+# --- the search of the least output error -------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

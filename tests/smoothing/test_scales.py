@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from tiny import batches, tiny_model
+from torch import Tensor, nn
 
+import sq_cpu
+import sq_cpu.smoothing.scales as scales_module
+from sq_cpu.autotuning.ranking import estimated_errors
 from sq_cpu.calibration.calibrate import Calibration, calibrate
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
+from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan
 from sq_cpu.smoothing.rules import smoothing_scales
 from sq_cpu.smoothing.scales import fold
@@ -81,3 +88,30 @@ def test_scales_follow_the_rule_over_all_consumers_and_heads(
     assert torch.equal(scales[name], scales["model.layers.1.mlp.gate_proj"])
     heads = scales["model.layers.1.self_attn.o_proj"].reshape(2, 2, 12)
     assert torch.equal(heads[:, 0], heads[:, 1])
+
+
+def test_the_weights_of_a_group_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tiny_model("llama"), batches(4)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[7] *= 4000  # a massive activation
+    calibration = calibrate(model, data, gradient_rows=16)
+    looked: Counter[str] = Counter()
+    original = scales_module.weight_absmax
+
+    def counted(of: nn.Module, group: SmoothingGroup) -> Tensor:
+        looked[group.name] += 1
+        return original(of, group)
+
+    monkeypatch.setattr(scales_module, "weight_absmax", counted)
+    names = {g.name for g in smoothing_groups(model) if g.consumers != ("lm_head",)}
+    for options in ({}, {"sequential": True, "batches": data}):
+        looked.clear()
+        plan = sq_cpu.tune(model, calibration, alphas=(0.3, 0.7, 0.4), **options)
+        assert plan.layers  # so the search ran again, with channels in float
+        assert looked == dict.fromkeys(names, 1)
+    looked.clear()
+    estimated_errors(model, calibration, plan, Scheme.of("O3"), ("static", "per_token"))
+    assert looked == dict.fromkeys(names, 1)
+    looked.clear()
+    sq_cpu.analyze(model, calibration, plan)
+    assert looked == dict.fromkeys(names, 1)

@@ -30,7 +30,7 @@ def test_the_same_run_gives_the_same_rows(model_type: str) -> None:
     with linearized(model):
         linears = quantizable_linears(model, ("lm_head",))
         sampled = SampledRows(calibration, 5 * 2 * 16 - 6)
-        with evaluating(model), watching_inputs(linears, "input", sampled.see):
+        with evaluating(model), watching_inputs(linears, "input", sampled.observe):
             for batch in data:
                 mapping = batch if isinstance(batch, dict) else {"input_ids": batch}
                 with sampled.batch(mapping.get("attention_mask")):

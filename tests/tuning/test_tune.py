@@ -1,29 +1,18 @@
 """Alpha per group: the least output error, found from one calibration."""
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tiny import batches, tiny_model
-from tuning_cases import planted
+from tuning_cases import logit_error, planted
 
 import sq_cpu
-from sq_cpu import Calibration, Scheme, SmoothPlan, SqCpuError
+from sq_cpu import Scheme, SmoothPlan, SqCpuError
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.smoothing.scales import fold
 from sq_cpu.tuning.losses import LOSSES
-
-
-def error(model_type: str, plan: SmoothPlan | None, calibration: Calibration, scheme: str) -> float:
-    float_model, model = planted(model_type), planted(model_type)
-    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=plan is not None)
-    with torch.no_grad():
-        return sum(
-            float((model(ids).logits - float_model(ids).logits).square().mean())
-            for ids in batches(6)[3:]
-        )
 
 
 @pytest.mark.parametrize("scheme", ["O1", "O2", "O3"])
@@ -35,8 +24,8 @@ def test_tuned_beats_no_smoothing_where_there_are_outliers(model_type: str, sche
     assert {group.name for group in plan.groups} == {
         g.name for g in smoothing_groups(model) if g.consumers != ("lm_head",)
     }
-    tuned = error(model_type, plan, calibration, scheme)
-    assert tuned < 0.5 * error(model_type, None, calibration, scheme)
+    tuned = logit_error(model_type, plan, calibration, scheme)
+    assert tuned < 0.5 * logit_error(model_type, None, calibration, scheme)
 
 
 def test_the_chosen_alpha_has_the_least_error_of_its_grid() -> None:
@@ -123,8 +112,8 @@ def test_every_loss_finds_what_the_outliers_need(loss: str) -> None:
     model = planted("opt")
     calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64 * (loss == "kl"))
     plan = sq_cpu.tune(model, calibration, loss=loss)
-    tuned = error("opt", plan, calibration, "O3")
-    assert tuned < 0.5 * error("opt", None, calibration, "O3")
+    tuned = logit_error("opt", plan, calibration, "O3")
+    assert tuned < 0.5 * logit_error("opt", None, calibration, "O3")
     assert all(f"{loss} " in group.note and len(group.curve) > 21 for group in plan.groups)
 
 
@@ -176,64 +165,6 @@ def test_clip_is_searched_for_static_scales_alone() -> None:
         assert all(group.clip == 1 for group in plan.groups)
 
 
-def massive(model_type: str = "llama") -> torch.nn.Module:
-    """Make a tiny model with one channel before down_proj that is thousands of the others."""
-    model = tiny_model(model_type)
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.up_proj").weight[7] *= 4000
-    return model
-
-
-@pytest.mark.parametrize("options", [{}, {"block_wise": True}, {"sequential": True}], ids=str)
-@pytest.mark.parametrize("gradient_rows", [0, 64])
-def test_massive_activations_stay_in_float(gradient_rows: int, options: dict[str, Any]) -> None:
-    model, data = massive(), batches(4)
-    calibration = sq_cpu.calibrate(model, data, gradient_rows=gradient_rows)
-    settings = options | {"batches": data}
-    plan = sq_cpu.tune(model, calibration, **settings)
-    down = plan.layer("model.layers.1.mlp.down_proj")
-    assert down.outliers == (7,)
-    assert down.note.startswith("massive activations; ")
-    without = sq_cpu.tune(model, calibration, outliers=0, **settings)
-    assert without.layers == ()
-    loss, before = (sum(float(g.note.split()[-1]) for g in p.groups) for p in (plan, without))
-    assert loss < before
-    quantized = sq_cpu.quantize(massive(), calibration, plan)
-    assert quantized.sq_cpu_config.decomposed == {down.name: 1}
-
-
-def test_channels_are_kept_where_that_halves_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, module = "model.layers.1.mlp.down_proj", sys.modules["sq_cpu.tuning.tune"]
-    model = tiny_model("llama")
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.mlp.up_proj").weight[[7, 9, 20]] *= 4000
-    calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64)
-
-    def kept(outliers: int = 4) -> tuple[int, ...]:
-        return sq_cpu.tune(model, calibration, outliers=outliers).layer(name).outliers
-
-    assert kept() == (7, 9, 20)
-    greatest = calibration.absmax(name).topk(2).indices.sort().values.tolist()
-    assert kept(2) in ((), tuple(greatest))
-    monkeypatch.setattr(module, "_MASSIVE", 1e6)
-    assert kept() == ()
-    monkeypatch.undo()
-    monkeypatch.setattr(module, "NEGLIGIBLE", {"kl": 1.0})
-    assert kept() == ()
-    monkeypatch.undo()
-    # What is no outlier gains nothing by being in float.
-    monkeypatch.setattr(module, "_MASSIVE", 1.5)
-    plain = tiny_model("llama")
-    assert sq_cpu.tune(plain, sq_cpu.calibrate(plain, batches(4))).layers == ()
-
-
-def test_bad_numbers_of_outliers() -> None:
-    model = tiny_model("llama")
-    calibration = sq_cpu.calibrate(model, batches(4))
-    with pytest.raises(SqCpuError, match="outliers=-1: a number of channels"):
-        sq_cpu.tune(model, calibration, outliers=-1)
-
-
 def test_scored_are_rows_that_did_not_make_the_range() -> None:
     # Fold by fold another channel has the outlier: at alpha 1 on the rows that made the range
     # nothing clips, and held out the outlier of the fold does.
@@ -274,58 +205,3 @@ def test_one_batch_is_scored_on_itself() -> None:
     name = next(iter(calibration.rows))
     assert calibration.held_out([name]) == (calibration,)
     assert sq_cpu.tune(model, calibration).groups
-
-
-def test_inc_chooses_alphas_from_quantized_runs() -> None:
-    model = planted("llama")
-    data = batches(4)
-    calibration = sq_cpu.calibrate(model, data)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    grid = (0.0, 1.0, 0.1)
-    plans = [
-        sq_cpu.tune(model, calibration, method="inc", batches=data, alphas=grid) for _ in range(2)
-    ]
-    assert plans[0] == plans[1]
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert all(len(group.curve) == 11 for group in plans[0].groups)
-    assert error("llama", plans[0], calibration, "O3") < 0.5 * error(
-        "llama", None, calibration, "O3"
-    )
-    with pytest.raises(SqCpuError, match="pass batches"):
-        sq_cpu.tune(model, calibration, method="inc")
-    with pytest.raises(SqCpuError, match="method is 'best'"):
-        sq_cpu.tune(model, calibration, method="best")  # type: ignore[arg-type]
-
-
-def test_inc_by_its_definition() -> None:
-    # One linear and one sample: the alpha of least sum(|y - y~| / rowmax|y|)^0.5.
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(32, 16))
-    x = torch.randn(24, 32)
-    x[:, 5] *= 40
-    calibration = sq_cpu.calibrate(model, [x], ignore=())
-    scheme = Scheme.of("O3", ignore=())
-    (group,) = sq_cpu.tune(model, calibration, scheme=scheme, method="inc", batches=[x]).groups
-    with torch.no_grad():
-        y = model(x) - model[0].bias
-    losses = {}
-    for step in range(21):
-        alpha = step / 20
-        made = torch.nn.Sequential(torch.nn.Linear(32, 16))
-        made.load_state_dict(model.state_dict())
-        plan = SmoothPlan((replace(group, alpha=alpha, curve=()),))
-        sq_cpu.quantize(made, calibration, plan, scheme=scheme)
-        with torch.no_grad():
-            off = (made(x) - model[0].bias - y).abs()
-        losses[alpha] = float((off / y.abs().amax(dim=1, keepdim=True)).sqrt().sum())
-    assert group.alpha == min(losses, key=losses.__getitem__)
-    for alpha, loss in group.curve:
-        assert loss == pytest.approx(losses[alpha], rel=1e-3)
-
-
-def test_inc_where_other_tokens_reach_an_expert() -> None:
-    model = tiny_model("mixtral")
-    data = batches(4)
-    calibration = sq_cpu.calibrate(model, data)
-    plan = sq_cpu.tune(model, calibration, method="inc", batches=data, alphas=(0.0, 1.0, 0.5))
-    assert {group.alpha for group in plan.groups} <= {0.0, 0.5, 1.0}

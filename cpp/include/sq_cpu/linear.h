@@ -18,6 +18,11 @@
 // alone when it is called inside a parallel region. Denormal numbers count, whatever the caller's
 // floating-point mode. Errors: std::invalid_argument on bad arguments, whose message names them;
 // std::runtime_error where SQ_CPU_ISA cannot be met; std::bad_alloc.
+//
+// Memory: each calling thread keeps the workspace of its calls for the next ones and frees it when
+// it ends. That grows to the largest call: codes of x, up to 32 MB and 8 bytes a row, and for each
+// worker 4 or 8 KB of int32 sums; where k is cut into blocks, up to 75 KB or a quarter of L2. A
+// worker keeps 16 KB of its own for codes that each makes for itself.
 #pragma once
 
 #include <cstddef>

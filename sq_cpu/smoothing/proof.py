@@ -1,15 +1,11 @@
-"""Folding a smoothing scale into the weights, and the proof that the function is preserved.
-
-Producer: output channels / s (a norm's weight and bias, a linear's rows and bias). Consumers: input
-columns * s. Right if, and only if, the group holds every consumer of the producer's output and all
-between is linear in it; the family's row says so, `refused_folds` proves it on the model at hand.
-"""
+"""The proof that folding smoothing scales into a model's weights preserves its function."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,125 +14,138 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import Example, evaluating
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import removing
+from sq_cpu.smoothing.fold import folded_columns, folded_producer, producer_of
 
-__all__ = ["apply_folds", "refused_folds"]
+__all__ = ["FoldProof", "Run", "prove_folds", "refused_folds", "running"]
 
-_Scales = Mapping[SmoothingGroup, Tensor]
+Run = Callable[[], Sequence[Tensor]]
+"""Calls a model, or the one block that holds all the groups, and returns its outputs."""
+
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-_ROWS = 256  # of a weight that are in fp32 at a time
+
+@dataclass(frozen=True, eq=False)
+class FoldProof:
+    """Which folds preserve the function of a model and of its copies, whatever s is."""
+
+    reasons: Mapping[SmoothingGroup, str]
+    """Why a group cannot be folded; "" where it can."""
+    norm_calls: Mapping[SmoothingGroup, _Arguments]
+    """With what the norm before each group that can be folded was called last."""
 
 
-def refused_folds(
-    model: nn.Module, scales: _Scales, run: Callable[[], Sequence[Tensor]]
-) -> dict[SmoothingGroup, str]:
-    """Return which of the folds would change the function of the model, and why; change nothing.
+def running(model: nn.Module, example: Example | None) -> Run | None:
+    """Return what calls the model with an example and gives its outputs; None without one."""
+    if example is None:
+        return None
+    args, kwargs = example
 
-    `scales` has s for each group that has a producer, `run` calls the model (or the one block that
-    holds all the groups), in evaluation mode without gradients, and returns its outputs.
+    def run() -> list[Tensor]:
+        # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
+        outputs = tree_leaves(model(*args, **kwargs), is_leaf=_is_cache)
+        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+
+    return run
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
+
+
+def prove_folds(model: nn.Module, groups: Iterable[SmoothingGroup], run: Run | None) -> FoldProof:
+    """Prove of each group that has a producer whether it can be folded; change nothing.
 
     The proof is exact: a hook divides every producer's output by random powers of two, a hook
     multiplies every consumer's input by the same. Products with powers of two do not round, so in
     any dtype the outputs are equal bit for bit, unless something else uses what a producer gives or
     something between is not linear in it. What the hooks do to a linear, folding does to its
-    weights by the definition of a matrix product; how a norm uses its weight is not known, so each
-    is also called with the folded weights, which may move its output by rounding only.
+    weights by the definition of a matrix product. How a norm uses its weight, and whether the
+    folded weights fit their dtype, depends on s: `refused_folds` tells.
     Hooks of the model's own on a linear see other values once s is in the weights: refused.
-    Memory is that of two sets of outputs and of the norms' inputs. What the model draws at random
-    is the same in every run, and the generator's state stays.
+    Memory is that of two sets of outputs and of the norms' inputs, and the latter stay in the
+    proof. What the model draws at random is the same in every run, and the generator's state stays.
 
-    Raises `SqCpuError` where the model gives NaN.
+    Without `run` nothing can be folded. Raises `SqCpuError` where the model gives NaN.
     """
-    refused = _unfit(model, scales)
-    left = [group for group in scales if group not in refused]
+    groups = [group for group in groups if group.producer is not None]
+    if run is None:
+        reason = "the calibration holds no example to prove it with"
+        return FoldProof(dict.fromkeys(groups, reason), {})
+    with evaluating(model):
+        return _prove(model, groups, run)
+
+
+def _prove(model: nn.Module, groups: Sequence[SmoothingGroup], run: Run) -> FoldProof:
+    refused = _taken(model, groups)
+    left = [group for group in groups if group not in refused]
     norms = {
-        group: model.get_submodule(_producer(group))
+        group: model.get_submodule(producer_of(group))
         for group in left
-        if type(model.get_submodule(_producer(group))) is not nn.Linear
+        if type(model.get_submodule(producer_of(group))) is not nn.Linear
     }
     calls: dict[nn.Module, _Arguments] = {}
     called: dict[nn.Module, bool] = {}
     with _watching(model, left, norms.values(), calls, called):
         expected = _seeded(run)
-    if not expected:
-        return refused | dict.fromkeys(left, "the model returns no tensor that could be compared")
     if any(output.isnan().any() for output in expected):  # -inf may be a mask
         raise SqCpuError("the model gives NaN; check its weights and the batches")
     for group in left:
-        modules = [model.get_submodule(name) for name in (*group.consumers, _producer(group))]
-        if not called.keys() >= set(modules):
+        modules = [model.get_submodule(name) for name in (*group.consumers, producer_of(group))]
+        if not expected:
+            refused[group] = "the model returns no tensor that could be compared"
+        elif not called.keys() >= set(modules):
             refused[group] = "the example never reaches it, so the fold cannot be proven"
         elif not called[modules[-1]]:
             refused[group] = f"{group.producer} does not return a tensor with its channels last"
-        elif group in norms:
-            error = _norm_error(norms[group], group, scales[group], calls[norms[group]])
-            if error:
-                refused[group] = error
 
     def preserved(groups: Sequence[SmoothingGroup]) -> bool:
         with _rescaled(model, groups):
             found = _seeded(run)
         return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
-    left = [group for group in left if group not in refused]
-    for group in _culprits(left, preserved):
+    for group in _culprits([group for group in left if group not in refused], preserved):
         refused[group] = _reason(model, group, run)
-    return refused
+    return FoldProof(
+        {group: refused.get(group, "") for group in groups},
+        {group: calls[norm] for group, norm in norms.items() if group not in refused},
+    )
 
 
-def _seeded(run: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+def refused_folds(
+    model: nn.Module, scales: Mapping[SmoothingGroup, Tensor], proof: FoldProof
+) -> dict[SmoothingGroup, str]:
+    """Return which of the folds would change the function of the model, and why; change nothing.
+
+    `scales` has s for groups that the proof, of this model or one that it is a copy of, has looked
+    at. A group that can be folded is refused where its s makes a weight overflow, and where its
+    norm, called with the folded weights, moves by more than rounding.
+
+    Raises `SqCpuError` for an s that is not positive and finite.
+    """
+    for group, s in scales.items():
+        if s.shape != (group.layout.channels,) or not (s.isfinite() & (s > 0)).all():
+            raise SqCpuError(
+                f"group {group.name}: s must be {group.layout.channels} positive finite numbers"
+            )
+    with evaluating(model):
+        reasons = {
+            group: proof.reasons[group] or _unfit(model, group, s, proof.norm_calls.get(group))
+            for group, s in scales.items()
+        }
+    return {group: reason for group, reason in reasons.items() if reason}
+
+
+def _seeded(run: Run) -> Sequence[Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return run()
 
 
-def apply_folds(model: nn.Module, scales: _Scales) -> None:
-    """Fold s into the weights of each group, in fp32, rounded once to the parameters' dtype."""
-    with torch.no_grad():
-        for group, s in scales.items():
-            for name in group.consumers:
-                for rows in torch.split(model.get_parameter(f"{name}.weight"), _ROWS):
-                    rows.copy_(_columns(rows, group.layout.widen(s)))
-            producer = model.get_submodule(_producer(group))
-            weight = producer.get_parameter("weight")
-            by = group.layout.spread(s, len(weight))
-            for rows, divisor in zip(
-                torch.split(weight, _ROWS), torch.split(by, _ROWS), strict=True
-            ):
-                rows.copy_(_divided(rows, divisor, group.norm_offset))
-            if isinstance(bias := getattr(producer, "bias", None), Tensor):
-                bias.copy_(bias.float() / by)
-
-
-def _producer(group: SmoothingGroup) -> str:
-    assert group.producer is not None
-    return group.producer
-
-
-def _columns(weight: Tensor, s: Tensor) -> Tensor:
-    return weight.float() * s
-
-
-def _folded_producer(module: nn.Module, group: SmoothingGroup, s: Tensor) -> dict[str, Tensor]:
-    """Return the producer's changed parameters, fp32."""
-    weight = module.get_parameter("weight").detach()
-    by = group.layout.spread(s, len(weight))
-    folded = {"weight": _divided(weight, by, group.norm_offset)}
-    if isinstance(bias := getattr(module, "bias", None), Tensor):
-        folded["bias"] = bias.detach().float() / by
-    return folded
-
-
-def _divided(weight: Tensor, by: Tensor, norm_offset: float) -> Tensor:
-    """Return the rows of a linear's weight, or a norm's entries, each divided, fp32."""
-    divisor = by if weight.dim() == 1 else by[:, None]
-    return (weight.float() + norm_offset) / divisor - norm_offset
-
-
-def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:
-    """Return the groups whose weights cannot take s: shared ones, hooked, and those that overflow.
+def _taken(model: nn.Module, groups: Iterable[SmoothingGroup]) -> dict[SmoothingGroup, str]:
+    """Return the groups with weights that something else has a part in, and why.
 
     A module that the model holds twice shares nothing: it is one, and the proof sees all its calls.
     """
@@ -145,34 +154,38 @@ def _unfit(model: nn.Module, scales: _Scales) -> dict[SmoothingGroup, str]:
         for key, parameter in module.named_parameters(path, recurse=False):
             names.setdefault(parameter.data_ptr(), []).append(key)
     refused = {}
-    for group, s in scales.items():
-        if s.shape != (group.layout.channels,) or not (s.isfinite() & (s > 0)).all():
-            raise SqCpuError(
-                f"group {group.name}: s must be {group.layout.channels} positive finite numbers"
-            )
-        producer = model.get_submodule(_producer(group))
+    for group in groups:
+        producer = model.get_submodule(producer_of(group))
         folded = [model.get_parameter(f"{name}.weight") for name in group.consumers]
         folded += producer.parameters(recurse=False)
         for shared in (names[parameter.data_ptr()] for parameter in folded):
             if len(shared) > 1:
                 refused[group] = f"{shared[0]} and {shared[1]} are the same parameter"
-        for name in (_producer(group), *group.consumers):
+        for name in (producer_of(group), *group.consumers):
             module = model.get_submodule(name)
             hooks = module._forward_hooks or module._forward_pre_hooks
             if hooks and isinstance(module, nn.Linear):
                 refused[group] = f"{name} has forward hooks, which would see other values"
-            weight = module.get_parameter("weight")
-            if weight.dtype == torch.float16 and not _fits(model, group, s, name):
-                refused[group] = f"{name}.weight would overflow float16"
     return refused
+
+
+def _unfit(model: nn.Module, group: SmoothingGroup, s: Tensor, norm_call: _Arguments | None) -> str:
+    """Return why the group's weights cannot take this s; "" if they can."""
+    for name in (producer_of(group), *group.consumers):
+        weight = model.get_parameter(f"{name}.weight")
+        if weight.dtype == torch.float16 and not _fits(model, group, s, name):
+            return f"{name}.weight would overflow float16"
+    if norm_call is None:
+        return ""
+    return _norm_error(model.get_submodule(producer_of(group)), group, s, norm_call)
 
 
 def _fits(model: nn.Module, group: SmoothingGroup, s: Tensor, name: str) -> bool:
     module = model.get_submodule(name)
     values = (
-        _folded_producer(module, group, s).values()
+        folded_producer(module, group, s).values()
         if name == group.producer
-        else [_columns(module.get_parameter("weight").detach(), group.layout.widen(s))]
+        else [folded_columns(module.get_parameter("weight").detach(), group.layout.widen(s))]
     )
     return all(bool(value.half().isfinite().all()) for value in values)
 
@@ -183,7 +196,7 @@ def _norm_error(norm: nn.Module, group: SmoothingGroup, s: Tensor, call: _Argume
     y = norm(*args, **kwargs)
     folded = {
         name: value.to(norm.get_parameter(name).dtype)
-        for name, value in _folded_producer(norm, group, s).items()
+        for name, value in folded_producer(norm, group, s).items()
     }
     y_folded = functional_call(norm, folded, args, kwargs).float() * s
     y = y.float().reshape(-1, group.layout.channels)
@@ -227,7 +240,7 @@ def _rescaled(model: nn.Module, groups: Sequence[SmoothingGroup]) -> Iterator[No
 
     for group in groups:
         s = _powers_of_two(group)
-        producer = model.get_submodule(_producer(group))
+        producer = model.get_submodule(producer_of(group))
         by = group.layout.spread(s, producer.get_parameter("weight").shape[0])
         handles.append(producer.register_forward_hook(divide(by)))
         for name in group.consumers:
@@ -265,7 +278,7 @@ def _watching(
     modules = {
         model.get_submodule(name)
         for group in groups
-        for name in (_producer(group), *group.consumers)
+        for name in (producer_of(group), *group.consumers)
     }
     handles = [module.register_forward_hook(after) for module in modules]
     handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in kept]
@@ -288,7 +301,7 @@ def _culprits(
 def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> str:
     """Say who else takes the producer's output, where a module does."""
     readers: list[str] = []
-    outputs: list[Tensor] = []  # held, so that no other tensor gets their memory
+    outputs: list[Tensor] = []  # kept, so that no other tensor gets their memory
 
     def give(_module: nn.Module, _args: Any, output: Tensor) -> None:
         outputs.append(output)
@@ -301,7 +314,7 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
 
         return hook
 
-    handles = [model.get_submodule(_producer(group)).register_forward_hook(give)]
+    handles = [model.get_submodule(producer_of(group)).register_forward_hook(give)]
     handles += [
         module.register_forward_pre_hook(take(name), with_kwargs=True)
         for name, module in model.named_modules()

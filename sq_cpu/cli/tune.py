@@ -1,0 +1,99 @@
+"""`sq-cpu tune`: a plan for `sq-cpu quantize --plan`."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from sq_cpu.cli.autotune import autotune_command
+from sq_cpu.cli.common import Dtype, Json, Model, SchemeName, Window, check_file, emit
+from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
+from sq_cpu.scheme import Scheme
+from sq_cpu.tuning.tune import OUTLIERS, tune
+
+
+def tune_command(
+    model: Model,
+    out: Out,
+    scheme: Annotated[
+        SchemeName | None,
+        typer.Option(
+            help="Activation scales: O1 per token, O2 per tensor, O3 static. [default: O3]"
+        ),
+    ] = None,
+    goal: Annotated[
+        str | None,
+        typer.Option(help=f"{GOAL} Then it is autotune, with its other options' defaults."),
+    ] = None,
+    calib: Calib = None,
+    windows: Windows = 16,
+    window: Window = 512,
+    ignore: Ignore = None,
+    dtype: DtypeOption = Dtype.fp32,
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential", help="Tune each block on what the quantized ones before it give."
+        ),
+    ] = False,
+    outliers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"Massive channels that a linear may keep in float. [default: {OUTLIERS}]",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
+    if goal is not None:
+        if scheme is not None or sequential or outliers is not None:
+            raise typer.BadParameter(
+                "--goal leaves all of the plan to autotune; drop it, or --scheme, --sequential and "
+                "--outliers"
+            )
+        autotune_command(
+            model,
+            out,
+            goal=goal,
+            calib=calib,
+            windows=windows,
+            window=window,
+            ignore=ignore,
+            dtype=dtype,
+            as_json=as_json,
+        )
+        return
+    check_file(out)
+    data = tuning_input(model, calib, windows, window, dtype, ignore)
+    start = time.perf_counter()
+    loaded, _, batches = data.load()
+    calibration = data.calibration(loaded, batches)
+    settings = Scheme.of((scheme or SchemeName.o3).value, ignore=data.ignore)
+    plan = tune(
+        loaded,
+        calibration,
+        scheme=settings,
+        sequential=sequential,
+        outliers=OUTLIERS if outliers is None else outliers,
+        batches=batches,
+    )
+    plan.save(out)
+    seconds = round(time.perf_counter() - start, 1)
+    alphas = [group.alpha for group in plan.groups]
+    result = {
+        "output": str(out),
+        "scheme": settings.to_dict(),
+        "groups": len(alphas),
+        "channels_in_float": sum(len(layer.outliers) for layer in plan.layers),
+        "alpha": {"least": min(alphas, default=None), "greatest": max(alphas, default=None)},
+        "seconds": seconds,
+    }
+    emit(
+        result,
+        as_json,
+        f"{out}: {len(alphas)} groups ({settings.name}), alpha {min(alphas, default=0):.2f} to "
+        f"{max(alphas, default=0):.2f}, in {seconds:.0f} s",
+    )

@@ -1,0 +1,174 @@
+"""A linear as if it was quantized, in plain torch and the numerics of the kernels.
+
+For what looks at much and keeps little: the rules, the searches, the analysis. `quantize` takes the
+range and the channels in float from here too, so that each is decided in one place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.numerics.ranges import static_range
+from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
+from sq_cpu.scheme import Scheme
+
+__all__ = ["FakeQuantizedLinear", "LinearSample"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSample:
+    """What is known of one linear that will be quantized."""
+
+    weight: Tensor
+    """Floating point [out_features, in_features]; may be the model's own."""
+    rows: Tensor | None
+    """A sample of the linear's input, floating point [rows, in_features]; None if none was kept."""
+    low: Tensor | None
+    high: Tensor | None
+    """Range of every input channel, fp32 [in_features] each; None where no input was seen."""
+    scheme: Scheme | None = None
+    """How it will be quantized, resolved; None: as its group."""
+    gradient_rows: Tensor | None = None
+    """Rows that are known with gradients, like `rows`; None: none are."""
+    gradient: Tensor | None = None
+    """Of the model's loss with respect to the output for each of them, [rows, out_features]."""
+    gradient_weights: Tensor | None = None
+    """How many rows each of them stands for, fp32."""
+    weight_clip: float = 1.0
+    """Fraction of a weight scale's absmax that the codes cover."""
+    outliers: tuple[int, ...] = ()
+    """Input channels that stay in float, beside those that reach the scheme's threshold."""
+    name: str = ""
+    """Its full name, for who asks for several."""
+
+    @cached_property
+    def output(self) -> Tensor:
+        """What the float linear gives for `rows`, without bias: fp32 [rows, out_features]."""
+        return self._output(self.inputs())
+
+    @cached_property
+    def gradient_output(self) -> Tensor:
+        """What the float linear gives for `gradient_rows`, like `output`."""
+        return self._output(self.gradient_inputs())
+
+    def _output(self, x: Tensor) -> Tensor:
+        return x @ self.weight.detach().float().T
+
+    def squared_output(self) -> Tensor:
+        """Return |X W^T|^2 over `rows`, fp64."""
+        return self.output.double().square().sum()
+
+    def inputs(self) -> Tensor:
+        """Return `rows` in fp32; `SqCpuError` when there are none."""
+        if self.rows is None or not len(self.rows):
+            raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
+        return self.rows.float()
+
+    def gradient_inputs(self) -> Tensor:
+        """Return `gradient_rows` in fp32; `SqCpuError` when none were looked for."""
+        if self.gradient_rows is None:
+            raise SqCpuError(
+                f"the calibration holds no gradients of {self.name}: calibrate with "
+                "gradient_rows=384, or, where the model runs without gradients, with 0"
+            )
+        return self.gradient_rows.float()
+
+
+@dataclass(frozen=True, eq=False)
+class FakeQuantizedLinear:
+    """Q(X / s) Q(W s)^T of one linear, for any rows X.
+
+    What does not depend on the rows (range, codes of the weight) is found when first asked for, and
+    kept.
+    """
+
+    sample: LinearSample
+    s: Tensor
+    """The smoothing scale, fp32 [in_features]."""
+    scheme: Scheme
+    """Resolved."""
+    clip: float = 1.0
+    """Fraction of the found range that a static scale covers."""
+
+    @cached_property
+    def outliers(self) -> Tensor:
+        """Which channels of X / s and W s stay in float, bool [in_features]."""
+        low, high = self.sample.low, self.sample.high
+        found = torch.zeros_like(self.s, dtype=torch.bool)
+        if self.scheme.outlier_threshold is not None and low is not None and high is not None:
+            found = torch.maximum(-low / self.s, high / self.s) >= self.scheme.outlier_threshold
+        found[list(self.sample.outliers)] = True
+        return found
+
+    @cached_property
+    def _full_range(self) -> tuple[float, float]:
+        """What `static_range` finds, before the clip."""
+        sample = self.sample
+        if sample.low is None or sample.high is None:
+            raise SqCpuError(f"no input of {sample.name} was seen: calibrate on other batches")
+        low, high = sample.low / self.s, sample.high / self.s
+        if not (low.isfinite().all() and high.isfinite().all()):
+            raise SqCpuError(
+                f"the calibrated range of {sample.name} is not finite: calibrate again, or ignore "
+                "it"
+            )
+        low, high = (end.masked_fill(self.outliers, 0.0) for end in (low, high))
+        rows = None if sample.rows is None else self.smoothed(sample.rows)
+        return static_range(low, high, rows, self.scheme)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """What a static scale covers of X / s, without the channels that stay in float.
+
+        Raises `SqCpuError` where no input was seen, where its range is not finite, and where the
+        scheme's range needs rows that are not there.
+        """
+        low, high = self._full_range
+        return self.clip * low, self.clip * high
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Q(W s), fp32 [out_features, in_features]."""
+        weight = self.sample.weight.detach().float() * self.s
+        codes, scale = quantize_weight(
+            weight.masked_fill(self.outliers, 0.0),
+            self.scheme.weights,
+            self.scheme.rows_per_scale,
+            self.sample.weight_clip,
+        )
+        return torch.where(self.outliers, weight, codes.float() * scale[:, None])
+
+    def with_clip(self, clip: float) -> FakeQuantizedLinear:
+        """Return this linear with another clip; what does not depend on it is shared."""
+        other = replace(self, clip=clip)
+        vars(other).update(outliers=self.outliers, weight=self.weight)
+        if self.scheme.activations == "static":
+            vars(other).update(_full_range=self._full_range)
+        return other
+
+    def smoothed(self, rows: Tensor) -> Tensor:
+        """Return X / s of rows X, fp32, with 0 in the channels that stay in float."""
+        return (rows.float() / self.s).masked_fill(self.outliers, 0.0)
+
+    def quantize(self, rows: Tensor) -> Tensor:
+        """Return Q(X / s) of rows X, floating point [rows, in_features]; fp32."""
+        static = None
+        if self.scheme.activations == "static":
+            static = static_code(self.scheme, *self.range)
+        codes, row_scale, zero_point = quantize_rows(self.smoothed(rows), self.scheme, static)
+        made = (codes.float() - zero_point[:, None]) * row_scale[:, None]
+        return torch.where(self.outliers, rows.float() / self.s, made)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the output for rows X, without bias: fp32 [rows, out_features]."""
+        return self.quantize(rows) @ self.weight.T
+
+    def squared_error(self) -> Tensor:
+        """Return |Q(X / s) Q(W s)^T - X W^T|^2 over the sample's rows, fp64."""
+        error = self(self.sample.inputs()) - self.sample.output
+        return error.double().square().sum()

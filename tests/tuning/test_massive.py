@@ -1,0 +1,69 @@
+"""Channels of massive activations, which stay in float where that pays."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import batches, tiny_model
+
+import sq_cpu
+import sq_cpu.tuning.massive as massive_module
+from sq_cpu import SqCpuError
+
+
+def massive(model_type: str = "llama") -> torch.nn.Module:
+    """Make a tiny model with one channel before down_proj that is thousands of the others."""
+    model = tiny_model(model_type)
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[7] *= 4000
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"block_wise": True}, {"sequential": True}], ids=str)
+@pytest.mark.parametrize("gradient_rows", [0, 64])
+def test_massive_activations_stay_in_float(gradient_rows: int, options: dict[str, Any]) -> None:
+    model, data = massive(), batches(4)
+    calibration = sq_cpu.calibrate(model, data, gradient_rows=gradient_rows)
+    settings = options | {"batches": data}
+    plan = sq_cpu.tune(model, calibration, **settings)
+    down = plan.layer("model.layers.1.mlp.down_proj")
+    assert down.outliers == (7,)
+    assert down.note.startswith("massive activations; ")
+    without = sq_cpu.tune(model, calibration, outliers=0, **settings)
+    assert without.layers == ()
+    loss, before = (sum(float(g.note.split()[-1]) for g in p.groups) for p in (plan, without))
+    assert loss < before
+    quantized = sq_cpu.quantize(massive(), calibration, plan)
+    assert quantized.sq_cpu_config.decomposed == {down.name: 1}
+
+
+def test_channels_are_kept_where_that_halves_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp.up_proj").weight[[7, 9, 20]] *= 4000
+    calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64)
+
+    def kept(outliers: int = 4) -> tuple[int, ...]:
+        return sq_cpu.tune(model, calibration, outliers=outliers).layer(name).outliers
+
+    assert kept() == (7, 9, 20)
+    greatest = calibration.absmax(name).topk(2).indices.sort().values.tolist()
+    assert kept(2) in ((), tuple(greatest))
+    monkeypatch.setattr(massive_module, "_MASSIVE", 1e6)
+    assert kept() == ()
+    monkeypatch.undo()
+    monkeypatch.setattr(massive_module, "NEGLIGIBLE", {"kl": 1.0})
+    assert kept() == ()
+    monkeypatch.undo()
+    # What is no outlier gains nothing by being in float.
+    monkeypatch.setattr(massive_module, "_MASSIVE", 1.5)
+    plain = tiny_model("llama")
+    assert sq_cpu.tune(plain, sq_cpu.calibrate(plain, batches(4))).layers == ()
+
+
+def test_bad_numbers_of_outliers() -> None:
+    model = tiny_model("llama")
+    calibration = sq_cpu.calibrate(model, batches(4))
+    with pytest.raises(SqCpuError, match="outliers=-1: a number of channels"):
+        sq_cpu.tune(model, calibration, outliers=-1)
