@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.hooks import removing
+from sq_cpu.models.hooks import hooked
 
 __all__ = ["differentiating", "sampled_loss"]
 
@@ -73,7 +73,7 @@ def differentiating(
         return ((x, *args[1:]), kwargs) if args else ((), {**kwargs, "input": x})
 
     def after(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, y: Tensor) -> Tensor | None:
+        def hook(_module: nn.Module, _args: Any, _kwargs: Any, y: Tensor) -> Tensor | None:
             if not y.requires_grad:  # a part of the model that runs without gradients
                 return None
             # A copy: the model may change y in place, and the hook would get that one's gradient.
@@ -83,14 +83,12 @@ def differentiating(
 
         return hook
 
-    handles = []
-    for name, linear in linears.items():
-        handles.append(linear.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(linear.register_forward_hook(after(name)))
+    inputs = [(linear, before) for linear in linears.values()]
+    outputs = [(linear, after(name)) for name, linear in linears.items()]
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with removing(handles), torch.enable_grad():
+        with hooked(before=inputs, after=outputs), torch.enable_grad():
             yield
     finally:
         for parameter in trained:

@@ -18,7 +18,7 @@ from torch import nn
 
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.calls import evaluating
-from sq_cpu.models.hooks import removing
+from sq_cpu.models.hooks import hooked
 
 __all__ = ["lm_eval_accuracy"]
 
@@ -126,11 +126,11 @@ def _task_manager(folder: str | None) -> Any:
 def _finite(model: nn.Module) -> Iterator[None]:
     """Refuse logits of NaN or Inf: lm-eval would make some number of them."""
 
-    def check(_: nn.Module, __: Any, output: Any) -> None:
+    def check(_module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         if not output.logits.isfinite().all():
             raise SqCpuError("the model gives NaN or Inf on a text of the tasks")
 
-    with removing([model.register_forward_hook(check)]):
+    with hooked(after=[(model, check)]):
         yield
 
 

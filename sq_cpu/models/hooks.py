@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-__all__ = ["removing", "watching_inputs"]
+__all__ = ["hooked", "watching_inputs"]
+
+Hooks = Iterable[tuple[nn.Module, Callable[..., Any]]]
 
 
 @contextmanager
-def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Run a block, and remove these hooks when it ends."""
-    try:
+def hooked(*, before: Hooks = (), after: Hooks = ()) -> Iterator[None]:
+    """Run a block in which modules have hooks.
+
+    One of `before` is called as hook(module, args, kwargs) and may return others, (args, kwargs);
+    one of `after` as hook(module, args, kwargs, output) and may return another output.
+    """
+    with ExitStack() as handles:
+        for module, hook in before:
+            handles.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for module, hook in after:
+            handles.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def watching_inputs(
-    modules: Mapping[str, nn.Module], argument: str, see: Callable[[str, Any], None]
+    modules: Mapping[str, nn.Module], argument: str, observe: Callable[[str, Any], None]
 ) -> Iterator[None]:
-    """Call see(name, input) before every call of a module; `argument` names its input."""
+    """Call observe(name, input) before every call of a module; `argument` names its input."""
 
     def hook(name: str) -> Any:
-        return lambda _module, args, kwargs: see(name, args[0] if args else kwargs[argument])
+        return lambda _module, args, kwargs: observe(name, args[0] if args else kwargs[argument])
 
-    handles = [
-        module.register_forward_pre_hook(hook(name), with_kwargs=True)
-        for name, module in modules.items()
-    ]
-    with removing(handles):
+    with hooked(before=[(module, hook(name)) for name, module in modules.items()]):
         yield

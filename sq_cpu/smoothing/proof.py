@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Example, evaluating
 from sq_cpu.models.groups import SmoothingGroup
-from sq_cpu.models.hooks import removing
+from sq_cpu.models.hooks import hooked
 from sq_cpu.smoothing.fold import folded_columns, folded_producer, producer_of
 
 __all__ = ["FoldProof", "Run", "prove_folds", "refused_folds", "running"]
@@ -225,10 +225,11 @@ def _powers_of_two(group: SmoothingGroup) -> Tensor:
 @contextmanager
 def _rescaled(model: nn.Module, groups: Sequence[SmoothingGroup]) -> Iterator[None]:
     """Divide the outputs of producers, and multiply the inputs of consumers, by powers of two."""
-    handles = []
+    before: list[tuple[nn.Module, Any]] = []
+    after: list[tuple[nn.Module, Any]] = []
 
     def divide(by: Tensor) -> Any:
-        return lambda _module, _args, output: output / by.to(output.dtype)
+        return lambda _module, _args, _kwargs, output: output / by.to(output.dtype)
 
     def multiply(by: Tensor) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -242,12 +243,10 @@ def _rescaled(model: nn.Module, groups: Sequence[SmoothingGroup]) -> Iterator[No
         s = _powers_of_two(group)
         producer = model.get_submodule(producer_of(group))
         by = group.layout.spread(s, producer.get_parameter("weight").shape[0])
-        handles.append(producer.register_forward_hook(divide(by)))
+        after.append((producer, divide(by)))
         for name in group.consumers:
-            consumer = model.get_submodule(name)
-            hook = multiply(group.layout.widen(s))
-            handles.append(consumer.register_forward_pre_hook(hook, with_kwargs=True))
-    with removing(handles):
+            before.append((model.get_submodule(name), multiply(group.layout.widen(s))))
+    with hooked(before=before, after=after):
         yield
 
 
@@ -269,7 +268,7 @@ def _watching(
             # Copies, for what follows may write to them.
             calls[module] = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
 
-    def after(module: nn.Module, _args: Any, output: Any) -> None:
+    def after(module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         outputs = len(module.get_parameter("weight"))
         fits = isinstance(output, Tensor) and output.dim() > 0 and output.shape[-1] == outputs
         called[module] = fits and called.get(module, True)
@@ -280,9 +279,7 @@ def _watching(
         for group in groups
         for name in (producer_of(group), *group.consumers)
     }
-    handles = [module.register_forward_hook(after) for module in modules]
-    handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in kept]
-    with removing(handles):
+    with hooked(before=((m, before) for m in kept), after=((m, after) for m in modules)):
         yield
 
 
@@ -303,7 +300,7 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
     readers: list[str] = []
     outputs: list[Tensor] = []  # kept, so that no other tensor gets their memory
 
-    def give(_module: nn.Module, _args: Any, output: Tensor) -> None:
+    def give(_module: nn.Module, _args: Any, _kwargs: Any, output: Tensor) -> None:
         outputs.append(output)
 
     def take(name: str) -> Any:
@@ -314,13 +311,12 @@ def _reason(model: nn.Module, group: SmoothingGroup, run: Callable[[], Any]) -> 
 
         return hook
 
-    handles = [model.get_submodule(producer_of(group)).register_forward_hook(give)]
-    handles += [
-        module.register_forward_pre_hook(take(name), with_kwargs=True)
+    others = [
+        (module, take(name))
         for name, module in model.named_modules()
         if name not in group.consumers and not any(True for _ in module.children())
     ]
-    with removing(handles):
+    with hooked(before=others, after=[(model.get_submodule(producer_of(group)), give)]):
         run()
     if readers:
         return f"{readers[0]} takes the output of {group.producer}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.groups import SmoothingGroup
-from sq_cpu.models.hooks import removing
+from sq_cpu.models.hooks import hooked
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan
@@ -123,16 +123,16 @@ def _recording_outputs(
     """Run a block that keeps each linear's output, without bias, fp32 [rows, out_features]."""
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(linear: nn.Linear, _: Any, y: Tensor) -> None:
+        def hook(linear: nn.Linear, _args: Any, _kwargs: Any, y: Tensor) -> None:
             bias = 0.0 if linear.bias is None else linear.bias.float()
             outputs[name] = y.float().reshape(-1, y.shape[-1]) - bias
 
         return hook
 
-    handles = [
-        model.get_submodule(sample.name).register_forward_hook(keep(sample.name))
+    hooks = [
+        (model.get_submodule(sample.name), keep(sample.name))
         for of_group in statistics.values()
         for sample in of_group.samples
     ]
-    with removing(handles):
+    with hooked(after=hooks):
         yield

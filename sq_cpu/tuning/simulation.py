@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sq_cpu.models.hooks import removing
+from sq_cpu.models.hooks import hooked
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.smoothing.plan import GroupPlan
 from sq_cpu.smoothing.rules import smoothing_scale
@@ -46,14 +46,12 @@ def simulating(
     of its input, of the model's dtype [rows, in_features]. With `hold` each linear's range and
     quantized weight are found once, and the weight is kept in fp32.
     """
-    handles = [
-        model.get_submodule(linear.sample.name).register_forward_hook(
-            _quantized(linear, observe, hold), with_kwargs=True
-        )
+    hooks = [
+        (model.get_submodule(linear.sample.name), _quantized(linear, observe, hold))
         for planned in plans
         for linear in fake_quantized(statistics[planned.name], planned)
     ]
-    with removing(handles):
+    with hooked(after=hooks):
         yield
 
 

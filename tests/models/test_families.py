@@ -38,14 +38,14 @@ class Expected:
 
     folds: int
     """In all of a tiny model's blocks."""
-    in_pass: frozenset[str]
+    at_run_time: frozenset[str]
     """The consumers of each group that is not folded, but for lm_head."""
     matrices: frozenset[str]
     """Parameters of two dimensions or more that stay float: all but linears' weights."""
 
 
-def expected(folds: int, *in_pass: str, matrices: str = "embed_tokens lm_head") -> Expected:
-    return Expected(folds, frozenset(in_pass), frozenset(matrices.split()))
+def expected(folds: int, *at_run_time: str, matrices: str = "embed_tokens lm_head") -> Expected:
+    return Expected(folds, frozenset(at_run_time), frozenset(matrices.split()))
 
 
 _QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
@@ -194,12 +194,12 @@ def test_folds_keep_the_function_and_nothing_is_missed(name: str) -> None:
         groups = smoothing_groups(model)
         consumers = [name for group in groups for name in group.consumers]
         assert sorted(consumers) == sorted(quantizable_linears(model))
-        in_pass = {
+        at_run_time = {
             " ".join(starred(consumer.removeprefix(f"{group.block}.")) for consumer in names)
             for group in groups
             if group.producer is None and (names := group.consumers) != (head,)
         }
-        assert in_pass == EXPECTED[name].in_pass
+        assert at_run_time == EXPECTED[name].at_run_time
         scales = random_scales(groups)
         assert len(scales) == EXPECTED[name].folds
         assert proven(model, scales, name) == {}
