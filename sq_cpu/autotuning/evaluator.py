@@ -26,7 +26,8 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.linears import linearized, quantizable_linears
-from sq_cpu.quantization.quantize import quantize_proven
+from sq_cpu.quantization.quantize import carry_out
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 from sq_cpu.smoothing.proof import FoldProof, prove_folds, running
 from sq_cpu.tuning.tune import tune
@@ -305,9 +306,9 @@ class TuningJob:
         self, configuration: Configuration, names: list[str], report: Report | None
     ) -> tuple[float, float]:
         assert self.costs is not None
-        plan = self.plan(configuration)
+        recipe = Recipe.of(plan=self.plan(configuration))
         model = copy.deepcopy(self.model)
-        quantize_proven(model, self.calibration, plan, self.proof, progress=False)
+        carry_out(model, self.calibration, recipe, self.proof, progress=False)
         milliseconds = self.costs.of(model.get_submodule(name) for name in names)
         metric = self._metric(model, report)
         freed = weakref.ref(model)

@@ -40,7 +40,7 @@ from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
 from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, running
 from sq_cpu.smoothing.scales import consumer_scales, fold_scales, linear_sample, plan_scales
 
-__all__ = ["quantize", "quantize_part", "quantize_proven"]
+__all__ = ["carry_out", "quantize", "quantize_part"]
 
 
 def quantize(
@@ -74,27 +74,24 @@ def quantize(
     weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
     older than the weights, not finite, or without the rows that the scheme's range needs.
     """
-    return quantize_proven(
-        model, calibration, plan, None, scheme=scheme, smooth=smooth, progress=progress
-    )
+    recipe = Recipe.of(scheme, plan, smooth=smooth)
+    return carry_out(model, calibration, recipe, progress=progress)
 
 
-def quantize_proven(
+def carry_out(
     model: nn.Module,
     calibration: Calibration | None,
-    plan: SmoothPlan | None,
-    proof: FoldProof | None,
+    recipe: Recipe,
+    proof: FoldProof | None = None,
     *,
-    scheme: str | Scheme | None = None,
-    smooth: bool = True,
     progress: bool | None = None,
 ) -> nn.Module:
-    """Do what `quantize` does, with the folds proven before.
+    """Do what `quantize` does, as `recipe` says.
 
-    `proof` is of all groups of this model, or of one that it is a copy of; None: it is made here.
+    `proof` is of the folds of all groups of this model, or of one that it is a copy of; None: it is
+    made here.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth)
-    scheme = recipe.scheme
+    scheme, plan = recipe.scheme, recipe.plan
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)
@@ -119,7 +116,7 @@ def quantize_proven(
             example = None if calibration is None else calibration.example
             return proof or prove_folds(model, groups, running(model, example))
 
-        prepared = _prepare(model, linears, calibration, plan, scheme, smooth, None, prove)
+        prepared = _prepare(model, linears, calibration, recipe, None, prove)
     except BaseException:
         restore_modules(replaced)
         raise
@@ -134,19 +131,17 @@ def quantize_part(
     model: nn.Module,
     linears: dict[str, nn.Linear],
     calibration: Calibration | None,
-    plan: SmoothPlan | None,
-    scheme: Scheme,
+    recipe: Recipe,
     groups: Sequence[SmoothingGroup],
     run: Run | None,
 ) -> QuantizedPart:
     """Quantize some linears of a linearized model as `quantize` does all of them.
 
-    `groups` and `plan` (None: no smoothing) are those of these linears, `run` calls what holds
-    them and returns its outputs. `linears` is emptied, so that each can be freed.
+    `groups` and the recipe's plan, if any, are those of these linears, `run` calls what holds them
+    and returns its outputs. `linears` is emptied, so that each can be freed.
     """
-    smooth = plan is not None
     prove = partial(prove_folds, model, run=run)
-    prepared = _prepare(model, linears, calibration, plan, scheme, smooth, groups, prove)
+    prepared = _prepare(model, linears, calibration, recipe, groups, prove)
     return _swap(model, linears, prepared, progress=False)
 
 
@@ -169,21 +164,21 @@ def _prepare(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     calibration: Calibration | None,
-    plan: SmoothPlan | None,
-    scheme: Scheme,
-    smooth: bool,
+    recipe: Recipe,
     groups: Sequence[SmoothingGroup] | None,
     prove: Callable[[Iterable[SmoothingGroup]], FoldProof],
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
+    scheme, plan = recipe.scheme, recipe.plan
     check_linears(linears)
-    recipe = Recipe(scheme=scheme, plan=plan, smooth=smooth)
     check_calibration(linears, calibration, recipe.needs_calibration)
     if groups is None:
-        groups = smoothing_groups(model) if smooth else ()
-    if smooth and plan is None:
+        groups = smoothing_groups(model) if recipe.smooth else ()
+    if recipe.is_uniform:
         assert calibration is not None  # check_calibration raised otherwise
-        plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
+        plan = uniform_plan(
+            model, groups, calibration, recipe.alpha, rule=recipe.rule, ignore=scheme.ignore
+        )
     scales: dict[SmoothingGroup, Tensor] = {}
     schemes = dict.fromkeys(linears, scheme)
     clips: dict[str, float] = {}

@@ -17,9 +17,8 @@ from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.quantization.quantize import quantize
+from sq_cpu.quantization.quantize import carry_out
 from sq_cpu.quantization.recipe import Recipe
-from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
 from sq_cpu.streaming.tensors import has_safetensors
@@ -87,18 +86,14 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
 
 def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
     model, tokenizer = load_source(job.source, dtype=job.dtype, say=say)
-    recipe, plan = job.recipe, job.recipe.plan
+    recipe = job.recipe
     ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)
     calibration = None
     if recipe.needs_calibration:
         calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
-        if recipe.is_uniform:
-            plan = SmoothPlan.uniform(
-                model, calibration, recipe.alpha, rule=recipe.rule, ignore=ignore
-            )
     say(f"quantizing with {recipe.scheme.name}")
-    quantize(model, calibration, plan, scheme=recipe.scheme, smooth=recipe.smooth)
+    carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
     save(model, job.out, tokenizer)
     made: Any = model

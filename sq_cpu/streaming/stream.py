@@ -38,7 +38,7 @@ from sq_cpu.quantization.checks import check_layers
 from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
-from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
+from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.tensors import copy_tensors, file_tensors
@@ -272,7 +272,7 @@ class Stream:
         for name in names.intersection(self.in_float):
             del linears[name]
         groups = [group for group in self.groups if not names.isdisjoint(group.consumers)]
-        plan = None
+        recipe = self.recipe
         if self.plan is not None:
             own = {group.name for group in groups}
             plan = replace(
@@ -280,17 +280,8 @@ class Stream:
                 groups=tuple(group for group in self.plan.groups if group.name in own),
                 layers=tuple(layer for layer in self.plan.layers if layer.name in names),
             )
-        elif self.recipe.smooth:
-            assert calibration is not None  # quantize_checkpoint asked for batches
-            plan = uniform_plan(
-                self.model,
-                groups,
-                calibration,
-                self.recipe.alpha,
-                rule=self.recipe.rule,
-                ignore=self.scheme.ignore,
-            )
-        done = quantize_part(self.model, linears, calibration, plan, self.scheme, groups, run)
+            recipe = replace(recipe, plan=plan)
+        done = quantize_part(self.model, linears, calibration, recipe, groups, run)
         after = 0
         for name in names:
             for module in self.model.get_submodule(name).modules():

@@ -12,6 +12,7 @@ from tuning_cases import QUICK, Divergence, costs, planted
 import sq_cpu
 from sq_cpu.autotuning import evaluator
 from sq_cpu.quantization import quantize as quantization
+from sq_cpu.quantization.recipe import Recipe
 
 
 def test_a_job_proves_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,9 +35,9 @@ def test_a_job_proves_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = sq_cpu.calibrate(model, batches(3))
     alone = sq_cpu.quantize(planted("llama", num_hidden_layers=1), calibration, found.plan)
     assert len(proofs) == 2
-    proven = quantization.quantize_proven(
-        planted("llama", num_hidden_layers=1), calibration, found.plan, proofs[0]
-    )
+    recipe = Recipe.of(plan=found.plan)
+    copied = planted("llama", num_hidden_layers=1)
+    proven: Any = quantization.carry_out(copied, calibration, recipe, proofs[0])
     assert len(proofs) == 2
     assert proven.sq_cpu_config == alone.sq_cpu_config
     assert any(group.fold for group in alone.sq_cpu_config.plan.groups)

@@ -144,7 +144,7 @@ def test_wrong_usage(arguments: list[str]) -> None:
     assert run(*arguments, code=2).stdout == ""
 
 
-@pytest.mark.parametrize("interrupted", ["calibrate", "quantize"])
+@pytest.mark.parametrize("interrupted", ["calibrate", "carry_out"])
 def test_interrupt_leaves_nothing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted: str
 ) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from byte_models import byte_model, byte_tokenizer
-from conftest import ROOT
 from rehost import norm_consumers, plant_outliers
 
 import sq_cpu
@@ -23,6 +22,7 @@ from sq_cpu.nn.linear import QuantLinear
 
 pytest_plugins = ["pytester"]
 
+ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "sq_cpu" / "plugin"
 # Options of pytest within this process. Its faulthandler plugin, when such a run ends, would take
 # away the SIGILL handler that was installed after it: the AMX emulator's.
