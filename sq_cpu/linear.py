@@ -466,7 +466,6 @@ class QuantLinear(nn.Module):
             raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
         weight, scale = weight.contiguous(), scale.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
-        torch.get_num_threads()  # torch sets OpenMP's count for this thread only when it is asked
         _core.pack_weight(
             weight.data_ptr(),
             scale.data_ptr(),
