@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from sq_cpu.attention import matmul_qk
+from sq_cpu.kernels.attention import matmul_qk
 from torch import nn
 
 import sq_cpu
-from sq_cpu import _core
+from sq_cpu.kernels import _core
 
 POOL_STAYS = """
 import os
 import torch
 from torch import nn
 import sq_cpu
-from sq_cpu.attention import matmul_qk
+from sq_cpu.kernels.attention import matmul_qk
 
 torch.set_num_threads(4)
 
