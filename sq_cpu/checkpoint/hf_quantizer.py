@@ -7,7 +7,7 @@ fills the weights, so that the result is the model that `sq_cpu.load` returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from sq_cpu.checkpoint.config import (
 from sq_cpu.checkpoint.curves import with_stored_curves
 from sq_cpu.checkpoint.load import restore
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.hf_private import load_nothing
+from sq_cpu.models.hf_private import load_again, load_nothing
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
 
@@ -59,7 +59,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         check_settings(self._settings, Path(CONFIG))
         self._dtype: torch.dtype | None = None
         self._folder = Path()
-        self._undo: Callable[[], None] = lambda: None
+        self._ignored: set[str] | None = None
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -99,11 +99,11 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 "or the arguments that choose it"
             )
         # transformers would hold all int8 weights unpacked beside the packed ones.
-        self._undo = load_nothing(model)
+        self._ignored = load_nothing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Fill the weights as `sq_cpu.load` does."""
-        self._undo()
+        load_again(model, self._ignored)
         record = record_of_settings(self._settings, self._folder / CONFIG)
         record = with_stored_curves(record, self._folder, self._settings)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.

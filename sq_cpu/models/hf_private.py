@@ -21,6 +21,7 @@ __all__ = [
     "check_version",
     "forget_quantization",
     "from_config",
+    "load_again",
     "load_nothing",
     "set_ties",
     "tied_weights",
@@ -67,22 +68,24 @@ def from_config(architecture: str, config: Any, dtype: torch.dtype) -> Any:
     return getattr(transformers, architecture)._from_config(config, dtype=dtype)
 
 
-def load_nothing(model: Any) -> Callable[[], None]:
-    """Leave from_pretrained no weight to load into `model`; return what undoes this.
+def load_nothing(model: Any) -> set[str] | None:
+    """Leave from_pretrained no weight to load into `model`; return what `load_again` needs.
 
     It loads what the state dict names and initialises what is not marked. Buffers it makes as ever.
     """
     check_version()
     model.state_dict = lambda *_, **__: {}
-    ignored = model._keys_to_ignore_on_load_unexpected
+    ignored: set[str] | None = model._keys_to_ignore_on_load_unexpected
     model._keys_to_ignore_on_load_unexpected = {""}  # a pattern: every key
     _mark_initialized(model)
+    return ignored
 
-    def undo() -> None:
-        del model.state_dict
-        model._keys_to_ignore_on_load_unexpected = ignored
 
-    return undo
+def load_again(model: Any, ignored: set[str] | None) -> None:
+    """Undo `load_nothing`, which returned `ignored`."""
+    check_version()
+    del model.state_dict
+    model._keys_to_ignore_on_load_unexpected = ignored
 
 
 def _mark_initialized(model: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,12 @@ def test_equals_load(model_type: str, scheme: str, dtype: torch.dtype, tmp_path:
         dtype == torch.float32
     ):  # else tiny_model rounded the rotary frequencies, which load does not
         assert_same_model(found, model, logits)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_is_copied_and_pickled(folder: Path, again: Callable[[Any], Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same_model(again(model), model, logits)
 
 
 def test_fresh_process(tmp_path: Path) -> None:
