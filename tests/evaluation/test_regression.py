@@ -36,12 +36,16 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def suite(model: Path, pytester: pytest.Pytester) -> Callable[..., pytest.RunResult]:
+def suite(
+    model: Path, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., pytest.RunResult]:
     """Run a suite of one call of the fixture, or of the given source.
 
     Once `pytester` is there, what is imported for the first time is forgotten after the test; so
     the model comes first.
     """
+    # pytest-benchmark times nothing in a worker of pytest-xdist, which this suite is not.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     pytester.syspathinsert(PLUGIN)
     pytester.makeini("[pytest]")
 
