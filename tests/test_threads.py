@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from sq_cpu.kernels.attention import matmul_qk
 from torch import nn
 
 import sq_cpu
 from sq_cpu.kernels import _core
+from sq_cpu.kernels.attention import matmul_qk
 
 POOL_STAYS = """
 import os
