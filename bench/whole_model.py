@@ -198,7 +198,7 @@ class Decode(Candidate):
     def rotate(self) -> None:
         """Go back to the prompt's end and take a step: the variant before left other things warm.
 
-        Not cached in the processor are its weights, and its team of threads may be another.
+        Its weights have left the processor's caches, and its team of threads may be another.
         """
         self._cache = copy.deepcopy(self._prompt)
         self._step(0)

@@ -23,7 +23,8 @@ The scheme of a layer is ``scheme``, but for the activations that ``plan`` gives
 a ``smoothing``, ``decomposed``, layer -> O, and ``kept``, linear -> why it is in float), ``files``
 (name -> SHA-256 of every safetensors file), ``companions`` (the same of the other files that
 :func:`save` wrote) and ``config_sha256`` (of config.json itself, see ``sq_cpu.checkpoint.config``).
-Earlier files have a group's ``curve`` in ``plan``, and no search_curves.json.
-Version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``; versions
-1 and 2 had ``groups`` alone in ``plan``.
+Versions up to 3 had a group's ``curve`` in ``plan``, no search_curves.json, and in ``scheme``
+``weights`` "per_group" and ``weight_group_rows`` for "per_rows" and ``rows_per_scale``. Versions 1
+and 2 had ``groups`` alone in ``plan``; version 1 had no ``smoothed``, ``decomposed`` and ``kept``,
+and fewer fields in ``scheme``.
 """

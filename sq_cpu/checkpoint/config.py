@@ -32,7 +32,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 CONFIG_DIGEST = "config_sha256"

@@ -1,4 +1,4 @@
-"""The quantization method "sq_cpu", registered with transformers once that looks for methods.
+"""Registers the quantization method "sq_cpu" when transformers first looks for methods.
 
 transformers takes a second to import, which `import sq_cpu` must not cost those who do without.
 """

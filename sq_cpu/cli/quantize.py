@@ -188,7 +188,10 @@ def quantize_command(
         "rule": recipe.rule if recipe.is_uniform else None,
         "alpha": recipe.alpha if recipe.is_uniform and recipe.rule == "smoothquant" else None,
         "layers": len(record.layers),
-        "groups": {"folded": sum(folded.values()), "in_pass": len(folded) - sum(folded.values())},
+        "groups": {
+            "folded": sum(folded.values()),
+            "at_run_time": len(folded) - sum(folded.values()),
+        },
         "kept": dict(record.kept),
         "calibration_tokens": made.calibration_tokens,
         "linear_bytes": {"float": made.float_bytes, "int8": made.int8_bytes},

@@ -1,4 +1,4 @@
-"""The smoothing groups of one model: every linear in exactly one, folded or divided in its pass.
+"""The smoothing groups of one model: every linear in exactly one, folded or divided at run time.
 
 A group's consumers share s. It is folded where the model's family has a row for it; everything else
 (an unknown model, a post-norm block, the output of a GELU) divides its input by s while that is

@@ -21,16 +21,11 @@ from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.scheme import Scheme
 
-__all__ = ["DecomposedLinear", "decomposed_reference", "outlier_columns"]
+__all__ = ["DecomposedLinear", "decomposed_reference"]
 
 # The smoothing scale that hides a channel from its row's absmax: 1 / 2^126 is the least normal
 # number, so what is left of |x| < 2^100 is below 2^-26. Its code meets a weight of 0.
 _HIDDEN = 2.0**126
-
-
-def outlier_columns(absmax: Tensor, threshold: float) -> Tensor:
-    """Return the channels with absmax >= threshold, int64 [outliers], for absmax [in_features]."""
-    return (absmax >= threshold).nonzero().flatten()
 
 
 def decomposed_reference(
@@ -204,7 +199,4 @@ class DecomposedLinear(nn.Module):
 def _check_columns(columns: Tensor, in_features: int) -> None:
     flat = columns.dtype == torch.int64 and columns.dim() == 1
     if not flat or columns.tolist() != sorted({*columns.tolist()} & {*range(in_features)}):
-        raise SqCpuError(
-            f"outlier columns are ascending channels, int64, of {in_features}; "
-            "take them from outlier_columns"
-        )
+        raise SqCpuError(f"outlier columns are ascending channels, int64, of {in_features}")

@@ -1,8 +1,8 @@
-"""The int8 linear layer: `QuantLinear` runs the kernels, `linear_reference` defines their result.
+"""The int8 linear layer: `QuantLinear` runs the kernels, `reference` defines their result.
 
-Weights are int8 with one fp32 scale per output channel (the same for all of a
-tensor or group of channels, where the scheme says so), activations become u8 codes with one scale
-and zero point per row (SmoothQuant, arXiv 2211.10438, eq. 1 and 2):
+Weights are int8 with one fp32 scale per output channel (or one for some rows, or for all, where the
+scheme says so). Activations become u8 codes with one scale and zero point per row (SmoothQuant,
+arXiv 2211.10438, eq. 1 and 2):
 
     y = (codes - zero_point) @ weight.T * row_scale * weight_scale + bias
 """

@@ -39,7 +39,10 @@ class Recipe:
         _check_plan(self.plan)
         if self.plan is not None and not self.smooth:
             raise SqCpuError("there is a plan and smooth=False; drop one of them")
-        if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
+        if not isinstance(self.smooth, bool):
+            raise SqCpuError(f"smooth is {self.smooth!r}; it is True or False")
+        is_number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not is_number or not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"alpha is {self.alpha!r}; the migration strength lies in [0, 1]")
         check_rule(self.rule)
 

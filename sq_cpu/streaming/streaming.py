@@ -1,7 +1,7 @@
 """Quantizing a checkpoint that memory cannot hold: one decoder block at a time.
 
 Only one block's weights are in memory; the activations of the calibration batches are carried from
-block to block. Resident are at most three times the largest block as bf16, and these activations.
+block to block. Memory holds at most three times the largest block as bf16, and these activations.
 What is outside of the blocks (embeddings, the last norm, the head) is copied to its file piece by
 piece and mapped from there; only a head that is to be quantized is in memory as a whole, at last.
 

@@ -279,7 +279,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (edit(format_version=4), "format_version 4 is newer than 3.*upgrade sq_cpu"),
+        (edit(format_version=5), "format_version 5 is newer than 4.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"other.safetensors": "0"}), "other.safetensors does not exist"),

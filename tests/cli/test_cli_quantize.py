@@ -75,7 +75,7 @@ def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
     start = ("quantize", folder, "-o", tmp_path / "out", "--overwrite", *small())
     made = json_of(*start, "--rule", "spiq")
     assert (made["rule"], made["alpha"]) == ("spiq", None)
-    assert made["groups"] == {"folded": 8, "in_pass": 0}
+    assert made["groups"] == {"folded": 8, "at_run_time": 0}
     assert made["kept"] == {"lm_head": "ignored"}
     made = json_of(*start, "--outlier-threshold", 0.5, "--no-smooth")
     assert made["scheme"]["outlier_threshold"] == 0.5

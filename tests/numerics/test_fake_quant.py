@@ -91,3 +91,15 @@ def test_what_cannot_be_found_is_an_error() -> None:
         _ = FakeQuantizedLinear(infinite, scales(), Scheme.of("O3")).range
     with pytest.raises(SqCpuError, match="needs sampled rows: calibrate with rows=64"):
         _ = FakeQuantizedLinear(replace(sampled(), rows=None), scales(), MSE).range
+
+
+def test_channels_are_outliers_from_the_threshold_on() -> None:
+    high = torch.tensor([5.9, 6.0, 0.0, 100.0])
+    for low, expected in (
+        (torch.zeros(4), [1, 3]),
+        (torch.tensor([0.0, 0.0, -6.0, 0.0]), [1, 2, 3]),
+    ):
+        sample = replace(sampled(), weight=torch.zeros(1, 4), low=low, high=high, rows=None)
+        scheme = Scheme(outlier_threshold=6.0)
+        found = FakeQuantizedLinear(sample, torch.ones(4), scheme).outliers
+        assert found.nonzero().flatten().tolist() == expected

@@ -28,6 +28,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"alpha": -0.1}, r"alpha is -0.1; the migration strength lies in \[0, 1\]"),
     ({"alpha": math.nan}, r"alpha is nan; the migration strength lies in \[0, 1\]"),
     ({"alpha": "0.5"}, r"alpha is '0.5'; the migration strength lies in \[0, 1\]"),
+    ({"alpha": True}, r"alpha is True; the migration strength lies in \[0, 1\]"),
+    ({"smooth": "no"}, "smooth is 'no'; it is True or False"),
     ({"rule": "smooth"}, "smooth.*smoothquant"),
 ]
 
