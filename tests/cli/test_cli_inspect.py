@@ -22,13 +22,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture
 def plan(tmp_path: Path) -> tuple[Path, SmoothPlan]:
     """A plan of different alphas, with a linear in float and a scheme of its own."""
     model = byte_model()
