@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "check.h"
-#include "gemm.h"
+#include "layout.h"
 #include "sq_cpu/linear.h"
 #include "team.h"
 
