@@ -12,6 +12,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "layout.h"
 #include "scratch.h"
 #include "team.h"
 

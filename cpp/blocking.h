@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernel.h"
+#include "layout.h"
 
 namespace sq_cpu {
 
@@ -13,8 +14,6 @@ struct Range {
   int64_t end;
   int64_t size() const { return end - begin; }
 };
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Part `index` of `parts` near-equal parts of [0, count), cut at multiples of `step`.
 Range part(int64_t count, int64_t step, int64_t parts, int64_t index);

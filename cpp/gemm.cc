@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "layout.h"
+
 namespace sq_cpu {
 namespace {
 
@@ -268,12 +270,6 @@ int64_t element_bytes(Output output) {
                                                                    : 4;
 }
 
-int64_t strip_count(int64_t n) { return ceil_div(n, kStripColumns); }
-
-int64_t k_block_count(int64_t k) { return ceil_div(k, kTileDepth); }
-
-int64_t strip_bytes(int64_t k) { return k_block_count(k) * kTileBytes + kTrailerBytes; }
-
 void advance(EpilogueSteps& steps, int64_t rows) {
   const int64_t bytes = steps.operand_type == DType::kFloat32 ? 4 : 2;
   if (steps.other != nullptr) {
@@ -284,11 +280,6 @@ void advance(EpilogueSteps& steps, int64_t rows) {
   }
   if (steps.code_scale != nullptr) steps.code_scale += rows;
 }
-
-CodeLayout::CodeLayout(int64_t m, int64_t k)
-    : height(std::clamp<int64_t>(m, 1, kBlockRows)),
-      tile(height * kTileDepth),
-      block(tile * k_block_count(k)) {}
 
 void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
                const Blocking& blocking, WorkCounter* counters, int32_t* sums, int thread) {

@@ -19,21 +19,9 @@ struct GemmArgs {
 };
 
 int64_t element_bytes(Output output);
-int64_t strip_count(int64_t n);
-int64_t k_block_count(int64_t k);
-int64_t strip_bytes(int64_t k);
 
 // Moves the operands of `steps` on to a later row.
 void advance(EpilogueSteps& steps, int64_t rows);
-
-// Where blocked codes lie (linear.h draws them).
-struct CodeLayout {
-  CodeLayout(int64_t m, int64_t k);
-  int64_t offset(int64_t row) const { return row / height * block + row % height * kTileDepth; }
-  int64_t height;  // rows of a block
-  int64_t tile;    // bytes of a tile
-  int64_t block;   // bytes of a block
-};
 
 // How many units of a task have been taken. One cache line each: threads count without disturbing
 // each other.

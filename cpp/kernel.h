@@ -136,8 +136,8 @@ struct PairArgs {
   int rows;
 };
 
-// A right operand of batched_matmul() to pack into ceil(n / 16) strips: tiles, and column sums if
-// asked for. The rest of the trailers is the caller's.
+// Weights, or a right operand of batched_matmul(), to pack into ceil(n / 16) strips: tiles, and
+// column sums if asked for. The rest of the trailers is the caller's.
 struct StripArgs {
   const int8_t* w;
   int64_t ld;  // bytes between rows

@@ -8,6 +8,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "layout.h"
 #include "operands.h"
 #include "quantize.h"
 #include "scratch.h"

@@ -6,7 +6,9 @@
 #include <cstring>
 
 #include "check.h"
-#include "gemm.h"
+#include "dispatch.h"
+#include "layout.h"
+#include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "team.h"
 
@@ -35,24 +37,14 @@ void check_shape(int64_t n, int64_t k) {
            ", beyond which an int32 accumulator can overflow; split the layer");
 }
 
-void pack_strip(const int8_t* weight, const float* scale, const float* bias, int64_t columns,
-                int64_t k, std::byte* strip) {
-  int32_t colsum[kStripColumns] = {};
-  float scales[kStripColumns] = {}, biases[kStripColumns] = {};
-  std::memset(strip, 0, strip_bytes(k));
-  for (int64_t c = 0; c < columns; ++c) {
-    const int8_t* row = weight + c * k;
-    for (int64_t i = 0; i < k; ++i) {
-      strip[element_offset(c, i)] = static_cast<std::byte>(row[i]);
-      colsum[c] += row[i];
-    }
-    scales[c] = scale[c];
-    biases[c] = bias == nullptr ? 0.0f : bias[c];
-  }
+// Fills a packed strip's scales and biases, which are zero beyond its columns.
+void write_scale_and_bias(const float* scale, const float* bias, int64_t columns, int64_t k,
+                          std::byte* strip) {
+  float scale_and_bias[2 * kStripColumns] = {};
+  std::copy_n(scale, columns, scale_and_bias);
+  if (bias != nullptr) std::copy_n(bias, columns, scale_and_bias + kStripColumns);
   std::byte* trailer = strip + k_block_count(k) * kTileBytes;
-  std::memcpy(trailer, colsum, sizeof colsum);
-  std::memcpy(trailer + sizeof colsum, scales, sizeof scales);
-  std::memcpy(trailer + sizeof colsum + sizeof scales, biases, sizeof biases);
+  std::memcpy(trailer + kStripColumns * sizeof(int32_t), scale_and_bias, sizeof scale_and_bias);
 }
 
 }  // namespace
@@ -68,6 +60,7 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
   SQ_CHECK((weight != nullptr || n * k == 0) && (scale != nullptr || n == 0),
            "weight or scale is null");
   SQ_CHECK(packed != nullptr || bytes == 0, "packed is null");
+  const auto pack_strips = row_kernels(active_isa()).pack_nk;
   const int workers = pool_size();
   std::atomic<bool> out_of_range{false};
   run_team(workers, [&](int worker, int count) {
@@ -84,8 +77,10 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
     const Range mine = part(strips, 1, count, worker);
     for (int64_t s = mine.begin; s < mine.end; ++s) {
       const int64_t n0 = s * kStripColumns;
-      pack_strip(weight + n0 * k, scale + n0, bias == nullptr ? nullptr : bias + n0,
-                 std::min(kStripColumns, n - n0), k, packed + s * strip_bytes(k));
+      const int64_t columns = std::min(kStripColumns, n - n0);
+      std::byte* strip = packed + s * strip_bytes(k);
+      pack_strips({weight + n0 * k, k, columns, k, strip, true});
+      write_scale_and_bias(scale + n0, bias == nullptr ? nullptr : bias + n0, columns, k, strip);
     }
   });
 }

@@ -6,7 +6,7 @@
 
 #include "check.h"
 #include "dispatch.h"
-#include "gemm.h"
+#include "layout.h"
 #include "operands.h"
 #include "team.h"
 

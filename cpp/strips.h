@@ -1,5 +1,5 @@
-// The operands of batched_matmul(): right ones into strips, rows of left ones into blocks of codes
-// (linear.h draws both). Compiled once per vector width.
+// Weights and the right operands of batched_matmul() into strips, rows of its left operands into
+// blocks of codes (linear.h draws both). Compiled once per vector width.
 #pragma once
 
 #include "kernel.h"

@@ -19,6 +19,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "gemm.h"
+#include "layout.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "testing/use_isa.h"

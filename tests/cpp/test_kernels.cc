@@ -206,22 +206,60 @@ void test_tile_reuse(Bench& bench) {
         "one configuration for a task, put back at its end");
 }
 
-void test_packing() {
-  Part part("packing");
+// The packed weight as linear.h draws it; without a bias where that is empty.
+std::vector<std::byte> pack_plainly(const Problem& p, const std::vector<float>& scale,
+                                    const std::vector<float>& bias) {
+  std::vector<std::byte> packed(packed_bytes(p.n, p.k));
+  const int64_t tiles = k_block_count(p.k) * kTileBytes;
+  for (int64_t n = 0; n < p.n; ++n) {
+    std::byte* strip = packed.data() + n / kStripColumns * (tiles + kTrailerBytes);
+    const int64_t c = n % kStripColumns;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < p.k; ++k) {
+      const int64_t b = k / kTileDepth, g = k % kTileDepth / 4, i = k % 4;
+      strip[b * kTileBytes + 64 * g + 4 * c + i] = static_cast<std::byte>(p.w[n * p.k + k]);
+      sum += p.w[n * p.k + k];
+    }
+    std::byte* trailer = strip + tiles;
+    std::memcpy(trailer + 4 * c, &sum, 4);
+    std::memcpy(trailer + 4 * (kStripColumns + c), &scale[n], 4);
+    if (!bias.empty()) std::memcpy(trailer + 4 * (2 * kStripColumns + c), &bias[n], 4);
+  }
+  return packed;
+}
+
+void test_packing(Isa isa) {
+  use(isa);
+  Part part("packing on " + isa_name(isa));
   Rng rng(5);
-  Guarded memory;
+  Guarded w_memory, scale_memory, bias_memory, packed_memory;
   for (int64_t n : {0, 1, 15, 16, 17, 40}) {
-    for (int64_t k : {0, 1, 63, 64, 65, 130}) {
-      const Problem p = make_problem(0, n, k, 255, Fill::kUniform, rng);
-      std::vector<float> scale(n), bias(n), scale2(n), bias2(n);
-      for (int64_t i = 0; i < n; ++i) scale[i] = 0.5f + i, bias[i] = -3.0f * i;
-      auto* packed = memory.place_filled<std::byte>(packed_bytes(n, k), rng.coin());
-      pack_weight(p.w.data(), scale.data(), bias.data(), n, k, packed);
-      std::vector<int8_t> w(n * k);
-      unpack_weight({packed, n, k}, w.data(), scale2.data(), bias2.data());
-      check(w == p.w && scale == scale2 && bias == bias2, "pack and unpack");
+    for (int64_t k : {0, 1, 63, 64, 65, 130, 1000}) {
+      for (Fill fill : {Fill::kUniform, Fill::kLow, Fill::kHigh}) {
+        const Problem p = make_problem(0, n, k, 255, fill, rng);
+        std::vector<float> scale(n), bias(n);
+        for (int64_t i = 0; i < n; ++i) scale[i] = 0.5f + i, bias[i] = -3.0f * i;
+        const bool with_bias = rng.coin(), at_end = rng.coin();
+        const int64_t bytes = packed_bytes(n, k);
+        auto* packed = packed_memory.place_filled<std::byte>(bytes, at_end);
+        pack_weight(w_memory.place_copy(p.w, at_end), scale_memory.place_copy(scale, at_end),
+                    with_bias ? bias_memory.place_copy(bias, at_end) : nullptr, n, k, packed);
+        const auto expected = pack_plainly(p, scale, with_bias ? bias : std::vector<float>());
+        check(std::equal(expected.begin(), expected.end(), packed),
+              "the layout of " + describe(p) + (with_bias ? " with a bias" : ""));
+
+        std::vector<int8_t> w(n * k);
+        std::vector<float> scale2(n), bias2(n);
+        unpack_weight({packed, n, k}, w.data(), scale2.data(), bias2.data());
+        const std::vector<float> zeros(n);
+        check(w == p.w && scale == scale2 && bias2 == (with_bias ? bias : zeros), "unpack");
+      }
     }
   }
+}
+
+void test_packing_refusals() {
+  Part part("packing refuses");
   check_refused("exceeds 66310", [] { packed_bytes(1, kMaxDepth + 1); });
   check_refused("is negative", [] { packed_bytes(1, -1); });
   const int8_t minus128 = -128;
@@ -235,10 +273,11 @@ void test_packing() {
 int main(int argc, char** argv) {
   const Seeds fuzzed = seeds(argc, argv, 10000);
   start();
-  isas_here();  // says what is not run
+  const std::vector<Isa> isas = isas_here();  // says what is not run
   Bench bench;
   if (!fuzzed.chosen) {
-    test_packing();
+    for (Isa isa : isas) test_packing(isa);
+    test_packing_refusals();
     test_grid(bench);
     test_large(bench);
     test_teams(bench);
