@@ -30,6 +30,8 @@ from sq_cpu.quantization.checks import (
     check_calibration,
     check_layers,
     check_linears,
+    check_quantizes,
+    check_reached,
     check_replaceable,
 )
 from sq_cpu.quantization.recipe import Recipe
@@ -104,13 +106,10 @@ def carry_out(
             del linears[name]
         kept = float_linears(model, scheme.ignore) | in_float
         check_replaceable(model, scheme.ignore, in_float)
-        if not linears:
-            raise SqCpuError(
-                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
-            )
+        check_quantizes(linears)
         unreached = () if calibration is None else calibration.unreached
-        if recipe.needs_calibration and linears.keys() <= set(unreached):
-            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
+        if recipe.needs_calibration:
+            check_reached(bool(linears.keys() - set(unreached)))
 
         def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
             example = None if calibration is None else calibration.example
