@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.checkpoint.config import sha256
-from sq_cpu.checkpoint.entries import float_entries, own_entries
+from sq_cpu.checkpoint.entries import float_entries, own_entries, put_tensor, tie
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
@@ -157,17 +157,8 @@ class Stream:
         for path in (final, floats):
             file = files.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping
-                self.put(name, file.get_tensor(name))
-        for target, source in ties.items():
-            parent, _, key = target.rpartition(".")
-            setattr(self.model.get_submodule(parent), key, self.model.get_parameter(source))
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Set a parameter or buffer of the model, by its full name."""
-        parent, _, key = name.rpartition(".")
-        module = self.model.get_submodule(parent)
-        is_parameter = key in module._parameters
-        setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+                put_tensor(self.model, name, file.get_tensor(name))
+        tie(self.model, ties)
 
     def capture(self, batches: Sequence[Example]) -> list[BlockCalls]:
         """Run what precedes the blocks; return each batch's calls of them."""
