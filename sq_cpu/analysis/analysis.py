@@ -237,7 +237,7 @@ def _group(
     places: _Places,
 ) -> GroupAnalysis:
     planned = next((one for one in plan.groups if one.name == group.name), None)
-    weights = WeightStatistics(model)
+    weights = WeightStatistics()
     naive = group_statistics(model, group, calibration, scheme, weights=weights)
     s = torch.ones_like(naive.act_absmax)
     if planned is not None:

@@ -30,6 +30,7 @@ from sq_cpu.quantization.quantize import carry_out
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 from sq_cpu.smoothing.proof import FoldProof, prove_folds, running
+from sq_cpu.smoothing.scales import WeightStatistics
 from sq_cpu.tuning.tune import tune
 
 __all__ = ["Evaluate", "Goal", "Report", "TuningJob"]
@@ -99,6 +100,8 @@ class TuningJob:
     float_metric: float = math.nan
     _plans: dict[str, SmoothPlan] = field(default_factory=dict)
     _errors: dict[str, Errors] = field(default_factory=dict)
+    _weights: WeightStatistics = field(default_factory=WeightStatistics)
+    """The model's, and so of the copies that are quantized."""
 
     @cached_property
     def linears(self) -> dict[str, nn.Linear]:
@@ -247,6 +250,7 @@ class TuningJob:
                 self.plan(settings),
                 settings.scheme(self.ignore),
                 _BASES,
+                weights=self._weights,
                 progress=False,
             )
 
@@ -308,7 +312,7 @@ class TuningJob:
         assert self.costs is not None
         recipe = Recipe.of(plan=self.plan(configuration))
         model = copy.deepcopy(self.model)
-        carry_out(model, self.calibration, recipe, self.proof, progress=False)
+        carry_out(model, self.calibration, recipe, self.proof, self._weights, progress=False)
         milliseconds = self.costs.of(model.get_submodule(name) for name in names)
         metric = self._metric(model, report)
         freed = weakref.ref(model)

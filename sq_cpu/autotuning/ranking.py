@@ -17,7 +17,7 @@ from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, quantized_consumers
 from sq_cpu.smoothing.rules import smoothing_scale
-from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
 from sq_cpu.tuning.losses import default_loss, loss_of
 
 __all__ = ["Errors", "estimated_errors"]
@@ -32,6 +32,7 @@ def estimated_errors(
     scheme: Scheme,
     choices: Iterable[Precision],
     *,
+    weights: WeightStatistics | None = None,
     progress: bool | None = None,
 ) -> Errors:
     """Return what each calibrated linear's int8 output would be off, by how it is quantized.
@@ -39,8 +40,8 @@ def estimated_errors(
     It is `tune`'s default loss (nats per token where the calibration has gradients, the share of
     the output's energy otherwise) over the calibration's sampled rows, with the smoothing of `plan`
     and the numerics of the kernels; 0 for "float". Which linears the plan leaves in float or gives
-    activations of their own does not matter. The model is not changed; extra memory is one group's
-    weights in fp32, a few times.
+    activations of their own does not matter. `weights` are those of the model; None looks at them
+    anew. The model is not changed; extra memory is one group's weights in fp32, a few times.
 
     Raises `SqCpuError` for a calibration without sampled rows, and where `smoothing_scale` does.
     """
@@ -59,7 +60,7 @@ def estimated_errors(
                 errors[name] = {"float": 0.0}
             if not names:
                 continue
-            of_group = group_statistics(model, group, calibration, scheme, everything)
+            of_group = group_statistics(model, group, calibration, scheme, everything, weights)
             entry = planned.get(group.name)
             for choice in choices:
                 if choice == "float":

@@ -22,6 +22,7 @@ __all__ = [
     "CONFIG_DIGEST",
     "FLOATS",
     "FORMAT_VERSION",
+    "INDEX",
     "QUANT_METHOD",
     "check_dtype",
     "check_files",
@@ -35,6 +36,7 @@ __all__ = [
 FORMAT_VERSION = 4
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
 CONFIG_DIGEST = "config_sha256"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,7 +1,8 @@
-"""What a checkpoint stores of a model, under which name."""
+"""What a checkpoint stores of a model, under which name, and how that is put in place."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from sq_cpu.models.hf_private import tied_weights
 from sq_cpu.nn.linear import QuantLinear
 
-__all__ = ["float_entries", "layer_entries", "own_entries"]
+__all__ = ["float_entries", "layer_entries", "own_entries", "put_tensor", "tie"]
 
 
 def float_entries(model: Any, part: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -45,6 +46,21 @@ def layer_entries(layer: QuantLinear, prefix: str) -> dict[str, Tensor]:
         f"{prefix}.{key}": torch.empty(shape, dtype=dtype, device="meta")
         for key, (shape, dtype) in layer.entries().items()
     }
+
+
+def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter, then without a gradient, or a buffer of the model, by its full name."""
+    parent, _, key = name.rpartition(".")
+    module = model.get_submodule(parent)
+    is_parameter = key in module._parameters
+    setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+
+
+def tie(model: nn.Module, ties: Mapping[str, str]) -> None:
+    """Make each parameter the one that it is tied to, both by full name."""
+    for target, source in ties.items():
+        parent, _, key = target.rpartition(".")
+        setattr(model.get_submodule(parent), key, model.get_parameter(source))
 
 
 def _is_tied(model: Any, name: str, ties: dict[str, str]) -> bool:

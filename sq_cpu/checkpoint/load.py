@@ -22,7 +22,7 @@ from sq_cpu.checkpoint.config import (
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
-from sq_cpu.checkpoint.entries import layer_entries, own_entries
+from sq_cpu.checkpoint.entries import layer_entries, own_entries, put_tensor, tie
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import (
     bare_model,
@@ -221,14 +221,9 @@ def _fill(model: Any, folder: Path, files: list[str], dtype: torch.dtype | None)
             for key, value in values.items():
                 # A copy: the model must not change when the file does.
                 own = value.to(dtype if value.is_floating_point() else None, copy=True)
-                is_parameter = key in module._parameters
-                setattr(
-                    module, key, nn.Parameter(own, requires_grad=False) if is_parameter else own
-                )
+                put_tensor(module, key, own)
 
-    for target, source in tied.items():
-        parent, _, key = target.rpartition(".")
-        setattr(model.get_submodule(parent), key, model.get_parameter(source))
+    tie(model, tied)
     set_ties(model, tied)
 
 

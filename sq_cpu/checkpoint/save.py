@@ -22,6 +22,7 @@ from sq_cpu.checkpoint.config import (
     CONFIG,
     CONFIG_DIGEST,
     FORMAT_VERSION,
+    INDEX,
     QUANT_METHOD,
     config_digest,
     sha256,
@@ -42,8 +43,6 @@ __all__ = [
     "write_settings",
     "write_shard",
 ]
-
-_INDEX = "model.safetensors.index.json"
 
 
 def save(
@@ -213,4 +212,4 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
 def write_index(folder: Path, file_of: Mapping[str, str], metadata: Mapping[str, Any]) -> None:
     """Write the index that tells which file holds which tensor."""
     index = {"metadata": dict(metadata), "weight_map": dict(file_of)}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ def load_source(
     source: str | Path,
     *,
     dtype: torch.dtype | None = torch.float32,
-    say: Callable[[str], object] = lambda _: None,
+    say: Callable[[str], object] | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a causal language model, quantized or not, and its tokenizer.
 
@@ -42,8 +42,9 @@ def load_source(
     dtype : torch.dtype, optional
         fp32, bf16 or fp16. None keeps the dtype that the folder or the hub says; a GGUF file, whose
         weights have none, then becomes fp32.
-    say : callable
-        Told, in a line, what is loaded. What the libraries print on stderr meanwhile is dropped.
+    say : callable, optional
+        Told, in a line, what is loaded, in place of what the libraries print: the process's stderr
+        is dropped meanwhile. None: stderr stays as it is.
 
     Returns
     -------
@@ -57,6 +58,8 @@ def load_source(
         Nothing there, a damaged file, an architecture that transformers does not know, weights that
         lack a tensor, or a hub that cannot be reached.
     """
+    if say is None:
+        return _load_source(source, dtype)
     say(f"loading {source}")
     # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
     with contextlib.redirect_stderr(io.StringIO()):

@@ -91,7 +91,7 @@ def check_file(path: Path) -> None:
         raise SqCpuError(f"cannot write to {path.absolute().parent}; give another, existing folder")
 
 
-def check_float(model: str) -> None:
+def check_not_quantized(model: str) -> None:
     """Refuse a model that is quantized already, before it is loaded."""
     if sources.is_checkpoint(Path(model).expanduser()):
         raise SqCpuError(f"{model} is quantized already; give the float model")

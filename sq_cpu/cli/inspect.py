@@ -24,7 +24,7 @@ from sq_cpu.cli.common import (
     SchemeName,
     calibration_batches,
     check_file,
-    check_float,
+    check_not_quantized,
     check_shipped,
     emit,
     load_model,
@@ -132,7 +132,7 @@ def inspect_command(
         require_report()
         check_file(report)
     if source is not None:
-        check_float(source)
+        check_not_quantized(source)
     own_texts = read_all(calib or [])
 
     def measured(

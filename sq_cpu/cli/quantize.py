@@ -19,7 +19,7 @@ from sq_cpu.cli.common import (
     SchemeName,
     Window,
     calibration_batches,
-    check_float,
+    check_not_quantized,
     check_output,
     emit,
     quiet,
@@ -158,7 +158,7 @@ def quantize_command(
         alpha=Recipe.alpha if alpha is None else alpha,
         rule=Recipe.rule if rule is None else rule.value,
     )
-    check_float(model)
+    check_not_quantized(model)
     check_output(out, overwrite)
     calibration_texts = read_all(calib or [])
 

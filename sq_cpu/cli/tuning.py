@@ -15,7 +15,7 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.cli.common import (
     Dtype,
     calibration_batches,
-    check_float,
+    check_not_quantized,
     load_model,
     read_all,
     say,
@@ -68,7 +68,7 @@ def tuning_input(
     ignore: Sequence[str] | None,
 ) -> TuningInput:
     """Read the user's texts, and refuse a model that is quantized already."""
-    check_float(model)
+    check_not_quantized(model)
     return TuningInput(
         model=model,
         own=read_all(calib or []),

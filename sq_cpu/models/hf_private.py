@@ -9,16 +9,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 
 __all__ = [
     "CheckpointLayout",
+    "ExpertsLayout",
     "bare_model",
     "check_version",
+    "experts_activation",
+    "experts_layout",
     "forget_quantization",
     "from_config",
     "load_again",
@@ -97,6 +102,44 @@ def forget_quantization(model: Any) -> None:
     """Make a model that transformers dequantized an ordinary float model, to be saved and cast."""
     check_version()
     model.hf_quantizer.remove_quantization_config(model)
+
+
+# --- experts of a mixture -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How a module of transformers keeps the weights of its experts, each a slice of one 3-D one.
+
+    They are `up_name` and "down_proj"; the biases, if any, have the same names with "_bias".
+    """
+
+    up_name: str
+    """"gate_up_proj", or "up_proj" where there is no gate."""
+    transposed: bool
+    """Whether a slice is [in_features, out_features]."""
+
+
+def experts_layout(module: Any) -> ExpertsLayout | None:
+    """Return the layout of what `use_experts_implementation` made, or None for another module.
+
+    A norm after each expert is not in the layout: None.
+    """
+    names = ("has_gate", "is_transposed", "_apply_gate", "down_proj")
+    if not all(hasattr(module, name) for name in names):
+        return None
+    if not isinstance(module.down_proj, nn.Parameter) or module.down_proj.dim() != 3:
+        return None
+    check_version()
+    if getattr(module, "has_post_expert_norm", False):
+        return None
+    return ExpertsLayout("gate_up_proj" if module.has_gate else "up_proj", module.is_transposed)
+
+
+def experts_activation(module: Any, x: Tensor) -> Tensor:
+    """Return what the experts of a module with an `experts_layout` do between up and down."""
+    result: Tensor = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    return result
 
 
 # --- tied weights -------------------------------------------------------------------------------

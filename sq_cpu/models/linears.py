@@ -14,12 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.hf_private import ExpertsLayout, experts_activation, experts_layout
 
 __all__ = [
     "LINEAR_TYPES",
@@ -81,14 +83,14 @@ class Experts(nn.ModuleList):
     Children "0", "1", ... have `gate_up_proj` (`up_proj` where there is no gate) and `down_proj`.
     """
 
-    def __init__(self, experts: Any) -> None:
-        up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    def __init__(self, experts: Any, layout: ExpertsLayout) -> None:
+        up_name = layout.up_name
         ups, downs = getattr(experts, up_name), experts.down_proj
         up_biases = getattr(experts, f"{up_name}_bias", None)
         down_biases = getattr(experts, "down_proj_bias", None)
 
         def linear(weights: Tensor, bias: Tensor | None, index: int) -> nn.Linear:
-            weight = weights[index].T if experts.is_transposed else weights[index]
+            weight = weights[index].T if layout.transposed else weights[index]
             return _linear(weight, None if bias is None else bias[index])
 
         super().__init__(
@@ -103,9 +105,7 @@ class Experts(nn.ModuleList):
 
     def _activation(self, x: Tensor) -> Tensor:
         # Looked up here: pickle could not find the method by the name that it was defined with.
-        shell: Any = self.__dict__["_shell"]
-        result: Tensor = shell._apply_gate(x) if shell.has_gate else shell.act_fn(x)
-        return result
+        return experts_activation(self.__dict__["_shell"], x)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the weighted sum of each token's experts, [tokens, hidden].
@@ -123,30 +123,20 @@ class Experts(nn.ModuleList):
         return result
 
 
-def _is_experts(module: Any) -> bool:
-    """Say whether transformers' `use_experts_implementation` made this class."""
-    # A norm after each expert is not in the forward above.
-    names = ("has_gate", "is_transposed", "_apply_gate", "down_proj")
-    return (
-        not isinstance(module, Experts)
-        and all(hasattr(module, name) for name in names)
-        and isinstance(module.down_proj, nn.Parameter)
-        and module.down_proj.dim() == 3
-        and not getattr(module, "has_post_expert_norm", False)
-    )
-
-
 def _as_linears(module: nn.Module) -> nn.Module | None:
     """Return what replaces `module`, or None where nothing has to."""
+    convert: Callable[[Any], nn.Module] | None
     convert = LINEAR_TYPES.get(f"{type(module).__module__}.{type(module).__qualname__}")
-    if convert is None and not _is_experts(module):
+    if convert is None and (layout := experts_layout(module)) is not None:
+        convert = partial(Experts, layout=layout)
+    if convert is None:
         return None
     if module._forward_hooks or module._forward_pre_hooks:
         raise SqCpuError(
             f"a {type(module).__name__} of the model has forward hooks, which int8 would lose: "
             "remove them"
         )
-    return Experts(module) if convert is None else convert(module)
+    return convert(module)
 
 
 def linearize(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -18,8 +18,24 @@ __all__ = [
     "check_calibration",
     "check_layers",
     "check_linears",
+    "check_quantizes",
+    "check_reached",
     "check_replaceable",
 ]
+
+
+def check_quantizes(linears: Collection[str]) -> None:
+    """Raise `SqCpuError` where no linear is left to quantize."""
+    if not linears:
+        raise SqCpuError(
+            "nothing to quantize: the model has no Linear that is not ignored or kept in float"
+        )
+
+
+def check_reached(any_reached: bool) -> None:
+    """Raise `SqCpuError` where the calibration reached none of the linears to quantize."""
+    if not any_reached:
+        raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
 
 
 def check_linears(linears: Mapping[str, nn.Linear]) -> None:

@@ -30,6 +30,8 @@ from sq_cpu.quantization.checks import (
     check_calibration,
     check_layers,
     check_linears,
+    check_quantizes,
+    check_reached,
     check_replaceable,
 )
 from sq_cpu.quantization.recipe import Recipe
@@ -38,7 +40,13 @@ from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
 from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, running
-from sq_cpu.smoothing.scales import consumer_scales, fold_scales, linear_sample, plan_scales
+from sq_cpu.smoothing.scales import (
+    WeightStatistics,
+    consumer_scales,
+    fold_scales,
+    linear_sample,
+    plan_scales,
+)
 
 __all__ = ["carry_out", "quantize", "quantize_part"]
 
@@ -83,13 +91,14 @@ def carry_out(
     calibration: Calibration | None,
     recipe: Recipe,
     proof: FoldProof | None = None,
+    weights: WeightStatistics | None = None,
     *,
     progress: bool | None = None,
 ) -> nn.Module:
     """Do what `quantize` does, as `recipe` says.
 
-    `proof` is of the folds of all groups of this model, or of one that it is a copy of; None: it is
-    made here.
+    `proof` is of the folds of all groups of this model, or of one that it is a copy of, and
+    `weights` are of either; None: made here.
     """
     scheme, plan = recipe.scheme, recipe.plan
     replaced = linearize(model)
@@ -104,19 +113,16 @@ def carry_out(
             del linears[name]
         kept = float_linears(model, scheme.ignore) | in_float
         check_replaceable(model, scheme.ignore, in_float)
-        if not linears:
-            raise SqCpuError(
-                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
-            )
+        check_quantizes(linears)
         unreached = () if calibration is None else calibration.unreached
-        if recipe.needs_calibration and linears.keys() <= set(unreached):
-            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
+        if recipe.needs_calibration:
+            check_reached(bool(linears.keys() - set(unreached)))
 
         def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
             example = None if calibration is None else calibration.example
             return proof or prove_folds(model, groups, running(model, example))
 
-        prepared = _prepare(model, linears, calibration, recipe, None, prove)
+        prepared = _prepare(model, linears, calibration, recipe, None, prove, weights)
     except BaseException:
         restore_modules(replaced)
         raise
@@ -167,6 +173,7 @@ def _prepare(
     recipe: Recipe,
     groups: Sequence[SmoothingGroup] | None,
     prove: Callable[[Iterable[SmoothingGroup]], FoldProof],
+    weights: WeightStatistics | None = None,
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
     scheme, plan = recipe.scheme, recipe.plan
@@ -187,7 +194,7 @@ def _prepare(
         schemes = {name: plan.layer_scheme(scheme, name) for name in linears}
     if plan is not None and plan.groups:
         assert calibration is not None  # likewise
-        scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups)
+        scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups, weights=weights)
         clip_of = {group.name: group.clip for group in plan.groups}
         clips = {name: clip_of[group.name] for group in scales for name in group.consumers}
     by_linear = consumer_scales(scales)

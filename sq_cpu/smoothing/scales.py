@@ -144,16 +144,18 @@ def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor
 
 
 class WeightStatistics:
-    """max|W_j| of a model's groups, each found once, while the weights stay as they are."""
+    """max|W_j| of the groups of a model and of its copies, each found once.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    It holds no model: whoever asks gives one, linearized, with the weights as they were.
+    """
+
+    def __init__(self) -> None:
         self._absmax: dict[SmoothingGroup, Tensor] = {}
 
-    def absmax(self, group: SmoothingGroup) -> Tensor:
+    def absmax(self, model: nn.Module, group: SmoothingGroup) -> Tensor:
         """Return max|W_j| over all linears of the group, fp32 [channels]."""
         if group not in self._absmax:
-            self._absmax[group] = weight_absmax(self._model, group)
+            self._absmax[group] = weight_absmax(model, group)
         return self._absmax[group]
 
 
@@ -187,7 +189,7 @@ def group_statistics(
         calibration.check_weight(name, model.get_submodule(name))
     return GroupStatistics(
         act_absmax=group.layout.narrow(calibration.absmax(covered[0])),
-        weight_absmax=(weights or WeightStatistics(model)).absmax(group),
+        weight_absmax=(weights or WeightStatistics()).absmax(model, group),
         norm_weight=norm_weight(model, group),
         samples=tuple(
             linear_sample(

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.checkpoint.config import sha256
-from sq_cpu.checkpoint.entries import float_entries, own_entries
+from sq_cpu.checkpoint.entries import float_entries, own_entries, put_tensor, tie
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
-from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
 from sq_cpu.models.groups import smoothing_groups
@@ -34,11 +33,11 @@ from sq_cpu.models.linears import (
 )
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
-from sq_cpu.quantization.checks import check_layers
+from sq_cpu.quantization.checks import check_layers, check_quantizes, check_reached
 from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
-from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.smoothing.plan import SmoothPlan, check_groups
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.tensors import copy_tensors, file_tensors
@@ -95,16 +94,9 @@ class Stream:
             self.kept = float_linears(model, scheme.ignore) | self.in_float
             self.groups = smoothing_groups(model)
         self.names = [name for name in linears if name not in self.in_float]
-        if not self.names:
-            raise SqCpuError(
-                "nothing to quantize: the model has no Linear that is not ignored or kept in float"
-            )
-        known = {group.name for group in self.groups}
-        for planned in plan.groups if plan else ():
-            if planned.name not in known:
-                raise SqCpuError(
-                    f"the model has no smoothing group {planned.name}; plan for this very model"
-                )
+        check_quantizes(self.names)
+        if plan is not None:
+            check_groups(plan, self.groups)
         stacks = tuple(f"{block}." for block in blocks)
         self.outer = [name for name in self.names if not name.startswith(stacks)]
         self.outer_float_bytes = sum(
@@ -165,17 +157,8 @@ class Stream:
         for path in (final, floats):
             file = files.enter_context(safe_open(path, framework="pt"))
             for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping
-                self.put(name, file.get_tensor(name))
-        for target, source in ties.items():
-            parent, _, key = target.rpartition(".")
-            setattr(self.model.get_submodule(parent), key, self.model.get_parameter(source))
-
-    def put(self, name: str, value: Tensor) -> None:
-        """Set a parameter or buffer of the model, by its full name."""
-        parent, _, key = name.rpartition(".")
-        module = self.model.get_submodule(parent)
-        is_parameter = key in module._parameters
-        setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+                put_tensor(self.model, name, file.get_tensor(name))
+        tie(self.model, ties)
 
     def capture(self, batches: Sequence[Example]) -> list[BlockCalls]:
         """Run what precedes the blocks; return each batch's calls of them."""
@@ -315,8 +298,7 @@ class Stream:
         """Write what describes the finished files."""
         folder = self.work / "checkpoint"
         layers = {name for part in parts for name in part.layers}
-        if not layers or (self.recipe.needs_calibration and not self.state.tokens):
-            raise SqCpuError("no calibration batch reached any linear: calibrate on other batches")
+        check_reached(bool(layers) and (not self.recipe.needs_calibration or self.state.tokens > 0))
         smoothed = {name for part in parts for name in part.smoothed}
         plans = [SmoothPlan.from_dict(part.plan) for part in parts if part.plan is not None]
         groups = {group.name: group for plan in plans for group in plan.groups}

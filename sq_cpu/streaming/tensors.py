@@ -18,6 +18,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sq_cpu.checkpoint.config import INDEX
 from sq_cpu.errors import SqCpuError, first_line
 
 __all__ = [
@@ -30,7 +31,6 @@ __all__ = [
     "has_safetensors",
 ]
 
-_INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 WHOLE = "quantize it without streaming"
 # Elements that are read, converted and written at a time: few, for the allocator keeps such pieces.
@@ -90,7 +90,7 @@ class LazyTensor:
 
 def has_safetensors(folder: Path) -> bool:
     """Say whether a folder has the safetensors files of a model, by the names that count."""
-    return any((folder / name).is_file() for name in (_INDEX, _SINGLE))
+    return any((folder / name).is_file() for name in (INDEX, _SINGLE))
 
 
 def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
@@ -100,7 +100,7 @@ def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
             f"{folder} is not a folder; streaming reads a folder of safetensors files, {WHOLE}"
         )
     names = [_SINGLE]
-    if (index := folder / _INDEX).exists():
+    if (index := folder / INDEX).exists():
         try:
             file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted({str(name) for name in file_of.values()})
@@ -109,7 +109,7 @@ def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
                 f"{index} cannot be read ({first_line(error)}); copy the checkpoint again"
             ) from error
     elif not (folder / _SINGLE).exists():
-        raise SqCpuError(f"{folder} has no {_SINGLE} and no {_INDEX}; {WHOLE}")
+        raise SqCpuError(f"{folder} has no {_SINGLE} and no {INDEX}; {WHOLE}")
     found: dict[str, LazyTensor] = {}
     for name in names:
         for key, tensor in file_tensors(folder / name).items():

@@ -63,7 +63,7 @@ class QuantizedPrefix:
         self._calibration = calibration
         self._groups = groups
         self._scheme = scheme
-        self._weights = weights or WeightStatistics(model)
+        self._weights = weights or WeightStatistics()
         self._chain = BlockChain(model, otherwise="tune it with sequential=False")
         given = list(model_inputs(model, batches, "tuning", "reading batches", False))
         with evaluating(model):

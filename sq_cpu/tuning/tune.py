@@ -130,7 +130,7 @@ def tune(
                 model, groups, uniform.groups, calibration, batches, scheme, grid, choose, progress
             )
             return SmoothPlan(tuple(plans), scheme=scheme)
-        weights = WeightStatistics(model)
+        weights = WeightStatistics()
         search = AlphaSearch(
             tokens=calibration.tokens,
             loss=loss,

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def test_checkpoint(tmp_path: Path) -> None:
     ids = batches(1)[0]
     assert_same_model(loaded, model, lambda model: model(ids).logits)
     assert tokenizer.decode([3]) == byte_tokenizer().decode([3])
+
+
+def test_stderr_is_dropped_for_a_caller_with_a_line_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_float(tmp_path)
+    load_tokenizer = sources.load_tokenizer
+
+    def chatty(*args: Any, **options: Any) -> Any:
+        print("chatter", file=sys.stderr)
+        return load_tokenizer(*args, **options)
+
+    monkeypatch.setattr(sources, "load_tokenizer", chatty)
+    said: list[str] = []
+    capsys.readouterr()
+    sources.load_source(folder, say=said.append)
+    assert said == [f"loading {folder}"]
+    assert capsys.readouterr().err == ""
+    sources.load_source(folder)
+    assert "chatter" in capsys.readouterr().err
 
 
 def test_gguf_becomes_an_ordinary_float_model(smollm2_folder: Path) -> None:

@@ -16,22 +16,30 @@ from tiny import tiny_model
 import sq_cpu
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models import hf_private
+from sq_cpu.models.linears import linearize
 
 PRIVATE = re.compile(
     r"transformers\.(initialization|core_model_loading|conversion_mapping|modeling_utils)\b"
     r"|_is_hf_initialized|all_tied_weights_keys|_from_config|_get_dtype_plan|_keys_to_ignore"
     r"|HF_DEACTIVATE_ASYNC_LOAD|\.hf_quantizer\."
+    r"|\b(has_gate|is_transposed|_apply_gate|has_post_expert_norm)\b"
 )
+# What transformers asks a quantizer to override: private by name, but not from inside of it.
+EXTENSION = re.compile(r"\b_process_model_\w+")
+
+
+def users(names: re.Pattern[str]) -> set[str]:
+    (folder,) = sq_cpu.__path__
+    return {
+        path.relative_to(folder).as_posix()
+        for path in Path(folder).rglob("*.py")
+        if names.search(path.read_text(encoding="utf-8"))
+    }
 
 
 def test_private_names_stand_in_one_file() -> None:
-    (folder,) = sq_cpu.__path__
-    users = {
-        path.relative_to(folder).as_posix()
-        for path in Path(folder).rglob("*.py")
-        if PRIVATE.search(path.read_text(encoding="utf-8"))
-    }
-    assert users == {"models/hf_private.py"}
+    assert users(PRIVATE) == {"models/hf_private.py"}
+    assert users(EXTENSION) == {"checkpoint/hf_quantizer.py"}
 
 
 @pytest.fixture
@@ -62,6 +70,16 @@ def test_another_major_version_is_refused_in_one_line(
         CALLS[call](checkpoint, model)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_experts_of_another_major_version_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture, dense = tiny_model("mixtral"), tiny_model("llama")
+    modules = dict(mixture.named_modules())
+    monkeypatch.setattr("transformers.__version__", "6.0.0")
+    with pytest.raises(SqCpuError, match=r"transformers 6\.0\.0 .* 'transformers>=5,<6'"):
+        linearize(mixture)
+    assert dict(mixture.named_modules()) == modules
+    assert linearize(dense) == {}
 
 
 @pytest.mark.parametrize("threads", [None, "0"])
