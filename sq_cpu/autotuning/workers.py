@@ -32,6 +32,7 @@ from sq_cpu.autotuning.refine import Rank, Refinement, ranked
 from sq_cpu.autotuning.storage import opened_storage, quiet_optuna
 from sq_cpu.autotuning.trials import Trials
 from sq_cpu.errors import SqCpuError, Terminated
+from sq_cpu.interrupts import raise_ignored_interrupts_again
 from sq_cpu.scheme import Activations
 
 __all__ = ["SearchSettings", "Stopped", "Worker", "run_workers"]
@@ -357,6 +358,7 @@ def _together(messages: Sequence[tuple[str, str] | None]) -> Stopped:
 def _main(path: str, index: int, threads: int, pipe: Connection, parent: WorkerProcess) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
+    raise_ignored_interrupts_again()
     torch.set_num_threads(threads)
 
     def check_parent() -> None:

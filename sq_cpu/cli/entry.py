@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from sq_cpu.errors import SqCpuError, Terminated
+from sq_cpu.interrupts import raise_ignored_interrupts_again
 
 __all__ = ["app", "main"]
 
@@ -51,6 +52,7 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line (the console script `sq-cpu`)."""
     signal.signal(signal.SIGTERM, _terminate)
+    raise_ignored_interrupts_again()
     app(prog_name="sq-cpu")
 
 
