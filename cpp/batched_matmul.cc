@@ -24,9 +24,6 @@ namespace {
 constexpr int64_t kPieceBytes = 512 << 10;
 constexpr int64_t kFewestStrips = 8;
 constexpr int64_t kFewestRows = 32;
-constexpr int64_t kLine = 128;  // two cache lines: the prefetcher fetches them in pairs
-
-int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, kLine) * kLine; }
 
 Output output_of(BatchedType type) {
   switch (type) {
