@@ -388,4 +388,5 @@ PYBIND11_MODULE(_core, m) {
       py::arg("k"), py::arg("a"), py::arg("a_is_signed"), py::arg("a_strides"), py::arg("a_scale"),
       py::arg("b"), py::arg("b_rows_are_n"), py::arg("b_strides"), py::arg("b_scale"),
       py::arg("alpha"), py::arg("y"), py::arg("y_type"), py::arg("y_strides"));
+  bind_attention(m);
 }

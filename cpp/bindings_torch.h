@@ -83,4 +83,6 @@ struct Door {
   py::gil_scoped_release release;
 };
 
+void bind_attention(py::module_& m);
+
 }  // namespace sq_cpu::bindings

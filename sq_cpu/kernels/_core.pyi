@@ -177,3 +177,29 @@ def batched_matmul(
     y_type: BatchedType,
     y_strides: tuple[int, ...],
 ) -> None: ...
+
+PAGE_TOKENS: int
+MAX_HEAD_DIM: int
+
+def page_bytes(head_dim: int) -> int: ...
+
+class KvCache:
+    def __init__(self, pages: int, page_count: int, kv_heads: int, head_dim: int) -> None: ...
+
+class Sequences:
+    def __init__(
+        self, count: int, first_row: int, length: int, table: int, table_stride: int
+    ) -> None: ...
+
+class Heads:
+    def __init__(self, data: int, dtype: DType, row_stride: int, head_stride: int) -> None: ...
+
+class AttentionOptions:
+    def __init__(
+        self, scale: float, causal: bool, window: int, softcap: float, slopes: int, sinks: int
+    ) -> None: ...
+
+def append(cache: KvCache, sequences: Sequences, k: Heads, v: Heads) -> None: ...
+def attention(
+    cache: KvCache, sequences: Sequences, heads: int, q: Heads, options: AttentionOptions, y: Heads
+) -> None: ...

@@ -32,7 +32,7 @@ __all__ = [
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
 
-_DTYPES = {
+DTYPES = {
     torch.float32: _core.DType.float32,
     torch.bfloat16: _core.DType.bfloat16,
     torch.float16: _core.DType.float16,
@@ -179,7 +179,7 @@ def _operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dt
 
 def check(x: Tensor, packed: Tensor, in_features: int) -> tuple[_core.DType, list[int]]:
     """Return the kernels' dtype of x [*leading, in_features], and `leading`; else `SqCpuError`."""
-    kind = _DTYPES.get(x.dtype)
+    kind = DTYPES.get(x.dtype)
     if kind is None:
         raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
     *leading, width = x.shape or (-1,)
@@ -258,7 +258,7 @@ def quantize_activations(x: Tensor, quantizer: _core.ActivationQuantizer) -> Qua
     x = x.resolve_neg().contiguous()
     out = _empty_codes(tuple(leading), in_features, x.dtype, quantizer)
     _core.quantize_activations(
-        x.data_ptr(), _DTYPES[x.dtype], len(out.scale), in_features, quantizer, *_addresses(out)
+        x.data_ptr(), DTYPES[x.dtype], len(out.scale), in_features, quantizer, *_addresses(out)
     )
     return out
 
@@ -278,7 +278,7 @@ def linear_quantized(
         out_features,
         x.in_features,
         y.data_ptr(),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         *epilogue.arguments(),
     )
     return y
@@ -303,7 +303,7 @@ def linear_requantized(
         x.in_features,
         quantizer,
         *_addresses(y),
-        _DTYPES[x.dtype],
+        DTYPES[x.dtype],
         *epilogue.arguments(),
     )
     return y
@@ -337,7 +337,7 @@ def _(x: Tensor, packed: Tensor, out_features: int, *_: Any, **__: Any) -> Tenso
 
 
 def _check_packed(x: Tensor, packed: Tensor, out_features: int) -> None:
-    if x.dtype not in _DTYPES or x.dim() == 0:
+    if x.dtype not in DTYPES or x.dim() == 0:
         raise SqCpuError(
             f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
             "use float32, bfloat16 or float16, of one or more"
