@@ -38,12 +38,12 @@ struct PageLayout {
         values(kPageTokens / kStripColumns * key_strip),
         key_scale(values + value_tiles * kTileBytes),
         value_scale(key_scale + kPageTokens * int64_t{sizeof(float)}),
-        key_sum(value_scale + kPageTokens * int64_t{sizeof(float)}),
-        bytes(key_sum + kPageTokens * int64_t{sizeof(int32_t)}) {}
+        key_offset(value_scale + kPageTokens * int64_t{sizeof(float)}),
+        bytes(key_offset + kPageTokens * int64_t{sizeof(int32_t)}) {}
   const int64_t depth_tiles;
   const int64_t value_tiles;
-  const int64_t key_strip;                                // bytes of a strip of keys
-  const int64_t values, key_scale, value_scale, key_sum;  // offsets
+  const int64_t key_strip;                                   // bytes of a strip of keys
+  const int64_t values, key_scale, value_scale, key_offset;  // offsets
   const int64_t bytes;
 };
 
@@ -100,25 +100,30 @@ void put(std::byte* page, int64_t offset, int64_t index, T value) {
   std::memcpy(page + offset + index * int64_t{sizeof(T)}, &value, sizeof value);
 }
 
-void put_key(std::byte* page, const PageLayout& layout, int64_t slot, const uint8_t* u,
-             int64_t head_dim, float scale) {
-  std::byte* const strip = page + slot / kStripColumns * layout.key_strip;
+// Codes of which 128 is 0 become s8; what pads the depth is 0.
+void put_key(std::byte* page, const PageLayout& layout, int64_t slot, uint8_t* u, int64_t head_dim,
+             float scale) {
+  const int64_t depth = layout.depth_tiles * kTileDepth;
+  std::memset(u + head_dim, 0x80, depth - head_dim);
   int32_t sum = 0;
-  for (int64_t c = 0; c < head_dim; ++c) sum += u[c];
-  for (int64_t c = 0; c < layout.depth_tiles * kTileDepth; c += 4) {
-    uint8_t four[4] = {};
-    for (int64_t i = 0; i < 4 && c + i < head_dim; ++i) four[i] = u[c + i] ^ 0x80;
-    std::memcpy(strip + c * kStripColumns + slot % kStripColumns * 4, four, sizeof four);
+  for (int64_t c = 0; c < depth; ++c) {
+    u[c] ^= 0x80;
+    sum += static_cast<int8_t>(u[c]);
   }
+  std::byte* const column =
+      page + slot / kStripColumns * layout.key_strip + slot % kStripColumns * 4;
+  for (int64_t c = 0; c < depth; c += 4) std::memcpy(column + c * kStripColumns, u + c, 4);
   put(page, layout.key_scale, slot, scale);
-  put(page, layout.key_sum, slot, static_cast<int32_t>(sum - 128 * head_dim));
+  put(page, layout.key_offset, slot, 128 * sum);
 }
 
 void put_value(std::byte* page, const PageLayout& layout, int64_t slot, const uint8_t* u,
                int64_t head_dim, float scale) {
-  std::byte* const values = page + layout.values + slot / 4 * 64 + slot % 4;
-  for (int64_t c = 0; c < head_dim; ++c) {
-    values[c / kStripColumns * kTileBytes + c % kStripColumns * 4] = std::byte(u[c] ^ 0x80);
+  std::byte* tile = page + layout.values + slot / 4 * 64 + slot % 4;
+  for (int64_t c = 0; c < head_dim; tile += kTileBytes) {
+    for (const int64_t end = std::min(c + kStripColumns, head_dim); c < end; ++c) {
+      tile[c % kStripColumns * 4] = std::byte(u[c] ^ 0x80);
+    }
   }
   put(page, layout.value_scale, slot, scale);
 }
@@ -268,6 +273,8 @@ class Worker {
   void begin(const Block& block) {
     block_ = block;
     const int64_t rows = block.rows.size(), first = job_.first_row(block.sequence);
+    const int64_t length = job_.sequences.length[block.sequence];
+    const int64_t before = length - job_.new_tokens(block.sequence);
     kernel_ = &choose_microkernel(job_.isa, 255, rows);
     codes_ = CodeLayout(rows, job_.cache.head_dim);
     const HeadCoder coder(job_.cache.head_dim, job_.kernels, rotated_);
@@ -276,6 +283,8 @@ class Worker {
       const float scale = coder.rotate(job_.q, first + row / job_.group, head(row),
                                        q_codes_ + codes_.offset(r), codes_.tile);
       q_scale_[r] = scale * job_.score;
+      position_[r] = before + row / job_.group;
+      keys_[r] = visible(job_.options, position_[r], length);
       if (job_.options.slopes != nullptr) {
         slope_[r] = static_cast<float>(job_.options.slopes[head(row)] * kLog2E);
       }
@@ -288,11 +297,6 @@ class Worker {
   }
 
   int64_t head(int64_t row) const { return block_.kv_head * job_.group + row % job_.group; }
-
-  int64_t position(int64_t row) const {
-    return job_.sequences.length[block_.sequence] - job_.new_tokens(block_.sequence) +
-           row / job_.group;
-  }
 
   void start(Softmaxes& all) const {
     all.clear(block_.rows.size());
@@ -319,13 +323,10 @@ class Worker {
 
   // What each row sees of the page that begins with `key`.
   void see(int64_t key) {
-    const int64_t length = job_.sequences.length[block_.sequence];
     for (int64_t r = 0; r < block_.rows.size(); ++r) {
-      const int64_t at = position(block_.rows.begin + r);
-      const Range keys = visible(job_.options, at, length);
-      first_[r] = static_cast<int32_t>(std::clamp<int64_t>(keys.begin - key, 0, kPageTokens));
-      last_[r] = static_cast<int32_t>(std::clamp<int64_t>(keys.end - key, 0, kPageTokens));
-      distance_[r] = static_cast<float>(key - at);
+      first_[r] = static_cast<int32_t>(std::clamp<int64_t>(keys_[r].begin - key, 0, kPageTokens));
+      last_[r] = static_cast<int32_t>(std::clamp<int64_t>(keys_[r].end - key, 0, kPageTokens));
+      distance_[r] = static_cast<float>(key - position_[r]);
     }
   }
 
@@ -340,7 +341,7 @@ class Worker {
     job_.kernels.weigh({sums_, panel, panel * count, count, q_scale_ + rows.begin,
                         part_of<float>(page, layout.key_scale),
                         part_of<float>(page, layout.value_scale),
-                        part_of<int32_t>(page, layout.key_sum), first_ + rows.begin,
+                        part_of<int32_t>(page, layout.key_offset), first_ + rows.begin,
                         last_ + rows.begin, job_.cap, sloped ? slope_ + rows.begin : nullptr,
                         distance_ + rows.begin, first.most, first.total, carry_, unit_, p_codes_});
     multiply(p_codes_, CodeLayout(count, kPageTokens), page + layout.values, kTileBytes, 1,
@@ -397,6 +398,8 @@ class Worker {
   const Microkernel* kernel_ = nullptr;
   TaskState state_;
   float q_scale_[kRowsOfTask], slope_[kRowsOfTask], distance_[kRowsOfTask];
+  int64_t position_[kRowsOfTask];
+  Range keys_[kRowsOfTask];  // that a row sees
   int32_t first_[kRowsOfTask], last_[kRowsOfTask];
   float carry_[kMaxRows], unit_[kMaxRows];
 };

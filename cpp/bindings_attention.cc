@@ -1,10 +1,9 @@
 // Python's names for attention.h. sq_cpu/kernels/paged_attention.py has checked shapes, dtypes and
 // devices; the values of lengths and tables are checked by the library.
-#include "sq_cpu/attention.h"
-
 #include <pybind11/pybind11.h>
 
 #include "bindings_torch.h"
+#include "sq_cpu/attention.h"
 
 namespace sq_cpu::bindings {
 namespace {
@@ -53,9 +52,12 @@ void bind_attention(py::module_& m) {
   py::class_<AttentionOptions>(m, "AttentionOptions")
       .def(py::init([](float scale, bool causal, int64_t window, float softcap, uintptr_t slopes,
                        uintptr_t sinks) {
-             return AttentionOptions{scale,   causal,
-                                     window,  softcap,
-                                     pointer<const float>(slopes), pointer<const float>(sinks)};
+             return AttentionOptions{scale,
+                                     causal,
+                                     window,
+                                     softcap,
+                                     pointer<const float>(slopes),
+                                     pointer<const float>(sinks)};
            }),
            py::arg("scale"), py::arg("causal"), py::arg("window"), py::arg("softcap"),
            py::arg("slopes"), py::arg("sinks"));

@@ -158,7 +158,7 @@ struct PageWeights {
   const float* q_scale;  // [rows]; also turns e into 2
   const float* key_scale;
   const float* value_scale;
-  const int32_t* key_sum;
+  const int32_t* key_offset;
   const int32_t* first;  // [rows]: the page's keys first .. last - 1 are visible
   const int32_t* last;
   float cap;              // 0: none

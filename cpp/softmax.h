@@ -11,19 +11,19 @@ namespace sq_cpu {
 namespace {
 
 constexpr int kVirtualLanes = 16;
+constexpr float kHidden = -__builtin_inff();  // a score that is not seen
 constexpr int kPageVectors = static_cast<int>(kPageTokens) / kLanes;
 
-// 2^x for x <= 0, 0 below -126 and exactly 1 at 0: minimax on |r| <= 1/2 for the relative error,
+// 2^x for x <= 0, at least 2^-126 and exactly 1 at 0: minimax on |r| <= 1/2 for the relative error,
 // 2.9e-6, by Lawson's reweighted least squares. NaN stays NaN.
 inline F32 exp2_weight(F32 x) {
-  const F32 v = x < -126.0f ? splat(-126.0f) : x;
+  const F32 v = max(splat(-126.0f), x);
   const F32 shifted = v + kRoundMagic;
   const F32 r = v - (shifted - kRoundMagic);
   F32 p = fma(splat(0x1.3a02b8p-7f), r, splat(0x1.c9fc46p-5f));
   p = fma(p, r, splat(0x1.ec0378p-3f));
   p = fma(p, r, splat(0x1.62e12cp-1f));
-  p = fma(p, r, splat(1.0f));
-  return x < -126.0f ? F32{} : scale_exp2(p, shifted);
+  return scale_exp2(fma(p, r, splat(1.0f)), shifted);
 }
 
 // a + b in lanes whose index lacks the bit, partner's a - b in the others.
@@ -68,7 +68,7 @@ inline void hadamard(float* x, int64_t count, int64_t size) {
 
 // Every lane and its partner, whose index has the bit turned over.
 template <int kBit, typename Join>
-F32 join_lanes(F32 v, Join join) {
+[[gnu::always_inline]] inline F32 join_lanes(F32 v, Join join) {
   if constexpr (kBit > 0) {
     I32 partner;
     for (int lane = 0; lane < kLanes; ++lane) partner[lane] = lane ^ kBit;
@@ -112,62 +112,99 @@ struct AllVisible {
   F32 operator()(int, F32 v, float) const { return v; }
 };
 
-template <typename See>
-void weigh_row(const PageWeights& a, int row, See see) {
-  constexpr float kHidden = -__builtin_inff();
-  F32 s[kPageVectors], highest = splat(a.most[row]), poison = {};
+// Where the sums of a page's vectors of keys lie, in row 0.
+struct PageSums {
+  explicit PageSums(const PageWeights& a) : row(a.panel) {
+    for (int i = 0; i < kPageVectors; ++i) {
+      vector[i] = a.sums + i * kLanes / a.panel * a.panel_stride + i * kLanes % a.panel;
+    }
+  }
+  const int32_t* vector[kPageVectors];
+  const int64_t row;  // ints from a row to the next
+};
+
+// A soft-capped and sloped score.
+inline F32 bend(const PageWeights& a, int row, int key, F32 v) {
+  if (a.cap != 0.0f) {  // q_scale holds 2 log2(e) / softcap; cap is softcap log2(e)
+    const F32 power = exp2_weight(v < 0.0f ? v : -v);
+    const F32 ratio = (1.0f - power) / (1.0f + power);  // tanh |s / softcap|
+    v = a.cap * (v < 0.0f ? -ratio : ratio);
+  }
+  if (a.slope == nullptr) return v;
+  return fma(splat(a.slope[row]), lane_numbers() + (a.distance[row] + static_cast<float>(key)), v);
+}
+
+// Scores in base 2, as far as the row sees them; returns the highest of them and of `most`.
+template <bool kBent, typename See>
+float score_row(const PageWeights& a, const PageSums& sums, int row, See see,
+                F32 (&s)[kPageVectors]) {
+  F32 highest = splat(a.most[row]);
   for (int i = 0; i < kPageVectors; ++i) {
     const int key = i * kLanes;
-    const int32_t* sums = a.sums + key / a.panel * a.panel_stride + row * a.panel + key % a.panel;
-    // The codes of q are 128 too large.
-    const I32 t = (I32)(load_bits<U32>(sums) - (load_bits<U32>(a.key_sum + key) << 7));
+    const U32 sum = load_bits<U32>(sums.vector[i] + row * sums.row);
+    const I32 t = (I32)(sum - load_bits<U32>(a.key_offset + key));
     F32 v = __builtin_convertvector(t, F32) * (a.q_scale[row] * load_bits<F32>(a.key_scale + key));
-    if (a.cap != 0.0f) {  // q_scale holds 2 log2(e) / softcap; cap is softcap log2(e)
-      const F32 power = exp2_weight(v < 0.0f ? v : -v);
-      const F32 ratio = (1.0f - power) / (1.0f + power);  // tanh |s / softcap|
-      v = a.cap * (v < 0.0f ? -ratio : ratio);
-    }
-    if (a.slope != nullptr) {
-      v = fma(splat(a.slope[row]), lane_numbers() + (a.distance[row] + static_cast<float>(key)), v);
-    }
+    if constexpr (kBent) v = bend(a, row, key, v);
     s[i] = see(i, v, kHidden);
-    poison += see(i, v * 0.0f, 0.0f);
     highest = max(s[i], highest);
   }
-  const float before = a.most[row], now = highest_lane(highest);
-  const bool any = now != kHidden;
-  F32 sums[kVirtualLanes / kLanes] = {poison}, weights[kPageVectors], heaviest = {};
-  for (int i = 0; i < kPageVectors; ++i) {
-    const F32 p = any ? exp2_weight(s[i] - now) : F32{};
-    weights[i] = see(i, p * load_bits<F32>(a.value_scale + i * kLanes), 0.0f);
-    heaviest = max(weights[i], heaviest);
-    F32& sum = sums[i % (kVirtualLanes / kLanes)];
-    sum += p + weights[i] * 0.0f;  // NaN where a value is not finite
+  return highest_lane(highest);
+}
+
+// What a row without a score so far makes of a page: nothing, or NaN where it saw one.
+inline void weigh_nothing(const PageWeights& a, int row, const F32 (&s)[kPageVectors]) {
+  for (const F32& v : s) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (v[lane] != kHidden) a.total[row] = v[lane];
+    }
   }
+  a.carry[row] = 1.0f;
+  a.unit[row] = 0.0f;
+  std::memset(a.codes + row * kPageTokens, 0, kPageTokens);
+}
+
+template <bool kBent, typename See>
+void weigh_row(const PageWeights& a, const PageSums& page, int row, See see) {
+  F32 s[kPageVectors], heaviest = {};
+  const float before = a.most[row], now = score_row<kBent>(a, page, row, see, s);
+  if (now == kHidden) return weigh_nothing(a, row, s);
+  F32 sums[kVirtualLanes / kLanes] = {};
+  for (int i = 0; i < kPageVectors; ++i) {
+    const F32 p = exp2_weight(s[i] - now);
+    s[i] = see(i, p * load_bits<F32>(a.value_scale + i * kLanes), 0.0f);
+    heaviest = max(s[i], heaviest);
+    // NaN where a value is not finite.
+    sums[i % (kVirtualLanes / kLanes)] += fma(s[i], splat(0.0f), p);
+  }
+  const float top = highest_lane(heaviest), carry = exp2_weight(splat(before - now))[0];
+  a.most[row] = now;
+  a.carry[row] = carry;
+  a.total[row] = a.total[row] * carry + tree_sum(sums);
   // So little that 255 / top might overflow adds nothing.
-  const float top = highest_lane(heaviest);
   const bool heavy = top > 0x1p-100f;
   const float inverse = heavy ? 255.0f / top : 0.0f;
-  a.most[row] = now;
-  a.carry[row] = any ? exp2_weight(splat(before - now))[0] : 1.0f;
-  a.unit[row] = heavy ? top / 255.0f : 0.0f;
-  a.total[row] = a.total[row] * a.carry[row] + tree_sum(sums);
-  uint8_t* const codes = a.codes + row * kPageTokens;
+  a.unit[row] = heavy ? top * (1.0f / 255.0f) : 0.0f;
   for (int i = 0; i < kPageVectors; ++i) {
-    const F32 shifted = weights[i] * inverse + kRoundMagic;
-    store_bits(codes + i * kLanes, __builtin_convertvector((U32)shifted, U8));
+    const F32 shifted = fma(s[i], splat(inverse), splat(kRoundMagic));
+    store_bits(a.codes + row * kPageTokens + i * kLanes, narrow((U32)shifted));
+  }
+}
+
+template <bool kBent>
+void weigh_rows(const PageWeights& a) {
+  const PageSums page(a);
+  for (int row = 0; row < a.rows; ++row) {
+    const int first = a.first[row], last = a.last[row];
+    if (first <= 0 && last >= kPageTokens) {
+      weigh_row<kBent>(a, page, row, AllVisible());
+    } else {
+      weigh_row<kBent>(a, page, row, Visible(first, last));
+    }
   }
 }
 
 inline void weigh(const PageWeights& a) {
-  for (int row = 0; row < a.rows; ++row) {
-    const int first = a.first[row], last = a.last[row];
-    if (first <= 0 && last >= kPageTokens) {
-      weigh_row(a, row, AllVisible());
-    } else {
-      weigh_row(a, row, Visible(first, last));
-    }
-  }
+  a.cap != 0.0f || a.slope != nullptr ? weigh_rows<true>(a) : weigh_rows<false>(a);
 }
 
 // o = o * carry + sums * unit

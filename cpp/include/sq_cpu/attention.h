@@ -14,7 +14,7 @@
 //     codes[j] = rne(w[j] * 255 / max w), u8: a scale for each row and page
 //     o = o * e^(m - m') + (sum_j codes[j] v8[j]) * (max w / 255)
 //   by chunks of 256 keys, which are merged in order; then y = o / l, rounded once to y's type.
-// e^x has a relative error of 2.9e-6, and is 0 below 2^-126. A row that sees no key gives 0.
+// e^x has a relative error of 2.9e-6, and is 2^-126 below that. A row that sees no key gives 0.
 // NaN or Inf in a row of q makes that row of y NaN, and in a key or value every row that sees it.
 //
 // Memory, threads and errors: as linear.h says.
@@ -36,7 +36,7 @@ constexpr int64_t kMaxHeadDim = 1024;  // q8 k8 sums stay exact in fp32: 127 * 1
 //   values      ceil(head_dim / 16) tiles, 16 channels wide and 64 tokens deep
 //   key_scale   fp32 [64]
 //   value_scale fp32 [64]
-//   key_sum     int32 [64], of the codes of a key
+//   key_offset  int32 [64]: 128 times the sum of a key's codes
 //
 // Both are operands of the kernels as they lie. What no token has written may hold anything.
 struct KvCache {
