@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
 from sq_cpu.calibration.observer import InputRanges
+from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.checkpoint.config import sha256
 from sq_cpu.checkpoint.entries import float_entries, own_entries, put_tensor, tie
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
 from sq_cpu.models.groups import smoothing_groups
@@ -40,7 +42,7 @@ from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.smoothing.plan import SmoothPlan, check_groups
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
-from sq_cpu.streaming.tensors import copy_tensors, file_tensors
+from sq_cpu.streaming.tensors import WHOLE, copy_tensors, file_tensors
 from sq_cpu.streaming.work_folder import Part, State
 
 __all__ = ["Stream"]
@@ -120,7 +122,7 @@ class Stream:
             # The last is the example that folds are proven with.
             calls: list[BlockCalls] = []
             hidden: list[Tensor] = []
-            if self.recipe.needs_calibration:
+            if batches:
                 calls = self.capture([*batches, example_of(*batches[0])])
                 hidden = state.carried() if state.blocks else [call.take() for call in calls]
             for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
@@ -166,7 +168,14 @@ class Stream:
             with self.loaded(0):
                 self.state.outputs = self.chain.probe(batches[-1])
         self.chain.outputs = self.state.outputs
-        calls = self.chain.capture(batches)
+        stacks = tuple(f"{block}." for block in self.blocks)
+        linears = quantizable_linears(self.model)
+        uses = WeightUses(self.model, {n: x for n, x in linears.items() if n.startswith(stacks)})
+        with uses:
+            calls = self.chain.capture(batches)
+        if found := uses.found():
+            name, why = min(found.items())
+            raise SqCpuError(f"{name}: {why} outside of its block; {WHOLE}")
         # A token's row of an embedding brings its neighbours in: up to all of it.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
