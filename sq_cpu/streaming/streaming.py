@@ -164,6 +164,7 @@ def stream_checkpoint(
     check_target(target)
     folder = Path(source)
     weights = folder_tensors(folder)
+    sources.check_causal(folder)
     sources.check_float(folder)
     dtype = dtype or folder_dtype(folder, weights)
 
