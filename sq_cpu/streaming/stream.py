@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
 from sq_cpu.calibration.observer import InputRanges
+from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.checkpoint.config import sha256
 from sq_cpu.checkpoint.entries import float_entries, own_entries, put_tensor, tie
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
 from sq_cpu.models.groups import smoothing_groups
@@ -40,7 +42,7 @@ from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.smoothing.plan import SmoothPlan, check_groups
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
-from sq_cpu.streaming.tensors import copy_tensors, file_tensors
+from sq_cpu.streaming.tensors import WHOLE, copy_tensors, file_tensors
 from sq_cpu.streaming.work_folder import Part, State
 
 __all__ = ["Stream"]
@@ -94,7 +96,7 @@ class Stream:
             self.kept = float_linears(model, scheme.ignore) | self.in_float
             self.groups = smoothing_groups(model)
         self.names = [name for name in linears if name not in self.in_float]
-        check_quantizes(self.names)
+        check_quantizes(self.names, self.kept)
         if plan is not None:
             check_groups(plan, self.groups)
         stacks = tuple(f"{block}." for block in blocks)
@@ -120,7 +122,7 @@ class Stream:
             # The last is the example that folds are proven with.
             calls: list[BlockCalls] = []
             hidden: list[Tensor] = []
-            if self.recipe.needs_calibration:
+            if batches:
                 calls = self.capture([*batches, example_of(*batches[0])])
                 hidden = state.carried() if state.blocks else [call.take() for call in calls]
             for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
@@ -166,7 +168,14 @@ class Stream:
             with self.loaded(0):
                 self.state.outputs = self.chain.probe(batches[-1])
         self.chain.outputs = self.state.outputs
-        calls = self.chain.capture(batches)
+        stacks = tuple(f"{block}." for block in self.blocks)
+        linears = quantizable_linears(self.model)
+        uses = WeightUses(self.model, {n: x for n, x in linears.items() if n.startswith(stacks)})
+        with uses:
+            calls = self.chain.capture(batches)
+        if found := uses.found():
+            name, why = min(found.items())
+            raise SqCpuError(f"{name}: {why} outside of its block; {WHOLE}")
         # A token's row of an embedding brings its neighbours in: up to all of it.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
@@ -204,7 +213,7 @@ class Stream:
 
             calibration, run = None, None
             if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
+                ranges = InputRanges(self.model, linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for batch in range(len(calls) - 1):
                         with ranges.batch(calls[batch].mask):
@@ -229,7 +238,7 @@ class Stream:
         calibration, run = None, None
         with self.chain.replaced(take):
             if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
+                ranges = InputRanges(self.model, linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for current, call in enumerate(calls[:-1]):  # noqa: B007  `take` reads it
                         args, kwargs = call.arguments
@@ -288,7 +297,7 @@ class Stream:
             layers=done.layers,
             smoothed=done.smoothed,
             decomposed=dict(done.decomposed),
-            unreached=done.unreached,
+            kept=dict(done.kept),
             tokens=calibration.tokens if calibration else 0,
             float_bytes=before,
             int8_bytes=after,
@@ -309,7 +318,7 @@ class Stream:
             layers=tuple(name for name in self.names if name in layers),
             smoothed=tuple(name for name in self.names if name in smoothed),
             decomposed={name: n for part in parts for name, n in part.decomposed.items()},
-            unreached=tuple(name for part in parts for name in part.unreached),
+            kept={name: why for part in parts for name, why in part.kept.items()},
         )
         record = done.record(self.scheme, self.kept)
         file_of, size = {}, 0
