@@ -72,7 +72,7 @@ def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
     else:
         span = max(_FLOOR, high - low)
         scale, zero_point = span / scheme.levels, round(-low * scheme.levels / span)
-    return float(torch.tensor(scale, dtype=torch.float32)), zero_point
+    return float(torch.tensor(scale, dtype=torch.float32, device="cpu")), zero_point
 
 
 def quantize_rows(
