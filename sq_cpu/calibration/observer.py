@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import FOLDS, TENSORS, Calibration, fingerprint
 from sq_cpu.calibration.sampling import InputRows, Reservoir
+from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Example
 from sq_cpu.models.hooks import watching_inputs
@@ -154,8 +155,15 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
 class InputRanges:
     """Gathers a `Calibration` of linears, batch by batch, from whatever runs them."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], rows: int, gradient_rows: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        rows: int,
+        gradient_rows: int = 0,
+    ) -> None:
         self._linears = linears
+        self._uses = WeightUses(model, linears)
         self._observers = {
             name: _LinearObserver(name, linear, rows, gradient_rows)
             for name, linear in linears.items()
@@ -166,9 +174,12 @@ class InputRanges:
     def _observe(self, name: str, x: Tensor) -> None:
         self._observers[name].add(x, self._recent)
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Return a context in which the inputs of the linears are observed."""
-        return watching_inputs(self._linears, "input", self._observe)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run a block in which the inputs of the linears are observed."""
+        observing = watching_inputs(self._linears, "input", self._observe)
+        with self._uses.knowing_owners(), observing:
+            yield
 
     def observe_gradients(self, name: str) -> Callable[[Tensor], None]:
         """Return the function that takes the gradient of the output of a linear that just ran."""
@@ -177,13 +188,15 @@ class InputRanges:
     @contextmanager
     def batch(self, padding: Padding) -> Iterator[None]:
         """Run one batch, of which the rows that are padding do not count."""
-        with self._recent.of_batch(self._batches, padding):
+        with self._recent.of_batch(self._batches, padding), self._uses:
             yield
         self._batches += 1
 
     def calibration(self, example: Example | None = None) -> Calibration:
         """Return what was gathered so far."""
-        reached = {name: observer for name, observer in self._observers.items() if observer.rows}
+        in_float = self._uses.found()
+        observers = {n: each for n, each in self._observers.items() if n not in in_float}
+        reached = {name: observer for name, observer in observers.items() if observer.rows}
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
         for name, observer in reached.items():
             found = observer.ranges() | observer.sampled() | observer.gradients()
@@ -193,8 +206,9 @@ class InputRanges:
             **tensors,
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
             rows_seen={name: observer.rows for name, observer in reached.items()},
-            tokens=max((observer.rows for observer in reached.values()), default=0),
+            tokens=max((observer.rows for observer in self._observers.values()), default=0),
             batches=self._batches,
-            unreached=tuple(name for name in self._observers if name not in reached),
+            unreached=tuple(name for name in observers if name not in reached),
+            in_float=in_float,
             example=example,
         )

@@ -83,11 +83,11 @@ class PackedWeight:
         self._unpack(weight=weight)
         return weight
 
-    def unreadable(self) -> Tensor:
-        """Return a tensor of the codes' shape, dtype and device, without values."""
+    def unreadable(self, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the codes' shape and device, and this dtype, without values."""
         shape = (self.out_features, self.in_features)
         return Tensor._make_wrapper_subclass(
-            _Unreadable, shape, dtype=torch.int8, device=self.buffer.device
+            _Unreadable, shape, dtype=dtype, device=self.buffer.device
         )
 
     def scale(self) -> Tensor:
@@ -115,15 +115,23 @@ class PackedWeight:
 
 
 class _Unreadable(Tensor):
-    """A tensor without values; one on the meta device is no safe one, as products take it."""
+    """A tensor without values; one on the meta device is no safe one, as products take it.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    It has a `__torch_function__`, so that torch's transformer layers call their linears instead of
+    handing all weights to a fused kernel.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():  # what x.to(weight) gives is an x
+            return func(*args, **kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
         raise SqCpuError(
-            f"{func} needs the values of a QuantLinear's weight, which is packed: call the layer, "
-            "or read weight_int8()"
+            f"{func} needs the values of a QuantLinear's weight, which is packed: quantize with a "
+            "calibration, which finds what the model reads itself, or ignore this linear "
+            "(weight_int8() has the codes)"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]

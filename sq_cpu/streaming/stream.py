@@ -96,7 +96,7 @@ class Stream:
             self.kept = float_linears(model, scheme.ignore) | self.in_float
             self.groups = smoothing_groups(model)
         self.names = [name for name in linears if name not in self.in_float]
-        check_quantizes(self.names)
+        check_quantizes(self.names, self.kept)
         if plan is not None:
             check_groups(plan, self.groups)
         stacks = tuple(f"{block}." for block in blocks)
@@ -213,7 +213,7 @@ class Stream:
 
             calibration, run = None, None
             if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
+                ranges = InputRanges(self.model, linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for batch in range(self.batches):
                         padding = self.chain.padding(index, calls[batch], hidden[batch])
@@ -245,7 +245,7 @@ class Stream:
         calibration, run, padding = None, None, Padding()
         with self.chain.replaced(take):
             if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
+                ranges = InputRanges(self.model, linears, SAMPLED_ROWS)
                 with ranges.watching():
                     for current in range(self.batches):
                         args, kwargs = calls[current].arguments
@@ -306,7 +306,7 @@ class Stream:
             layers=done.layers,
             smoothed=done.smoothed,
             decomposed=dict(done.decomposed),
-            unreached=done.unreached,
+            kept=dict(done.kept),
             tokens=calibration.tokens if calibration else 0,
             float_bytes=before,
             int8_bytes=after,
@@ -327,7 +327,7 @@ class Stream:
             layers=tuple(name for name in self.names if name in layers),
             smoothed=tuple(name for name in self.names if name in smoothed),
             decomposed={name: n for part in parts for name, n in part.decomposed.items()},
-            unreached=tuple(name for part in parts for name in part.unreached),
+            kept={name: why for part in parts for name, why in part.kept.items()},
         )
         record = done.record(self.scheme, self.kept)
         file_of, size = {}, 0

@@ -98,14 +98,6 @@ def test_a_misspelt_ignore_is_refused() -> None:
     refuse(model, "'donw_proj', which matches no linear: use down_proj", found, scheme=scheme)
 
 
-@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
-def test_layers_that_read_weights_themselves_are_refused(kind: Any) -> None:
-    model = nn.ModuleDict({"layer": kind(8, 2, 16, batch_first=True), "head": nn.Linear(8, 2)})
-    refuse(model, rf"layer\.linear1 is in a {kind.__name__}, .*: ignore it", smooth=False)
-    scheme = Scheme(ignore=("linear1", "linear2"))
-    assert quantize(model, scheme=scheme, smooth=False).sq_cpu_config.layers == ("head",)
-
-
 def test_an_adapter_that_is_not_merged_is_refused() -> None:
     class Lora(nn.Module):  # as peft's: the base layer, and what merges into it
         def __init__(self) -> None:
