@@ -40,24 +40,31 @@ def example_of(args: tuple[Any, ...], kwargs: dict[str, Any], padding: Padding) 
     """
     if padding.is_all:
         return None
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    ids = next((t for t in tensors if t.dim() == 2 and not t.is_floating_point()), None)
+    leaves = tree_leaves((args, kwargs))
+    ids = next((x for x in leaves if isinstance(x, Tensor) and _is_ids(x) and x.dim() == 2), None)
 
     def has_rows(value: Tensor) -> bool:
-        return value.dim() in (1, 2) and ids is not None and len(value) == len(ids)
+        return ids is not None and value.dim() in (1, 2) and len(value) == len(ids)
 
-    def is_of_ids(value: Tensor) -> bool:
-        if value.is_floating_point() and (ids is None or value.shape != ids.shape):
-            return False  # a mask may be float
+    def belongs(value: Any) -> bool:
+        """Whether the value is of ids, row by row, or of none."""
+        if not isinstance(value, Tensor):
+            return isinstance(value, bool | int | float | str | None)  # no cache
+        if value.dim() == 2 and not _is_ids(value):
+            return ids is not None and value.shape == ids.shape  # a mask
         return has_rows(value) or value.dim() == 0 or (value.dim() == 2 and len(value) == 1)
 
     row = padding.fullest_row()
-    ids_alone = all(is_of_ids(value) for value in tensors)
+    ids_alone = all(map(belongs, leaves))
 
     def cut(value: Tensor) -> Tensor:
         return value[row : row + 1] if ids_alone and has_rows(value) else value
 
     return copied(tree_map_only(Tensor, cut, (args, kwargs)))
+
+
+def _is_ids(value: Tensor) -> bool:
+    return not value.is_floating_point()
 
 
 def copied(example: Example) -> Example:

@@ -57,6 +57,8 @@ class _State:
     """What a module refers to, and what that holds; not that of the modules below."""
 
     def __init__(self, module: nn.Module, seen: set[int]) -> None:
+        self._module = module
+        self._own = dict(module._parameters)
         self._parameters: list[tuple[Tensor, object]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._objects: list[tuple[Any, Any]] = []
@@ -83,8 +85,9 @@ class _State:
             self._hold(vars(value))
 
     def is_written(self) -> bool:
-        """Whether one of the module's own parameters was written to."""
-        return any(_identity(parameter) != identity for parameter, identity in self._parameters)
+        """Whether one of the module's own parameters was written to, or replaced."""
+        replaced = not _holds_the_same(self._module._parameters, self._own)
+        return replaced or any(_identity(held) != before for held, before in self._parameters)
 
     def restore(self) -> None:
         for tensor, values in self._tensors:
