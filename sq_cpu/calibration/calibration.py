@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import atomic_write
 from sq_cpu.models.calls import Example
+from sq_cpu.models.unchanged import checksum
 
 __all__ = ["FOLDS", "TENSORS", "Calibration", "check_is_calibration", "fingerprint"]
 
@@ -62,7 +62,7 @@ class Calibration:
     """Linears that the model's own code reads or changes the weight of, and how. They have no
     ranges and stay in float."""
     example: Example | None = None
-    """The first batch, with which folds are proven; of one with token ids alone, the first 32."""
+    """With what folds are proven: the first batch that is not all padding, or one row of it."""
     row_folds: dict[str, Tensor] = field(default_factory=dict)
     """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
     row_places: dict[str, Tensor] = field(default_factory=dict)
@@ -262,6 +262,4 @@ def _join_example(given: dict[str, Tensor], plain: dict[str, Any] | None) -> Exa
 
 def fingerprint(linear: nn.Module) -> int:
     """Return the CRC-32 of the bytes of at most 8 evenly spaced rows of a linear's weight."""
-    weight = linear.get_parameter("weight").detach()
-    rows = torch.linspace(0, len(weight) - 1, min(8, len(weight))).long()
-    return zlib.crc32(weight[rows].contiguous().view(torch.uint8).numpy().tobytes())
+    return checksum(linear.get_parameter("weight"))
