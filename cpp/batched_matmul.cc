@@ -239,7 +239,7 @@ void check(const BatchedShape& s, const BatchedLeft& a, const BatchedRight& b, f
            s.m, ", n ", s.n, ", k ", s.k, ": a size is negative");
   SQ_CHECK(s.kv_heads == 0 ? s.heads == 0 : s.heads % s.kv_heads == 0, "batched matmul: ", s.heads,
            " heads are not a multiple of ", s.kv_heads, " kv heads");
-  SQ_CHECK(s.k <= kMaxBatchedDepth, "batched matmul: depth ", s.k, " exceeds ", kMaxBatchedDepth,
+  SQ_CHECK(s.k <= kMaxDepth, "batched matmul: depth ", s.k, " exceeds ", kMaxDepth,
            ", beyond which an int32 sum can overflow; split it and add the parts");
   SQ_CHECK(a.max_code == 255 || (a.max_code == 127 && !a.is_signed),
            "batched matmul: a.max_code is ", a.max_code, "; it is 255, or 127 for u8");

@@ -365,7 +365,6 @@ PYBIND11_MODULE(_core, m) {
       .value("int32", sq_cpu::BatchedType::kInt32)
       .value("int8", sq_cpu::BatchedType::kInt8);
 
-  m.attr("MAX_BATCHED_DEPTH") = sq_cpu::kMaxBatchedDepth;
   using Sizes = std::array<int64_t, 3>;
   m.def(
       "batched_matmul",

@@ -155,8 +155,6 @@ class BatchedType(_Enum):
     int32: ClassVar[BatchedType]
     int8: ClassVar[BatchedType]
 
-MAX_BATCHED_DEPTH: int
-
 def batched_matmul(
     batch: int,
     heads: int,

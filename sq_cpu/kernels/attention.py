@@ -217,9 +217,9 @@ def _check(
             f"{product}: {list(a.shape)} by {list(b.shape)} do not fit; use {first} by {second}, "
             "heads a multiple of kv_heads"
         )
-    if a.shape[3] > _core.MAX_BATCHED_DEPTH:
+    if a.shape[3] > _core.MAX_DEPTH:
         raise SqCpuError(
-            f"{product}: sums of {a.shape[3]} products exceed {_core.MAX_BATCHED_DEPTH}, beyond "
+            f"{product}: sums of {a.shape[3]} products exceed {_core.MAX_DEPTH}, beyond "
             "which int32 can overflow; split them and add the parts"
         )
     for given, shape in ((a_scale, a.shape[:3]), (b_scale, (*b.shape[:2], b.shape[n]))):

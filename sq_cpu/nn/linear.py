@@ -89,7 +89,7 @@ class QuantLinear(nn.Module):
         Raises
         ------
         SqCpuError
-            When the weight is not finite, in_features exceeds 66310 (where an int32 sum could
+            When the weight is not finite, in_features exceeds 65793 (where an int32 sum could
             overflow), a static scheme has no input range, s is not positive and finite, or the
             clip is out of its range.
         """

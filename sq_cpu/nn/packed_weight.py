@@ -36,7 +36,7 @@ class PackedWeight:
         Raises
         ------
         SqCpuError
-            When in_features exceeds 66310, where an int32 sum could overflow.
+            When in_features exceeds 65793, where an int32 sum could overflow.
         """
         size = _core.packed_bytes(out_features, in_features)
         return cls(_untouched_zeros(size), out_features, in_features)
