@@ -1,7 +1,6 @@
 // _core: the C++ library under Python's names. Built without torch headers, so one binary serves
 // every torch: tensors come as addresses and sizes, checked before by ops.py; linear_tensor asks
 // the tensors themselves, as Python would.
-#include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -20,6 +19,7 @@
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
+#include "team.h"
 #include "testing/use_isa.h"
 
 namespace py = pybind11;
@@ -243,7 +243,7 @@ py::dict isa() {
   result["forced"] = sq_cpu::isa_is_forced();
   result["isas"] = isas;
   result["vnni"] = sq_cpu::active_isa() >= sq_cpu::Isa::kAvx512Vnni;
-  result["threads"] = omp_get_max_threads();
+  result["threads"] = sq_cpu::pool_size();
   return result;
 }
 

@@ -14,7 +14,7 @@ from sq_cpu.kernels import _core
 
 __all__ = ["PackedWeight"]
 
-_HUGE_PAGE = 2 << 20
+_ONE_THREAD = 32 << 10  # torch fills fewer bytes by the caller alone (GRAIN_SIZE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +134,10 @@ def _untouched_zeros(size: int) -> Tensor:
     """Return uint8 zeros whose pages no thread has touched.
 
     The kernels pack into them: huge pages can be asked for, and each page lies near the thread that
-    will read it. torch.zeros writes the zeros.
+    will read it. torch.zeros writes the zeros, from some size on with threads that a forked child
+    does not have.
     """
-    if size < _HUGE_PAGE:
+    if size < _ONE_THREAD:
         return torch.zeros(size, dtype=torch.uint8, device="cpu")
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8)
