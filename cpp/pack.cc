@@ -34,6 +34,8 @@ void check_shape(int64_t n, int64_t k) {
   SQ_CHECK(n >= 0 && k >= 0, "weight shape [", n, ", ", k, "] is negative");
   SQ_CHECK(k <= kMaxDepth, "in_features ", k, " exceeds ", kMaxDepth,
            ", beyond which an int32 accumulator can overflow; split the layer");
+  SQ_CHECK(bounded_product(n, strip_bytes(k)) <= kMostBytes, "weight shape [", n, ", ", k,
+           "] is more than any machine has");
 }
 
 // Fills a packed strip's scales and biases, which are zero beyond its columns.

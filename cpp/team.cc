@@ -8,8 +8,7 @@ namespace {
 // Written once, by the only thread that a new child has.
 bool g_forked = false;
 
-[[maybe_unused]] const int kRegistered =
-    pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+[[maybe_unused]] const int kRegistered = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
 
 }  // namespace
 

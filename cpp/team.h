@@ -33,7 +33,8 @@ class DefaultFloatMode {
 };
 
 // The threads there are. Serial inside another parallel region: the pool's others are busy there.
-// Serial in a process that was forked: they stayed behind, and a region would wait for them forever.
+// Serial in a process that was forked: they stayed behind, and a region would wait for them for
+// ever.
 int pool_size();
 
 // Those that get work in a product of [m, k] and [n, k].
