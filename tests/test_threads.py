@@ -158,9 +158,7 @@ def _ops() -> dict[str, Callable[[], object]]:
         "quantize_activations": lambda: linear.quantize_input(x),
         "linear_quantized": lambda: linear(quantized),
         "linear_requantized": lambda: linear.forward_int8(quantized, after),
-        "pack_weight": lambda: _core.pack_weight(
-            weight.data_ptr(), scale.data_ptr(), 0, 32, 64, packed.data_ptr()
-        ),
+        "pack_weight": lambda: _core.pack_weight(weight, scale, None, packed),
         "unpack_weight": linear.weight_int8,
         "count_saturation": lambda: linear.count_saturation(x),
         "batched_matmul": lambda: matmul_qk(q, q),

@@ -257,11 +257,10 @@ class QuantLinear(nn.Module):
         else:
             codes = self.quantize_input(x.detach())
         return _core.count_saturation(
-            codes.codes.data_ptr(),
-            codes.zero_point.data_ptr(),
-            len(codes.scale),
+            codes.codes,
+            codes.zero_point,
             codes.max_code,
-            self.packed.data_ptr(),
+            self.packed,
             self.out_features,
             self.in_features,
         )

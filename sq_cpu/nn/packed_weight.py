@@ -67,14 +67,12 @@ class PackedWeight:
             raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
         weight, scale = weight.contiguous(), scale.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
-        _core.pack_weight(
-            weight.data_ptr(),
-            scale.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            self.out_features,
-            self.in_features,
-            self.buffer.data_ptr(),
-        )
+        if weight.shape != (self.out_features, self.in_features):
+            raise SqCpuError(
+                f"int8 linear: the weight is {list(weight.shape)}, "
+                f"the layer's [{self.out_features}, {self.in_features}]"
+            )
+        _core.pack_weight(weight, scale, bias, self.buffer)
 
     def weight(self) -> Tensor:
         """Return the codes, int8 [out_features, in_features], unpacked into new memory."""
@@ -107,11 +105,9 @@ class PackedWeight:
             raise SqCpuError(
                 f"int8 linear: the weight is on {self.buffer.device}; sq_cpu runs on the CPU only"
             )
-        addresses = dict.fromkeys(("weight", "scale", "bias"), 0)
-        addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
-        _core.unpack_weight(
-            self.buffer.data_ptr(), self.out_features, self.in_features, **addresses
-        )
+        shape = self.out_features, self.in_features
+        outputs = (out.get(name) for name in ("weight", "scale", "bias"))
+        _core.unpack_weight(self.buffer, *shape, *outputs)
 
 
 class _Unreadable(Tensor):

@@ -51,16 +51,7 @@ def test_the_published_integer_product(each_isa: str) -> None:
     quantizer = _core.ActivationQuantizer(_core.Granularity.per_tensor, True, False)
     codes = torch.zeros(4, 64, dtype=torch.uint8)
     scale, zero_point = torch.zeros(4), torch.zeros(4, dtype=torch.int32)
-    _core.quantize_activations(
-        x.data_ptr(),
-        _core.DType.float32,
-        4,
-        3,
-        quantizer,
-        codes.data_ptr(),
-        scale.data_ptr(),
-        zero_point.data_ptr(),
-    )
+    _core.quantize_activations(x, 3, quantizer, codes, scale, zero_point)
     assert (codes[:, :3].int() - zero_point[:, None]).T.tolist() == [
         [83, 89, 119, 85],
         [57, 50, 11, 21],
@@ -69,16 +60,7 @@ def test_the_published_integer_product(each_isa: str) -> None:
     packed = PackedWeight.zeros(2, 3)
     packed.pack(weight, torch.ones(2), None)
     y = torch.zeros(4, 2, dtype=torch.int32)
-    _core.gemm(
-        codes.data_ptr(),
-        zero_point.data_ptr(),
-        4,
-        255,
-        packed.buffer.data_ptr(),
-        2,
-        3,
-        y.data_ptr(),
-    )
+    _core.gemm(codes, zero_point, 255, packed.buffer, 2, 3, y)
     assert y.T.tolist() == [[17509, 7608, 4055, 16599], [21020, 10016, 9860, 22444]]
 
 
