@@ -95,7 +95,7 @@ class QuantLinear(nn.Module):
         Raises
         ------
         SqCpuError
-            When the weight is not finite, in_features exceeds 66310 (where an int32 sum could
+            When the weight is not finite, in_features exceeds 65793 (where an int32 sum could
             overflow), a static scheme has no input range, s is not positive and finite, or the
             clip is out of its range.
         """
@@ -271,11 +271,10 @@ class QuantLinear(nn.Module):
         else:
             codes = self.quantize_input(x.detach())
         return _core.count_saturation(
-            codes.codes.data_ptr(),
-            codes.zero_point.data_ptr(),
-            len(codes.scale),
+            codes.codes,
+            codes.zero_point,
             codes.max_code,
-            self.packed.data_ptr(),
+            self.packed,
             self.out_features,
             self.in_features,
         )
