@@ -25,7 +25,10 @@ from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.scheme import Scheme
 
-__all__ = ["QuantLinear"]
+__all__ = ["Entries", "QuantLinear"]
+
+Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Name -> shape and dtype."""
 
 
 class QuantLinear(nn.Module):
@@ -363,21 +366,34 @@ class QuantLinear(nn.Module):
         self.smoothing = smoothing
         self._quantizer = quantizer
 
-    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def entries(self) -> Entries:
         """Return the shape and dtype of each entry of the state dict."""
-        entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": ((self.out_features, self.in_features), torch.int8),
-            "weight_scale": ((self.out_features,), torch.float32),
+        return self.entries_of(
+            self.in_features,
+            self.out_features,
+            self.scheme,
+            bias=self.has_bias,
+            smoothed=self.smoothing is not None,
+        )
+
+    @staticmethod
+    def entries_of(
+        in_features: int, out_features: int, scheme: Scheme, *, bias: bool, smoothed: bool = False
+    ) -> Entries:
+        """Return the shape and dtype of each entry of a layer that is not made yet."""
+        entries: Entries = {
+            "weight": ((out_features, in_features), torch.int8),
+            "weight_scale": ((out_features,), torch.float32),
         }
-        if self.has_bias:
-            entries["bias"] = ((self.out_features,), torch.float32)
-        if self.scheme.activations == "static":
+        if bias:
+            entries["bias"] = ((out_features,), torch.float32)
+        if scheme.activations == "static":
             entries |= {
                 "input_scale": ((), torch.float32),
                 "input_zero_point": ((), torch.int32),
             }
-        if self.smoothing is not None:
-            entries["smoothing"] = ((self.in_features,), torch.float32)
+        if smoothed:
+            entries["smoothing"] = ((in_features,), torch.float32)
         return entries
 
     def _save_to_state_dict(

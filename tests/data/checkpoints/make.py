@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from sameness import digests
 
 import sq_cpu
-from sq_cpu import LayerPlan, Scheme, SmoothPlan
+from sq_cpu import LayerPlan, Scheme
 
 VOCABULARY = 64
 _COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -107,7 +107,7 @@ def mixed(out: Path, name: str) -> None:
 
 
 def with_head(out: Path, name: str) -> None:
-    """Save a checkpoint whose head, tied to the embeddings in float, is int8; in bf16, of shards."""
+    """Save a checkpoint whose head, tied to the embeddings in float, is int8; bf16, shards."""
     float_folder = save_float(out / "float", "opt")
     model = load_float(float_folder, torch.bfloat16)
     scheme = Scheme.of("O1", ignore=(), symmetric=False)
