@@ -427,7 +427,10 @@ def test_bad_checkpoints_are_refused(tmp_path: Path) -> None:
     fails("decomposed names nowhere, which is not one of layers", {"nowhere": 2})
     table = json.loads(good)["quantization_config"]["decomposed"]
     fails(r"tensor .*up_proj\.columns is int64 \[2\], expected int64 \[3\]", table | {name: 3})
-    fails(r"3 tensors .*up_proj\.columns.* not expected", {k: v for k, v in table.items() if k != name})
+    fails(
+        r"3 tensors .*up_proj\.columns.* not expected",
+        {k: v for k, v in table.items() if k != name},
+    )
 
 
 def test_columns_that_do_not_fit_the_int8_part_are_refused(tmp_path: Path) -> None:
