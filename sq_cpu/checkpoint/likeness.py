@@ -98,8 +98,10 @@ def check_stored(
 
 _FIX = "quantize a model that its config describes in full"
 _PLAIN = (bool, int, float, str)
-# What is not of the model's function, or a forward notes for itself.
-_NOT_COMPARED = {"name_or_path", "training", "gradient_checkpointing", "max_seq_len_cached"}
+# What is not of the model's function, what a forward notes for itself, and what stays as it was
+# where an embedding is resized.
+_NOT_COMPARED = {"name_or_path", "training", "gradient_checkpointing"}
+_NOT_COMPARED |= {"max_seq_len_cached", "vocab_size"}
 
 
 class _UnlikeError(Exception):

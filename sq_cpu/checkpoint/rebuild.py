@@ -21,6 +21,7 @@ from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import is_transformers, set_ties
 from sq_cpu.models.linears import linearize
 from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.entries import linear_entries
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.quantization.replace import mark_quantized, replace_linears
@@ -111,9 +112,9 @@ def _layer_headers(linear: nn.Linear, name: str, record: QuantizationRecord) -> 
     scheme, bias = record.layer_scheme(name), linear.bias is not None
     arguments = linear.in_features, linear.out_features, scheme
     if name not in record.decomposed:
-        entries = QuantLinear.entries_of(*arguments, bias=bias, smoothed=name in record.smoothed)
+        entries = linear_entries(*arguments, bias=bias, smoothed=name in record.smoothed)
         return {key: Header(*entry) for key, entry in entries.items()}
-    entries = QuantLinear.entries_of(*arguments, bias=bias, smoothed=True)
+    entries = linear_entries(*arguments, bias=bias, smoothed=True)
     outliers = record.decomposed[name]
     return {
         **{f"regular.{key}": Header(*entry) for key, entry in entries.items()},

@@ -22,7 +22,7 @@ from sq_cpu.models.hf_private import bare_model, check_version, from_config
 __all__ = ["UNTRUSTED", "check_buffers", "check_counts", "skeleton"]
 
 UNTRUSTED = (
-    "it needs code of its own (auto_map), which is not run; read that code, then give "
+    "it needs code of its own (auto_map), which is not run: read that code, then give "
     "trust_remote_code=True (--trust-remote-code)"
 )
 

@@ -20,15 +20,13 @@ from torch.compiler import is_compiling
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
+from sq_cpu.nn.entries import Entries, linear_entries
 from sq_cpu.nn.packed_weight import PackedWeight
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.scheme import Scheme
 
-__all__ = ["Entries", "QuantLinear"]
-
-Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Name -> shape and dtype."""
+__all__ = ["QuantLinear"]
 
 
 class QuantLinear(nn.Module):
@@ -368,33 +366,13 @@ class QuantLinear(nn.Module):
 
     def entries(self) -> Entries:
         """Return the shape and dtype of each entry of the state dict."""
-        return self.entries_of(
+        return linear_entries(
             self.in_features,
             self.out_features,
             self.scheme,
             bias=self.has_bias,
             smoothed=self.smoothing is not None,
         )
-
-    @staticmethod
-    def entries_of(
-        in_features: int, out_features: int, scheme: Scheme, *, bias: bool, smoothed: bool = False
-    ) -> Entries:
-        """Return the shape and dtype of each entry of a layer that is not made yet."""
-        entries: Entries = {
-            "weight": ((out_features, in_features), torch.int8),
-            "weight_scale": ((out_features,), torch.float32),
-        }
-        if bias:
-            entries["bias"] = ((out_features,), torch.float32)
-        if scheme.activations == "static":
-            entries |= {
-                "input_scale": ((), torch.float32),
-                "input_zero_point": ((), torch.int32),
-            }
-        if smoothed:
-            entries["smoothing"] = ((in_features,), torch.float32)
-        return entries
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
