@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import is_transformers, tied_weights
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
@@ -62,9 +64,15 @@ def float_entries(model: nn.Module, part: nn.Module, prefix: str = "") -> dict[s
 
 
 def own_entries(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Give the state_dict entries of this module alone, children left out."""
-    entries: dict[str, Tensor] = {}
+    """Give the state_dict entries of this module alone, children left out; all are tensors."""
+    entries: dict[str, Any] = {}
     module._save_to_state_dict(entries, f"{prefix}." if prefix else "", keep_vars=False)
+    for name, value in entries.items():
+        if not isinstance(value, Tensor):
+            raise SqCpuError(
+                f"{name} is a {type(value).__name__}, which only pickle could store: make it a "
+                "tensor, or keep it out of the state_dict"
+            )
     return entries
 
 

@@ -87,11 +87,11 @@ def fit(
     for prefix, module in modules.items():
         if prefix not in layers:
             for name, tensor in own_entries(module, prefix).items():
-                expected[name] = _header(tensor, name)
+                expected[name] = _header(tensor)
     tied = _tied(model, expected.keys() - int8 - headers.keys(), headers.keys() - int8)
     if missing := sorted(expected.keys() - headers.keys() - tied.keys()):
         raise SqCpuError(f"{where}: {_listed(missing)} missing; {fix}")
-    computed = {name: _header(b, name) for name, b in unsaved_buffers(model).items()}
+    computed = {name: _header(b) for name, b in unsaved_buffers(model).items()}
     known = computed | expected
     if unexpected := sorted(headers.keys() - known.keys()):
         raise SqCpuError(
@@ -127,12 +127,7 @@ def _stored_name(layer: str, key: str, version: int) -> str:
     return f"{layer}.{key.removeprefix('regular.') if version >= 5 else key}"
 
 
-def _header(tensor: object, name: str) -> Header:
-    if not isinstance(tensor, Tensor):
-        raise SqCpuError(
-            f"{name} is a {type(tensor).__name__}, which only pickle could store: keep it as a "
-            "buffer or out of the state_dict"
-        )
+def _header(tensor: Tensor) -> Header:
     header = Header.of(tensor)
     # Models mix float dtypes, and may be loaded in another one.
     return header._replace(dtype=None) if tensor.is_floating_point() else header

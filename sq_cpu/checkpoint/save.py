@@ -116,6 +116,8 @@ def save(
 
 
 def _record_of(model: nn.Module) -> QuantizationRecord:
+    if "_orig_mod" in model._modules:
+        raise SqCpuError("the model is compiled; save the model itself, its _orig_mod")
     record = getattr(model, "sq_cpu_config", None)
     if not isinstance(record, QuantizationRecord):
         raise SqCpuError(
