@@ -21,6 +21,7 @@ from sq_cpu.cli.common import (
     Dtype,
     Json,
     Model,
+    TrustRemoteCode,
     Window,
     check_file,
     check_shipped,
@@ -103,6 +104,7 @@ def autotune_command(
     ignore: Ignore = None,
     dtype: DtypeOption = Dtype.fp32,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Find the fastest mix of int8 and float for MODEL that keeps an accuracy goal.
@@ -125,7 +127,7 @@ def autotune_command(
     if report_file is not None:
         require_report()
         check_file(report_file)
-    data = tuning_input(model, calib, windows, window, dtype, ignore)
+    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
     where = out.with_suffix(".db") if storage is None else _place(storage)
     _check_distinct(out, where, report_file)
     _check_storage(where, study, resume)

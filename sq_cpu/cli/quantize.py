@@ -17,6 +17,7 @@ from sq_cpu.cli.common import (
     Json,
     Model,
     SchemeName,
+    TrustRemoteCode,
     Window,
     calibration_batches,
     check_not_quantized,
@@ -131,6 +132,7 @@ def quantize_command(
         bool,
         typer.Option(help="Replace an sq_cpu checkpoint in OUT; discard unfinished other work."),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL to int8 and save it to OUT."""
@@ -179,6 +181,7 @@ def quantize_command(
         recipe=recipe,
         dtype=TORCH_DTYPES[dtype],
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
 
     def batches_of(tokenizer: Any) -> list[Tensor]:

@@ -41,6 +41,8 @@ class Job:
     recipe: Recipe
     dtype: torch.dtype | None = torch.float32
     overwrite: bool = False
+    trust_remote_code: bool = False
+    """Whether code of the model's own may run; then not streamed."""
 
 
 def convert(
@@ -85,7 +87,9 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
 
 
 def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
-    model, tokenizer = load_source(job.source, dtype=job.dtype, say=say)
+    model, tokenizer = load_source(
+        job.source, dtype=job.dtype, trust_remote_code=job.trust_remote_code, say=say
+    )
     recipe = job.recipe
     ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)

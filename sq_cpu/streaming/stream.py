@@ -20,8 +20,16 @@ from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.checkpoint.config import sha256
-from sq_cpu.checkpoint.entries import float_entries, own_entries, put_tensor, tie
+from sq_cpu.checkpoint.entries import (
+    float_entries,
+    int8_layers,
+    layer_tensors,
+    put_tensor,
+    tie,
+)
+from sq_cpu.checkpoint.likeness import check_stored
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
+from sq_cpu.checkpoint.stored import Header
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
@@ -304,9 +312,8 @@ class Stream:
         for name in modules:
             module = self.model.get_submodule(name)
             entries |= float_entries(self.model, module, name)
-            for path, layer in module.named_modules(prefix=name):
-                if isinstance(layer, QuantLinear):
-                    entries |= own_entries(layer, path)
+            for stored, layer in int8_layers(module, name):
+                entries |= layer_tensors(layer, stored)
         path = self.file(index)
         return Part(
             file=path.name,
@@ -340,12 +347,15 @@ class Stream:
         )
         record = done.record(self.scheme, self.kept)
         file_of, size = {}, 0
+        headers = {}
         for part in parts:
             for name, tensor in file_tensors(folder / part.file).items():
                 file_of[name] = part.file
+                headers[name] = Header(tensor.shape, tensor.dtype)
                 size += prod(tensor.shape) * tensor.dtype.itemsize
         write_index(folder, file_of, {"total_size": size})
         # Again: a quantized head is no longer tied.
         write_companions(self.model, tokenizer, folder)
+        check_stored(record, headers, folder, f"load could not rebuild {type(self.model).__name__}")
         write_settings(folder, record, {part.file: part.sha256 for part in parts})
         return record

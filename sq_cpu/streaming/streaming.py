@@ -29,11 +29,13 @@ from safetensors import SafetensorError
 from sq_cpu.checkpoint import sources
 from sq_cpu.checkpoint.config import check_dtype
 from sq_cpu.checkpoint.folder import move_into_place
-from sq_cpu.checkpoint.load import read_generation_config, skeleton
-from sq_cpu.checkpoint.save import check_architecture
+from sq_cpu.checkpoint.likeness import is_rebuilt
+from sq_cpu.checkpoint.load import read_generation_config
+from sq_cpu.checkpoint.skeleton import skeleton
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.block_chain import BlockChain
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
+from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
@@ -168,7 +170,7 @@ def stream_checkpoint(
     sources.check_float(folder)
     dtype = dtype or folder_dtype(folder, weights)
 
-    model = _skeleton(folder, dtype)
+    model = _skeleton(folder, dtype, len(weights))
     chain = BlockChain(model, WHOLE)
     inputs: list[Example] = []
     if batches is not None:
@@ -228,12 +230,11 @@ def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> in
     return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    def make(config: Any) -> Any:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-    model = skeleton(folder, make)
-    check_architecture(model)
+def _skeleton(folder: Path, dtype: torch.dtype, tensors: int) -> Any:
+    model = skeleton(folder, tensors, auto=transformers.AutoModelForCausalLM, dtype=dtype)
+    if not is_rebuilt(model):
+        raise SqCpuError(f"{type(model).__name__} is not a class of transformers; {WHOLE}")
+    compute_buffers(model)
     read_generation_config(model, folder)
     # In evaluation mode from the start: `evaluating` would keep hold of modules in training.
     return model.eval().requires_grad_(False)
