@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
@@ -225,5 +225,4 @@ def _write(path: Path, tokens: int, dtype: str, entries: _Entries) -> None:
         raise SqCpuError(
             f"cannot make the cache folder {path.parent} ({error.strerror}): set XDG_CACHE_HOME"
         ) from error
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(content, indent=1) + "\n")

@@ -16,7 +16,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 from sq_cpu.models.calls import Example
 
 __all__ = ["FOLDS", "TENSORS", "Calibration", "fingerprint"]
@@ -177,8 +177,7 @@ class Calibration:
             "rows_seen": self.rows_seen,
             "example": plain,
         }
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
+        write_file(path, safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
         return Path(path)
 
     @classmethod

@@ -7,14 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,7 +27,7 @@ from sq_cpu.checkpoint.config import (
 )
 from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, layer_entries, own_entries
-from sq_cpu.checkpoint.folder import check_replaceable, contents, hidden, is_empty, move_into_place
+from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
 from sq_cpu.nn.linear import QuantLinear
@@ -38,6 +36,7 @@ from sq_cpu.quantization.record import QuantizationRecord
 __all__ = [
     "check_architecture",
     "save",
+    "save_staged",
     "write_companions",
     "write_index",
     "write_settings",
@@ -55,8 +54,9 @@ def save(
     """Write a quantized model, all of it or nothing.
 
     The folder is built beside ``path`` and moved into place when it is complete. An existing
-    folder is filled if it is empty, config.json last, and replaced only if it is a checkpoint that
-    :func:`save` wrote and holds nothing else.
+    folder is replaced if it is empty, or a checkpoint that :func:`save` wrote and holds nothing
+    else; files that are replaced keep their modes. An empty folder that is a mount point or the
+    current one is filled, config.json last.
     Weights are unpacked one file at a time: peak extra memory is one shard.
 
     Buffers that transformers does not store (rotary frequencies) are rebuilt from the config at
@@ -81,31 +81,27 @@ def save(
     Raises
     ------
     SqCpuError
-        The model is not one of ours, ``path`` holds something else, or writing failed.
+        The model is not one of ours, ``path`` holds something else or was changed meanwhile,
+        another process is at work on it, or writing failed.
     """
+    with staged(path) as staging:
+        save_staged(staging, model, tokenizer, max_shard_size=max_shard_size)
+    return Path(path)
+
+
+def save_staged(
+    staging: Staging,
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Do what :func:`save` does, for a target that has been held since before the work began."""
     record = _record_of(model)
     check_architecture(model)
-    target = Path(os.path.realpath(path))
-    check_replaceable(target)
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    # An empty folder may be a mount point or the current one: it stays, and is filled.
-    staging = hidden(target, inside=target.exists() and is_empty(target))
-    try:
-        staging.mkdir(parents=True)
-        _write(cast(Any, model), record, tokenizer, staging, max_shard_size)
-        move_into_place(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):
-            for parent in new_parents:  # nearest first; stops at one that is in use
-                parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            raise SqCpuError(
-                f"cannot write checkpoint {target}: {first_line(error)}; "
-                "choose a writable folder with enough free space"
-            ) from error
-        raise
-    return Path(path)
+    with writing(staging.target):
+        _write(cast(Any, model), record, tokenizer, staging.folder, max_shard_size)
+    staging.commit()
 
 
 def _record_of(model: nn.Module) -> QuantizationRecord:
@@ -152,7 +148,12 @@ def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the base class itself is what tokenizers raises
+            raise SqCpuError(f"the tokenizer cannot be saved: {first_line(error)}") from error
 
 
 def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from sq_cpu.cli.autotune import autotune_command
-from sq_cpu.cli.common import Dtype, Json, Model, SchemeName, Window, check_file, emit
+from sq_cpu.cli.common import Dtype, Json, Model, SchemeName, Window, emit, hold
 from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
 from sq_cpu.scheme import Scheme
 from sq_cpu.tuning.tune import OUTLIERS, tune
 
 
 def tune_command(
+    ctx: typer.Context,
     model: Model,
     out: Out,
     scheme: Annotated[
@@ -55,6 +56,7 @@ def tune_command(
                 "--outliers"
             )
         autotune_command(
+            ctx,
             model,
             out,
             goal=goal,
@@ -66,7 +68,7 @@ def tune_command(
             as_json=as_json,
         )
         return
-    check_file(out)
+    hold(ctx, out)
     data = tuning_input(model, calib, windows, window, dtype, ignore)
     start = time.perf_counter()
     loaded, _, batches = data.load()

@@ -20,7 +20,7 @@ from torch import nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import atomic_write, json_text
+from sq_cpu.files import json_text, write_file
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored, linearized
 from sq_cpu.scheme import Activations, Scheme
@@ -235,8 +235,7 @@ class SmoothPlan:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON; the file appears whole or not at all."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+        write_file(path, self.to_json() + "\n")
         return Path(path)
 
     @classmethod
