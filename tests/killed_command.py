@@ -2,8 +2,7 @@
 
 As a program it reads a job a line, as JSON, forks, and answers how the child ended and how many
 file events it had. An event is about to happen when the child is killed: a file that is opened to
-be written, made, renamed, removed, given a mode, or a call of a study's storage that writes. The
-event after the last is the end of the command.
+be written, made, renamed, removed, given a mode, or a call of a study's storage that writes.
 """
 
 from __future__ import annotations
@@ -75,11 +74,12 @@ def _serve() -> None:
     import sq_cpu
     from sq_cpu import cli
     from sq_cpu.analysis import report
-    from sq_cpu.autotuning import autotune, latency, storage, workers
+    from sq_cpu.autotuning import autotune, latency, processes, storage, workers
     from sq_cpu.checkpoint import folder
 
     report.require_report()
     latency._ROUNDS, latency._FLUSHED_BYTES = 1, 1 << 10
+    processes.GRACE, processes.HEARTBEAT = 2, 1
     model = sq_cpu.quantize(byte_models.byte_model(), smooth=False)
     tokenizer = byte_models.byte_tokenizer()
     assert autotune
@@ -147,7 +147,6 @@ def _exit_with(run: Any, hooked: Any, job: dict[str, Any], counter: Any) -> None
 
         traceback.print_exc()
     finally:
-        event()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
