@@ -21,7 +21,6 @@ from sq_cpu.cli.common import (
     Window,
     calibration_batches,
     check_not_quantized,
-    check_output,
     emit,
     quiet,
     read_all,
@@ -172,7 +171,6 @@ def quantize_command(
         rule=Recipe.rule if rule is None else rule.value,
     )
     check_not_quantized(model)
-    check_output(out, overwrite)
     calibration_texts = read_all(calib or [])
 
     job = Job(

@@ -27,6 +27,7 @@ from sq_cpu.checkpoint.entries import (
     put_tensor,
     tie,
 )
+from sq_cpu.checkpoint.folder import Staging
 from sq_cpu.checkpoint.likeness import check_stored
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
 from sq_cpu.checkpoint.stored import Header
@@ -85,7 +86,7 @@ class Stream:
         self,
         loader: Loader,
         chain: BlockChain,
-        work: Path,
+        staging: Staging,
         state: State,
         recipe: Recipe,
     ) -> None:
@@ -93,7 +94,8 @@ class Stream:
         self.model = model = loader.model
         self.chain = chain
         self.blocks = blocks = chain.names
-        self.work = work
+        self.folder = staging.folder
+        self.work = staging.work
         self.state = state
         self.recipe = recipe
         self.scheme = scheme = recipe.scheme
@@ -125,10 +127,10 @@ class Stream:
         tokenizer: Any,
         progress: bool | None,
     ) -> QuantizationRecord:
-        """Do what is not done yet; afterwards the folder `checkpoint` is complete."""
-        state, done = self.state, self.work / "checkpoint"
+        """Do what is not done yet; afterwards the folder is complete."""
+        state = self.state
         self.batches = len(batches)
-        write_companions(self.model, tokenizer, done)  # also makes the files' mode
+        write_companions(self.model, tokenizer, self.folder)  # also makes the files' mode
         with ExitStack() as files:
             self.open_outside(files)
             # The last may be the example that folds are proven with.
@@ -149,7 +151,7 @@ class Stream:
         """Return where a part goes: 0 is what is outside of the blocks, then come these."""
         total = len(self.blocks) + 1 + bool(self.outer)
         name = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
-        return self.work / "checkpoint" / name
+        return self.folder / name
 
     def open_outside(self, files: ExitStack) -> None:
         """Map what is outside of the blocks into the model, from a copy of the right dtype."""
@@ -330,7 +332,7 @@ class Stream:
 
     def seal(self, parts: Sequence[Part], tokenizer: Any) -> QuantizationRecord:
         """Write what describes the finished files."""
-        folder = self.work / "checkpoint"
+        folder = self.folder
         layers = {name for part in parts for name in part.layers}
         check_reached(bool(layers) and (not self.recipe.needs_calibration or self.state.tokens > 0))
         smoothed = {name for part in parts for name in part.smoothed}
