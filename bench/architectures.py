@@ -1,0 +1,555 @@
+"""One model type put through calibrate, quantize, save and load, and judged at each step."""
+
+from __future__ import annotations
+
+import copy
+import re
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import sq_cpu
+import torch
+import torch.nn.functional as F  # noqa: N812
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.models.linears import float_linears, linearized
+from tiny_inputs import Inputs, Maker, tensors
+from tiny_types import model_classes, tiny_configs, tiny_model
+from torch import Tensor, nn
+
+VARIANTS = {
+    "O1": sq_cpu.Scheme.of("O1"),
+    "O3": sq_cpu.Scheme.of("O3"),
+    "O3 head": sq_cpu.Scheme.of("O3", ignore=()),
+}
+LENGTHS = (12, 15, 9)  # tokens of the batches; the first is evaluated, too
+NEW_TOKENS = 4
+
+# Of the largest output. Folding rounds weights again, which a few layers enlarge: 2^-24 to 1e-5.
+FOLD_TOLERANCE = 1e-3
+# A value that lies between two codes may take either: a step of the largest input times the largest
+# weight. Of the few hundred products behind an output, few do.
+FEW_STEPS = 4.0
+
+
+class Refused(Exception):
+    """The subject was refused as it should be; its argument is the refusal."""
+
+
+class Failed(Exception):
+    """What was found wrong."""
+
+
+class NotBuilt(Exception):
+    """transformers itself does not make, run, save or load the model."""
+
+
+def run(model: Any, inputs: Inputs) -> list[Tensor]:
+    """Return a model's outputs; what it draws at random is the same each time."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return [tensor.clone() for tensor in tensors(model(**copy.deepcopy(inputs)))]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Say whether outputs are equal bit for bit; NaN equals NaN."""
+    return len(found) == len(expected) and all(
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+        and torch.equal(a.isnan(), b.isnan())
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Return the largest difference over the largest expected value, of the worst output."""
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(found, expected, strict=True):
+        if not a.is_floating_point() or not a.numel():
+            continue
+        finite = b.isfinite()
+        if not torch.equal(a.isfinite(), finite):
+            return float("inf")
+        if not finite.any():
+            continue
+        a, b = a[finite].double(), b[finite].double()
+        worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)))
+    return worst
+
+
+@dataclass
+class Subject:
+    """A tiny model that transformers makes, runs, saves and loads, with its batches."""
+
+    name: str
+    model: Any
+    batches: list[Inputs]
+    outputs: list[Tensor]
+    generated: Tensor | None
+
+
+def build(model_type: str, folder: Path) -> Subject:
+    """Make the model of a type; raise `NotBuilt` with the reason of the first try."""
+    reasons: list[str] = []
+    classes = model_classes(model_type)
+    if not classes:
+        raise NotBuilt("no model class takes this configuration")
+    for kind in classes[:4]:
+        for index, attempt in enumerate((0, 1)):
+            try:
+                for number, config in enumerate(tiny_configs(model_type)):
+                    if number == attempt:
+                        break
+                model = tiny_model(kind, config)
+            except Exception as error:
+                reasons.append(f"{kind.__name__}: {type(error).__name__}: {_short(error)}")
+                continue
+            try:
+                return _with_batches(model, folder, model_type)
+            except Exception as error:
+                reasons.append(f"{kind.__name__}: {type(error).__name__}: {_short(error)}")
+                if index == 0:
+                    continue
+    raise NotBuilt(reasons[0] if reasons else "?")
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:220]
+
+
+def _with_batches(model: Any, folder: Path, model_type: str) -> Subject:
+    errors: list[str] = []
+    makers = [
+        list(Maker(model, seed, length).candidates()) for seed, length in enumerate(LENGTHS)
+    ]
+    for choice, inputs in enumerate(makers[0]):
+        try:
+            outputs = run(model, inputs)
+        except Exception as error:
+            keys = ",".join(inputs)
+            errors.append(f"forward({keys}): {type(error).__name__}: {_short(error)}")
+            continue
+        if not any(tensor.is_floating_point() for tensor in outputs):
+            errors.append("forward gives no floating-point tensor")
+            continue
+        if not same(run(model, inputs), outputs):
+            raise NotBuilt("two equal calls give different outputs")
+        if not all(not tensor.isnan().any() for tensor in outputs):
+            errors.append("forward gives NaN")
+            continue
+        batches = [inputs, *(maker[choice] for maker in makers[1:])]
+        try:
+            for batch in batches[1:]:
+                run(model, batch)
+        except Exception as error:
+            errors.append(f"second batch: {type(error).__name__}: {_short(error)}")
+            continue
+        _check_transformers(model, inputs, outputs, folder)
+        return Subject(model_type, model, batches, outputs, generate(model, inputs))
+    raise NotBuilt(errors[0] if errors else "no inputs known for its forward")
+
+
+def _check_transformers(model: Any, inputs: Inputs, outputs: list[Tensor], folder: Path) -> None:
+    """Raise `NotBuilt` unless transformers loads what it saved."""
+    try:
+        model.save_pretrained(folder / "float")
+        loaded = type(model).from_pretrained(folder / "float").eval()
+        loaded_outputs = run(loaded, inputs)
+    except Exception as error:
+        text = f"save_pretrained, from_pretrained: {type(error).__name__}: {_short(error)}"
+        raise NotBuilt(text) from error
+    if not same(loaded_outputs, outputs):
+        raise NotBuilt("from_pretrained gives another model than was saved")
+
+
+def generate(model: Any, inputs: Inputs) -> Tensor | None:
+    """Return a few greedy tokens; None where the model cannot generate from these inputs."""
+    if not model.can_generate():
+        return None
+    given = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    try:
+        return generated(model, given)
+    except Exception:  # many need what only their processor makes
+        return None
+
+
+def generated(model: Any, inputs: Inputs) -> Tensor:
+    given = {name: value for name, value in inputs.items() if not name.startswith("decoder_")}
+    torch.manual_seed(7)
+    with torch.no_grad():
+        found = model.generate(
+            **copy.deepcopy(given), max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=1
+        )
+    (first, *_) = tensors(found)
+    return first
+
+
+# What plain torch makes of a linear.
+
+
+@dataclass
+class Made:
+    """What a linear was when it was quantized."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scheme: sq_cpu.Scheme
+    range: tuple[float, float] | None
+    smoothing: Tensor | None
+
+
+class FloatTwin(nn.Linear):
+    """The folded, not quantized linear."""
+
+    def __init__(self, made: Made) -> None:
+        super().__init__(made.weight.shape[1], made.weight.shape[0], bias=made.bias is not None)
+        self.made = made
+        self.s = torch.ones(self.in_features) if made.smoothing is None else made.smoothing
+        weight = self.prepared(made.weight.float() * self.s)
+        self.effective = weight
+        self.weight = nn.Parameter(weight / self.s, requires_grad=False)
+        if made.bias is not None:
+            self.bias = nn.Parameter(made.bias, requires_grad=False)
+
+    def prepared(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def quantized(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(self.quantized(x.float() / self.s), self.effective, bias).to(x.dtype)
+
+
+class FakeTwin(FloatTwin):
+    """The linear under torch's own fake quantization, with scales found here."""
+
+    def prepared(self, weight: Tensor) -> Tensor:
+        scale = weight.abs().amax(dim=1).clamp_min(1e-30) / 127
+        zero = torch.zeros(len(weight), dtype=torch.int32)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        if self.made.range is not None:
+            scale = max(1e-30, -self.made.range[0], self.made.range[1]) / 127
+            return torch.fake_quantize_per_tensor_affine(x, scale, 0, -127, 127)
+        rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            return x
+        scale = rows.abs().amax(dim=1).clamp_min(1e-30) / 127
+        zero = torch.zeros(len(rows), dtype=torch.int32)
+        fake = torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, -127, 127)
+        return fake.reshape(x.shape)
+
+
+class Reference(nn.Linear):
+    """A quantized linear in plain torch, by the definition of its result."""
+
+    def __init__(self, layer: sq_cpu.QuantLinear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        weight = layer.weight_int8().float() * layer.weight_scale[:, None]
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            self.bias = nn.Parameter(layer.bias, requires_grad=False)
+        self.layer = [layer]  # no child: the model's own code is not to find it
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer[0].reference(x)
+
+
+@contextmanager
+def recording() -> Iterator[dict[int, Made]]:
+    """Record, of each layer that is made within, the linear that it is made of."""
+    found: dict[int, Made] = {}
+    make = sq_cpu.QuantLinear.from_float.__func__  # type: ignore[attr-defined]
+
+    def from_float(
+        cls: Any,
+        linear: nn.Linear,
+        scheme: Any,
+        input_range: Any = None,
+        *,
+        smoothing: Any = None,
+        **more: Any,
+    ) -> Any:
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        smoothing = None if smoothing is None else smoothing.detach().clone()
+        made = Made(linear.weight.detach().clone(), bias, scheme, input_range, smoothing)
+        layer = make(cls, linear, scheme, input_range, smoothing=smoothing, **more)
+        found[id(layer)] = made
+        return layer
+
+    with mock.patch.object(sq_cpu.QuantLinear, "from_float", classmethod(from_float)):
+        yield found
+
+
+def twin(model: Any, record: Mapping[int, Made], kind: type[nn.Linear]) -> Any:
+    """Return a copy of a quantized model with `kind` in the place of each int8 linear."""
+    originals = dict(model.named_modules(remove_duplicate=False))
+    other = copy.deepcopy(model)
+    for name, layer in originals.items():
+        if isinstance(layer, sq_cpu.QuantLinear):
+            parent, _, key = name.rpartition(".")
+            new = kind(layer if kind is Reference else record[id(layer)])  # type: ignore[arg-type]
+            setattr(other.get_submodule(parent), key, new.eval())
+    return other
+
+
+# The judgement.
+
+
+@dataclass
+class Finding:
+    """What became of a model type."""
+
+    type: str
+    verdict: str = "failed"
+    """"right", "refused", "failed" or "not built"."""
+    kind: str = ""
+    """Its class."""
+    inputs: str = ""
+    linears: int = 0
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    reason: str = ""
+    trace: str = ""
+
+
+def examine(model_type: str, folder: Path) -> Finding:
+    """Judge a model type as far as one process can; `reload` does the rest in another."""
+    torch.set_num_threads(1)
+    finding = Finding(model_type)
+    try:
+        subject = build(model_type, folder)
+    except NotBuilt as reason:
+        finding.verdict, finding.reason = "not built", str(reason)
+        return finding
+    finding.kind = type(subject.model).__name__
+    finding.inputs = ", ".join(subject.batches[0])
+    with linearized(subject.model):
+        finding.linears = sum(isinstance(m, nn.Linear) for m in subject.model.modules())
+    try:
+        calibration = _calibrate(subject)
+    except (Refused, Failed) as outcome:
+        _conclude(finding, outcome)
+        return finding
+    torch.save(subject.batches[0], folder / "inputs.pt")
+    for name, scheme in VARIANTS.items():
+        row: dict[str, Any] = {}
+        finding.variants[name] = row
+        try:
+            _quantize_and_save(subject, calibration, scheme, folder / name, row)
+            row["verdict"] = "right"
+        except (Refused, Failed) as outcome:
+            row["verdict"] = type(outcome).__name__.lower()
+            row["reason"] = str(outcome)
+            row["trace"] = _trace(outcome)
+    verdicts = [row["verdict"] for row in finding.variants.values()]
+    finding.verdict = next((v for v in ("failed", "right", "refused") if v in verdicts), "failed")
+    return finding
+
+
+def _conclude(finding: Finding, outcome: Refused | Failed) -> None:
+    finding.verdict = type(outcome).__name__.lower()
+    finding.reason, finding.trace = str(outcome), _trace(outcome)
+
+
+def _trace(error: BaseException) -> str:
+    cause = error.__cause__
+    if cause is None or isinstance(cause, SqCpuError):
+        return ""
+    return "".join(traceback.format_exception(cause)[-6:])[-1500:]
+
+
+@contextmanager
+def _judged(what: str, model: Any, inputs: Inputs, outputs: list[Tensor]) -> Iterator[None]:
+    """Judge a step: an error has one line, is of sq_cpu, and leaves the model as it was."""
+    try:
+        yield
+    except SqCpuError as error:
+        message = str(error)
+        if "\n" in message:
+            raise Failed(f"{what}: an error of several lines: {message!r}") from error
+        try:
+            after = run(model, inputs)
+        except Exception as broken:
+            raise Failed(f"{what} refused ({message}) and broke the model") from broken
+        if not same(after, outputs):
+            raise Failed(f"{what} refused ({message}) and changed the model") from error
+        raise Refused(f"{what}: {message}") from error
+    except Exception as error:
+        raise Failed(f"{what}: {type(error).__name__}: {_short(error)}") from error
+
+
+def _calibrate(subject: Subject) -> sq_cpu.Calibration:
+    before = _everything(subject.model)
+    with _judged("calibrate", subject.model, subject.batches[0], subject.outputs):
+        calibration = sq_cpu.calibrate(
+            subject.model, subject.batches, ignore=(), progress=False
+        )
+    after = _everything(subject.model)
+    changed = [
+        name
+        for name in before.keys() | after.keys()
+        if name not in before or name not in after or not torch.equal(before[name], after[name])
+    ]
+    if changed:
+        raise Failed(f"calibrate changed {', '.join(changed[:3])}")
+    if not same(run(subject.model, subject.batches[0]), subject.outputs):
+        raise Failed("calibrate changed the model's output")
+    return calibration
+
+
+def _everything(model: nn.Module) -> dict[str, Tensor]:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach().clone().nan_to_num() for name, tensor in named}
+
+
+def _quantize_and_save(
+    subject: Subject,
+    calibration: sq_cpu.Calibration,
+    scheme: sq_cpu.Scheme,
+    folder: Path,
+    row: dict[str, Any],
+) -> None:
+    inputs, exact = subject.batches[0], subject.outputs
+    model = copy.deepcopy(subject.model)
+    with recording() as made, _judged("quantize", model, inputs, exact):
+        sq_cpu.quantize(model, calibration, scheme=scheme, progress=False)
+    record = model.sq_cpu_config
+    row["quantized"] = len(record.layers)
+    reasons: dict[str, int] = {}
+    for reason in record.kept.values():
+        reasons[reason] = reasons.get(reason, 0) + 1
+    row["kept"] = reasons
+    groups = record.plan.groups if record.plan else ()
+    row["groups"] = len(groups)
+    row["folded"] = sum(group.fold for group in groups)
+    notes: dict[str, int] = {}
+    for group in groups:
+        if not group.fold:
+            notes[group.note] = notes.get(group.note, 0) + 1
+    row["not folded"] = notes
+    row["at run time"] = len(record.smoothed)
+    _check_named(subject, model, scheme)
+
+    try:
+        outputs = run(model, inputs)
+    except Exception as error:
+        raise Failed(f"forward in int8: {type(error).__name__}: {_short(error)}") from error
+    steps = _steps_from_fake(model, made, inputs)
+    row["steps from fake"] = max(steps.values(), default=0.0)
+    if wrong := [name for name, count in steps.items() if not count <= FEW_STEPS]:
+        raise Failed(
+            f"{wrong[0]} is {steps[wrong[0]]:.2g} steps from torch's fake quantization "
+            f"({len(wrong)} such linears)"
+        )
+    twins = {"folded": FloatTwin, "fake": FakeTwin, "reference": Reference}
+    found = {}
+    for what, kind in twins.items():
+        try:
+            found[what] = run(twin(model, made, kind), inputs)
+        except Exception as error:
+            text = f"the {what} model does not run: {type(error).__name__}: {_short(error)}"
+            raise Failed(text) from error
+    row["folding"] = distance(found["folded"], exact)
+    row["reference"] = distance(outputs, found["reference"])
+    row["fake error"] = distance(found["fake"], exact)
+    row["error"] = distance(outputs, exact)
+    if not row["folding"] <= FOLD_TOLERANCE:
+        raise Failed(f"folding alone changes the float model's output by {row['folding']:.2g}")
+    if row["reference"]:
+        raise Failed(f"the output is {row['reference']:.2g} from the plain-torch reference's")
+    if not row["error"] <= FOLD_TOLERANCE + 3 * row["fake error"]:
+        raise Failed(
+            f"int8 errs by {row['error']:.2g}, torch's fake quantization by {row['fake error']:.2g}"
+        )
+
+    tokens = None
+    if subject.generated is not None:
+        try:
+            tokens = generated(model, inputs)
+        except Exception as error:
+            raise Failed(f"generate in int8: {type(error).__name__}: {_short(error)}") from error
+        row["generate"] = "right"
+    with _judged("save", model, inputs, outputs):
+        sq_cpu.save(model, folder)
+    if not same(run(model, inputs), outputs):
+        raise Failed("save changed the model's output")
+    torch.save({"outputs": outputs, "tokens": tokens}, folder.with_suffix(".pt"))
+    row["saved"] = True
+
+
+def _steps_from_fake(
+    model: nn.Module, made: Mapping[int, Made], inputs: Inputs
+) -> dict[str, float]:
+    """Return by how many steps each int8 linear differs from torch's fake quantization.
+
+    Both get the very input that the int8 model gives to the linear.
+    """
+    steps: dict[str, float] = {}
+    handles = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, sq_cpu.QuantLinear):
+            fake = FakeTwin(made[id(layer)])
+
+            def compare(
+                _: nn.Module, args: Any, kwargs: Any, y: Any, name: str = name, fake: Any = fake
+            ) -> None:
+                (x,) = [*args, *kwargs.values()]
+                if x.numel():
+                    largest = (x / fake.s).abs().max() * fake.effective.abs().max()
+                    step = float(largest) / 127 + 1e-5 * float(y.abs().max()) + 1e-30
+                    count = float((fake(x) - y).abs().max()) / step
+                    steps[name] = max(steps.get(name, 0.0), count)
+
+            handles.append(layer.register_forward_hook(compare, with_kwargs=True))
+    try:
+        run(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return steps
+
+
+def _check_named(subject: Subject, model: Any, scheme: sq_cpu.Scheme) -> None:
+    """Raise `Failed` unless each float linear is named in `kept`."""
+    kept = model.sq_cpu_config.kept
+    silent = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and not any(name == entry or name.startswith(f"{entry}.") for entry in kept)
+    ]
+    known = float_linears(model, scheme.ignore)
+    silent += [name for name in known if name not in kept]
+    if silent:
+        raise Failed(f"kept says nothing of {', '.join(silent[:3])} ({len(silent)} in all)")
+
+
+def reload(folder: Path) -> dict[str, str]:
+    """Return by variant what is wrong with what `examine` saved, "" for nothing."""
+    torch.set_num_threads(1)
+    found = {}
+    inputs = torch.load(folder / "inputs.pt", weights_only=False)
+    for name in VARIANTS:
+        if not (folder / name).with_suffix(".pt").exists():
+            continue
+        saved = torch.load((folder / name).with_suffix(".pt"), weights_only=False)
+        try:
+            model: Any = sq_cpu.load(folder / name)
+            wrong = "" if same(run(model, inputs), saved["outputs"]) else "loaded: other outputs"
+            if not wrong and saved["tokens"] is not None:
+                same_tokens = torch.equal(generated(model, inputs), saved["tokens"])
+                wrong = "" if same_tokens else "loaded: other tokens"
+        except Exception as error:
+            wrong = f"load: {type(error).__name__}: {_short(error)}"
+        found[name] = wrong
+    return found

@@ -1,0 +1,247 @@
+"""A tiny random model of any model type of transformers, and inputs that its forward takes.
+
+Sizes are shrunk by what their names say, throughout nested configurations, so that those which have
+to be equal stay equal. `OVERRIDES` has what that cannot find.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from itertools import count
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+WIDTH, HEADS, HEAD_WIDTH, FFN, VOCABULARY, LAYERS = 32, 4, 8, 64, 128, 2
+BATCH = 2
+ORDINARY = 48
+"""Token ids below are text; those of special tokens lie above."""
+LARGEST = 30_000_000
+"""Parameters of a model that is still called tiny."""
+
+# The first that has a model type gives the class to try first.
+HEADS_OF = (
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "IMAGE_TEXT_TO_TEXT",
+    "MULTIMODAL_LM",
+    "CAUSAL_LM",
+    "MASKED_LM",
+    "CTC",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "IMAGE_CLASSIFICATION",
+)
+
+Shrink = int | Callable[[int], int] | None
+
+# Of integer settings: a pattern that the whole name matches, and its value; the first counts. A
+# setting that is smaller stays.
+_RULES: tuple[tuple[str, Shrink], ...] = (
+    (r"num_kv_shared_layers|num_nextn_predict_layers|num_hash_layers", 0),
+    (r"first_k_dense_replace|num_dense_layers|n_group|topk_group|moe_layer_start_index", 1),
+    (r"num_feat_extract_layers|max_window_layers|num_conv_pos_embeddings?(_groups)?", None),
+    (r"(.*_)?(kv_heads|key_value_heads|query_groups|key_heads)", HEADS // 2),
+    (r"(.*_)?(heads?|n_head|num_heads?|attention_heads)", HEADS),
+    (r".*(layers|n_layer|depth|num_blocks|num_layers_per_stack|self_attends_per_block)", LAYERS),
+    (r".*(head_dim|dim_head|d_head|d_kv|head_size|headdim|kv_channels)|d_rel", HEAD_WIDTH),
+    (r".*vocab_size(_.*)?|num_embeds", VOCABULARY),
+    (r".*experts_per_tok|.*top_?k(_experts)?", 2),
+    (r".*(num|n)_.*experts|num_experts|.*num_local_experts", 4),
+    (r".*(intermediate|ffn|mlp|feed_?forward|d_ff|dff|moe_hidden|linear_units|d_inner).*", FFN),
+    (r"(mamba_)?(d_state|state_size)|ssm_state_size", 8),
+    (r".*(_rank|rank)", 16),
+    (r"num_mel_bins|n_mel_bins|mel_dim|input_feat_per_channel|feature_size|input_feat_size", 16),
+    (r"max_source_positions|max_target_positions", 64),
+    (r".*position.*|n_ctx|n_positions|max_seq_len|seq_len|.*context_length", 256),
+    (r"image_size|img_size|pretrain_image_size", 32),
+    (r"patch_size", 8),
+    (r"num_frames|frames_per_clip", 4),
+    (r".*window_size|sliding_window.*|attention_window|local_attention", 8),
+    (r"num_queries|num_query_tokens|.*num_latents|num_denoising|num_detection_tokens", 6),
+    (r"mm_tokens_per_image", 4),
+    (r"codebook_size|num_embeddings|.*num_buckets|num_codevectors_per_group", 64),
+    (r".*(kernel|stride|chunk|block|window|crop|temperature|group|_ids?|_rate|multiple|ratio).*", None),
+    (
+        r".*(width|channels?|d_model|n_embd|dim|units|planes|features|_size|hidden|embd)"
+        r"(_.*)?|dim|d_latents",
+        WIDTH,
+    ),
+)
+
+OVERRIDES: dict[str, dict[str, Any]] = {}
+"""By model type: what the default configuration needs beside the shrunk values."""
+
+
+def _of_rules(name: str, value: int) -> int:
+    for pattern, size in _RULES:
+        if re.fullmatch(pattern, name):
+            return value if size is None else min(value, size)
+    return value
+
+
+class _Shrinker:
+    """Shrinks the configurations of one model: a special token has one new id throughout."""
+
+    def __init__(self, rule: Callable[[str, int], int]) -> None:
+        self._rule = rule
+        self._ids: dict[int, int] = {}
+        self._free = count(ORDINARY + 16)
+
+    def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Return what differs from the default configuration."""
+        names = [f.name for f in fields(config)] if is_dataclass(config) else list(vars(config))
+        names += [name for name in type(config).sub_configs if name not in names]
+        layers = next(
+            (
+                value
+                for name in ("num_hidden_layers", "n_layer", "num_layers", "depth")
+                if isinstance(value := getattr(config, name, None), int)
+            ),
+            None,
+        )
+        changed: dict[str, Any] = {}
+        for name in names:
+            if name.startswith("_") or not hasattr(config, name):
+                continue
+            value = getattr(config, name)
+            new = self._new(name, value, layers)
+            if isinstance(value, PreTrainedConfig) or new != value:
+                changed[name] = new
+        return changed
+
+    def _new(self, name: str, value: Any, layers: int | None) -> Any:
+        if isinstance(value, PreTrainedConfig):
+            return self.settings(value) | {"model_type": value.model_type}
+        if isinstance(value, bool) or name in ("id2label", "label2id"):
+            return value
+        if isinstance(value, int):
+            if re.fullmatch(r".*(token_id|token_index|_id|_token)", name):
+                return self._id(value)
+            return self._rule(name, value)
+        if isinstance(value, dict):
+            return {key: self._new(key, item, layers) for key, item in value.items()}
+        if isinstance(value, list | tuple) and value:
+            return type(value)(self._list(name, list(value), layers))
+        return value
+
+    def _id(self, value: int) -> int:
+        if value < ORDINARY:
+            return value
+        if value not in self._ids:
+            self._ids[value] = next(self._free)
+        return self._ids[value]
+
+    def _list(self, name: str, values: list[Any], layers: int | None) -> list[Any]:
+        if layers is not None and len(values) == layers > LAYERS:  # an entry a layer
+            kinds = list(dict.fromkeys(map(str, values)))
+            picked = [next(v for v in values if str(v) == kind) for kind in kinds[:LAYERS]]
+            return (picked * LAYERS)[:LAYERS]
+        if not all(type(value) is int for value in values):
+            return values
+        if name.endswith("token_ids"):
+            return [self._id(value) for value in values]
+        if name == "mrope_section":
+            return [2, 1, 1]
+        if re.search(r"depth|num_block|layers_per|blocks_per|numb_of_layers", name):
+            return [min(value, 1) for value in values]
+        if re.search(r"ind(ex|ic)|idx|layers|_ids$", name):
+            return list(dict.fromkeys(min(value, LAYERS - 1) for value in values))
+        if "heads" in name and len(set(values)) > 1:
+            return [max(1, value // min(values)) for value in values]
+        if re.search(r"dim|size|channel|width|filters", name) and min(values) >= 16:
+            if re.search(r"kernel|patch|image|window|feat_size", name):
+                return [min(value, 32) for value in values]
+            return [max(16, value * 16 // min(values) // 8 * 8) for value in values]
+        return values
+
+
+def _depth_and_vocabulary(name: str, value: int) -> int:
+    small = r".*(layers|vocab_size|n_layer|depth|experts|positions?(_embeddings)?)"
+    return _of_rules(name, value) if re.fullmatch(small, name) else value
+
+
+def tiny_configs(model_type: str) -> Iterator[PreTrainedConfig]:
+    """Yield configurations to try: all sizes shrunk, then depth and vocabulary alone."""
+    kind = CONFIG_MAPPING[model_type]
+    override = OVERRIDES.get(model_type, {})
+    for rule in (_of_rules, _depth_and_vocabulary):
+        yield kind(**_merged(_Shrinker(rule).settings(kind()), override))
+
+
+def _merged(settings: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for name, value in override.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if nested else value
+    return merged
+
+
+def model_classes(model_type: str) -> list[type[PreTrainedModel]]:
+    """Return the classes of a model type, the best head first."""
+    names: list[str] = []
+    for head in HEADS_OF:
+        names += _named(getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES").get(model_type))
+    names += _named(modeling_auto.MODEL_MAPPING_NAMES.get(model_type))
+    for mapping in dir(modeling_auto):
+        if re.fullmatch("MODEL_FOR_.*MAPPING_NAMES", mapping):
+            names += _named(getattr(modeling_auto, mapping).get(model_type))
+    classes = [getattr(transformers, name, None) for name in dict.fromkeys(names)]
+    found = [kind for kind in classes if kind is not None]
+    return found or _classes_of_config(CONFIG_MAPPING[model_type])
+
+
+def _named(value: str | Iterable[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _classes_of_config(config: type[PreTrainedConfig]) -> list[type[PreTrainedModel]]:
+    """Return the classes that no mapping names: parts of other models."""
+    package = config.__module__.rpartition(".")[0]
+    name = config.__module__.rpartition(".configuration_")[2]
+    try:
+        module = importlib.import_module(f"{package}.modeling_{name}")
+    except ImportError:
+        return []
+    found = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, PreTrainedModel)
+        and getattr(value, "config_class", None) is config
+        and not inspect.isabstract(value)
+        and not value.__name__.endswith("PreTrainedModel")
+    ]
+    return sorted(found, key=lambda value: not hasattr(transformers, value.__name__))
+
+
+def tiny_model(kind: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> Any:
+    """Return a random model in fp32 whose norms and biases are random too, unlike a fresh one's.
+
+    Raises `ValueError` for one that is not tiny.
+    """
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in kind(config).parameters())
+    if size > LARGEST:
+        raise ValueError(f"{size / 1e6:.0f} M parameters are not tiny")
+    torch.manual_seed(seed)
+    model: Any = kind._from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for module in model.modules():
+            linear = isinstance(module, nn.Linear)
+            for parameter in module.parameters(recurse=False):
+                noise = torch.randn_like(parameter)
+                if linear and parameter.dim() == 2:
+                    parameter.copy_(noise * parameter.shape[1] ** -0.5)
+                elif linear or "Norm" in type(module).__name__:
+                    parameter.add_(0.2 * noise)
+                elif not parameter.isfinite().all() or parameter.eq(parameter.mean()).all():
+                    parameter.nan_to_num_(0.0, 0.0, 0.0).add_(0.1 * noise)
+    return model.eval()
