@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.linears import float_linears, linearized
 from tiny_inputs import Inputs, Maker, tensors
-from tiny_types import model_classes, tiny_configs, tiny_model
+from tiny_types import ATTEMPTS, BATCH, model_classes, tiny_config, tiny_model
 from torch import Tensor, nn
 
 VARIANTS = {
@@ -26,6 +26,8 @@ VARIANTS = {
     "O3": sq_cpu.Scheme.of("O3"),
     "O3 head": sq_cpu.Scheme.of("O3", ignore=()),
 }
+VERDICTS = ("failed", "refused", "right", "not built")
+NO_CLASS = "no model class takes this configuration alone"
 LENGTHS = (12, 15, 9)  # tokens of the batches; the first is evaluated, too
 NEW_TOKENS = 4
 
@@ -100,39 +102,36 @@ def build(model_type: str, folder: Path) -> Subject:
     reasons: list[str] = []
     classes = model_classes(model_type)
     if not classes:
-        raise NotBuilt("no model class takes this configuration")
+        raise NotBuilt(NO_CLASS)
     for kind in classes[:4]:
-        for index, attempt in enumerate((0, 1)):
+        for attempt in range(len(ATTEMPTS)):
             try:
-                for number, config in enumerate(tiny_configs(model_type)):
-                    if number == attempt:
-                        break
-                model = tiny_model(kind, config)
-            except Exception as error:
-                reasons.append(f"{kind.__name__}: {type(error).__name__}: {_short(error)}")
-                continue
-            try:
+                model = tiny_model(kind, tiny_config(model_type, attempt))
                 return _with_batches(model, folder, model_type)
             except Exception as error:
                 reasons.append(f"{kind.__name__}: {type(error).__name__}: {_short(error)}")
-                if index == 0:
-                    continue
-    raise NotBuilt(reasons[0] if reasons else "?")
+    raise NotBuilt(*reasons)
 
 
 def _short(error: BaseException) -> str:
     return " ".join(str(error).split())[:220]
 
 
-def _with_batches(model: Any, folder: Path, model_type: str) -> Subject:
+def _with_batches(
+    model: Any, folder: Path, model_type: str, placeholders: int | None = None
+) -> Subject:
     errors: list[str] = []
     makers = [
-        list(Maker(model, seed, length).candidates()) for seed, length in enumerate(LENGTHS)
+        list(Maker(model, seed, length, placeholders).candidates())
+        for seed, length in enumerate(LENGTHS)
     ]
     for choice, inputs in enumerate(makers[0]):
         try:
             outputs = run(model, inputs)
         except Exception as error:
+            features = re.search(r"tokens: ?\d+, features:? ?(\d+)", str(error))
+            if features and placeholders is None:
+                return _with_batches(model, folder, model_type, int(features[1]) // BATCH)
             keys = ",".join(inputs)
             errors.append(f"forward({keys}): {type(error).__name__}: {_short(error)}")
             continue
@@ -326,11 +325,15 @@ def examine(model_type: str, folder: Path) -> Finding:
     """Judge a model type as far as one process can; `reload` does the rest in another."""
     torch.set_num_threads(1)
     finding = Finding(model_type)
+    stage = folder / "stage"
     try:
+        stage.write_text("build")
         subject = build(model_type, folder)
     except NotBuilt as reason:
-        finding.verdict, finding.reason = "not built", str(reason)
+        finding.verdict, finding.reason = "not built", reason.args[0]
+        finding.trace = "\n".join(reason.args[1:])
         return finding
+    stage.write_text("judge")
     finding.kind = type(subject.model).__name__
     finding.inputs = ", ".join(subject.batches[0])
     with linearized(subject.model):
@@ -391,9 +394,7 @@ def _judged(what: str, model: Any, inputs: Inputs, outputs: list[Tensor]) -> Ite
 def _calibrate(subject: Subject) -> sq_cpu.Calibration:
     before = _everything(subject.model)
     with _judged("calibrate", subject.model, subject.batches[0], subject.outputs):
-        calibration = sq_cpu.calibrate(
-            subject.model, subject.batches, ignore=(), progress=False
-        )
+        calibration = sq_cpu.calibrate(subject.model, subject.batches, ignore=(), progress=False)
     after = _everything(subject.model)
     changed = [
         name

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from itertools import repeat
@@ -25,17 +25,20 @@ from typing import Annotated, Any
 
 import transformers
 import typer
-from architectures import Finding, examine, reload
+from architectures import NO_CLASS, VERDICTS, Finding, examine, reload
 from results import FOLDER, ResultFile, Row
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from sq_cpu.files import atomic_write
 from sq_cpu.progress import track
 
 TABLE = FOLDER / "architectures.md"
 FORK = multiprocessing.get_context("fork")  # of processes that import torch, and never call it
 
 
-def _child(work: Callable[..., Any], arguments: tuple[Any, ...], sender: Connection, gb: int) -> None:
+def _child(
+    work: Callable[..., Any], arguments: tuple[Any, ...], sender: Connection, gb: int
+) -> None:
     os.setsid()  # so that what it starts ends with it
     resource.setrlimit(resource.RLIMIT_AS, (gb << 30, gb << 30))
     nothing = os.open(os.devnull, os.O_WRONLY)
@@ -73,7 +76,9 @@ def judge(model_type: str, seconds: float, gb: int) -> Row:
         folder = Path(name)
         found = in_a_process(examine, model_type, folder, seconds=seconds, gb=gb)
         if isinstance(found, str):
-            found = Finding(model_type, reason=found)
+            building = (folder / "stage").read_text() == "build"
+            verdict = "not built" if building else "failed"
+            found = Finding(model_type, verdict, reason=found)
         row = asdict(found)
         saved = [each for each in row["variants"].values() if each.get("saved")]
         if saved:
@@ -98,6 +103,7 @@ def main(
     again: Annotated[
         str, typer.Option(help="Verdicts that are judged again where --json has them.")
     ] = "failed",
+    table: Annotated[Path | None, typer.Option(help="Markdown file to write.")] = None,
 ) -> None:
     """Judge model types; what the JSON file has is kept, but for those to judge again."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -107,7 +113,7 @@ def main(
     wanted = types.split(",") if types else list(CONFIG_MAPPING_NAMES)
     drop = set(again.split(","))
     results.content["rows"] = [
-        row for row in results.rows if not (row["type"] in wanted and (row["verdict"] in drop))
+        row for row in results.rows if row["type"] not in wanted or row["verdict"] not in drop
     ]
     known = {row["type"] for row in results.rows}
     todo = [name for name in wanted if name not in known]
@@ -117,12 +123,116 @@ def main(
             results.add(row)
             if row["verdict"] == "failed":
                 typer.echo(f"{row['type']}: {reason(row)}", err=True)
+    if table is not None:
+        with atomic_write(table) as temporary:
+            temporary.write_text(markdown(results.content), encoding="utf-8")
+    failed = sum(row["verdict"] == "failed" for row in results.rows)
+    if failed:
+        raise SystemExit(f"{failed} model types failed")
 
 
 def reason(row: Row) -> str:
-    """Return the first reason of a row that is not right."""
-    parts = [f"{name}: {each['reason']}" for name, each in row["variants"].items() if each.get("reason")]
-    return str(row["reason"]) or "; ".join(parts)
+    """Return why a row is not right."""
+    said: dict[str, list[str]] = {}
+    for name, each in row["variants"].items():
+        if text := each.get("reason"):
+            said.setdefault(text, []).append(name)
+    texts = [f"{', '.join(names)}: {text}" for text, names in said.items()]
+    return "; ".join(texts) or str(row["reason"])
+
+
+# The table.
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """Return the results as a page: the numbers first, then a table a verdict."""
+    rows = sorted(content["rows"], key=lambda row: str(row["type"]).lower())
+    by = {verdict: [row for row in rows if row["verdict"] == verdict] for verdict in VERDICTS}
+    classless = [row for row in by["not built"] if row["reason"] == NO_CLASS]
+    unbuilt = [row for row in by["not built"] if row["reason"] != NO_CLASS]
+    machine = content["machine"]
+    built = len(rows) - len(by["not built"])
+    models = len(rows) - len(classless)
+    linears = sum(row["linears"] for row in rows)
+    lines = [
+        "# Every model type of transformers",
+        "",
+        f"transformers {content['transformers']}, torch {machine['torch']}, "
+        f"sq_cpu {machine['sq_cpu']}, {machine['isa']} on {machine['cpu']}; {content['date'][:10]}.",
+        f"Command: `{content['command']}`. [How each is judged](../README.md#model-types).",
+        "",
+        "| | model types |",
+        "|---|---|",
+        f"| in transformers | {len(rows)} |",
+        f"| with a model class of their own | {models} |",
+        f"| built in tiny | {built} ({100 * built / max(1, models):.0f} % of those) |",
+        f"| right | {len(by['right'])} |",
+        f"| refused in one line, left as they were | {len(by['refused'])} |",
+        f"| failed | {len(by['failed'])} |",
+        "",
+        f"The models that were built have {linears} linears.",
+        "",
+        "## Failed",
+        "",
+        *_reasons(by["failed"]),
+        "",
+        "## Refused",
+        "",
+        *_reasons(by["refused"]),
+        "",
+        "## Right",
+        "",
+        "int8: linears quantized under O1 / O3 / O3 with the output head. folds: groups of O3 folded "
+        "/ divided at run time. error: of the largest output, O1 / O3.",
+        "",
+        "| type | class | linears | int8 | kept in float (O3) | folds | error | generate |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_line, by["right"]),
+        "",
+        "## Not built",
+        "",
+        "What transformers itself does not make, run, save or load in tiny here, the first reason "
+        "of each:",
+        "",
+        *_reasons(unbuilt),
+        "",
+        f"No class takes the configuration alone ({len(classless)}): "
+        + ", ".join(f"`{row['type']}`" for row in classless)
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    lines = [f"| {row['type']} | {row['kind']} | {_cell(reason(row))} |" for row in rows]
+    return ["| type | class | reason |", "|---|---|---|", *lines] if lines else ["None."]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _line(row: Row) -> str:
+    variants = row["variants"]
+    o1, o3 = (variants[name] for name in ("O1", "O3"))
+
+    def each(key: str, form: str = "{}", names: Iterable[str] = variants) -> str:
+        values = (variants[name].get(key) for name in names)
+        return " / ".join("refused" if v is None else form.format(v) for v in values)
+
+    kept = "; ".join(f"{count} {why}" for why, count in o3.get("kept", {}).items())
+    cells = [
+        row["type"],
+        row["kind"],
+        str(row["linears"]),
+        each("quantized"),
+        _cell(kept),
+        f"{o3.get('folded', 0)} / {o3.get('groups', 0) - o3.get('folded', 0)}",
+        each("error", "{:.2g}", ("O1", "O3")),
+        o1.get("generate", "-"),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -40,7 +40,8 @@ def _side(value: Any, default: int) -> int:
 class Maker:
     """Makes the inputs of one model; `length` tokens, of which the last row's end is padding."""
 
-    def __init__(self, model: Any, seed: int, length: int) -> None:
+    def __init__(self, model: Any, seed: int, length: int, placeholders: int | None = None) -> None:
+        self.placeholders = placeholders
         self.model = model
         self.config = model.config
         self.length = length
@@ -75,6 +76,8 @@ class Maker:
                 mask = torch.ones(BATCH, self.length, dtype=torch.int64)
                 mask[-1, -3:] = 0
                 made["attention_mask"] = mask
+            if self.has("bbox"):
+                made["bbox"] = torch.zeros(BATCH, self.length, 4, dtype=torch.int64)
         if self.has("decoder_input_ids"):
             made["decoder_input_ids"] = self.ids(self.length - 3)
         return made
@@ -110,9 +113,15 @@ class Maker:
 
     def sounds(self) -> Iterator[Inputs]:
         """Yield layouts in which models take sound."""
-        frames = 2 * _side(setting(self.config, "max_source_positions"), 20)
+        frames = _side(setting(self.config, "max_length"), 0)
+        frames = frames or 2 * _side(setting(self.config, "max_source_positions"), 20)
         if self.has("input_features"):
-            for shape in ((self.mels, frames), (frames, self.mels), (1, self.mels, frames)):
+            for shape in (
+                (self.mels, frames),
+                (frames, self.mels),
+                (1, self.mels, frames),
+                (1, frames, self.mels),
+            ):
                 features = self.random(BATCH, *shape)
                 yield {"input_features": features}
                 mask = torch.ones(BATCH, frames, dtype=torch.int64)
@@ -151,7 +160,11 @@ class Maker:
         """Yield hidden states, for the parts of models."""
         for name in ("inputs_embeds", "hidden_states", "query_embeds", "x"):
             if self.has(name):
-                yield {name: self.random(BATCH, self.length, self.width)}
+                made = {name: self.random(BATCH, self.length, self.width)}
+                if self.has("encoder_hidden_states"):
+                    width = _side(setting(self.config, "encoder_hidden_size"), self.width)
+                    yield made | {"encoder_hidden_states": self.random(BATCH, 7, width)}
+                yield made
 
     def others(self, made: Inputs) -> Inputs:
         """Return what is required beside what was made, as far as its name tells."""
@@ -180,7 +193,7 @@ class Maker:
         """Yield inputs to try; those that reach most of the model first."""
         text = self.text()
         other: list[Inputs] = []
-        if self.has("pixel_values"):
+        if self.has("pixel_values") or self.has("grid_thw"):
             other += self.images()
         if self.has("input_features") or self.has("input_values") or self.has("audio_values"):
             other += self.sounds()
@@ -209,7 +222,7 @@ class Maker:
         if token is None or "input_ids" not in inputs:
             yield inputs
             return
-        number = self._features(inputs)
+        number = self.placeholders or self._features(inputs)
         for each in dict.fromkeys(n for n in (number, self.side // self.patch) if n):
             ids = self.ids(self.length + each)
             ids[:, 2 : 2 + each] = token
