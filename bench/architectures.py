@@ -21,10 +21,11 @@ from tiny_inputs import Inputs, Maker, tensors
 from tiny_types import ATTEMPTS, BATCH, model_classes, tiny_config, tiny_model
 from torch import Tensor, nn
 
+HEAD = "O3 head"  # O3 with the output head, which is left in float otherwise
 VARIANTS = {
     "O1": sq_cpu.Scheme.of("O1"),
     "O3": sq_cpu.Scheme.of("O3"),
-    "O3 head": sq_cpu.Scheme.of("O3", ignore=()),
+    HEAD: sq_cpu.Scheme.of("O3", ignore=()),
 }
 VERDICTS = ("failed", "refused", "right", "not built")
 NO_CLASS = "no model class takes this configuration alone"
@@ -345,6 +346,8 @@ def examine(model_type: str, folder: Path) -> Finding:
         return finding
     torch.save(subject.batches[0], folder / "inputs.pt")
     for name, scheme in VARIANTS.items():
+        if name == HEAD and "ignored" not in finding.variants["O3"].get("kept", {"ignored": 1}):
+            continue  # it has no head: this is O3 again
         row: dict[str, Any] = {}
         finding.variants[name] = row
         try:

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields, is_dataclass
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -60,7 +61,7 @@ _RULES: tuple[tuple[str, Shrink], ...] = (
     (r".*vocab(_size)?(_.*)?|num_embeds", VOCABULARY),
     (r"index_topk(_blocks)?", 8),
     (r"index_kpool", 2),
-    (r".*experts_per_tok|.*top_?k(_experts)?", 2),
+    (r".*experts_per_tok|.*top_?k(_experts)?|moe_k", 2),
     (r".*(num|n)_.*experts|num_experts|.*num_local_experts", 4),
     (r".*(intermediate|ffn|mlp|feed_?forward|d_ff|dff|moe_hidden|linear_units|d_inner).*", FFN),
     (r"(mamba_)?(d_state|state_size)|ssm_state_size", 8),
@@ -130,6 +131,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "conditional_detr": _ONE_RESNET,
     "cvt": {"depth": [1, 2, 3]},
     "dab-detr": _ONE_RESNET,
+    "dots3_note": {"text_config": {"head_dim": 2 * HEAD_WIDTH}},
+    "dots3_note_text": {"head_dim": 2 * HEAD_WIDTH},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "deformable_detr": _RESNET,
     "cohere_compass": {"text_config": _ROPES},
@@ -140,6 +143,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "emu3": {"vocabulary_map": _TOKENS | {"<image>": 99}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "informer": {"prediction_length": 8, "context_length": 16},
     "jamba": {
         "attn_layer_period": 2,
@@ -152,6 +156,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "prompt_depth_anything": {"backbone_config": {"reshape_hidden_states": False}},
     "qwen2_vl": {"text_config": _MROPE},
     "qwen2_5_vl": {"text_config": _MROPE},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True,
         "axial_pos_shape": [4, 4],
@@ -194,8 +199,9 @@ class _Shrinker:
         self._free = count(ORDINARY + 16)
 
     def settings(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Return what differs from the default configuration."""
+        """Return what differs from the default configuration of this class."""
         values = _values(config)
+        default = _default(type(config))
         layers = self._layers(values)
         changed: dict[str, Any] = {}
         if stages := list(getattr(config, "_out_indices", None) or []):  # a backbone's
@@ -207,7 +213,7 @@ class _Shrinker:
             new = self._new(name, value, layers)
             if name in _DEPTHS and layers:
                 new = len(layers)
-            if isinstance(value, PreTrainedConfig) or new != value:
+            if isinstance(value, PreTrainedConfig) or new != default.get(name):
                 changed[name] = new
         return changed
 
@@ -303,6 +309,14 @@ def _values(config: PreTrainedConfig) -> dict[str, Any]:
     if special := config.to_dict().get("per_layer_config"):
         values["per_layer_config"] = special
     return values
+
+
+@cache
+def _default(kind: type[PreTrainedConfig]) -> dict[str, Any]:
+    try:
+        return _values(kind())
+    except Exception:  # a configuration that has no default
+        return {}
 
 
 def _depth_and_vocabulary(name: str, value: int) -> int:
