@@ -33,13 +33,19 @@ from sq_cpu.files import atomic_write
 from sq_cpu.progress import track
 
 TABLE = FOLDER / "architectures.md"
+HANGS = 5  # times its CPU time is what a process may wait
 FORK = multiprocessing.get_context("fork")  # of processes that import torch, and never call it
 
 
 def _child(
-    work: Callable[..., Any], arguments: tuple[Any, ...], sender: Connection, gb: int
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    sender: Connection,
+    seconds: int,
+    gb: int,
 ) -> None:
     os.setsid()  # so that what it starts ends with it
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (gb << 30, gb << 30))
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
@@ -49,18 +55,20 @@ def _child(
     sender.send(work(*arguments))
 
 
-def in_a_process(work: Callable[..., Any], *arguments: Any, seconds: float, gb: int) -> Any:
+def in_a_process(work: Callable[..., Any], *arguments: Any, seconds: int, gb: int) -> Any:
     """Return what `work` does; a text that says how the process ended if it did not return."""
     receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=_child, args=(work, arguments, sender, gb), daemon=True)
+    process = FORK.Process(target=_child, args=(work, arguments, sender, seconds, gb), daemon=True)
     process.start()
     sender.close()
     try:
-        if not receiver.poll(seconds):
-            return f"it took more than {seconds:.0f} s"
+        if not receiver.poll(HANGS * seconds):
+            return f"it hung for {HANGS * seconds} s"
         return receiver.recv()
     except EOFError:
         process.join()
+        if process.exitcode == -signal.SIGKILL:
+            return f"it took more than {seconds} s of CPU time"
         return f"its process ended with exit code {process.exitcode}"
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -69,7 +77,7 @@ def in_a_process(work: Callable[..., Any], *arguments: Any, seconds: float, gb: 
         process.join()
 
 
-def judge(model_type: str, seconds: float, gb: int) -> Row:
+def judge(model_type: str, seconds: int, gb: int) -> Row:
     """Examine a type in one process, and load what it saved in another."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="architectures-") as name:
@@ -97,7 +105,7 @@ def judge(model_type: str, seconds: float, gb: int) -> Row:
 def main(
     types: Annotated[str, typer.Option(help="Model types, by comma; default: all.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Types at a time.")] = 1,
-    seconds: Annotated[float, typer.Option(help="Limit for a process.")] = 120,
+    seconds: Annotated[int, typer.Option(help="CPU time of a process.")] = 60,
     memory: Annotated[int, typer.Option(help="Address space of a process, GB.")] = 12,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file of the results.")] = None,
     again: Annotated[
