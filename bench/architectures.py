@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import re
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import sq_cpu
 import torch
-import torch.nn.functional as F  # noqa: N812
-from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.models.linears import float_linears, linearized
 from tiny_inputs import Inputs, Maker, tensors
 from tiny_types import ATTEMPTS, BATCH, model_classes, tiny_config, tiny_model
 from torch import Tensor, nn
+from twins import FakeTwin, FloatTwin, Reference, recording, steps_from_fake, twin
+
+import sq_cpu
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.linears import float_linears, linearized
 
 HEAD = "O3 head"  # O3 with the output head, which is left in float otherwise
 VARIANTS = {
@@ -39,15 +40,19 @@ FOLD_TOLERANCE = 1e-3
 FEW_STEPS = 4.0
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The subject was refused as it should be; its argument is the refusal."""
 
+    verdict = "refused"
 
-class Failed(Exception):
+
+class FailedError(Exception):
     """What was found wrong."""
 
+    verdict = "failed"
 
-class NotBuilt(Exception):
+
+class NotBuiltError(Exception):
     """transformers itself does not make, run, save or load the model."""
 
 
@@ -99,11 +104,11 @@ class Subject:
 
 
 def build(model_type: str, folder: Path) -> Subject:
-    """Make the model of a type; raise `NotBuilt` with the reason of the first try."""
+    """Make the model of a type; raise `NotBuiltError` with the reason of the first try."""
     reasons: list[str] = []
     classes = model_classes(model_type)
     if not classes:
-        raise NotBuilt(NO_CLASS)
+        raise NotBuiltError(NO_CLASS)
     for kind in classes[:4]:
         for attempt in range(len(ATTEMPTS)):
             try:
@@ -111,7 +116,7 @@ def build(model_type: str, folder: Path) -> Subject:
                 return _with_batches(model, folder, model_type)
             except Exception as error:
                 reasons.append(f"{kind.__name__}: {type(error).__name__}: {_short(error)}")
-    raise NotBuilt(*reasons)
+    raise NotBuiltError(*reasons)
 
 
 def _short(error: BaseException) -> str:
@@ -140,7 +145,7 @@ def _with_batches(
             errors.append("forward gives no floating-point tensor")
             continue
         if not same(run(model, inputs), outputs):
-            raise NotBuilt("two equal calls give different outputs")
+            raise NotBuiltError("two equal calls give different outputs")
         if not all(not tensor.isnan().any() for tensor in outputs):
             errors.append("forward gives NaN")
             continue
@@ -153,20 +158,20 @@ def _with_batches(
             continue
         _check_transformers(model, inputs, outputs, folder)
         return Subject(model_type, model, batches, outputs, generate(model, inputs))
-    raise NotBuilt(errors[0] if errors else "no inputs known for its forward")
+    raise NotBuiltError(errors[0] if errors else "no inputs known for its forward")
 
 
 def _check_transformers(model: Any, inputs: Inputs, outputs: list[Tensor], folder: Path) -> None:
-    """Raise `NotBuilt` unless transformers loads what it saved."""
+    """Raise `NotBuiltError` unless transformers loads what it saved."""
     try:
         model.save_pretrained(folder / "float")
         loaded = type(model).from_pretrained(folder / "float").eval()
         loaded_outputs = run(loaded, inputs)
     except Exception as error:
         text = f"save_pretrained, from_pretrained: {type(error).__name__}: {_short(error)}"
-        raise NotBuilt(text) from error
+        raise NotBuiltError(text) from error
     if not same(loaded_outputs, outputs):
-        raise NotBuilt("from_pretrained gives another model than was saved")
+        raise NotBuiltError("from_pretrained gives another model than was saved")
 
 
 def generate(model: Any, inputs: Inputs) -> Tensor | None:
@@ -189,118 +194,6 @@ def generated(model: Any, inputs: Inputs) -> Tensor:
         )
     (first, *_) = tensors(found)
     return first
-
-
-# What plain torch makes of a linear.
-
-
-@dataclass
-class Made:
-    """What a linear was when it was quantized."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scheme: sq_cpu.Scheme
-    range: tuple[float, float] | None
-    smoothing: Tensor | None
-
-
-class FloatTwin(nn.Linear):
-    """The folded, not quantized linear."""
-
-    def __init__(self, made: Made) -> None:
-        super().__init__(made.weight.shape[1], made.weight.shape[0], bias=made.bias is not None)
-        self.made = made
-        self.s = torch.ones(self.in_features) if made.smoothing is None else made.smoothing
-        weight = self.prepared(made.weight.float() * self.s)
-        self.effective = weight
-        self.weight = nn.Parameter(weight / self.s, requires_grad=False)
-        if made.bias is not None:
-            self.bias = nn.Parameter(made.bias, requires_grad=False)
-
-    def prepared(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def quantized(self, x: Tensor) -> Tensor:
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.float()
-        return F.linear(self.quantized(x.float() / self.s), self.effective, bias).to(x.dtype)
-
-
-class FakeTwin(FloatTwin):
-    """The linear under torch's own fake quantization, with scales found here."""
-
-    def prepared(self, weight: Tensor) -> Tensor:
-        scale = weight.abs().amax(dim=1).clamp_min(1e-30) / 127
-        zero = torch.zeros(len(weight), dtype=torch.int32)
-        return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
-
-    def quantized(self, x: Tensor) -> Tensor:
-        if self.made.range is not None:
-            scale = max(1e-30, -self.made.range[0], self.made.range[1]) / 127
-            return torch.fake_quantize_per_tensor_affine(x, scale, 0, -127, 127)
-        rows = x.reshape(-1, x.shape[-1])
-        if not len(rows):
-            return x
-        scale = rows.abs().amax(dim=1).clamp_min(1e-30) / 127
-        zero = torch.zeros(len(rows), dtype=torch.int32)
-        fake = torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, -127, 127)
-        return fake.reshape(x.shape)
-
-
-class Reference(nn.Linear):
-    """A quantized linear in plain torch, by the definition of its result."""
-
-    def __init__(self, layer: sq_cpu.QuantLinear) -> None:
-        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        weight = layer.weight_int8().float() * layer.weight_scale[:, None]
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        if layer.bias is not None:
-            self.bias = nn.Parameter(layer.bias, requires_grad=False)
-        self.layer = [layer]  # no child: the model's own code is not to find it
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer[0].reference(x)
-
-
-@contextmanager
-def recording() -> Iterator[dict[int, Made]]:
-    """Record, of each layer that is made within, the linear that it is made of."""
-    found: dict[int, Made] = {}
-    make = sq_cpu.QuantLinear.from_float.__func__  # type: ignore[attr-defined]
-
-    def from_float(
-        cls: Any,
-        linear: nn.Linear,
-        scheme: Any,
-        input_range: Any = None,
-        *,
-        smoothing: Any = None,
-        **more: Any,
-    ) -> Any:
-        bias = None if linear.bias is None else linear.bias.detach().clone()
-        smoothing = None if smoothing is None else smoothing.detach().clone()
-        made = Made(linear.weight.detach().clone(), bias, scheme, input_range, smoothing)
-        layer = make(cls, linear, scheme, input_range, smoothing=smoothing, **more)
-        found[id(layer)] = made
-        return layer
-
-    with mock.patch.object(sq_cpu.QuantLinear, "from_float", classmethod(from_float)):
-        yield found
-
-
-def twin(model: Any, record: Mapping[int, Made], kind: type[nn.Linear]) -> Any:
-    """Return a copy of a quantized model with `kind` in the place of each int8 linear."""
-    originals = dict(model.named_modules(remove_duplicate=False))
-    other = copy.deepcopy(model)
-    for name, layer in originals.items():
-        if isinstance(layer, sq_cpu.QuantLinear):
-            parent, _, key = name.rpartition(".")
-            new = kind(layer if kind is Reference else record[id(layer)])  # type: ignore[arg-type]
-            setattr(other.get_submodule(parent), key, new.eval())
-    return other
 
 
 # The judgement.
@@ -330,7 +223,7 @@ def examine(model_type: str, folder: Path) -> Finding:
     try:
         stage.write_text("build")
         subject = build(model_type, folder)
-    except NotBuilt as reason:
+    except NotBuiltError as reason:
         finding.verdict, finding.reason = "not built", reason.args[0]
         finding.trace = "\n".join(reason.args[1:])
         return finding
@@ -341,7 +234,7 @@ def examine(model_type: str, folder: Path) -> Finding:
         finding.linears = sum(isinstance(m, nn.Linear) for m in subject.model.modules())
     try:
         calibration = _calibrate(subject)
-    except (Refused, Failed) as outcome:
+    except (RefusedError, FailedError) as outcome:
         _conclude(finding, outcome)
         return finding
     torch.save(subject.batches[0], folder / "inputs.pt")
@@ -353,8 +246,8 @@ def examine(model_type: str, folder: Path) -> Finding:
         try:
             _quantize_and_save(subject, calibration, scheme, folder / name, row)
             row["verdict"] = "right"
-        except (Refused, Failed) as outcome:
-            row["verdict"] = type(outcome).__name__.lower()
+        except (RefusedError, FailedError) as outcome:
+            row["verdict"] = outcome.verdict
             row["reason"] = str(outcome)
             row["trace"] = _trace(outcome)
     verdicts = [row["verdict"] for row in finding.variants.values()]
@@ -362,8 +255,8 @@ def examine(model_type: str, folder: Path) -> Finding:
     return finding
 
 
-def _conclude(finding: Finding, outcome: Refused | Failed) -> None:
-    finding.verdict = type(outcome).__name__.lower()
+def _conclude(finding: Finding, outcome: RefusedError | FailedError) -> None:
+    finding.verdict = outcome.verdict
     finding.reason, finding.trace = str(outcome), _trace(outcome)
 
 
@@ -382,16 +275,16 @@ def _judged(what: str, model: Any, inputs: Inputs, outputs: list[Tensor]) -> Ite
     except SqCpuError as error:
         message = str(error)
         if "\n" in message:
-            raise Failed(f"{what}: an error of several lines: {message!r}") from error
+            raise FailedError(f"{what}: an error of several lines: {message!r}") from error
         try:
             after = run(model, inputs)
         except Exception as broken:
-            raise Failed(f"{what} refused ({message}) and broke the model") from broken
+            raise FailedError(f"{what} refused ({message}) and broke the model") from broken
         if not same(after, outputs):
-            raise Failed(f"{what} refused ({message}) and changed the model") from error
-        raise Refused(f"{what}: {message}") from error
+            raise FailedError(f"{what} refused ({message}) and changed the model") from error
+        raise RefusedError(f"{what}: {message}") from error
     except Exception as error:
-        raise Failed(f"{what}: {type(error).__name__}: {_short(error)}") from error
+        raise FailedError(f"{what}: {type(error).__name__}: {_short(error)}") from error
 
 
 def _calibrate(subject: Subject) -> sq_cpu.Calibration:
@@ -405,9 +298,9 @@ def _calibrate(subject: Subject) -> sq_cpu.Calibration:
         if name not in before or name not in after or not torch.equal(before[name], after[name])
     ]
     if changed:
-        raise Failed(f"calibrate changed {', '.join(changed[:3])}")
+        raise FailedError(f"calibrate changed {', '.join(changed[:3])}")
     if not same(run(subject.model, subject.batches[0]), subject.outputs):
-        raise Failed("calibrate changed the model's output")
+        raise FailedError("calibrate changed the model's output")
     return calibration
 
 
@@ -447,11 +340,11 @@ def _quantize_and_save(
     try:
         outputs = run(model, inputs)
     except Exception as error:
-        raise Failed(f"forward in int8: {type(error).__name__}: {_short(error)}") from error
-    steps = _steps_from_fake(model, made, inputs)
+        raise FailedError(f"forward in int8: {type(error).__name__}: {_short(error)}") from error
+    steps = steps_from_fake(model, made, partial(run, model, inputs))
     row["steps from fake"] = max(steps.values(), default=0.0)
     if wrong := [name for name, count in steps.items() if not count <= FEW_STEPS]:
-        raise Failed(
+        raise FailedError(
             f"{wrong[0]} is {steps[wrong[0]]:.2g} steps from torch's fake quantization "
             f"({len(wrong)} such linears)"
         )
@@ -462,17 +355,17 @@ def _quantize_and_save(
             found[what] = run(twin(model, made, kind), inputs)
         except Exception as error:
             text = f"the {what} model does not run: {type(error).__name__}: {_short(error)}"
-            raise Failed(text) from error
+            raise FailedError(text) from error
     row["folding"] = distance(found["folded"], exact)
     row["reference"] = distance(outputs, found["reference"])
     row["fake error"] = distance(found["fake"], exact)
     row["error"] = distance(outputs, exact)
     if not row["folding"] <= FOLD_TOLERANCE:
-        raise Failed(f"folding alone changes the float model's output by {row['folding']:.2g}")
+        raise FailedError(f"folding alone changes the float model's output by {row['folding']:.2g}")
     if row["reference"]:
-        raise Failed(f"the output is {row['reference']:.2g} from the plain-torch reference's")
+        raise FailedError(f"the output is {row['reference']:.2g} from the plain-torch reference's")
     if not row["error"] <= FOLD_TOLERANCE + 3 * row["fake error"]:
-        raise Failed(
+        raise FailedError(
             f"int8 errs by {row['error']:.2g}, torch's fake quantization by {row['fake error']:.2g}"
         )
 
@@ -481,50 +374,20 @@ def _quantize_and_save(
         try:
             tokens = generated(model, inputs)
         except Exception as error:
-            raise Failed(f"generate in int8: {type(error).__name__}: {_short(error)}") from error
+            raise FailedError(
+                f"generate in int8: {type(error).__name__}: {_short(error)}"
+            ) from error
         row["generate"] = "right"
     with _judged("save", model, inputs, outputs):
         sq_cpu.save(model, folder)
     if not same(run(model, inputs), outputs):
-        raise Failed("save changed the model's output")
+        raise FailedError("save changed the model's output")
     torch.save({"outputs": outputs, "tokens": tokens}, folder.with_suffix(".pt"))
     row["saved"] = True
 
 
-def _steps_from_fake(
-    model: nn.Module, made: Mapping[int, Made], inputs: Inputs
-) -> dict[str, float]:
-    """Return by how many steps each int8 linear differs from torch's fake quantization.
-
-    Both get the very input that the int8 model gives to the linear.
-    """
-    steps: dict[str, float] = {}
-    handles = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, sq_cpu.QuantLinear):
-            fake = FakeTwin(made[id(layer)])
-
-            def compare(
-                _: nn.Module, args: Any, kwargs: Any, y: Any, name: str = name, fake: Any = fake
-            ) -> None:
-                (x,) = [*args, *kwargs.values()]
-                if x.numel():
-                    largest = (x / fake.s).abs().max() * fake.effective.abs().max()
-                    step = float(largest) / 127 + 1e-5 * float(y.abs().max()) + 1e-30
-                    count = float((fake(x) - y).abs().max()) / step
-                    steps[name] = max(steps.get(name, 0.0), count)
-
-            handles.append(layer.register_forward_hook(compare, with_kwargs=True))
-    try:
-        run(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return steps
-
-
 def _check_named(subject: Subject, model: Any, scheme: sq_cpu.Scheme) -> None:
-    """Raise `Failed` unless each float linear is named in `kept`."""
+    """Raise `FailedError` unless each float linear is named in `kept`."""
     kept = model.sq_cpu_config.kept
     silent = [
         name
@@ -535,7 +398,7 @@ def _check_named(subject: Subject, model: Any, scheme: sq_cpu.Scheme) -> None:
     known = float_linears(model, scheme.ignore)
     silent += [name for name in known if name not in kept]
     if silent:
-        raise Failed(f"kept says nothing of {', '.join(silent[:3])} ({len(silent)} in all)")
+        raise FailedError(f"kept says nothing of {', '.join(silent[:3])} ({len(silent)} in all)")
 
 
 def reload(folder: Path) -> dict[str, str]:

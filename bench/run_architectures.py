@@ -166,7 +166,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "# Every model type of transformers",
         "",
         f"transformers {content['transformers']}, torch {machine['torch']}, "
-        f"sq_cpu {machine['sq_cpu']}, {machine['isa']} on {machine['cpu']}; {content['date'][:10]}.",
+        f"sq_cpu {machine['sq_cpu']}, {machine['isa']} on {machine['cpu']}, "
+        f"{content['date'][:10]}.",
         f"Command: `{content['command']}`. [How each is judged](../README.md#model-types).",
         "",
         "| | model types |",
@@ -190,8 +191,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "",
         "## Right",
         "",
-        "int8: linears quantized under O1 / O3 / O3 with the output head. folds: groups of O3 folded "
-        "/ divided at run time. error: of the largest output, O1 / O3.",
+        "int8: linears quantized under O1 / O3 / O3 with the output head. folds: groups of O3 "
+        "folded / divided at run time. error: of the largest output, O1 / O3.",
         "",
         "| type | class | linears | int8 | kept in float (O3) | folds | error | generate |",
         "|---|---|---|---|---|---|---|---|",

@@ -58,6 +58,7 @@ class Maker:
         self.width = _side(setting(config, "hidden_size", "d_model", "n_embd"), WIDTH)
 
     def random(self, *shape: int) -> Tensor:
+        """Return normal values, fp32."""
         return torch.randn(shape, generator=self.generator)
 
     def ids(self, length: int) -> Tensor:
@@ -65,6 +66,7 @@ class Maker:
         return torch.randint(3, ORDINARY, (BATCH, length), generator=self.generator)
 
     def has(self, *names: str) -> bool:
+        """Say whether the forward has all of these arguments."""
         return all(name in self.arguments for name in names)
 
     def text(self) -> Inputs:

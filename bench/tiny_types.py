@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -142,6 +142,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": _MIXTURE,
     "emu3": {"vocabulary_map": _TOKENS | {"<image>": 99}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "glm4v": {"text_config": _MROPE},
+    "glm_image_text": _MROPE,
+    "glm_ocr": {"text_config": _MROPE},
+    "glmga": {"text_config": _MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "informer": {"prediction_length": 8, "context_length": 16},

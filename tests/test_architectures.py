@@ -1,4 +1,4 @@
-"""A sample of transformers' model types, each through what bench/run_architectures.py asks of all."""
+"""A sample of transformers' model types, through what bench/run_architectures.py asks of all."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def test_every_step_is_right_or_refused(
 ) -> None:
     finding, _ = judged[model_type]
     wrong = {
-        name: row["reason"]
-        for name, row in finding.variants.items()
-        if row["verdict"] == "failed"
+        name: row["reason"] for name, row in finding.variants.items() if row["verdict"] == "failed"
     }
     assert (finding.verdict, wrong) == ("right", {}), finding.reason
 
