@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import atomic_write
 from sq_cpu.models.calls import Example
+from sq_cpu.models.unchanged import checksum
 
-__all__ = ["FOLDS", "TENSORS", "Calibration", "fingerprint"]
+__all__ = ["FOLDS", "TENSORS", "Calibration", "check_is_calibration", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
-_VERSION = 4
+_VERSION = 5
 FOLDS = 4
 """Parts that the batches are dealt into: a search is scored on a part that it did not see."""
 TENSORS = (
@@ -58,8 +58,11 @@ class Calibration:
     batches: int
     unreached: tuple[str, ...] = field(default=())
     """Linears that no batch reached; they have no ranges."""
+    in_float: dict[str, str] = field(default_factory=dict)
+    """Linears that the model's own code reads or changes the weight of, and how. They have no
+    ranges and stay in float."""
     example: Example | None = None
-    """The first batch, with which folds are proven; of one with token ids alone, the first 32."""
+    """With what folds are proven: the first batch that is not all padding, or one row of it."""
     row_folds: dict[str, Tensor] = field(default_factory=dict)
     """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
     row_places: dict[str, Tensor] = field(default_factory=dict)
@@ -93,6 +96,8 @@ class Calibration:
             raise SqCpuError(
                 f"no calibration batch reached {name}: calibrate on text that does, or ignore it"
             )
+        if name in self.in_float:
+            raise SqCpuError(f"{name} has to stay in float: {self.in_float[name]}")
         if name not in self.channel_min:
             raise SqCpuError(
                 f"the calibration does not cover {name}: calibrate this very model, "
@@ -173,6 +178,7 @@ class Calibration:
             "tokens": self.tokens,
             "batches": self.batches,
             "unreached": list(self.unreached),
+            "in_float": self.in_float,
             "fingerprints": self.fingerprints,
             "rows_seen": self.rows_seen,
             "example": plain,
@@ -205,6 +211,7 @@ class Calibration:
                 )
             tokens, batches = int(header["tokens"]), int(header["batches"])
             unreached, fingerprints = tuple(header["unreached"]), dict(header["fingerprints"])
+            in_float = dict(header.get("in_float", {}))
             rows_seen = dict(header.get("rows_seen", {}))
             example = _join_example(given, header.get("example"))
         except (KeyError, TypeError) as error:
@@ -217,8 +224,18 @@ class Calibration:
             tokens=tokens,
             batches=batches,
             unreached=unreached,
+            in_float=in_float,
             example=example,
             **{kind: kinds[kind] for kind in TENSORS},
+        )
+
+
+def check_is_calibration(calibration: object) -> None:
+    """Raise `SqCpuError` for a path, batches or ranges in the place of a calibration."""
+    if not isinstance(calibration, Calibration):
+        raise SqCpuError(
+            f"calibration is a {type(calibration).__name__}, not a Calibration: make one with "
+            "calibrate(model, batches), or read a file with Calibration.load(path)"
         )
 
 
@@ -245,6 +262,4 @@ def _join_example(given: dict[str, Tensor], plain: dict[str, Any] | None) -> Exa
 
 def fingerprint(linear: nn.Module) -> int:
     """Return the CRC-32 of the bytes of at most 8 evenly spaced rows of a linear's weight."""
-    weight = linear.get_parameter("weight").detach()
-    rows = torch.linspace(0, len(weight) - 1, min(8, len(weight))).long()
-    return zlib.crc32(weight[rows].contiguous().view(torch.uint8).numpy().tobytes())
+    return checksum(linear.get_parameter("weight"))

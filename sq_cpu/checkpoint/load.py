@@ -146,14 +146,12 @@ def _empty_layers(folder: Path, model: Any, record: QuantizationRecord) -> dict[
                 "save the model again"
             )
         arguments = linear.in_features, linear.out_features, record.layer_scheme(name)
-        bias = linear.bias is not None
+        kind: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
         try:
             if name in record.decomposed:
-                layers[name] = DecomposedLinear.empty(
-                    *arguments, record.decomposed[name], bias=bias
-                )
+                layers[name] = DecomposedLinear.empty(*arguments, record.decomposed[name], **kind)
             else:
-                layers[name] = QuantLinear(*arguments, bias=bias, smoothed=name in record.smoothed)
+                layers[name] = QuantLinear(*arguments, smoothed=name in record.smoothed, **kind)
         except Exception as error:  # also a size that no memory holds
             raise SqCpuError(
                 f"{folder / CONFIG}: layer {name} cannot be made ({first_line(error)}); "

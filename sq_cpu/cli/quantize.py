@@ -40,6 +40,10 @@ class _Range(str, Enum):
     minmax, percentile, mse = "minmax", "percentile", "mse"
 
 
+class _Unreached(str, Enum):
+    float, quantize = "float", "quantize"
+
+
 class _Rule(str, Enum):
     smoothquant, spiq = "smoothquant", "spiq"
     outlier_suppression, aqas = "outlier_suppression", "aqas"
@@ -106,8 +110,14 @@ def quantize_command(
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
+        typer.Option(
+            help="Linear, or module with all below it, to leave in float, repeatable. "
+            "[default: lm_head]"
+        ),
     ] = None,
+    unreached: Annotated[
+        _Unreached, typer.Option(help="Linears that no calibration window reaches.")
+    ] = _Unreached.float,
     dtype: Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")] = Dtype.fp32,
     stream: Annotated[
         bool | None,
@@ -144,6 +154,7 @@ def quantize_command(
         "percentile": percentile,
         "reduce_range": reduce_range.setting(),
         "outlier_threshold": outlier_threshold,
+        "unreached": unreached.value,
     }
     if ignore:
         overrides["ignore"] = tuple(ignore)

@@ -103,7 +103,8 @@ def quantize_checkpoint(
     out : path-like
         Folder to write, as for `save`.
     batches : iterable, optional
-        As for `calibrate`. Needed to smooth, for static linears and an outlier threshold.
+        As for `calibrate`. Needed to smooth, for static linears and an outlier threshold; given, it
+        also finds what no batch reaches, and the weights that the model's own code uses.
     scheme, plan, smooth
         As for `quantize`.
     alpha, rule
@@ -163,13 +164,14 @@ def stream_checkpoint(
     check_target(target)
     folder = Path(source)
     weights = folder_tensors(folder)
+    sources.check_causal(folder)
     sources.check_float(folder)
     dtype = dtype or folder_dtype(folder, weights)
 
     model = _skeleton(folder, dtype)
     chain = BlockChain(model, WHOLE)
     inputs: list[Example] = []
-    if recipe.needs_calibration and batches is not None:
+    if batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
             inputs.append(given)
     settings = {
