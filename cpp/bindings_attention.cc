@@ -1,83 +1,95 @@
-// Python's names for attention.h. sq_cpu/kernels/paged_attention.py has checked shapes, dtypes and
-// devices; the values of lengths and tables are checked by the library.
-#include <pybind11/pybind11.h>
-
+// Tensors to the arguments of attention.h.
 #include "bindings_torch.h"
 #include "sq_cpu/attention.h"
 
 namespace sq_cpu::bindings {
 namespace {
 
-template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// [rows, heads, head_dim] whose last dimension is contiguous.
+// [rows, heads, head_dim] of floats, whose last dimension is contiguous.
 struct Heads {
-  uintptr_t data;
+  Heads(const char* name, py::handle x, int64_t rows, int64_t heads, int64_t head_dim) {
+    const std::optional<DType> known = is_tensor(x) ? float_type(x) : std::nullopt;
+    SQ_CHECK(known, name, " is ", describe(x), ", not float32, bfloat16 or float16");
+    type = *known;
+    data = memory(name, x, Torch::get().dtypes[static_cast<int>(type)].first);
+    const auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
+    const auto strides = invoke(Torch::get().stride, x).cast<std::vector<int64_t>>();
+    SQ_CHECK((shape == std::vector<int64_t>{rows, heads, head_dim}) &&
+                 (strides[2] == 1 || head_dim == 1),
+             name, " is ", describe(x), ", not [", rows, ", ", heads, ", ", head_dim,
+             "] with contiguous channels");
+    row_stride = strides[0];
+    head_stride = strides[1];
+  }
+  HeadRows rows() const { return {data, type, row_stride, head_stride}; }
+  HeadResult result() const { return {data, type, row_stride, head_stride}; }
+
+  void* data;
   DType type;
   int64_t row_stride;
   int64_t head_stride;
-  HeadRows rows() const { return {pointer<const void>(data), type, row_stride, head_stride}; }
-  HeadResult result() const { return {pointer<void>(data), type, row_stride, head_stride}; }
+};
+
+std::vector<int64_t> shape_of(const char* name, py::handle x, size_t dimensions) {
+  SQ_CHECK(is_tensor(x), name, " is ", describe(x));
+  auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
+  SQ_CHECK(shape.size() == dimensions, name, " is ", describe(x), " of ", shape.size(),
+           " dimensions, not ", dimensions);
+  return shape;
+}
+
+// A layer's pages, and the sequences of a call.
+struct Call {
+  Call(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
+       py::handle table) {
+    const Torch& torch = Torch::get();
+    const std::vector<int64_t> page = shape_of("pages", pages, 3);
+    SQ_CHECK(page[2] == page_bytes(head_dim), "pages are of ", page[2], " bytes, not ",
+             page_bytes(head_dim));
+    cache = {
+        array<std::byte>("pages", pages, torch.uint8, bounded_product(page[0], page[1], page[2])),
+        page[0], page[1], head_dim};
+    const std::vector<int64_t> tables = shape_of("table", table, 2);
+    sequences = {
+        tables[0], array<const int64_t>("first_row", first_row, torch.int64, tables[0] + 1),
+        array<const int64_t>("length", length, torch.int64, tables[0]),
+        array<const int32_t>("table", table, torch.int32, bounded_product(tables[0], tables[1])),
+        tables[1]};
+  }
+  int64_t rows() const { return sequences.first_row[sequences.count]; }
+
+  KvCache cache;
+  Sequences sequences;
 };
 
 }  // namespace
 
-void bind_attention(py::module_& m) {
-  m.attr("PAGE_TOKENS") = kPageTokens;
-  m.attr("MAX_HEAD_DIM") = kMaxHeadDim;
-  m.def("page_bytes", &page_bytes, py::arg("head_dim"));
+void append(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
+            py::handle table, py::handle k, py::handle v) {
+  const Call call(pages, head_dim, first_row, length, table);
+  const Heads keys("k", k, call.rows(), call.cache.kv_heads, head_dim);
+  const Heads values("v", v, call.rows(), call.cache.kv_heads, head_dim);
+  const Door door;
+  sq_cpu::append(call.cache, call.sequences, keys.rows(), values.rows());
+}
 
-  py::class_<KvCache>(m, "KvCache")
-      .def(py::init([](uintptr_t pages, int64_t page_count, int64_t kv_heads, int64_t head_dim) {
-             return KvCache{pointer<std::byte>(pages), page_count, kv_heads, head_dim};
-           }),
-           py::arg("pages"), py::arg("page_count"), py::arg("kv_heads"), py::arg("head_dim"));
-  py::class_<Sequences>(m, "Sequences")
-      .def(py::init([](int64_t count, uintptr_t first_row, uintptr_t length, uintptr_t table,
-                       int64_t table_stride) {
-             return Sequences{count, pointer<const int64_t>(first_row),
-                              pointer<const int64_t>(length), pointer<const int32_t>(table),
-                              table_stride};
-           }),
-           py::arg("count"), py::arg("first_row"), py::arg("length"), py::arg("table"),
-           py::arg("table_stride"));
-  py::class_<Heads>(m, "Heads")
-      .def(py::init([](uintptr_t data, DType type, int64_t row_stride, int64_t head_stride) {
-             return Heads{data, type, row_stride, head_stride};
-           }),
-           py::arg("data"), py::arg("dtype"), py::arg("row_stride"), py::arg("head_stride"));
-  py::class_<AttentionOptions>(m, "AttentionOptions")
-      .def(py::init([](float scale, bool causal, int64_t window, float softcap, uintptr_t slopes,
-                       uintptr_t sinks) {
-             return AttentionOptions{scale,
-                                     causal,
-                                     window,
-                                     softcap,
-                                     pointer<const float>(slopes),
-                                     pointer<const float>(sinks)};
-           }),
-           py::arg("scale"), py::arg("causal"), py::arg("window"), py::arg("softcap"),
-           py::arg("slopes"), py::arg("sinks"));
-
-  m.def(
-      "append",
-      [](const KvCache& cache, const Sequences& sequences, const Heads& k, const Heads& v) {
-        const Door door;
-        append(cache, sequences, k.rows(), v.rows());
-      },
-      py::arg("cache"), py::arg("sequences"), py::arg("k"), py::arg("v"));
-  m.def(
-      "attention",
-      [](const KvCache& cache, const Sequences& sequences, int64_t heads, const Heads& q,
-         const AttentionOptions& options, const Heads& y) {
-        const Door door;
-        attention(cache, sequences, heads, q.rows(), options, y.result());
-      },
-      py::arg("cache"), py::arg("sequences"), py::arg("heads"), py::arg("q"), py::arg("options"),
-      py::arg("y"));
+void attention(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
+               py::handle table, py::handle q, double scale, bool causal, int64_t window,
+               double softcap, py::handle slopes, py::handle sinks, py::handle y) {
+  const Torch& torch = Torch::get();
+  const Call call(pages, head_dim, first_row, length, table);
+  const int64_t heads = shape_of("q", q, 3)[1];
+  const Heads queries("q", q, call.rows(), heads, head_dim);
+  const Heads result("y", y, call.rows(), heads, head_dim);
+  const AttentionOptions options{
+      static_cast<float>(scale),
+      causal,
+      window,
+      static_cast<float>(softcap),
+      optional_array<const float>("slopes", slopes, torch.float32, heads),
+      optional_array<const float>("sinks", sinks, torch.float32, heads)};
+  const Door door;
+  sq_cpu::attention(call.cache, call.sequences, heads, queries.rows(), options, result.result());
 }
 
 }  // namespace sq_cpu::bindings

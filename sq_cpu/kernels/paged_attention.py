@@ -18,7 +18,6 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
-from sq_cpu.kernels.ops import DTYPES
 
 __all__ = ["PAGE_TOKENS", "AttentionOptions", "BatchRows", "KvPages", "attend_reference"]
 
@@ -74,18 +73,16 @@ class BatchRows:
                 )
         self.rows = sum(new)
         stride = max(map(len, tables), default=0)
-        self._first = torch.tensor([0, *new], dtype=torch.int64).cumsum(0)
-        self._lengths = torch.tensor(lengths, dtype=torch.int64)
-        self._tables = torch.tensor(
-            [[*table, *[0] * (stride - len(table))] for table in tables], dtype=torch.int32
+        self.tensors = (
+            torch.tensor([0, *new], dtype=torch.int64, device="cpu").cumsum(0),
+            torch.tensor(lengths, dtype=torch.int64, device="cpu"),
+            torch.tensor(
+                [[*table, *[0] * (stride - len(table))] for table in tables],
+                dtype=torch.int32,
+                device="cpu",
+            ).reshape(len(tables), stride),
         )
-        self.core = _core.Sequences(
-            len(new),
-            self._first.data_ptr(),
-            self._lengths.data_ptr(),
-            self._tables.data_ptr(),
-            stride,
-        )
+        """first_row, length, table: what the extension takes."""
 
 
 class KvPages:
@@ -113,7 +110,6 @@ class KvPages:
         self._pages = torch.empty(
             (count, kv_heads, _core.page_bytes(head_dim)), dtype=torch.uint8, device="cpu"
         )
-        self._core = _core.KvCache(self._pages.data_ptr(), count, kv_heads, head_dim)
 
     @property
     def count(self) -> int:
@@ -138,8 +134,7 @@ class KvPages:
         SqCpuError
             For other shapes, dtypes and devices, and a page that there is not.
         """
-        shape = (rows.rows, self.kv_heads, self.head_dim)
-        _core.append(self._core, rows.core, *(_heads(n, x, shape) for n, x in (("k", k), ("v", v))))
+        _core.append(self._pages, self.head_dim, *rows.tensors, _plain(k), _plain(v))
 
     def attend(self, rows: BatchRows, q: Tensor, options: AttentionOptions) -> Tensor:
         """Return the attention of the new tokens over all tokens of their sequences.
@@ -160,30 +155,19 @@ class KvPages:
             For other shapes, dtypes and devices, options that are not finite, and a page that there
             is not.
         """
-        heads = q.shape[1] if q.dim() == 3 else 0
-        if heads == 0 or heads % self.kv_heads:
-            raise SqCpuError(
-                f"paged attention: q is {list(q.shape)}; use [rows, heads, {self.head_dim}] with "
-                f"heads a multiple of {self.kv_heads}"
-            )
-        per_head = [
-            None if x is None else _per_head(name, x, heads)
-            for name, x in (("slopes", options.slopes), ("sinks", options.sinks))
-        ]
-        y = q.new_empty((rows.rows, heads, self.head_dim))
+        y = torch.empty(q.shape, dtype=q.dtype, device="cpu")
         _core.attention(
-            self._core,
-            rows.core,
-            heads,
-            _heads("q", q, (rows.rows, heads, self.head_dim)),
-            _core.AttentionOptions(
-                options.scale,
-                options.causal,
-                options.window,
-                options.softcap,
-                *(0 if x is None else x.data_ptr() for x in per_head),
-            ),
-            _heads("y", y, tuple(y.shape)),
+            self._pages,
+            self.head_dim,
+            *rows.tensors,
+            _plain(q),
+            options.scale,
+            options.causal,
+            options.window,
+            options.softcap,
+            options.slopes,
+            options.sinks,
+            y,
         )
         return y
 
@@ -277,25 +261,7 @@ def attend_reference(
     return (weights @ v).transpose(0, 1)
 
 
-def _heads(name: str, x: Tensor, shape: tuple[int, ...]) -> _core.Heads:
-    kind = DTYPES.get(x.dtype)
-    if kind is None or tuple(x.shape) != shape or not x.is_cpu:
-        raise SqCpuError(
-            f"paged attention: {name} is {x.dtype} {list(x.shape)} on {x.device}; use float32, "
-            f"bfloat16 or float16 {list(shape)} on the CPU"
-        )
-    if x.numel() and x.stride(2) != 1 and x.shape[2] > 1:
-        raise SqCpuError(
-            f"paged attention: {name} has channels {x.stride(2)} elements apart, not 1"
-        )
+def _plain(x: Tensor) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         raise SqCpuError("paged attention has no gradient: call it under torch.no_grad()")
-    return _core.Heads(x.data_ptr(), kind, x.stride(0), x.stride(1))
-
-
-def _per_head(name: str, x: Tensor, heads: int) -> Tensor:
-    if x.dtype != torch.float32 or tuple(x.shape) != (heads,) or not x.is_cpu:
-        raise SqCpuError(
-            f"paged attention: {name} is {x.dtype} {list(x.shape)}; use torch.float32 [{heads}]"
-        )
-    return x.contiguous()
+    return x.resolve_neg()
