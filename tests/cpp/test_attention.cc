@@ -346,7 +346,7 @@ void test_same_bits() {
   const Part part("same bits " + isa_name(active_isa()));
   const int threads = omp_get_max_threads();
   Rng rng(2);
-  for (int turn = 0; turn < 12; ++turn) {
+  for (int turn = 0; turn < 6; ++turn) {
     Case c;
     c.head_dim = std::vector<int64_t>{64, 80, 128}[turn % 3];
     c.kv_heads = 1 + turn % 2;
