@@ -206,7 +206,9 @@ def _prepare(
     ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, clips)
     at_run_time: frozenset[str] = frozenset()
     if plan is not None and plan.groups:
-        smoothed = fold_scales(model, plan, scales, prove(scales))
+        assert calibration is not None  # likewise
+        proof = prove(scales).without(calibration.in_float)
+        smoothed = fold_scales(model, plan, scales, proof)
         plan, at_run_time = smoothed.plan, smoothed.at_run_time
     return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers)
 

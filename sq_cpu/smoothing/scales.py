@@ -101,6 +101,7 @@ def fold(
     with linearized(model):
         scales = plan_scales(model, plan, calibration, scheme=scheme)
         proof = prove_folds(model, scales, running(model, calibration.example))
+        proof = proof.without(calibration.in_float)
         return fold_scales(model, plan, scales, proof)
 
 
