@@ -122,7 +122,7 @@ class DecomposedLinear(nn.Module):
         rest.weight = nn.Parameter(weight.index_fill(1, columns, 0), requires_grad=False)
         rest.bias = linear.bias
         if smoothing is None:
-            smoothing = torch.ones(linear.in_features, device="cpu")
+            smoothing = torch.ones(linear.in_features, dtype=torch.float32, device="cpu")
         hiding = smoothing.detach().float().index_fill(0, columns, _HIDDEN)
         regular = QuantLinear.from_float(
             rest, scheme, input_range, smoothing=hiding, weight_clip=weight_clip

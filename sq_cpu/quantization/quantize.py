@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from sq_cpu.models.linears import (
     quantizable_linears,
     restore_modules,
 )
+from sq_cpu.models.padding import Padding
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
@@ -40,7 +40,7 @@ from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
-from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, running
+from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
 from sq_cpu.smoothing.scales import (
     WeightStatistics,
     consumer_scales,
@@ -122,7 +122,7 @@ def carry_out(
 
         def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
             example = None if calibration is None else calibration.example
-            return proof or prove_folds(model, groups, running(model, example))
+            return proof or prove_with(model, groups, example)
 
         prepared = _prepare(model, linears, calibration, recipe, None, prove, weights)
     except BaseException:
@@ -142,16 +142,18 @@ def quantize_part(
     recipe: Recipe,
     groups: Sequence[SmoothingGroup],
     run: Run | None,
+    padding: Padding | None = None,
 ) -> QuantizedPart:
     """Quantize some linears of a linearized model as `quantize` does all of them.
 
     `groups` and the recipe's plan, if any, are those of these linears, `run` calls what holds them
-    and returns its outputs. `linears` is emptied, so that each can be freed.
+    and returns its outputs, and `padding` is of that call. `linears` is emptied, so that each can
+    be freed.
     """
     kept = kept_linears(linears, calibration, recipe.scheme, recipe.plan)
     for name in kept:
         del linears[name]
-    prove = partial(prove_folds, model, run=run)
+    prove = partial(prove_folds, model, run=run, padding=padding)
     prepared = _prepare(model, linears, calibration, recipe, groups, prove)
     return replace(_swap(model, linears, prepared, progress=False), kept=kept)
 
@@ -233,7 +235,6 @@ def _swap(
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
-        _untie(model, linear)
         s = prepared.scales[name] if name in prepared.at_run_time else None
         clip = 1.0 if prepared.plan is None else prepared.plan.layer(name).weight_clip
         layer: nn.Module
@@ -283,7 +284,7 @@ def _ranges_and_outliers(
         # Its weight is the model's own, and is not looked at: no linear is held.
         fake = FakeQuantizedLinear(
             linear_sample(name, linear.weight, base, plan, seen),
-            scales.get(name, torch.ones(linear.in_features, device="cpu")),
+            scales.get(name, torch.ones(linear.in_features, dtype=torch.float32, device="cpu")),
             scheme,
             clips.get(name, 1.0),
         )
@@ -292,11 +293,3 @@ def _ranges_and_outliers(
         if seen is not None and scheme.activations == "static":
             ranges[name] = fake.range
     return ranges, outliers
-
-
-def _untie(model: nn.Module, linear: nn.Linear) -> None:
-    """Say in the config that a quantized head no longer shares the embedding's weight."""
-    config: Any = getattr(model, "config", None)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if linear is head and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
