@@ -34,6 +34,7 @@ from sq_cpu.quantization.checks import (
     check_reached,
     check_replaceable,
 )
+from sq_cpu.quantization.dtypes import dtypes_of
 from sq_cpu.quantization.kept import kept_linears
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizedPart
@@ -258,6 +259,7 @@ def _swap(
         layers=layers,
         smoothed=tuple(name for name in layers if name in at_run_time),
         decomposed={name: len(outliers[name]) for name in layers if name in outliers},
+        dtypes=dtypes_of(model, layers),
     )
 
 
