@@ -58,9 +58,7 @@ class WeightUses(TorchFunctionMode):
             for name, linear in linears.items()
             for parameter in linear.parameters()
         }
-        # Held, so that no other tensor gets the number of one that the model replaces.
-        self._parameters = [list(linear.parameters()) for linear in linears.values()]
-        self._before = {name: fingerprint(linear) for name, linear in linears.items()}
+        self._before = {name: _state(linear) for name, linear in linears.items()}
         self._owners = {
             module: owned
             for module in model.modules()
@@ -98,13 +96,21 @@ class WeightUses(TorchFunctionMode):
     def found(self) -> dict[str, str]:
         """Return the linears whose parameters were used or changed, and how."""
         found = {}
-        for (name, linear), before in zip(self._linears.items(), self._parameters, strict=True):
-            same = [id(p) for p in linear.parameters()] == [id(p) for p in before]
-            if not same or fingerprint(linear) != self._before[name]:
+        for name, linear in self._linears.items():
+            (before, checksum), (now, new_checksum) = self._before[name], _state(linear)
+            if list(map(id, now)) != list(map(id, before)) or checksum != new_checksum:
                 found[name] = CHANGED
             elif name in self._used:
                 found[name] = f"the model's own code uses its weight ({self._used[name]})"
         return found
+
+
+def _state(linear: nn.Linear) -> tuple[list[nn.Parameter], int]:
+    """Return a linear's parameters, and the checksum of those that have values.
+
+    Whoever holds them keeps others from getting their place in memory.
+    """
+    return list(linear.parameters()), 0 if linear.weight.is_meta else fingerprint(linear)
 
 
 def _name(func: Any) -> str:

@@ -139,10 +139,6 @@ def test_other_devices_are_refused_or_ignored() -> None:
 def test_a_refused_state_dict_leaves_the_layer_as_it_was() -> None:
     layer = make(8, 4, Scheme.of("O3"))
     packed, scale = layer.packed.clone(), layer.input_scale
-    state = layer.state_dict() | {"input_scale": torch.tensor(0.5)}
-    state["weight"][1, 2] = -128
-    with pytest.raises(SqCpuError, match="a weight is -128"):
-        layer.load_state_dict(state)
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         state = layer.state_dict() | {"input_scale": torch.tensor(bad)}
         with pytest.raises(SqCpuError, match="static input scale"):
