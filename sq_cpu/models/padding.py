@@ -76,10 +76,12 @@ class Padding:
             return None
         first = (origin & -origin).bit_length() - 1
         kept = list(self._sequences.values())[first].kept
-        # OPT hands its MLP [batch * sequence, features].
-        if kept is None or x.shape[:-1] not in (kept.shape, (kept.numel(),)):
+        if kept is None:
             return None
-        return kept.reshape(-1)
+        # OPT hands its MLP [batch * sequence, features], XLNet has [sequence, batch, features].
+        if x.shape[:-1] in (kept.shape, (kept.numel(),)):
+            return kept.reshape(-1)
+        return kept.T.reshape(-1) if x.shape[:-1] == kept.T.shape else None
 
     def of_hidden(self, hidden: Tensor, block: nn.Module) -> Padding:
         """Return the padding of a call that goes on with hidden states, which a block takes."""
