@@ -142,6 +142,13 @@ class _Origins:
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes of every tensor that is made from which sequences it was."""
 
+    supports_higher_order_operators = True  # flex attention, which compiles itself
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled parts of the model run as they are."""
+        return True
+
     def __init__(self, origins: _Origins) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._origins = origins
