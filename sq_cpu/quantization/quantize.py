@@ -283,7 +283,7 @@ def _ranges_and_outliers(
         seen = calibration if scheme.needs_calibration else None
         if seen is not None and name in seen.unreached:
             seen = None
-        # Its weight is the model's own, and is not looked at: no linear is held.
+        # Its weight is the model's own: none is held.
         fake = FakeQuantizedLinear(
             linear_sample(name, linear.weight, base, plan, seen),
             scales.get(name, torch.ones(linear.in_features, dtype=torch.float32, device="cpu")),
