@@ -149,7 +149,7 @@ class QuantLinear(nn.Module):
             return ops.linear(
                 x, packed, self.in_features, self.out_features, self._quantizer, steps
             )
-        ops.check(x, packed, self.in_features)
+        ops.check(x, packed, self.in_features, operands)
         return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
             x,
             packed,
