@@ -16,6 +16,7 @@ import functools
 import inspect
 import os
 import random
+import re
 import resource
 import traceback
 import warnings
@@ -141,6 +142,7 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         "quantizer": lambda: layers()["next"]._quantizer,
     },
     "ops.make_quantizer": {"scale": lambda: 0.1, "zero_point": lambda: 128},
+    "ops.check": {"operands": lambda: (torch.randn(M, N),)},
     "ops.empty": {"shape": lambda: (M, N)},
     "attention.matmul_qk": {
         "q": lambda: CODES,
@@ -406,6 +408,8 @@ def extreme(kind: str, value: Any, rng: random.Random, *, is_core: bool) -> Any:
             return rng.choice([Scheme(), Scheme(activations="static"), Scheme(symmetric=False)])
         case "QuantLinear":
             return layers()[rng.choice(list(layers()))]
+        case _ if kinds[0] == "Iterable[Tensor]":
+            return [extreme("Tensor", each, rng, is_core=False) for each in value]
         case _ if kinds[0] in ("tuple[int, ...]", "Sequence[float]"):
             element = "int" if "int" in kinds[0] else "float"
             several = [extreme(element, 1, rng, is_core=False)]
@@ -422,6 +426,19 @@ def test_every_method_of_the_layer_has_a_row() -> None:
     plain = {"from_float", "reference", "weight_int8", "extra_repr", "entries"}
     assert {name for name in own if not name.startswith("_")} - plain == set(METHODS)
     assert OTHERS.keys() <= DOORS.keys()
+
+
+def test_every_function_of_the_cpp_headers_has_a_row() -> None:
+    root = Path(__file__).resolve().parents[2]
+    declared = {
+        name
+        for header in (root / "cpp/include/sq_cpu").glob("*.h")
+        for name in re.findall(r"^[A-Za-z][\w:<>&* ]*?(\w+)\([^()]*\) *;", header.read_text(), re.M)
+    }
+    assert {"linear", "gemm", "packed_bytes", "isa_name", "batched_matmul"} <= declared
+    rows = re.findall(r'attack\("(\w+)"', (root / "tests/cpp/test_hostile.cc").read_text())
+    # Those without parameters cannot be called wrongly.
+    assert declared - set(rows) == {"isa_status", "active_isa", "isa_is_forced"}
 
 
 def check_raised(error: BaseException) -> None:
