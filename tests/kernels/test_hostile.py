@@ -143,7 +143,6 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "ops.make_quantizer": {"scale": lambda: 0.1, "zero_point": lambda: 128},
     "ops.check": {"operands": lambda: (torch.randn(M, N),)},
-    "ops.empty": {"shape": lambda: (M, N)},
     "attention.matmul_qk": {
         "q": lambda: CODES,
         "k": lambda: CODES[:, :2],
@@ -274,8 +273,8 @@ def doors() -> dict[str, Door]:
 
 
 METHODS = ("forward", "forward_int8", "quantize_input", "count_saturation")
-# matmul_reference is plain torch, and no kernel.
-PLAIN = {"attention.matmul_reference"}
+# Plain torch, and no kernel: a reference, and torch.empty of any size that it is asked for.
+PLAIN = {"attention.matmul_reference", "ops.empty"}
 
 
 def positional(function: Callable[..., Any], **arguments: Any) -> Any:
