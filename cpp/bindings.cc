@@ -312,12 +312,13 @@ py::object linear_tensor(py::handle x, py::handle packed, int64_t k, int64_t n,
   }
   if (py::handle(PyTuple_GET_ITEM(shape.ptr(), rank - 1)).cast<int64_t>() != k ||
       !truth(get(x, torch.is_cpu)) || !truth(get(packed, torch.is_cpu)) ||
-      truth(get(x, torch.requires_grad)) || truth(invoke(torch.is_neg, x)) ||
-      !truth(invoke(torch.is_contiguous, x))) {
+      get(packed, torch.nbytes).cast<int64_t>() != packed_bytes(n, k) ||
+      !truth(invoke(torch.is_contiguous, packed)) || truth(get(x, torch.requires_grad)) ||
+      truth(invoke(torch.is_neg, x)) || !truth(invoke(torch.is_contiguous, x))) {
     return py::none();
   }
 
-  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const sq_cpu::PackedWeight w{static_cast<const std::byte*>(address(packed)), n, k};
   const py::int_ columns(n);
   y_arguments[rank] = columns.ptr();
   py::object y = invoke(torch.new_empty, y_arguments.data(), rank + 1);

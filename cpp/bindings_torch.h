@@ -38,6 +38,7 @@ struct Torch {
   py::object is_contiguous = tensor.attr("is_contiguous");
   py::object is_cpu = tensor.attr("is_cpu");
   py::object is_neg = tensor.attr("is_neg");
+  py::object nbytes = tensor.attr("nbytes");
   py::object new_empty = tensor.attr("new_empty");
   py::object numel = tensor.attr("numel");
   py::object requires_grad = tensor.attr("requires_grad");
