@@ -155,7 +155,7 @@ class QuantLinear(nn.Module):
             return ops.linear(
                 input, packed, self.in_features, self.out_features, self._quantizer, steps
             )
-        ops.check(input, packed, self.in_features)
+        ops.check(input, packed, self.in_features, operands)
         return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
             input,
             packed,
