@@ -284,9 +284,8 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """Return a tensor [out_features, in_features] of the layer's `dtype`, without values.
 
-        For models that look at their linears' weights before they call them: T5 and DeepSeek cast
-        the input to the weight's dtype. Whatever reads or computes with it raises `SqCpuError`;
-        `weight_int8` has the values.
+        For models that look at their linears' weights first (T5 casts its input to their dtype).
+        Whatever computes with it raises `SqCpuError`; `weight_int8` has the values.
         """
         return self.packed_weight.unreadable(self.dtype)
 
