@@ -27,6 +27,7 @@ __all__ = [
     "experts_layout",
     "forget_quantization",
     "from_config",
+    "hub_kernels",
     "is_transformers",
     "load_again",
     "load_nothing",
@@ -86,6 +87,14 @@ def from_config(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """Return a model of this class, as `config` says and in `dtype`."""
     check_version()
     return model_class._from_config(config, dtype=dtype)
+
+
+def hub_kernels(config: Any) -> list[str]:
+    """Return the attention kernels that a config asks for from the hub: compiled code."""
+    check_version()
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    names = [getattr(part, "_attn_implementation", None) for part in parts]
+    return [name for name in names if isinstance(name, str) and "/" in name]
 
 
 def load_nothing(model: Any) -> Any:

@@ -12,7 +12,7 @@ import pytest
 from byte_models import save_float
 from command_line import error_of
 from sameness import assert_same_model
-from tiny import batches, tiny_model
+from tiny import batches, change_config, tiny_model
 from tiny_checkpoints import fails
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -137,6 +137,15 @@ def test_code_runs_where_asked(own: Path, tmp_path: Path) -> None:
     assert_same_model(expected, model)
     found = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert_same_model(found, model)
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_of_the_hub_is_not_fetched(key: str, tmp_path: Path) -> None:
+    folder = save_float(tmp_path / "float")
+    int8 = sq_cpu.save(sq_cpu.quantize(load_source(folder)[0], smooth=False), tmp_path / "int8")
+    for path, reader in ((folder, load_source), (int8, load_source), (int8, sq_cpu.load)):
+        change_config(path, lambda content: content.update({key: "someone/kernels"}))
+        fails("asks for a kernel of the hub, someone/kernels", reader, path)
 
 
 def test_code_that_is_not_needed_does_not_run(own: Path, tmp_path: Path) -> None:
