@@ -195,11 +195,11 @@ def _empty_layer(
 ) -> nn.Module:
     assert isinstance(linear, nn.Linear)  # `fit` raised otherwise
     arguments = linear.in_features, linear.out_features, record.layer_scheme(name)
-    bias = linear.bias is not None
+    kind: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
     try:
         if name in record.decomposed:
-            return DecomposedLinear.empty(*arguments, record.decomposed[name], bias=bias)
-        return QuantLinear(*arguments, bias=bias, smoothed=name in record.smoothed)
+            return DecomposedLinear.empty(*arguments, record.decomposed[name], **kind)
+        return QuantLinear(*arguments, smoothed=name in record.smoothed, **kind)
     except Exception as error:  # also a size that no memory holds
         raise SqCpuError(
             f"{folder}: layer {name} cannot be made ({first_line(error)}); save the model again"

@@ -7,13 +7,11 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,7 +26,7 @@ from sq_cpu.checkpoint.config import (
 )
 from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
-from sq_cpu.checkpoint.folder import check_replaceable, contents, hidden, is_empty, move_into_place
+from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
 from sq_cpu.checkpoint.likeness import check_layers, check_likeness
 from sq_cpu.checkpoint.stored import Header
 from sq_cpu.errors import SqCpuError, first_line
@@ -39,6 +37,7 @@ from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
     "save",
+    "save_staged",
     "write_companions",
     "write_index",
     "write_settings",
@@ -56,8 +55,9 @@ def save(
     """Write a quantized model, all of it or nothing.
 
     The folder is built beside ``path`` and moved into place when it is complete. An existing
-    folder is filled if it is empty, config.json last, and replaced only if it is a checkpoint that
-    :func:`save` wrote and holds nothing else.
+    folder is replaced if it is empty, or a checkpoint that :func:`save` wrote and holds nothing
+    else; files that are replaced keep their modes. An empty folder that is a mount point or the
+    current one is filled, config.json last.
     Weights are unpacked one file at a time: peak extra memory is one shard.
 
     Before anything is written, the model that `load` will build from the config is built on the
@@ -87,32 +87,27 @@ def save(
     Raises
     ------
     SqCpuError
-        The model is not one of ours, `load` could not rebuild it, ``path`` holds something else,
-        or writing failed.
+        The model is not one of ours, `load` could not rebuild it, ``path`` holds something else or
+        was changed meanwhile, another process is at work on it, or writing failed.
     """
+    with staged(path) as staging:
+        save_staged(staging, model, tokenizer, max_shard_size=max_shard_size)
+    return Path(path)
+
+
+def save_staged(
+    staging: Staging,
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Do what :func:`save` does, for a target that has been held since before the work began."""
     record = _record_of(model)
     check_layers(model, record)
-    target = Path(os.path.realpath(path))
-    check_replaceable(target)
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    # An empty folder may be a mount point or the current one: it stays, and is filled.
-    staging = hidden(target, inside=target.exists() and is_empty(target))
-    try:
-        staging.mkdir(parents=True)
-        _write(model, record, tokenizer, staging, max_shard_size)
-        move_into_place(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):
-            for parent in new_parents:  # nearest first; stops at one that is in use
-                parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            raise SqCpuError(
-                f"cannot write checkpoint {target}: {first_line(error)}; "
-                "choose a writable folder with enough free space"
-            ) from error
-        raise
-    return Path(path)
+    with writing(staging.target):
+        _write(model, record, tokenizer, staging.folder, max_shard_size)
+    staging.commit()
 
 
 def _record_of(model: nn.Module) -> QuantizationRecord:
@@ -168,7 +163,12 @@ def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
         content = {"architectures": [type(model).__name__], "quantization_config": {}}
         (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the base class itself is what tokenizers raises
+            raise SqCpuError(f"the tokenizer cannot be saved: {first_line(error)}") from error
 
 
 def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
 from sq_cpu.checkpoint.load import load
@@ -21,7 +26,7 @@ from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.extras import require
 from sq_cpu.models.hf_private import forget_quantization
 
-__all__ = ["check_float", "is_checkpoint", "load_source", "load_tokenizer"]
+__all__ = ["check_causal", "check_float", "is_checkpoint", "load_source", "load_tokenizer"]
 
 # "gpt2", "owner/name": what can be a repository on the hub.
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -59,8 +64,9 @@ def load_source(
     Raises
     ------
     SqCpuError
-        Nothing there, a damaged file, an architecture that transformers does not know, weights that
-        lack a tensor, a hub that cannot be reached, or code that is not trusted.
+        Nothing there, a damaged file, no causal language model, an architecture that transformers
+        does not know, weights that lack a tensor, a hub that cannot be reached, or code that is not
+        trusted.
     """
     if say is None:
         return _load_source(source, dtype, trust_remote_code)
@@ -75,6 +81,7 @@ def _load_source(
 ) -> tuple[nn.Module, Any]:
     path = Path(source).expanduser()
     if path.is_dir():
+        check_causal(path)
         if is_checkpoint(path):
             model = load(path, dtype=dtype, trust_remote_code=trust)
             return model, load_tokenizer(path, f"checkpoint {path}", trust)
@@ -96,10 +103,17 @@ def is_checkpoint(folder: Path) -> bool:
 
 def _quant_method(folder: Path) -> str | None:
     try:
+        return str(_config(folder)["quantization_config"]["quant_method"])
+    except (LookupError, TypeError):
+        return None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return str(config["quantization_config"]["quant_method"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None  # not there or not readable: what loads the model says so, with the reason
+    except (OSError, ValueError, RecursionError):
+        return {}  # not there or not readable: what loads the model says so, with the reason
+    return config if isinstance(config, dict) else {}
 
 
 def check_float(folder: Path) -> None:
@@ -108,6 +122,25 @@ def check_float(folder: Path) -> None:
     if method is not None:
         raise SqCpuError(
             f"{folder} is already quantized ({method}); give the model in fp32, bf16 or fp16"
+        )
+
+
+def check_causal(folder: Path) -> None:
+    """Raise `SqCpuError` for a folder whose model is an encoder, or has one.
+
+    transformers would make a decoder of a BERT's weights, without a word.
+    """
+    config = _config(folder)
+    kind = str(config.get("model_type"))
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    given = config.get("architectures")
+    own = given[0] if isinstance(given, list) and given else causal or kind
+    if kind not in CONFIG_MAPPING_NAMES or "auto_map" in config or own == causal:
+        return
+    if causal is None or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        raise SqCpuError(
+            f"{folder} holds a {own}, no causal language model: in Python, load it with its class, "
+            "and give sq_cpu.calibrate batches of its own inputs"
         )
 
 

@@ -24,10 +24,10 @@ from sq_cpu.cli.common import (
     SchemeName,
     TrustRemoteCode,
     calibration_batches,
-    check_file,
     check_not_quantized,
     check_shipped,
     emit,
+    hold,
     load_model,
     model_name,
     read,
@@ -49,6 +49,7 @@ _WINDOW = 512
 
 
 def inspect_command(
+    ctx: typer.Context,
     model: Model,
     plan: Annotated[
         Path | None,
@@ -132,7 +133,7 @@ def inspect_command(
     tokens = _WINDOW if window is None else window
     if report is not None:
         require_report()
-        check_file(report)
+        hold(ctx, report)
     if source is not None:
         check_not_quantized(source)
     own_texts = read_all(calib or [])

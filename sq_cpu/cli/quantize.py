@@ -21,7 +21,6 @@ from sq_cpu.cli.common import (
     Window,
     calibration_batches,
     check_not_quantized,
-    check_output,
     emit,
     quiet,
     read_all,
@@ -39,6 +38,10 @@ class _Weights(str, Enum):
 
 class _Range(str, Enum):
     minmax, percentile, mse = "minmax", "percentile", "mse"
+
+
+class _Unreached(str, Enum):
+    float, quantize = "float", "quantize"
 
 
 class _Rule(str, Enum):
@@ -107,8 +110,14 @@ def quantize_command(
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
+        typer.Option(
+            help="Linear, or module with all below it, to leave in float, repeatable. "
+            "[default: lm_head]"
+        ),
     ] = None,
+    unreached: Annotated[
+        _Unreached, typer.Option(help="Linears that no calibration window reaches.")
+    ] = _Unreached.float,
     dtype: Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")] = Dtype.fp32,
     stream: Annotated[
         bool | None,
@@ -146,6 +155,7 @@ def quantize_command(
         "percentile": percentile,
         "reduce_range": reduce_range.setting(),
         "outlier_threshold": outlier_threshold,
+        "unreached": unreached.value,
     }
     if ignore:
         overrides["ignore"] = tuple(ignore)
@@ -161,7 +171,6 @@ def quantize_command(
         rule=Recipe.rule if rule is None else rule.value,
     )
     check_not_quantized(model)
-    check_output(out, overwrite)
     calibration_texts = read_all(calib or [])
 
     job = Job(

@@ -12,6 +12,7 @@ import typer
 from torch import Tensor, nn
 
 from sq_cpu import texts
+from sq_cpu.checkpoint.folder import staged
 from sq_cpu.cli import demo, show
 from sq_cpu.cli.common import (
     Dtype,
@@ -21,7 +22,6 @@ from sq_cpu.cli.common import (
     TrustRemoteCode,
     Window,
     check_finite,
-    check_output,
     check_shipped,
     emit,
     load_model,
@@ -138,10 +138,10 @@ def demo_command(
     source = demo.find_model(model)
     if out is None:
         out = Path("smollm2-135m-int8" if model is None else f"{model_name(model)}-int8")
-    check_output(out, overwrite=True)
     start = time.perf_counter()
-    base, tokenizer = load_model(source, Dtype.fp32, trust_remote_code=False)
-    report = demo.run(base, tokenizer, out, say=say)
+    with staged(out) as staging:
+        base, tokenizer = load_model(source, Dtype.fp32, trust_remote_code=False)
+        report = demo.run(base, tokenizer, staging, say=say)
     seconds = time.perf_counter() - start
     for row in report.rows:
         check_finite(row.perplexity, row.name)

@@ -15,8 +15,8 @@ from sq_cpu.cli.common import (
     SchemeName,
     TrustRemoteCode,
     Window,
-    check_file,
     emit,
+    hold,
 )
 from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
 from sq_cpu.scheme import Scheme
@@ -24,6 +24,7 @@ from sq_cpu.tuning.tune import OUTLIERS, tune
 
 
 def tune_command(
+    ctx: typer.Context,
     model: Model,
     out: Out,
     scheme: Annotated[
@@ -65,6 +66,7 @@ def tune_command(
                 "--outliers"
             )
         autotune_command(
+            ctx,
             model,
             out,
             goal=goal,
@@ -77,7 +79,7 @@ def tune_command(
             as_json=as_json,
         )
         return
-    check_file(out)
+    hold(ctx, out)
     data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
     start = time.perf_counter()
     loaded, _, batches = data.load()

@@ -29,7 +29,10 @@ Calib = Annotated[
 Windows = Annotated[int, typer.Option(min=1, help="Calibration windows in all.")]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
+    typer.Option(
+        help="Linear, or module with all below it, to leave in float, repeatable. "
+        "[default: lm_head]"
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")]
 GOAL = "Greatest loss against the float model: 1% of its metric, or a number."

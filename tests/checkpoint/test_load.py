@@ -211,7 +211,6 @@ NORM = "model.norm.weight"
             lambda t: t.update({f"{Q_PROJ}.input_scale": torch.tensor(torch.nan)}),
             f"/out: layer {Q_PROJ}: ",
         ),
-        (lambda t: t[WEIGHT].fill_(-128), f"/out: layer {Q_PROJ}: "),
         (lambda t: t.pop(NORM), rf"tensor {NORM} missing"),
         (lambda t: t.pop(WEIGHT), rf"tensor {WEIGHT} missing"),
         (lambda t: t.pop("model.embed_tokens.weight"), r"2 tensors \(lm_head.weight, model.emb"),

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sameness import assert_same_model
 from tiny_checkpoints import fails, logits, tiny_llama
 
+from sq_cpu.checkpoint import folder as staging
 from sq_cpu.checkpoint import save as saving
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.save import save
@@ -136,6 +137,7 @@ def test_save_fills_an_empty_folder_in_place(
 def test_failed_fill_leaves_the_folder_empty(
     quantized_llama: Any, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "rename", fail_at(call, full, Path.rename))
     fails("No space left on device", save, quantized_llama, tmp_path)
@@ -161,6 +163,7 @@ def test_save_replaces_folders_within_its_own_checkpoint_alone(
 def test_failed_move_restores_the_old_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(staging, "exchange", lambda *_: False)  # as some file systems
     model = load(folder)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     busy = OSError(errno.EBUSY, "Device or resource busy")
