@@ -7,7 +7,7 @@ fills the weights, so that the result is the model that `sq_cpu.load` returns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from sq_cpu.checkpoint.rebuild import fit, restore
 from sq_cpu.checkpoint.skeleton import check_buffers, check_counts
 from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.hf_private import load_nothing
+from sq_cpu.models.hf_private import load_again, load_nothing
 from sq_cpu.models.linears import linearized
 from sq_cpu.quantization.record import QuantizationRecord
 
@@ -64,7 +64,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtype: torch.dtype | None = None
         self._folder = Path()
         self._files: list[str] = []
-        self._undo: Callable[[], None] = lambda: None
+        self._before: tuple[Any, Any] = (None, {})
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -116,11 +116,11 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
             fit(model, self._record, stored.headers, self._version, folder, stored.path)
             check_buffers(model, stored.nbytes, folder / CONFIG)
         # transformers would hold all int8 weights unpacked beside the packed ones.
-        self._undo = load_nothing(model)
+        self._before = load_nothing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Fill the weights as `sq_cpu.load` does."""
-        self._undo()
+        load_again(model, self._before)
         folder = self._folder
         record = with_stored_curves(self._record, folder, self._settings)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.

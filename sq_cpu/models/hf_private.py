@@ -29,6 +29,7 @@ __all__ = [
     "from_config",
     "hub_kernels",
     "is_transformers",
+    "load_again",
     "load_nothing",
     "set_ties",
     "tied_weights",
@@ -96,25 +97,27 @@ def hub_kernels(config: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and "/" in name]
 
 
-def load_nothing(model: Any) -> Callable[[], None]:
-    """Leave from_pretrained no weight to load into `model` and none to tie; return the undoing.
+def load_nothing(model: Any) -> tuple[Any, Any]:
+    """Leave from_pretrained no weight to load into `model` and none to tie.
 
     It loads what the state dict names and initialises what is not marked. Buffers it makes as ever.
+    Returns what `load_again` needs.
     """
     check_version()
-    ignored, ties = model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys
+    before = model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys
     model.state_dict = lambda *_, **__: {}
     # A pattern: every key. Releases before 5.9 add lists to it, later ones sets.
-    model._keys_to_ignore_on_load_unexpected = {""} if isinstance(ignored, set) else [""]
+    model._keys_to_ignore_on_load_unexpected = {""} if isinstance(before[0], set) else [""]
     model.all_tied_weights_keys = {}
     _mark_initialized(model)
+    return before
 
-    def undo() -> None:
-        del model.state_dict
-        model._keys_to_ignore_on_load_unexpected = ignored
-        model.all_tied_weights_keys = ties
 
-    return undo
+def load_again(model: Any, before: tuple[Any, Any]) -> None:
+    """Undo `load_nothing`, which returned `before`."""
+    check_version()
+    del model.state_dict
+    model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys = before
 
 
 def _mark_initialized(model: Any) -> None:
