@@ -68,8 +68,8 @@ def _check_lists(modules: Mapping[str, nn.Module]) -> None:
             held = value if isinstance(value, list | tuple) else ()
             if any(isinstance(each, nn.Linear) and each not in registered for each in held):
                 raise SqCpuError(
-                    f"{name}.{key}".removeprefix(".") + " is a plain list of linears, which int8 ones did not replace; "
-                    "make it an nn.ModuleList, or leave these linears in float (ignore)"
+                    f"{key} of {name or 'the model'} is a plain list of linears, which int8 ones "
+                    "did not replace; make it an nn.ModuleList, or leave them in float (ignore)"
                 )
 
 

@@ -224,7 +224,8 @@ class InLists(nn.Module):
 def test_linears_in_a_plain_list(tmp_path: Path) -> None:
     model = InLists()
     sq_cpu.quantize(model, smooth=False)
-    fails("layers is a plain list of linears, which int8 ones", sq_cpu.save, model, tmp_path / "o")
+    match = "layers of the model is a plain list of linears, which int8 ones"
+    fails(match, sq_cpu.save, model, tmp_path / "out")
     kept = InLists()
     sq_cpu.quantize(kept, scheme=sq_cpu.Scheme(ignore=("layer0",)), smooth=False)
     kept.layers[1] = kept.layer1

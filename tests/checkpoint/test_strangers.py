@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from byte_models import save_float
@@ -63,6 +65,61 @@ def test_stock_transformers_refuses(tmp_path: Path) -> None:
         check=False,
     )
     assert (output.returncode, output.stdout) == (0, ""), output.stderr
+
+
+# --- other files ----------------------------------------------------------------------------------
+
+
+READERS = [sq_cpu.load, AutoModelForCausalLM.from_pretrained]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give a checkpoint of several files."""
+    model = sq_cpu.quantize(tiny_model("llama"), smooth=False)
+    return sq_cpu.save(model, tmp_path / "out", max_shard_size="20KB")
+
+
+def test_an_index_that_names_files_elsewhere(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    elsewhere = Path(shutil.copytree(folder, folder.with_name("elsewhere")))
+    expected = sq_cpu.load(folder)
+    text = index.read_text()
+    for where in (f"{elsewhere}/", "../elsewhere/"):
+        index.write_text(text.replace('"model-', f'"{where}model-', 1))
+        assert_same_model(sq_cpu.load(folder), expected)  # which does not need it
+        with pytest.raises((ValueError, OSError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_links_to_files_elsewhere_are_read(reader: Any, folder: Path) -> None:
+    # As in the cache of the hub's client.
+    expected = sq_cpu.load(folder)
+    blobs = folder.with_name("blobs")
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    assert_same_model(reader(folder), expected)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "safetensors"])
+def test_what_is_no_file(name: str, folder: Path) -> None:
+    (path, *_) = folder.glob(f"*{name}")
+    path.unlink()
+    os.mkfifo(path)
+    fails("cannot be read as JSON|does not exist", sq_cpu.load, folder)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    fails("cannot be read as JSON|does not exist", sq_cpu.load, folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_too_large(name: str, folder: Path) -> None:
+    with (folder / name).open("r+b") as file:
+        file.truncate(1 << 30)
+    fails("larger than 64 MB", sq_cpu.load, folder)
 
 
 # --- code from a model's folder -------------------------------------------------------------------
