@@ -88,11 +88,11 @@ def check_likeness(
     if not is_rebuilt(model):
         return mine
     built: Any = skeleton(folder, len(headers))
+    compute_buffers(built)  # before: it expects the model's own modules
     linearize(built)
     label = f"load could not rebuild this {type(model).__name__}"
     try:
         _compare_modules(model, built, set(record.layers))
-        compute_buffers(built)
         extra = _other_buffers(mine, unsaved_buffers(built))
     except _UnlikeError as difference:
         raise SqCpuError(f"{label}: {difference}; {_FIX}") from difference
@@ -110,7 +110,7 @@ def check_stored(
     fit(built, record, headers, FORMAT_VERSION, label, fix=_FIX)
 
 
-_FIX = "quantize a model that its config describes in full"
+_FIX = "have its config say so, or quantize a model that its config describes"
 _PLAIN = (bool, int, float, str)
 # What is not of the model's function, what a forward notes for itself, and what stays as it was
 # where an embedding is resized.
