@@ -111,7 +111,7 @@ def damage(folder: Path, kind: str, seed: int) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("seed", fuzz_seeds(240))
+@pytest.mark.parametrize("seed", fuzz_seeds(96))
 def test_damaged_checkpoints(seed: int, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     kind = list(FILES)[seed % len(FILES)]
     reader = list(READERS)[seed // len(FILES) % len(READERS)]
