@@ -66,6 +66,7 @@ def test_plan(name: str) -> None:
     assert '"curve": [[' in file.read_text()
     plan = SmoothPlan.load(file)
     assert_same_plan(plan, json.loads(file.read_text()))
+    # Written before there was a choice: then such linears were quantized.
     assert plan.scheme == sq_cpu.Scheme.of("O3", unreached="quantize")
 
 
