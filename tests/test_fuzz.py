@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import random
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,13 @@ import pytest
 import torch
 from mutating import fuzz_seeds, mutated_bytes, mutated_json, mutated_safetensors, refused
 from tiny import batches, mixed_plan, tiny_model
+from tuning_cases import QUICK, Divergence, costs
 
 import sq_cpu
 from sq_cpu import Calibration, Scheme, SmoothPlan
-from sq_cpu.autotuning import latency
+from sq_cpu.autotuning import latency, processes
 
+GOAL = 6e-5
 SCHEME = Scheme.of("O3", symmetric=False)
 # A test of its own for each seed would take longer than what it tests.
 _PACK = 100
@@ -116,3 +121,70 @@ def test_cost_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: lis
         assert refused(measured, path.stat().st_size) is None
 
     each(seeds, check)
+
+
+@pytest.fixture(scope="module")
+def study(model: Any, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("study") / "study.db"
+    _resumed(model, calibration, path)
+    return path.read_bytes()
+
+
+def _resumed(model: Any, calibration: Calibration, path: Path) -> None:
+    evaluate = Divergence(model)
+    options: dict[str, Any] = {"space": QUICK, "costs": costs(model), "progress": False}
+    sq_cpu.autotune(
+        model, calibration, evaluate, GOAL, storage=path, trials=2, refine_trials=1, **options
+    )
+
+
+@pytest.mark.parametrize("seeds", packs(200))
+def test_study_files(
+    model: Any,
+    calibration: Calibration,
+    study: bytes,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seeds: list[int],
+) -> None:
+    monkeypatch.setattr(processes, "GRACE", 1)
+    monkeypatch.setattr(processes, "HEARTBEAT", 1)
+    path = tmp_path / "study.db"
+
+    def check(seed: int) -> None:
+        path.unlink(missing_ok=True)
+        if seed % 4 == 0:
+            path.write_bytes(mutated_bytes(study, seed))
+        else:
+            path.write_bytes(study)
+            _change_a_cell(path, random.Random(seed))
+        refused(lambda: _resumed(model, calibration, path), path.stat().st_size)
+
+    each(seeds, check)
+
+
+def _change_a_cell(path: Path, chance: random.Random) -> None:
+    """Change a value of some table of a SQLite file, or remove a row; JSON stays JSON, mostly."""
+    with closing(sqlite3.connect(path)) as database, database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master")]
+        rows: list[Any] = []
+        while not rows:
+            table = chance.choice(
+                [name for name in tables if not name.startswith(("ix_", "sqlite"))]
+            )
+            found = database.execute(f"SELECT rowid, * FROM {table}")
+            names = [column[0] for column in found.description]
+            rows = found.fetchall()
+        row = chance.choice(rows)
+        index = chance.randrange(1, len(names))
+        if chance.random() < 0.1:
+            database.execute(f"DELETE FROM {table} WHERE rowid = ?", (row[0],))
+            return
+        value = row[index]
+        new: Any = chance.choice((None, "", 0, -1, 1 << 40, 1.5, "x", b"\xff\xfe", "[" * 5000))
+        if isinstance(value, str) and value[:1] in "{[" and chance.random() < 0.9:
+            new = mutated_json(value, chance.randrange(1 << 30))
+        with suppress(sqlite3.IntegrityError):
+            database.execute(
+                f"UPDATE {table} SET {names[index]} = ? WHERE rowid = ?", (new, row[0])
+            )

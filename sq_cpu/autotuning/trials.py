@@ -17,14 +17,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
 from optuna.exceptions import (
     DuplicatedStudyError,
     ExperimentalWarning,
-    StorageInternalError,
     TrialPruned,
     UpdateFinishedTrialError,
 )
@@ -37,7 +36,8 @@ from sq_cpu.autotuning.configurations import Configuration
 from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.processes import WorkerProcess, is_gone
 from sq_cpu.autotuning.storage import has_study
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.parsing import check_fields, record
 
 __all__ = ["Trials", "join_study"]
 
@@ -81,15 +81,42 @@ def join_study(
             if _JOB not in study.user_attrs:
                 study.set_user_attr(_JOB, {"identity": identity, "facts": facts})
         time.sleep(_POLL)
-    job: dict[str, Any] = study.user_attrs[_JOB]
-    for key in sorted(identity.keys() | job["identity"].keys()):
-        there, here = job["identity"].get(key), identity.get(key)
+    job = record(_Job, study.user_attrs[_JOB], f"what the study {name} keeps")
+    for key in sorted(identity.keys() | job.identity.keys()):
+        there, here = job.identity.get(key), identity.get(key)
         if there != here:
             raise SqCpuError(
                 f"the study {name} of the storage belongs to another job ({key} is {there} there, "
                 f"{here} here): use another storage or study name, or repeat that job"
             )
-    return dict(job["facts"])
+    return job.facts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a study was begun for, and with."""
+
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the study")
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What a trial evaluates, and who does."""
+
+    key: str
+    worker: WorkerProcess
+
+    def __post_init__(self) -> None:
+        check_fields(self, "a trial")
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> _Claim | None:
+        found = trial.user_attrs.get(_CLAIM)
+        return None if found is None else record(cls, found, f"trial {trial.number}")
 
 
 class Trials:
@@ -116,6 +143,12 @@ class Trials:
             pruner=pruner or optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
+        try:
+            self._all()
+        except Exception as error:  # whatever a damaged database makes Optuna raise
+            raise SqCpuError(
+                f"the trials of {name} are damaged ({first_line(error)}); use another storage"
+            ) from error
 
     def use(self, sampler: BaseSampler) -> None:
         """Let `sampler` suggest the settings of the next trials."""
@@ -138,7 +171,7 @@ class Trials:
             key = _key(trial)
             if trial.state == TrialState.COMPLETE and key is not None:
                 found[key] = EvaluatedConfiguration.from_dict(
-                    trial.user_attrs[_RESULT],
+                    trial.user_attrs.get(_RESULT),
                     Configuration.from_key(key),
                     phase=self._phase,
                     number=trial.number,
@@ -216,10 +249,6 @@ class Trials:
         self.recover()
         try:
             self._study.optimize(objective, n_trials=1)
-        except StorageInternalError as error:
-            raise SqCpuError(
-                f"the storage failed; what is finished is kept, run again to go on: {error}"
-            ) from error
         except Exception:
             # Another worker took this one for gone and marked the trial failed: no error of ours.
             expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
@@ -274,10 +303,10 @@ class Trials:
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._all():
-            claim = trial.user_attrs.get(_CLAIM)
+            claim = _Claim.of(trial)
             if trial.state != TrialState.RUNNING or claim is None:
                 continue
-            if is_gone(WorkerProcess(**claim["worker"])):
+            if is_gone(claim.worker):
                 self._fail(trial)
         trials = self._all()
         retried = {trial.user_attrs.get("retry_of") for trial in trials}
@@ -294,8 +323,8 @@ class Trials:
 
 
 def _key(trial: FrozenTrial) -> str | None:
-    claim = trial.user_attrs.get(_CLAIM)
-    return None if claim is None else str(claim["key"])
+    claim = _Claim.of(trial)
+    return None if claim is None else claim.key
 
 
 def _is_pruned(trial: FrozenTrial) -> bool:
