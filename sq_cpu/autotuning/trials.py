@@ -42,6 +42,7 @@ from sq_cpu.parsing import check_fields, record
 __all__ = ["Trials", "join_study"]
 
 _POLL = 0.05
+_LOSSES = 3
 
 _CLAIM, _RESULT, _JOB, _PROPOSED = "claim", "result", "job", "proposed"
 
@@ -135,6 +136,7 @@ class Trials:
         phase: str = "",
     ) -> None:
         self._phase = phase
+        self._losses = 0  # trials in a row that others took for those of a dead worker
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -254,8 +256,21 @@ class Trials:
             expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
             if not expected or self._state(number) != TrialState.FAIL:
                 raise
-            return False
+            return self._lost()
+        if self._state(number) == TrialState.FAIL:  # marked so after its result was in
+            return self._lost()
+        self._losses = 0
         return not gave_way
+
+    def _lost(self) -> bool:
+        """Return False; `SqCpuError` where it goes on like that, or work would have no end."""
+        self._losses += 1
+        if self._losses > _LOSSES:
+            raise SqCpuError(
+                f"the storage does not keep the results of {self._losses} trials in a row: use "
+                "another storage"
+            )
+        return False
 
     def _evaluate(
         self,
