@@ -85,13 +85,21 @@ def _failure(why: str) -> SqCpuError:
     return SqCpuError(f"the storage failed ({why}); what is finished is kept there, run again")
 
 
+class _Storage(RDBStorage):
+    """One whose heartbeats, in a thread of their own, fail in silence: the next call says why."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
 def _open(url: str, retries: int = 5) -> RDBStorage:
     # Writers wait for each other's locks instead of failing.
     engine = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
-            return RDBStorage(
+            return _Storage(
                 url,
                 engine_kwargs=engine,
                 heartbeat_interval=processes.HEARTBEAT,
