@@ -61,17 +61,7 @@ class Configuration:
         values = parsed_json(key, where)
         if not isinstance(values, dict) or not isinstance(values.get("layers"), dict):
             raise SqCpuError(f"{where} is not one of this version")
-        found = record(cls, values | {"layers": list(values["layers"].items())}, where)
-        kind = "alpha_ranges" if found.smoothing == "tuned" else "alpha"
-        alpha = found.alpha if kind == "alpha_ranges" else (*found.alpha, 0.0)[0]
-        chosen = {kind: alpha}
-        for name in ("activations", "symmetric", "static_range", "smoothing", "weight_clip"):
-            chosen[name] = getattr(found, name)
-        for name, value in chosen.items():
-            can_be, needed = _CHOICES[name]
-            if not can_be(value):
-                raise SqCpuError(f"{where}: {name} is {value!r}; it is {needed}")
-        return found
+        return record(cls, values | {"layers": list(values["layers"].items())}, where)
 
     def settings(self) -> Configuration:
         """Return the settings alone, without the linears that override them."""

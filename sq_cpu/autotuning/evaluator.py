@@ -216,6 +216,8 @@ class TuningJob:
 
     def _made_smoothing(self, settings: Configuration) -> SmoothPlan:
         if settings.smoothing == "tuned":
+            if len(settings.alpha) != 2:
+                raise SqCpuError(f"tuned smoothing has a least and a greatest alpha: {settings}")
             low, high = settings.alpha
             return tune(
                 self.model,
