@@ -50,7 +50,7 @@ def main(
     seen = set()
     try:
         for isa, reduce_range, m in track(cases, "measuring"):
-            _core.use_isa(isa)
+            _core.use_isa(isa, False)
             name = _core.microkernel_name(127 if reduce_range else 255, m)
             if (name, m) in seen:
                 continue  # the same kernel serves both grids, or both instruction sets
@@ -63,7 +63,7 @@ def main(
             top = next(peaks[isa] for isa in peak.ISAS if name.endswith(isa))
             results.append({"kernel": name, "m": m, "gops": gops, "peak_percent": 100 * gops / top})
     finally:
-        _core.use_isa(before)
+        _core.use_isa(before, False)
     if json_:
         print(json.dumps({"machine": facts(), "peaks": peaks, "shape": shape, "rows": results}))
         return

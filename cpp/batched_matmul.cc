@@ -4,9 +4,12 @@
 #include "sq_cpu/batched_matmul.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <utility>
 
 #include "blocking.h"
 #include "check.h"
@@ -232,17 +235,51 @@ class Task {
   uint64_t bits_ = 0;
 };
 
+using Counts = std::array<int64_t, 3>;  // of batches, heads, rows
+
+Counts values(const BatchedStrides& strides) { return {strides.batch, strides.head, strides.row}; }
+
+// Strides of which so many steps stay within any machine's memory.
+void check_reach(const char* name, const BatchedStrides& strides, const Counts& counts) {
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const int64_t stride = values(strides)[i];
+    const bool fits = stride >= -kMostBytes && stride <= kMostBytes &&
+                      bounded_product(counts[i], std::abs(stride)) <= kMostBytes;
+    SQ_CHECK(counts[i] <= 1 || fits, "batched matmul: ", counts[i], " strides of ", stride, " in ",
+             name, " are more than any machine has");
+  }
+}
+
+// Rows of `width` elements that do not overlap: each stride clears what the smaller ones reach.
+void check_apart(const BatchedStrides& strides, const Counts& counts, int64_t width) {
+  std::array<std::pair<int64_t, int64_t>, 3> steps;
+  for (size_t i = 0; i < counts.size(); ++i) steps[i] = {values(strides)[i], counts[i]};
+  std::sort(steps.begin(), steps.end());
+  for (const auto& [stride, count] : steps) {
+    if (count <= 1) continue;
+    SQ_CHECK(stride >= width, "batched matmul: y overlaps itself: ", count, " strides of ", stride,
+             " over ", width, " elements each");
+    width += stride * (count - 1);
+  }
+}
+
 void check(const BatchedShape& s, const BatchedLeft& a, const BatchedRight& b, float alpha,
            const BatchedResult& y) {
   SQ_CHECK(s.batch >= 0 && s.heads >= 0 && s.kv_heads >= 0 && s.m >= 0 && s.n >= 0 && s.k >= 0,
            "batched matmul of batch ", s.batch, ", heads ", s.heads, " and ", s.kv_heads, ", m ",
            s.m, ", n ", s.n, ", k ", s.k, ": a size is negative");
+  SQ_CHECK(bounded_product(s.batch, std::max(s.heads, s.kv_heads), std::max<int64_t>(s.m, 1),
+                           std::max<int64_t>(s.n, 1), int64_t{sizeof(float)}) <= kMostBytes,
+           "batched matmul of batch ", s.batch, ", heads ", s.heads, " and ", s.kv_heads, ", m ",
+           s.m, ", n ", s.n, ": the result is more than any machine has");
   SQ_CHECK(s.kv_heads == 0 ? s.heads == 0 : s.heads % s.kv_heads == 0, "batched matmul: ", s.heads,
            " heads are not a multiple of ", s.kv_heads, " kv heads");
-  SQ_CHECK(s.k <= kMaxBatchedDepth, "batched matmul: depth ", s.k, " exceeds ", kMaxBatchedDepth,
+  SQ_CHECK(s.k <= kMaxDepth, "batched matmul: depth ", s.k, " exceeds ", kMaxDepth,
            ", beyond which an int32 sum can overflow; split it and add the parts");
   SQ_CHECK(a.max_code == 255 || (a.max_code == 127 && !a.is_signed),
            "batched matmul: a.max_code is ", a.max_code, "; it is 255, or 127 for u8");
+  SQ_CHECK(is_one_of(y.type, BatchedType::kInt8), "batched matmul: y has the unknown BatchedType ",
+           static_cast<int>(y.type));
   SQ_CHECK(y.type == BatchedType::kInt32 || std::isfinite(alpha), "batched matmul: alpha is ",
            alpha, "; it must be finite");
   const bool left = s.batch > 0 && s.heads > 0 && s.m > 0,
@@ -250,6 +287,10 @@ void check(const BatchedShape& s, const BatchedLeft& a, const BatchedRight& b, f
   SQ_CHECK(a.data != nullptr || !left || s.k == 0, "batched matmul: a.data is null");
   SQ_CHECK(b.data != nullptr || !right || s.k == 0, "batched matmul: b.data is null");
   SQ_CHECK(y.data != nullptr || !left || !right, "batched matmul: y.data is null");
+  check_reach("a", a.strides, {s.batch, s.heads, s.m});
+  check_reach("b", b.strides, {s.batch, s.kv_heads, b.rows_are_n ? s.n : s.k});
+  check_reach("y", y.strides, {s.batch, s.heads, s.m});
+  if (left && right) check_apart(y.strides, {s.batch, s.heads, s.m}, s.n);
 }
 
 }  // namespace

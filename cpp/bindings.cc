@@ -1,25 +1,28 @@
 // _core: the C++ library under Python's names. Built without torch headers, so one binary serves
-// every torch: tensors come as addresses and sizes, checked before by ops.py; linear_tensor asks
-// the tensors themselves, as Python would.
-#include <omp.h>
+// every torch: it asks the tensors themselves, as Python would, and checks that each has the memory
+// that the library will touch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "bindings_torch.h"
 #include "check.h"
+#include "quantize.h"
 #include "sq_cpu/batched_matmul.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "sq_cpu/saturation.h"
+#include "team.h"
 #include "testing/use_isa.h"
 
 namespace py = pybind11;
@@ -27,19 +30,11 @@ namespace py = pybind11;
 namespace {
 
 using sq_cpu::Activation;
+using sq_cpu::codes_bytes;
 using sq_cpu::DType;
 using sq_cpu::Granularity;
+using sq_cpu::packed_bytes;
 using namespace sq_cpu::bindings;
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-sq_cpu::PackedWeight packed(Address data, int64_t n, int64_t k) {
-  return {pointer<const std::byte>(data), n, k};
-}
 
 // The library's refusals become the package's one exception.
 void translate(std::exception_ptr raised) {
@@ -55,28 +50,39 @@ void translate(std::exception_ptr raised) {
   }
 }
 
-// METH_FASTCALL: a layer's call costs 0.1 us to get here, through pybind11's dispatcher 0.5 us.
-template <typename... Args, size_t... I>
-py::object call(void (*function)(Args...), PyObject* const* args, std::index_sequence<I...>) {
-  function(py::handle(args[I]).cast<Args>()...);
-  return py::none();
-}
-
-template <typename... Args, size_t... I>
-py::object call(py::object (*function)(Args...), PyObject* const* args, std::index_sequence<I...>) {
-  return function(py::handle(args[I]).cast<Args>()...);
-}
-
-template <typename Result, typename... Args>
-py::object call(Result (*function)(Args...), PyObject* const* args, Py_ssize_t count) {
-  SQ_CHECK(count == sizeof...(Args), count, " arguments given, ", sizeof...(Args), " needed");
-  return call(function, args, std::index_sequence_for<Args...>());
-}
-
-template <auto kFunction>
-PyObject* fastcall(PyObject*, PyObject* const* args, Py_ssize_t count) {
+template <typename T>
+T cast(const char* function, size_t index, PyObject* argument) {
   try {
-    return call(kFunction, args, count).release().ptr();
+    return py::handle(argument).cast<T>();
+  } catch (const py::cast_error&) {
+    SQ_CHECK(false, function, ": argument ", index + 1,
+             " does not fit: ", Py_TYPE(argument)->tp_name, " ",
+             std::string(py::repr(argument)).substr(0, 60));
+    throw;
+  }
+}
+
+template <typename Result, typename... Args, size_t... I>
+py::object call(const char* name, Result (*function)(Args...), PyObject* const* args,
+                std::index_sequence<I...>) {
+  if constexpr (std::is_void_v<Result>) {
+    function(cast<Args>(name, I, args[I])...);
+    return py::none();
+  } else if constexpr (std::is_base_of_v<py::object, Result>) {
+    return function(cast<Args>(name, I, args[I])...);
+  } else {
+    return py::cast(function(cast<Args>(name, I, args[I])...));
+  }
+}
+
+// METH_FASTCALL: a layer's call costs 0.1 us to get here, through pybind11's dispatcher 0.5 us.
+template <typename Result, typename... Args>
+PyObject* fastcall(const char* name, Result (*function)(Args...), PyObject* const* args,
+                   Py_ssize_t count) {
+  try {
+    SQ_CHECK(count == sizeof...(Args), name, ": ", count, " arguments given, ", sizeof...(Args),
+             " needed");
+    return call(name, function, args, std::index_sequence_for<Args...>()).release().ptr();
   } catch (py::error_already_set& e) {
     e.restore();
   } catch (const std::bad_alloc&) {
@@ -119,53 +125,151 @@ struct Quantizer {
   }
 };
 
-sq_cpu::Epilogue epilogue(Activation activation, Address other, Address residual, DType type,
-                          int64_t n) {
-  return {activation, pointer<const void>(other), n, pointer<const void>(residual), n, type};
+Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
+                         int64_t zero_point, std::vector<float> inverse_smoothing) {
+  const auto narrow = static_cast<int32_t>(std::clamp<int64_t>(zero_point, -1, 256));  // no codes
+  Quantizer quantizer{granularity,  symmetric,
+                      reduce_range, static_cast<float>(scale),
+                      narrow,       std::move(inverse_smoothing)};
+  sq_cpu::check_quantizer(quantizer.view(static_cast<int64_t>(quantizer.inverse_smoothing.size())));
+  return quantizer;
 }
 
-sq_cpu::QuantizedActivation quantized(Address codes, Address scale, Address zero_point, int64_t m,
+int64_t count(py::handle tensor) {
+  SQ_CHECK(is_tensor(tensor), "a tensor is needed, not ", describe(tensor));
+  return invoke(Torch::get().numel, tensor).cast<int64_t>();
+}
+
+sq_cpu::PackedWeight weight(py::handle packed, int64_t n, int64_t k) {
+  const int64_t bytes = sq_cpu::packed_bytes(n, k);
+  return {array<const std::byte>("the packed weight", packed, Torch::get().uint8, bytes), n, k};
+}
+
+// Of as many rows as zero_point has elements. scale: None where it is not read.
+sq_cpu::QuantizedActivation quantized(py::handle codes, py::handle scale, py::handle zero_point,
                                       int64_t k, int max_code) {
-  return {
-      pointer<uint8_t>(codes), pointer<float>(scale), pointer<int32_t>(zero_point), m, k, max_code};
+  const Torch& torch = Torch::get();
+  const int64_t m = count(zero_point);
+  return {array<uint8_t>("codes", codes, torch.uint8, sq_cpu::codes_bytes(m, k)),
+          optional_array<float>("scale", scale, torch.float32, m),
+          array<int32_t>("zero_point", zero_point, torch.int32, m),
+          m,
+          k,
+          max_code};
 }
 
-void linear(Address x, DType type, int64_t m, Address weight, int64_t n, int64_t k,
-            const Quantizer& quantizer, Address y, Activation activation, Address other,
-            Address residual) {
-  const Door door;
-  sq_cpu::linear(pointer<const void>(x), type, m, k, packed(weight, n, k), quantizer.view(k),
-                 pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
+// The input of a layer: floats, rows of k.
+struct Input {
+  const void* data;
+  DType type;
+  const py::object& dtype;
+  int64_t m;
+};
+
+Input input(py::handle x, int64_t k) {
+  SQ_CHECK(is_tensor(x), "x is ", describe(x), ", not a tensor");
+  const std::optional<DType> type = float_type(x);
+  SQ_CHECK(type.has_value(), "x is ", describe(x), "; use float32, bfloat16 or float16");
+  const py::object& dtype = Torch::get().dtypes[static_cast<size_t>(*type)].first;
+  const auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
+  SQ_CHECK(!shape.empty() && shape.back() == k, "x is ", describe(x), ", not rows of ", k);
+  int64_t m = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) {
+    SQ_CHECK(!__builtin_mul_overflow(m, shape[i], &m), "x is ", describe(x), ": too many rows");
+  }
+  SQ_CHECK(m <= sq_cpu::kMostBytes, "x is ", describe(x), ": too many rows");
+  return {array<const void>("x", x, dtype, m * k), *type, dtype, m};
 }
 
-void quantize_activations(Address x, DType type, int64_t m, int64_t k, const Quantizer& quantizer,
-                          Address codes, Address scale, Address zero_point) {
+// The steps after a product [m, n]; operands are of one type, that of `dtype` where it is given.
+sq_cpu::Epilogue epilogue(Activation activation, py::handle other, py::handle residual, int64_t m,
+                          int64_t n, DType type) {
+  SQ_CHECK(sq_cpu::is_one_of(type, DType::kFloat16), "unknown DType ", static_cast<int>(type));
+  const py::object& dtype = Torch::get().dtypes[static_cast<size_t>(type)].first;
+  return {activation,
+          optional_array<const void>("other", other, dtype, sq_cpu::bounded_product(m, n)),
+          n,
+          optional_array<const void>("residual", residual, dtype, sq_cpu::bounded_product(m, n)),
+          n,
+          type};
+}
+
+void pack_weight(py::handle codes, py::handle scale, py::handle bias, py::handle out) {
+  const Torch& torch = Torch::get();
+  SQ_CHECK(is_tensor(codes), "weight is ", describe(codes), ", not a tensor");
+  const auto shape = get(codes, torch.shape).cast<std::vector<int64_t>>();
+  SQ_CHECK(shape.size() == 2, "weight is ", describe(codes), ", not of 2 dimensions");
+  const int64_t n = shape[0], k = shape[1];
+  auto* const w = array<const int8_t>("weight", codes, torch.int8, n * k);
+  auto* const scales = array<const float>("scale", scale, torch.float32, n);
+  auto* const biases = optional_array<const float>("bias", bias, torch.float32, n);
+  auto* const packed =
+      array<std::byte>("the packed weight", out, torch.uint8, sq_cpu::packed_bytes(n, k));
   const Door door;
+  sq_cpu::pack_weight(w, scales, biases, n, k, packed);
+}
+
+void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py::handle scale,
+                   py::handle bias) {
+  const Torch& torch = Torch::get();
+  const sq_cpu::PackedWeight from = weight(packed, n, k);
+  auto* const w = optional_array<int8_t>("weight", codes, torch.int8, n * k);
+  auto* const scales = optional_array<float>("scale", scale, torch.float32, n);
+  auto* const biases = optional_array<float>("bias", bias, torch.float32, n);
+  const Door door;
+  sq_cpu::unpack_weight(from, w, scales, biases);
+}
+
+void linear(py::handle x, py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
+            py::handle y, Activation activation, py::handle other, py::handle residual) {
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const Input in = input(x, k);
+  auto* const out = array<void>("y", y, in.dtype, sq_cpu::bounded_product(in.m, n));
+  const sq_cpu::Epilogue steps = epilogue(activation, other, residual, in.m, n, in.type);
   const sq_cpu::ActivationQuantizer view = quantizer.view(k);
-  sq_cpu::quantize_activations(pointer<const void>(x), type, k, view,
-                               quantized(codes, scale, zero_point, m, k, view.max_code()));
+  const Door door;
+  sq_cpu::linear(in.data, in.type, in.m, k, w, view, out, in.type, n, steps);
 }
 
-void linear_quantized(Address codes, Address scale, Address zero_point, int64_t m, int max_code,
-                      Address weight, int64_t n, int64_t k, Address y, DType type,
-                      Activation activation, Address other, Address residual) {
+void quantize_activations(py::handle x, int64_t k, const Quantizer& quantizer, py::handle codes,
+                          py::handle scale, py::handle zero_point) {
+  const Input in = input(x, k);
+  const sq_cpu::ActivationQuantizer view = quantizer.view(k);
+  const sq_cpu::QuantizedActivation out = quantized(codes, scale, zero_point, k, view.max_code());
+  SQ_CHECK(out.m == in.m, "zero_point has ", out.m, " elements, x ", in.m, " rows");
   const Door door;
-  sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k),
-                 pointer<void>(y), type, n, epilogue(activation, other, residual, type, n));
+  sq_cpu::quantize_activations(in.data, in.type, k, view, out);
 }
 
-void linear_requantized(Address codes, Address scale, Address zero_point, int64_t m, int max_code,
-                        Address weight, int64_t n, int64_t k, const Quantizer& y_quantizer,
-                        Address y_codes, Address y_scale, Address y_zero_point, DType operand_type,
-                        Activation activation, Address other, Address residual) {
+void linear_quantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
+                      py::handle packed, int64_t n, int64_t k, py::handle y, Activation activation,
+                      py::handle other, py::handle residual) {
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const sq_cpu::QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code);
+  SQ_CHECK(is_tensor(y), "y is ", describe(y), ", not a tensor");
+  const std::optional<DType> type = float_type(y);
+  SQ_CHECK(type.has_value(), "y is ", describe(y), "; use float32, bfloat16 or float16");
+  const sq_cpu::Epilogue steps = epilogue(activation, other, residual, in.m, n, *type);
+  auto* const out =
+      array<void>("y", y, get(y, Torch::get().dtype), sq_cpu::bounded_product(in.m, n));
   const Door door;
+  sq_cpu::linear(in, w, out, *type, n, steps);
+}
+
+void linear_requantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
+                        py::handle packed, int64_t n, int64_t k, const Quantizer& y_quantizer,
+                        py::handle y_codes, py::handle y_scale, py::handle y_zero_point,
+                        DType operand_type, Activation activation, py::handle other,
+                        py::handle residual) {
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const sq_cpu::QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code);
   const sq_cpu::ActivationQuantizer view = y_quantizer.view(n);
-  sq_cpu::linear(quantized(codes, scale, zero_point, m, k, max_code), packed(weight, n, k), view,
-                 quantized(y_codes, y_scale, y_zero_point, m, n, view.max_code()),
-                 epilogue(activation, other, residual, operand_type, n));
+  const sq_cpu::QuantizedActivation out =
+      quantized(y_codes, y_scale, y_zero_point, n, view.max_code());
+  const sq_cpu::Epilogue steps = epilogue(activation, other, residual, in.m, n, operand_type);
+  const Door door;
+  sq_cpu::linear(in, w, view, out, steps);
 }
-
-Address address(py::handle tensor) { return invoke(Torch::get().data_ptr, tensor).cast<Address>(); }
 
 // An ordinary tensor that nothing traces or transforms; torch.compile's tracer is not seen here.
 bool is_plain(py::handle x) {
@@ -176,15 +280,13 @@ bool is_plain(py::handle x) {
 }
 
 // y of a call that needs nothing changed or explained; None leaves the others to ops.py.
-py::object linear_tensor(py::handle x, py::handle weight, int64_t k, int64_t n,
-                         const Quantizer& quantizer) {
+py::object linear_tensor(py::handle x, py::handle packed, int64_t k, int64_t n,
+                         const Quantizer& quantizer) try {
   constexpr size_t kMaxRank = 8;
   if (!is_plain(x)) return py::none();
   const Torch& torch = Torch::get();
-  const py::object dtype = get(x, torch.dtype);
-  const auto known = std::find_if(torch.dtypes.begin(), torch.dtypes.end(),
-                                  [&](const auto& each) { return each.first.is(dtype); });
-  if (known == torch.dtypes.end()) return py::none();
+  const std::optional<DType> type = float_type(x);
+  if (!type.has_value()) return py::none();
 
   const auto shape = get(x, torch.shape).cast<py::tuple>();
   const size_t rank = shape.size();
@@ -193,38 +295,90 @@ py::object linear_tensor(py::handle x, py::handle weight, int64_t k, int64_t n,
   int64_t m = 1;
   for (size_t i = 0; i + 1 < rank; ++i) {
     y_arguments[i + 1] = PyTuple_GET_ITEM(shape.ptr(), i);
-    m *= py::handle(y_arguments[i + 1]).cast<int64_t>();
+    m = sq_cpu::bounded_product(m, py::handle(y_arguments[i + 1]).cast<int64_t>());
   }
   if (py::handle(PyTuple_GET_ITEM(shape.ptr(), rank - 1)).cast<int64_t>() != k ||
-      !truth(get(x, torch.is_cpu)) || !truth(get(weight, torch.is_cpu)) ||
+      !truth(get(x, torch.is_cpu)) || !truth(get(packed, torch.is_cpu)) ||
       truth(get(x, torch.requires_grad)) || truth(invoke(torch.is_neg, x)) ||
       !truth(invoke(torch.is_contiguous, x))) {
     return py::none();
   }
 
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
   const py::int_ columns(n);
   y_arguments[rank] = columns.ptr();
   py::object y = invoke(torch.new_empty, y_arguments.data(), rank + 1);
-  linear(address(x), known->second, m, address(weight), n, k, quantizer, address(y),
-         Activation::kNone, 0, 0);
+  const void* const from = address(x);
+  void* const to = address(y);
+  const sq_cpu::ActivationQuantizer view = quantizer.view(k);
+  const Door door;
+  sq_cpu::linear(from, *type, m, k, w, view, to, *type, n);
   return y;
+} catch (py::error_already_set& e) {
+  if (!e.matches(PyExc_RuntimeError)) throw;
+  return py::none();  // a tensor without memory of its own, or too little memory for y
 }
 
-PyMethodDef fast_functions[] = {
-#define SQ_FAST(name, arguments)                                                        \
-  {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fastcall<&name>)), \
-   METH_FASTCALL, #name arguments}
-    SQ_FAST(linear, "(x, x_type, m, packed, n, k, quantizer, y, activation, other, residual)"),
-    SQ_FAST(linear_tensor, "(x, packed, in_features, out_features, quantizer)"),
-    SQ_FAST(quantize_activations, "(x, x_type, m, k, quantizer, codes, scale, zero_point)"),
-    SQ_FAST(linear_quantized,
-            "(codes, scale, zero_point, m, max_code, packed, n, k, y, y_type, activation, other, "
-            "residual)"),
-    SQ_FAST(linear_requantized,
-            "(codes, scale, zero_point, m, max_code, packed, n, k, y_quantizer, y_codes, y_scale, "
-            "y_zero_point, operand_type, activation, other, residual)"),
-#undef SQ_FAST
-    {nullptr, nullptr, 0, nullptr}};
+void gemm(py::handle codes, py::handle zero_point, int max_code, py::handle packed, int64_t n,
+          int64_t k, py::handle y) {
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const sq_cpu::QuantizedActivation in = quantized(codes, py::none(), zero_point, k, max_code);
+  auto* const out = array<int32_t>("y", y, Torch::get().int32, sq_cpu::bounded_product(in.m, n));
+  const Door door;
+  sq_cpu::gemm(in, w, out, n);
+}
+
+std::pair<int64_t, int64_t> count_saturation(py::handle codes, py::handle zero_point, int max_code,
+                                             py::handle packed, int64_t n, int64_t k) {
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const sq_cpu::QuantizedActivation in = quantized(codes, py::none(), zero_point, k, max_code);
+  const Door door;
+  const sq_cpu::SaturationCount count = sq_cpu::count_saturation(in, w);
+  return {count.pairs, count.saturated};
+}
+
+// A tensor [batch, heads, rows, columns] whose rows are contiguous.
+struct Heads {
+  void* data;
+  std::array<int64_t, 4> shape;
+  sq_cpu::BatchedStrides strides;
+};
+
+Heads heads(const char* name, py::handle x, const py::object& dtype) {
+  void* const data = memory(name, x, dtype);
+  const auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
+  const auto strides = invoke(Torch::get().stride, x).cast<std::vector<int64_t>>();
+  SQ_CHECK(shape.size() == 4 && (strides[3] == 1 || shape[3] <= 1), name, " is ", describe(x),
+           ", not [batch, heads, rows, columns] with contiguous rows");
+  return {data, {shape[0], shape[1], shape[2], shape[3]}, {strides[0], strides[1], strides[2]}};
+}
+
+void batched_matmul(py::handle a, py::handle b, bool transposed, double alpha, py::handle a_scale,
+                    py::handle b_scale, py::handle y, sq_cpu::BatchedType y_type) {
+  const Torch& torch = Torch::get();
+  const bool is_signed = !is_tensor(a) || !get(a, torch.dtype).is(torch.uint8);
+  const Heads left = heads("a", a, is_signed ? torch.int8 : torch.uint8);
+  const Heads right = heads("b", b, torch.int8);
+  const py::object* const y_types[] = {&torch.float32, &torch.dtypes[1].first,
+                                       &torch.dtypes[2].first, &torch.int32, &torch.int8};
+  SQ_CHECK(sq_cpu::is_one_of(y_type, sq_cpu::BatchedType::kInt8), "unknown BatchedType ",
+           static_cast<int>(y_type));
+  const Heads result = heads("y", y, *y_types[static_cast<int>(y_type)]);
+  const auto [batch, query_heads, m, k] = left.shape;
+  const int64_t kv_heads = right.shape[1], n = right.shape[transposed ? 2 : 3];
+  SQ_CHECK(right.shape[0] == batch && right.shape[transposed ? 3 : 2] == k &&
+               (result.shape == std::array<int64_t, 4>{batch, query_heads, m, n}),
+           "a is ", describe(a), ", b ", describe(b), ", y ", describe(y), ": they do not fit");
+  auto* const a_scales = optional_array<const float>(
+      "a_scale", a_scale, torch.float32, sq_cpu::bounded_product(batch, query_heads, m));
+  auto* const b_scales = optional_array<const float>("b_scale", b_scale, torch.float32,
+                                                     sq_cpu::bounded_product(batch, kv_heads, n));
+  const Door door;
+  sq_cpu::batched_matmul(
+      {batch, query_heads, kv_heads, m, n, k}, {left.data, is_signed, left.strides, a_scales},
+      {static_cast<const int8_t*>(right.data), transposed, right.strides, b_scales},
+      static_cast<float>(alpha), {result.data, y_type, result.strides});
+}
 
 py::dict isa() {
   const ThreadsOfTorch threads;
@@ -243,16 +397,56 @@ py::dict isa() {
   result["forced"] = sq_cpu::isa_is_forced();
   result["isas"] = isas;
   result["vnni"] = sq_cpu::active_isa() >= sq_cpu::Isa::kAvx512Vnni;
-  result["threads"] = omp_get_max_threads();
+  result["threads"] = sq_cpu::pool_size();
   return result;
 }
 
-void use_isa(const std::string& name, bool emulated) {
+std::string microkernel_name(int max_code, int64_t m) {
+  return sq_cpu::microkernel_name(max_code, m);
+}
+
+void use_isa(std::string name, bool emulated) {
   for (const sq_cpu::IsaStatus& s : sq_cpu::isa_status()) {
     if (s.name == name) return sq_cpu::use_isa(s.isa, emulated);
   }
   throw std::runtime_error(name + " is not an ISA of sq_cpu");
 }
+
+PyMethodDef functions[] = {
+#define SQ_FUNCTION(name, parameters)                                         \
+  {#name,                                                                     \
+   reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(                \
+       +[](PyObject*, PyObject* const* args, Py_ssize_t count) -> PyObject* { \
+         return fastcall(#name, &name, args, count);                          \
+       })),                                                                   \
+   METH_FASTCALL, #name "($module, " parameters "/)\n--\n\n"}
+    SQ_FUNCTION(batched_matmul, "a, b, transposed, alpha, a_scale, b_scale, y, y_type, "),
+    SQ_FUNCTION(codes_bytes, "m, k, "),
+    SQ_FUNCTION(count_saturation, "codes, zero_point, max_code, packed, n, k, "),
+    SQ_FUNCTION(gemm, "codes, zero_point, max_code, packed, n, k, y, "),
+    SQ_FUNCTION(is_plain, "x, "),
+    SQ_FUNCTION(linear, "x, packed, n, k, quantizer, y, activation, other, residual, "),
+    SQ_FUNCTION(linear_quantized,
+                "codes, scale, zero_point, max_code, packed, n, k, y, activation, other, "
+                "residual, "),
+    SQ_FUNCTION(linear_requantized,
+                "codes, scale, zero_point, max_code, packed, n, k, y_quantizer, y_codes, y_scale, "
+                "y_zero_point, operand_type, activation, other, residual, "),
+    SQ_FUNCTION(linear_tensor, "x, packed, in_features, out_features, quantizer, "),
+    SQ_FUNCTION(microkernel_name, "max_code, m, "),
+    SQ_FUNCTION(pack_weight, "weight, scale, bias, out, "),
+    SQ_FUNCTION(packed_bytes, "n, k, "),
+    SQ_FUNCTION(quantize_activations, "x, k, quantizer, codes, scale, zero_point, "),
+    SQ_FUNCTION(unpack_weight, "packed, n, k, weight, scale, bias, "),
+    SQ_FUNCTION(use_isa, "name, emulated, "),
+#undef SQ_FUNCTION
+    {"isa",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
+         +[](PyObject*, PyObject* const* args, Py_ssize_t count) -> PyObject* {
+           return fastcall("isa", &isa, args, count);
+         })),
+     METH_FASTCALL, "isa($module, /)\n--\n\n"},
+    {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 
@@ -276,14 +470,16 @@ PYBIND11_MODULE(_core, m) {
       .value("gelu_tanh", Activation::kGeluTanh)
       .value("silu", Activation::kSilu);
 
+  py::enum_<sq_cpu::BatchedType>(m, "BatchedType")
+      .value("float32", sq_cpu::BatchedType::kFloat32)
+      .value("bfloat16", sq_cpu::BatchedType::kBFloat16)
+      .value("float16", sq_cpu::BatchedType::kFloat16)
+      .value("int32", sq_cpu::BatchedType::kInt32)
+      .value("int8", sq_cpu::BatchedType::kInt8);
+
   py::class_<Quantizer>(m, "ActivationQuantizer")
-      .def(py::init([](Granularity granularity, bool symmetric, bool reduce_range, float scale,
-                       int32_t zero_point, std::vector<float> inverse_smoothing) {
-             return Quantizer{granularity, symmetric,  reduce_range,
-                              scale,       zero_point, std::move(inverse_smoothing)};
-           }),
-           py::arg("granularity"), py::arg("symmetric"), py::arg("reduce_range"),
-           py::arg("scale") = 0.0f, py::arg("zero_point") = 0,
+      .def(py::init(&make_quantizer), py::arg("granularity"), py::arg("symmetric"),
+           py::arg("reduce_range"), py::arg("scale") = 0.0, py::arg("zero_point") = 0,
            py::arg("inverse_smoothing") = std::vector<float>())
       .def_property_readonly("max_code", [](const Quantizer& q) { return q.max_code(); })
       .def(
@@ -295,97 +491,11 @@ PYBIND11_MODULE(_core, m) {
                                   q.scale, q.zero_point, q.inverse_smoothing);
           },
           [](const py::tuple& t) {
-            return Quantizer{static_cast<Granularity>(t[0].cast<int>()),
-                             t[1].cast<bool>(),
-                             t[2].cast<bool>(),
-                             t[3].cast<float>(),
-                             t[4].cast<int32_t>(),
-                             t[5].cast<std::vector<float>>()};
+            return make_quantizer(static_cast<Granularity>(t[0].cast<int>()), t[1].cast<bool>(),
+                                  t[2].cast<bool>(), t[3].cast<double>(), t[4].cast<int64_t>(),
+                                  t[5].cast<std::vector<float>>());
           }));
 
-  m.def("is_plain", &is_plain, py::arg("x"));
   m.attr("MAX_DEPTH") = sq_cpu::kMaxDepth;
-  m.def("isa", &isa);
-  m.def("microkernel_name", &sq_cpu::microkernel_name, py::arg("max_code"), py::arg("m"));
-  m.def("use_isa", &use_isa, py::arg("name"), py::arg("emulated") = false);
-  m.def("packed_bytes", &sq_cpu::packed_bytes, py::arg("n"), py::arg("k"));
-  m.def("codes_bytes", &sq_cpu::codes_bytes, py::arg("m"), py::arg("k"));
-
-  m.def(
-      "pack_weight",
-      [](Address weight, Address scale, Address bias, int64_t n, int64_t k, Address out) {
-        const Door door;
-        sq_cpu::pack_weight(pointer<const int8_t>(weight), pointer<const float>(scale),
-                            pointer<const float>(bias), n, k, pointer<std::byte>(out));
-      },
-      py::arg("weight"), py::arg("scale"), py::arg("bias"), py::arg("n"), py::arg("k"),
-      py::arg("out"));
-
-  m.def(
-      "unpack_weight",
-      [](Address data, int64_t n, int64_t k, Address weight, Address scale, Address bias) {
-        const Door door;
-        sq_cpu::unpack_weight(packed(data, n, k), pointer<int8_t>(weight), pointer<float>(scale),
-                              pointer<float>(bias));
-      },
-      py::arg("packed"), py::arg("n"), py::arg("k"), py::arg("weight"), py::arg("scale"),
-      py::arg("bias"));
-
-  if (PyModule_AddFunctions(m.ptr(), fast_functions) != 0) throw py::error_already_set();
-
-  m.def(
-      "gemm",
-      [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
-         int64_t k, Address y) {
-        const Door door;
-        sq_cpu::gemm(
-            {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
-            packed(weight, n, k), pointer<int32_t>(y), n);
-      },
-      py::arg("codes"), py::arg("zero_point"), py::arg("m"), py::arg("max_code"), py::arg("packed"),
-      py::arg("n"), py::arg("k"), py::arg("y"));
-
-  m.def(
-      "count_saturation",
-      [](Address codes, Address zero_point, int64_t m_, int max_code, Address weight, int64_t n,
-         int64_t k) {
-        const Door door;
-        const sq_cpu::SaturationCount count = sq_cpu::count_saturation(
-            {pointer<uint8_t>(codes), nullptr, pointer<int32_t>(zero_point), m_, k, max_code},
-            packed(weight, n, k));
-        return std::make_pair(count.pairs, count.saturated);
-      },
-      py::arg("codes"), py::arg("zero_point"), py::arg("m"), py::arg("max_code"), py::arg("packed"),
-      py::arg("n"), py::arg("k"));
-
-  py::enum_<sq_cpu::BatchedType>(m, "BatchedType")
-      .value("float32", sq_cpu::BatchedType::kFloat32)
-      .value("bfloat16", sq_cpu::BatchedType::kBFloat16)
-      .value("float16", sq_cpu::BatchedType::kFloat16)
-      .value("int32", sq_cpu::BatchedType::kInt32)
-      .value("int8", sq_cpu::BatchedType::kInt8);
-
-  m.attr("MAX_BATCHED_DEPTH") = sq_cpu::kMaxBatchedDepth;
-  using Sizes = std::array<int64_t, 3>;
-  m.def(
-      "batched_matmul",
-      [](int64_t batch, int64_t heads, int64_t kv_heads, int64_t m_, int64_t n, int64_t k,
-         Address a, bool a_is_signed, const Sizes& a_strides, Address a_scale, Address b,
-         bool b_rows_are_n, const Sizes& b_strides, Address b_scale, float alpha, Address y,
-         sq_cpu::BatchedType y_type, const Sizes& y_strides) {
-        const auto strides = [](const Sizes& s) {
-          return sq_cpu::BatchedStrides{s[0], s[1], s[2]};
-        };
-        const Door door;
-        const sq_cpu::BatchedLeft left{pointer<const void>(a), a_is_signed, strides(a_strides),
-                                       pointer<const float>(a_scale)};
-        const sq_cpu::BatchedRight right{pointer<const int8_t>(b), b_rows_are_n, strides(b_strides),
-                                         pointer<const float>(b_scale)};
-        const sq_cpu::BatchedResult result{pointer<void>(y), y_type, strides(y_strides)};
-        sq_cpu::batched_matmul({batch, heads, kv_heads, m_, n, k}, left, right, alpha, result);
-      },
-      py::arg("batch"), py::arg("heads"), py::arg("kv_heads"), py::arg("m"), py::arg("n"),
-      py::arg("k"), py::arg("a"), py::arg("a_is_signed"), py::arg("a_strides"), py::arg("a_scale"),
-      py::arg("b"), py::arg("b_rows_are_n"), py::arg("b_strides"), py::arg("b_scale"),
-      py::arg("alpha"), py::arg("y"), py::arg("y_type"), py::arg("y_strides"));
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 }

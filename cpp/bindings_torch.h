@@ -5,8 +5,11 @@
 #include <pybind11/pybind11.h>
 
 #include <array>
+#include <optional>
+#include <string>
 #include <utility>
 
+#include "check.h"
 #include "sq_cpu/linear.h"
 
 namespace sq_cpu::bindings {
@@ -20,19 +23,26 @@ struct Torch {
   std::array<std::pair<py::object, DType>, 3> dtypes{{{torch.attr("float32"), DType::kFloat32},
                                                       {torch.attr("bfloat16"), DType::kBFloat16},
                                                       {torch.attr("float16"), DType::kFloat16}}};
+  py::object uint8 = torch.attr("uint8");
+  py::object int8 = torch.attr("int8");
+  py::object int32 = torch.attr("int32");
+  py::object float32 = torch.attr("float32");
   py::object get_num_threads = torch.attr("get_num_threads");
   py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");
   py::object dispatch_modes = torch.attr("_C").attr("_len_torch_dispatch_stack");
   py::object functorch_active = torch.attr("_C").attr("_are_functorch_transforms_active");
   // Descriptors: x.name would look each up.
   py::object data_ptr = tensor.attr("data_ptr");
+  py::object device = tensor.attr("device");
   py::object dtype = tensor.attr("dtype");
   py::object is_contiguous = tensor.attr("is_contiguous");
   py::object is_cpu = tensor.attr("is_cpu");
   py::object is_neg = tensor.attr("is_neg");
   py::object new_empty = tensor.attr("new_empty");
+  py::object numel = tensor.attr("numel");
   py::object requires_grad = tensor.attr("requires_grad");
   py::object shape = tensor.attr("shape");
+  py::object stride = tensor.attr("stride");
 
   static const Torch& get() {
     PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> torch;
@@ -65,6 +75,64 @@ inline bool truth(const py::object& object) {
   const int value = PyObject_IsTrue(object.ptr());
   if (value < 0) throw py::error_already_set();
   return value != 0;
+}
+
+inline bool is_tensor(py::handle object) {
+  auto* const tensor = reinterpret_cast<PyTypeObject*>(Torch::get().tensor.ptr());
+  return PyType_IsSubtype(Py_TYPE(object.ptr()), tensor) != 0;
+}
+
+inline std::optional<DType> float_type(py::handle tensor) {
+  const py::object dtype = get(tensor, Torch::get().dtype);
+  for (const auto& [known, type] : Torch::get().dtypes) {
+    if (known.is(dtype)) return type;
+  }
+  return std::nullopt;
+}
+
+inline void* address(py::handle tensor) {
+  return PyLong_AsVoidPtr(invoke(Torch::get().data_ptr, tensor).ptr());
+}
+
+// What a message says of an operand.
+inline std::string describe(py::handle x) {
+  const Torch& torch = Torch::get();
+  if (!is_tensor(x)) return Py_TYPE(x.ptr())->tp_name;
+  const py::str text("{} {} on {}");
+  return text.format(get(x, torch.dtype), py::list(get(x, torch.shape)), get(x, torch.device));
+}
+
+// The memory of a tensor on the CPU, of `dtype`; else std::invalid_argument.
+inline void* memory(const char* name, py::handle x, const py::object& dtype) {
+  const Torch& torch = Torch::get();
+  try {
+    SQ_CHECK(is_tensor(x) && get(x, torch.dtype).is(dtype) && truth(get(x, torch.is_cpu)), name,
+             " is ", describe(x), ", not ", std::string(py::str(dtype)), " on cpu");
+    void* const data = address(x);
+    SQ_CHECK(data != nullptr || invoke(torch.numel, x).cast<int64_t>() == 0, name, " is ",
+             describe(x), " without memory");
+    return data;
+  } catch (py::error_already_set& e) {
+    if (!e.matches(PyExc_RuntimeError)) throw;  // torch's: a tensor of another kind
+    SQ_CHECK(false, name, " is a tensor without memory of its own: sparse, fake or transformed");
+    throw;
+  }
+}
+
+// The same of `count` elements, one after another.
+template <typename T>
+T* array(const char* name, py::handle x, const py::object& dtype, int64_t count) {
+  void* const data = memory(name, x, dtype);
+  SQ_CHECK(invoke(Torch::get().numel, x).cast<int64_t>() == count &&
+               truth(invoke(Torch::get().is_contiguous, x)),
+           name, " is ", describe(x), ", not ", count, " elements one after another");
+  return static_cast<T*>(data);
+}
+
+// The same, or null for None.
+template <typename T>
+T* optional_array(const char* name, py::handle x, const py::object& dtype, int64_t count) {
+  return x.is_none() ? nullptr : array<T>(name, x, dtype, count);
 }
 
 // torch sets OpenMP's count for a thread only when that thread asks for it: asked here, when a

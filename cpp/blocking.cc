@@ -48,8 +48,8 @@ Range part(int64_t count, int64_t step, int64_t parts, int64_t index) {
 
 int useful_threads(int64_t m, int64_t n, int64_t k, int available) {
   // Up to 4 rows the weights' traffic is the cost; beyond, arithmetic grows with the rows.
-  const int64_t work = n * k * std::max<int64_t>(1, m / 4);
-  return static_cast<int>(std::clamp<int64_t>(work / kBytesPerThread, 1, available));
+  const double work = double(n) * k * std::max<int64_t>(1, m / 4);
+  return static_cast<int>(std::clamp<double>(work / kBytesPerThread, 1, available));
 }
 
 Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, int64_t k_blocks,

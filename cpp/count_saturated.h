@@ -12,8 +12,8 @@ namespace {
 using Pairs = uint16_t __attribute__((vector_size(4 * kLanes)));
 using SignedPairs = int16_t __attribute__((vector_size(4 * kLanes)));
 
-// Each product fits int16 (255 * 127 = 32385), so the sum of two left int16 where it wrapped: where
-// its sign is neither's. A lane counts at most once a group of four k, 66310 / 4 times.
+// Each product fits int16 (255 * 128 = 32640), so the sum of two left int16 where it wrapped: where
+// its sign is neither's. A lane counts at most once a group of four k, 65793 / 4 times.
 template <int kRows>
 int64_t count_rows(const PairArgs& t) {
   constexpr int kParts = 16 / kLanes;  // vectors to a tile row

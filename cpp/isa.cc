@@ -137,6 +137,11 @@ constexpr int kUndecided = -1;
 std::atomic<int> g_active{kUndecided};
 std::atomic<bool> g_forced{false};
 
+const IsaStatus& status_of(Isa isa) {
+  SQ_CHECK(is_one_of(isa, Isa::kAmxInt8), "unknown Isa ", static_cast<int>(isa));
+  return isa_status()[static_cast<size_t>(isa)];
+}
+
 Isa choose() {
   const char* forced = std::getenv("SQ_CPU_ISA");
   if (forced == nullptr || *forced == '\0') {
@@ -175,10 +180,10 @@ Isa active_isa() {
 
 bool isa_is_forced() { return g_forced.load(std::memory_order_relaxed); }
 
-const std::string& isa_name(Isa isa) { return isa_status()[static_cast<size_t>(isa)].name; }
+const std::string& isa_name(Isa isa) { return status_of(isa).name; }
 
 void use_isa(Isa isa, bool emulated) {
-  const IsaStatus& s = isa_status()[static_cast<size_t>(isa)];
+  const IsaStatus& s = status_of(isa);
   if (!s.usable() && !(emulated && s.built)) {
     throw std::runtime_error(join(s.name, " cannot be used: ", s.reason));
   }

@@ -1,5 +1,5 @@
-// AVX2, in two forms. vpmaddubsw adds two u8 * s8 products in saturating int16: 2 * 255 * 127 does
-// not fit, 2 * 127 * 127 does. So the fast form takes 7-bit codes (reduce_range), and the exact
+// AVX2, in two forms. vpmaddubsw adds two u8 * s8 products in saturating int16: 2 * 255 * 128 does
+// not fit, 2 * 127 * 128 does. So the fast form takes 7-bit codes (reduce_range), and the exact
 // form widens both sides to int16 first.
 #include "rows.h"
 

@@ -12,7 +12,14 @@ inline void check_matrix(const char* name, const void* data, int64_t rows, int64
                          int64_t ld) {
   SQ_CHECK(rows >= 0, name, " has ", rows, " rows");
   SQ_CHECK(ld >= columns, name, " has rows of ", columns, " elements only ", ld, " apart");
+  SQ_CHECK(bounded_product(rows, ld, int64_t{sizeof(float)}) <= kMostBytes, name, " of ", rows,
+           " rows, ", ld, " elements apart, is more than any machine has");
   SQ_CHECK(data != nullptr || rows == 0 || columns == 0, name, " is null");
+}
+
+inline void check_dtype(const char* name, DType type) {
+  SQ_CHECK(is_one_of(type, DType::kFloat16), name, " has the unknown DType ",
+           static_cast<int>(type));
 }
 
 inline void check_weight(const PackedWeight& weight) {

@@ -24,6 +24,9 @@ constexpr int64_t kPageInts = 1024;  // each thread's sums on pages of their own
 // The steps that the kernels take; `steps` keeps them. Null when there are none.
 const EpilogueSteps* make_steps(const Epilogue& epilogue, int64_t m, int64_t n,
                                 EpilogueSteps& steps) {
+  SQ_CHECK(is_one_of(epilogue.activation, Activation::kSilu), "the epilogue has the unknown ",
+           "Activation ", static_cast<int>(epilogue.activation));
+  check_dtype("the epilogue", epilogue.operand_type);
   if (epilogue.other != nullptr) {
     check_matrix("epilogue.other", epilogue.other, m, n, epilogue.ld_other);
   }
@@ -101,7 +104,9 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
             const Epilogue& epilogue) {
   check_quantizer(quantizer);
   check_weight(weight);
+  check_dtype("x", x_type);
   check_matrix("x", x, m, weight.k, ldx);
+  check_dtype("y", y_type);
   check_matrix("y", y, m, weight.n, ldy);
   EpilogueSteps steps;
   const EpilogueSteps* const given = make_steps(epilogue, m, weight.n, steps);
@@ -142,6 +147,7 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, D
             int64_t ldy, const Epilogue& epilogue) {
   check_product(x, weight);
   check_scale("x", x);
+  check_dtype("y", y_type);
   check_matrix("y", y, x.m, weight.n, ldy);
   EpilogueSteps steps;
   const EpilogueSteps* const given = make_steps(epilogue, x.m, weight.n, steps);
@@ -184,6 +190,10 @@ void gemm(const QuantizedActivation& x, const PackedWeight& weight, int32_t* y, 
 
 SaturationCount count_saturation(const QuantizedActivation& x, const PackedWeight& weight) {
   check_product(x, weight);
+  const int64_t pairs = bounded_product(x.m, weight.n, ceil_div(x.k, 2));
+  SQ_CHECK(pairs <= kMostBytes, "the pairs of a product [", x.m, ", ", weight.n, "] of ", x.k,
+           " each cannot be counted");
+  if (pairs == 0) return {0, 0};
   const auto count = row_kernels(active_isa()).count_saturated;
   const CodeLayout layout(x.m, x.k);
   const int64_t k_blocks = k_block_count(x.k), strips = strip_count(weight.n);
@@ -200,7 +210,7 @@ SaturationCount count_saturation(const QuantizedActivation& x, const PackedWeigh
     }
     saturated += own;
   });
-  return {x.m * weight.n * ceil_div(x.k, 2), saturated};
+  return {pairs, saturated};
 }
 
 }  // namespace sq_cpu

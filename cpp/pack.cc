@@ -2,7 +2,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "check.h"
@@ -35,6 +34,8 @@ void check_shape(int64_t n, int64_t k) {
   SQ_CHECK(n >= 0 && k >= 0, "weight shape [", n, ", ", k, "] is negative");
   SQ_CHECK(k <= kMaxDepth, "in_features ", k, " exceeds ", kMaxDepth,
            ", beyond which an int32 accumulator can overflow; split the layer");
+  SQ_CHECK(bounded_product(n, strip_bytes(k)) <= kMostBytes, "weight shape [", n, ", ", k,
+           "] is more than any machine has");
 }
 
 // Fills a packed strip's scales and biases, which are zero beyond its columns.
@@ -61,19 +62,10 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
            "weight or scale is null");
   SQ_CHECK(packed != nullptr || bytes == 0, "packed is null");
   const auto pack_strips = row_kernels(active_isa()).pack_nk;
-  const int workers = pool_size();
-  std::atomic<bool> out_of_range{false};
-  run_team(workers, [&](int worker, int count) {
-    const Range rows = part(n, 1, count, worker);
-    const int64_t own = rows.size() * k;
-    if (own > 0 && std::memchr(weight + rows.begin * k, -128, own) != nullptr) out_of_range = true;
-  });
-  SQ_CHECK(!out_of_range, "a weight is -128; int8 weights must lie in [-127, 127]");
-
   ask_for_huge_pages(packed, bytes);
   const int64_t strips = strip_count(n);
   // Contiguous shares, as those of a product of few rows: who will read a strip touches it first.
-  run_team(workers, [&](int worker, int count) {
+  run_team(pool_size(), [&](int worker, int count) {
     const Range mine = part(strips, 1, count, worker);
     for (int64_t s = mine.begin; s < mine.end; ++s) {
       const int64_t n0 = s * kStripColumns;

@@ -18,6 +18,8 @@ constexpr double kFloor = 1e-30;  // of an absolute maximum: keeps 127 / absmax 
 }  // namespace
 
 void check_quantizer(const ActivationQuantizer& q) {
+  SQ_CHECK(is_one_of(q.granularity, Granularity::kStatic), "the quantizer has the unknown ",
+           "Granularity ", static_cast<int>(q.granularity));
   if (q.granularity != Granularity::kStatic) return;
   SQ_CHECK(q.scale > 0.0f && std::isfinite(q.scale) && std::isfinite(1.0f / q.scale),
            "static activation scale is ", q.scale,
@@ -98,6 +100,10 @@ void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& 
 
 int64_t codes_bytes(int64_t m, int64_t k) {
   SQ_CHECK(m >= 0 && k >= 0, "activation shape [", m, ", ", k, "] is negative");
+  // With the padding of blocks and tiles, and for the scale and zero point of each row.
+  SQ_CHECK(m <= kMostBytes && k <= kMostBytes &&
+               bounded_product(m, k + kTileDepth) <= kMostBytes / kBlockRows,
+           "activation shape [", m, ", ", k, "] is more than any machine has");
   const CodeLayout layout(m, k);
   return ceil_div(m, layout.height) * layout.block;
 }
@@ -107,6 +113,7 @@ void quantize_activations(const void* x, DType x_type, int64_t ldx,
   check_quantizer(quantizer);
   check_activation("out", out);
   check_scale("out", out);
+  check_dtype("x", x_type);
   check_matrix("x", x, out.m, out.k, ldx);
   SQ_CHECK(out.max_code == quantizer.max_code(), "out.max_code is ", out.max_code,
            ", the quantizer's is ", quantizer.max_code());

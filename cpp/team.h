@@ -33,7 +33,9 @@ class DefaultFloatMode {
 };
 
 // The threads there are. Serial inside another parallel region: the pool's others are busy there.
-inline int pool_size() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+// Serial in a process that was forked: they stayed behind, and a region would wait for them for
+// ever.
+int pool_size();
 
 // Those that get work in a product of [m, k] and [n, k].
 inline int worker_count(int64_t m, int64_t n, int64_t k) {

@@ -14,6 +14,7 @@ __all__ = ["Activations", "Scheme"]
 Activations = Literal["per_token", "per_tensor", "static"]
 Weights = Literal["per_channel", "per_tensor", "per_rows"]
 StaticRange = Literal["minmax", "percentile", "mse"]
+Unreached = Literal["float", "quantize"]
 
 # SmoothQuant (arXiv 2211.10438), table 2. Its O1..O3 differ in the activations alone.
 _PRESETS: dict[str, Activations] = {"O1": "per_token", "O2": "per_tensor", "O3": "static"}
@@ -53,7 +54,12 @@ class Scheme:
     percentile: float = 99.99
     """Share of the values, in percent, that a `"percentile"` range keeps; in (50, 100]."""
     ignore: tuple[str, ...] = ("lm_head",)
-    """Linears left alone: those whose full name is an entry, or ends with a dot and an entry."""
+    """Linears left alone: an entry is the path of a linear, or of a module that holds some, or the
+    end of such a path. "lm_head" also stands for the output embeddings, whatever their name."""
+    unreached: Unreached = "float"
+    """Linears that no batch of the calibration called: in float, or quantized all the same, without
+    smoothing. Static ones stay in float either way. A model that is quantized without a calibration
+    has none."""
 
     def __post_init__(self) -> None:
         if str(self.weights) == "per_group":
@@ -64,6 +70,7 @@ class Scheme:
         _check_threshold(self)
         _check("reduce_range", self.reduce_range, (False, True, "auto"))
         _check("static_range", self.static_range, get_args(StaticRange))
+        _check("unreached", self.unreached, get_args(Unreached))
         self._check_rows_per_scale()
         self._check_static_range()
         names = self.ignore if isinstance(self.ignore, tuple | list) else (None,)
@@ -117,8 +124,11 @@ class Scheme:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scheme:
-        """Rebuild what `to_dict` gave, also by earlier versions; absent fields take defaults."""
-        values = dict(values)
+        """Rebuild what `to_dict` gave, also by earlier versions; absent fields take defaults.
+
+        Those versions quantized what no batch had reached.
+        """
+        values = {"unreached": "quantize"} | dict(values)
         if values.get("weights") == "per_group":
             values["weights"] = "per_rows"
         for old, new in _RENAMED.items():
@@ -155,9 +165,10 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """The preset that this scheme equals, whatever it ignores; otherwise `"custom"`."""
+        """The preset that this scheme equals, whatever it leaves in float; otherwise `"custom"`."""
         for name, activations in _PRESETS.items():
-            if self == Scheme(activations=activations, ignore=self.ignore):
+            preset = Scheme(activations=activations, ignore=self.ignore, unreached=self.unreached)
+            if self == preset:
                 return name
         return "custom"
 

@@ -74,7 +74,7 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"{name}: {status['reason']}")
     _core.use_isa(name, emulated)
     yield name
-    _core.use_isa(before["in_use"])
+    _core.use_isa(before["in_use"], False)
 
 
 @pytest.fixture

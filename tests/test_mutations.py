@@ -161,6 +161,13 @@ BREAKS = [
         "#pragma omp parallel num_threads(workers)\n",
         "test_threads",
     ),
+    Break(
+        "team: a forked child",
+        "cpp/team.cc",
+        "return g_forked || omp_in_parallel()",
+        "return omp_in_parallel()",
+        "test_threads",
+    ),
 ]
 
 

@@ -71,6 +71,71 @@ print(len(before), changes, " ".join(sorted(os.path.basename(r) for r in runtime
 """
 
 
+# Every op in a forked child and in one that multiprocessing forks, after the parent's pool is up.
+# Of torch's own ops, only those that stay on one thread: the others hang there.
+FORK = """
+import multiprocessing
+import os
+import signal
+import threading
+import torch
+from torch import nn
+import sq_cpu
+from sq_cpu.kernels.attention import matmul_pv, matmul_qk
+
+torch.manual_seed(0)
+torch.set_num_threads(4)
+torch.set_grad_enabled(False)
+layers = [
+    sq_cpu.QuantLinear.from_float(nn.Linear(k, n), sq_cpu.Scheme(activations=each), (-1.0, 1.0))
+    for k, n in ((64, 64), (700, 900)) for each in ("per_token", "per_tensor", "static")
+]
+inputs = {(m, k): torch.randn(m, k) for m in (1, 33, 130) for k in (64, 700)}
+queries, keys = (torch.randint(-128, 128, (1, 4, 200, 64), dtype=torch.int8) for _ in range(2))
+values = keys.mT.contiguous()
+
+def results():
+    found = []
+    for layer in layers:
+        for rows in (1, 33, 130):
+            x = inputs[rows, layer.in_features]
+            q = layer.quantize_input(x)
+            found += [layer(x), layer(x, activation="silu"), layer(q), q.scale]
+            found += [torch.tensor(layer.count_saturation(q))]
+        twin = sq_cpu.QuantLinear(layer.in_features, layer.out_features, layer.scheme, bias=True)
+        twin.load_state_dict(layer.state_dict())
+        found += list(twin.state_dict().values())
+    found.append(layers[2](layers[2].forward_int8(inputs[130, 64], layers[2])))
+    found += [matmul_qk(queries, keys), matmul_pv(queries, values)]
+    return [each.numpy().tobytes() for each in found]
+
+expected = results()
+
+def work():
+    return results() == expected and sq_cpu.isa()["threads"] == 1
+
+def forked():
+    child = os.fork()
+    if child == 0:
+        signal.alarm(100)  # ends one that waits
+        os._exit(0 if work() else 1)
+    return os.waitpid(child, 0)[1]
+
+assert forked() == 0
+busy = [threading.Thread(target=results) for _ in range(2)]  # and while others run theirs
+for thread in busy:
+    thread.start()
+for _ in range(3):
+    assert forked() == 0
+for thread in busy:
+    thread.join()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.starmap_async(work, [()] * 4).get(timeout=100) == [True] * 4
+assert sq_cpu.isa()["threads"] == 4 and results() == expected
+print("equal")
+"""
+
+
 def _max_threads() -> int:
     """Return the calling thread's count, from the runtime that the extension's calls reach.
 
@@ -93,9 +158,7 @@ def _ops() -> dict[str, Callable[[], object]]:
         "quantize_activations": lambda: linear.quantize_input(x),
         "linear_quantized": lambda: linear(quantized),
         "linear_requantized": lambda: linear.forward_int8(quantized, after),
-        "pack_weight": lambda: _core.pack_weight(
-            weight.data_ptr(), scale.data_ptr(), 0, 32, 64, packed.data_ptr()
-        ),
+        "pack_weight": lambda: _core.pack_weight(weight, scale, None, packed),
         "unpack_weight": linear.weight_int8,
         "count_saturation": lambda: linear.count_saturation(x),
         "batched_matmul": lambda: matmul_qk(q, q),
@@ -135,6 +198,18 @@ def test_no_op_starts_or_ends_a_thread(runtime: str, tmp_path: Path) -> None:
     assert int(threads) >= 4, result.stdout
     assert runtime != "libiomp5" or "libiomp5" in loaded, result.stdout
     assert int(changes) == 0, "calls after which the process had other threads"
+
+
+def test_a_forked_child_runs_alone_and_gives_the_same_bits(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FORK],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert (result.returncode, result.stdout) == (0, "equal\n"), result.stderr
 
 
 @pytest.mark.parametrize("op", list(_ops()))

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
+from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
     check_ignore,
@@ -27,6 +28,7 @@ from sq_cpu.models.linears import (
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import check_layers
+from sq_cpu.quantization.kept import kept_linears
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import (
     SmoothPlan,
@@ -187,12 +189,15 @@ def analyze(
     Raises `SqCpuError` for what `quantize` refuses of scheme, plan and calibration, for a
     calibration without sampled rows, and when nothing is left to measure.
     """
+    check_model(model)
+    check_is_calibration(calibration)
     scheme = scheme_of(scheme, plan).resolve(has_vnni())
     if not calibration.rows:
         raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
     with linearized(model):
         check_ignore(model, scheme.ignore)
-        check_layers(quantizable_linears(model, scheme.ignore), plan)
+        linears = quantizable_linears(model, scheme.ignore)
+        check_layers(linears, plan)
         groups = smoothing_groups(model)
         if plan is None:
             plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
@@ -207,12 +212,8 @@ def analyze(
             _group(model, group, calibration, plan, scheme, places)
             for group in track(measured, "measuring layers", progress)
         )
-        kept = float_linears(model, scheme.ignore) | plan.in_float
-        kept |= {
-            name: "no calibration batch reached it"
-            for name in calibration.unreached
-            if plan.layer_scheme(scheme, name).activations == "static"
-        }
+        kept = float_linears(model, scheme.ignore)
+        kept |= kept_linears(linears, calibration, scheme, plan)
     return Analysis(
         scheme=scheme,
         groups=found,

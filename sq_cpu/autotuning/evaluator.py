@@ -29,7 +29,7 @@ from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.quantization.quantize import carry_out
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
-from sq_cpu.smoothing.proof import FoldProof, prove_folds, running
+from sq_cpu.smoothing.proof import FoldProof, prove_with
 from sq_cpu.smoothing.scales import WeightStatistics
 from sq_cpu.tuning.tune import tune
 
@@ -116,7 +116,7 @@ class TuningJob:
         """Which folds keep the model's function: proven once, for the copies that are quantized."""
         with linearized(self.model):
             groups = smoothing_groups(self.model)
-            return prove_folds(self.model, groups, running(self.model, self.calibration.example))
+            return prove_with(self.model, groups, self.calibration.example)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this job from others, as JSON types; `check_ranges` tells the rest.

@@ -17,7 +17,10 @@ from sq_cpu.calibration.gradients import differentiating, sampled_loss
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Batch, Example, evaluating, example_of, model_inputs
+from sq_cpu.models.checks import check_model, check_weights, checking_ids
 from sq_cpu.models.linears import check_ignore, linearized, quantizable_linears
+from sq_cpu.models.padding import padding_of
+from sq_cpu.models.unchanged import unchanged
 
 __all__ = ["SAMPLED_ROWS", "TUNING_ROWS", "Calibration", "Example", "calibrate"]
 
@@ -46,15 +49,22 @@ def calibrate(
     copy of every linear's input and output. Linears that the model runs without gradients keep
     none.
 
+    Linears whose weight the model's own code reads or changes are found, too
+    (`Calibration.in_float`); they have no ranges.
+
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
-    arguments) or a mapping (keyword arguments). Positions that a mapping's two-dimensional
-    `attention_mask` masks with 0 are padding and are not counted. The model runs in evaluation mode
-    without gradients and is left as it was. `progress=None` shows a bar when stderr is a terminal.
+    arguments) or a mapping (keyword arguments). Positions that are padding by the `attention_mask`
+    of their sequence (see `padding_of`) are not counted. The model runs in evaluation mode without
+    gradients and is left as it was (see `unchanged`). `progress=None` shows a bar when stderr is a
+    terminal.
 
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
     the model's context, when an activation or gradient is NaN or infinite, when the model has no
-    linear, for negative `rows` or `gradient_rows`, and for an entry of `ignore` that matches none.
+    linear, for negative `rows` or `gradient_rows`, for an entry of `ignore` that matches none, and
+    for what `check_model` and `check_weights` refuse: a model that is compiled, quantized, or not
+    in this machine's memory as fp32, bf16 or fp16.
     """
+    check_model(model)
     with linearized(model):
         return _calibrate(model, batches, ignore, rows, gradient_rows, progress)
 
@@ -73,19 +83,22 @@ def _calibrate(
     linears = quantizable_linears(model, ignore)
     if not linears:
         raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
-    ranges = InputRanges(linears, rows, gradient_rows)
+    check_weights(linears)
+    ranges = InputRanges(model, linears, rows, gradient_rows)
     example: Example | None = None
     labels = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
+        stack.enter_context(unchanged(model))
         stack.enter_context(evaluating(model))
+        stack.enter_context(checking_ids(model))
         stack.enter_context(ranges.watching())
         if gradient_rows:
             stack.enter_context(differentiating(model, linears, ranges.observe_gradients))
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
-            example = example or example_of(args, kwargs)
-            mask = kwargs.get("attention_mask")
-            with ranges.batch(mask):
+            padding = padding_of(model, args, kwargs)
+            example = example or example_of(args, kwargs, padding)
+            with ranges.batch(padding):
                 outputs = model(*args, **kwargs)
                 if gradient_rows:
-                    torch.autograd.backward(sampled_loss(outputs, mask, labels))
+                    torch.autograd.backward(sampled_loss(outputs, padding, labels))
     return ranges.calibration(example)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +18,13 @@ from sq_cpu.calibration.stored import FOLDS, check_tensors
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import write_file
 from sq_cpu.models.calls import Example
+from sq_cpu.models.unchanged import checksum
 from sq_cpu.parsing import parsed_json, typed
 
-__all__ = ["FOLDS", "TENSORS", "Calibration", "fingerprint"]
+__all__ = ["FOLDS", "TENSORS", "Calibration", "check_is_calibration", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
-_VERSION = 4
+_VERSION = 5
 TENSORS = (
     "channel_min",
     "channel_max",
@@ -58,8 +58,11 @@ class Calibration:
     batches: int
     unreached: tuple[str, ...] = field(default=())
     """Linears that no batch reached; they have no ranges."""
+    in_float: dict[str, str] = field(default_factory=dict)
+    """Linears that the model's own code reads or changes the weight of, and how. They have no
+    ranges and stay in float."""
     example: Example | None = None
-    """The first batch, with which folds are proven; of one with token ids alone, the first 32."""
+    """With what folds are proven: the first batch that is not all padding, or one row of it."""
     row_folds: dict[str, Tensor] = field(default_factory=dict)
     """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
     row_places: dict[str, Tensor] = field(default_factory=dict)
@@ -93,6 +96,8 @@ class Calibration:
             raise SqCpuError(
                 f"no calibration batch reached {name}: calibrate on text that does, or ignore it"
             )
+        if name in self.in_float:
+            raise SqCpuError(f"{name} has to stay in float: {self.in_float[name]}")
         if name not in self.channel_min:
             raise SqCpuError(
                 f"the calibration does not cover {name}: calibrate this very model, "
@@ -180,6 +185,7 @@ class Calibration:
             "tokens": self.tokens,
             "batches": self.batches,
             "unreached": list(self.unreached),
+            "in_float": self.in_float,
             "fingerprints": self.fingerprints,
             "rows_seen": self.rows_seen,
             "example": plain,
@@ -217,6 +223,7 @@ class Calibration:
             counts = dict[str, int]
             fingerprints = typed(counts, header["fingerprints"], "fingerprints")
             rows_seen = typed(counts, header.get("rows_seen", {}), "rows_seen")
+            in_float = typed(dict[str, str], header.get("in_float", {}), "in_float")
             example = _join_example(given, header.get("example"))
             check_tensors(kinds)
             if kinds["channel_min"] and min(tokens, batches) < 1:
@@ -231,8 +238,18 @@ class Calibration:
             tokens=tokens,
             batches=batches,
             unreached=unreached,
+            in_float=in_float,
             example=example,
             **{kind: kinds[kind] for kind in TENSORS},
+        )
+
+
+def check_is_calibration(calibration: object) -> None:
+    """Raise `SqCpuError` for a path, batches or ranges in the place of a calibration."""
+    if not isinstance(calibration, Calibration):
+        raise SqCpuError(
+            f"calibration is a {type(calibration).__name__}, not a Calibration: make one with "
+            "calibrate(model, batches), or read a file with Calibration.load(path)"
         )
 
 
@@ -260,6 +277,4 @@ def _join_example(given: dict[str, Tensor], plain: Any) -> Example | None:
 
 def fingerprint(linear: nn.Module) -> int:
     """Return the CRC-32 of the bytes of at most 8 evenly spaced rows of a linear's weight."""
-    weight = linear.get_parameter("weight").detach()
-    rows = torch.linspace(0, len(weight) - 1, min(8, len(weight))).long()
-    return zlib.crc32(weight[rows].contiguous().view(torch.uint8).numpy().tobytes())
+    return checksum(linear.get_parameter("weight"))

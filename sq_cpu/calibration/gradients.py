@@ -19,31 +19,35 @@ from torch.utils._pytree import tree_leaves
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hooks import hooked
+from sq_cpu.models.padding import Padding
 
 __all__ = ["differentiating", "sampled_loss"]
 
 
-def sampled_loss(outputs: Any, mask: Any, generator: torch.Generator) -> Tensor:
+def sampled_loss(outputs: Any, padding: Padding, generator: torch.Generator) -> Tensor:
     """Return -log p(y | x), summed over all predictions, of y drawn from the prediction itself.
 
-    Where the model gives `logits` [..., classes], y is drawn from their softmax, without the
-    positions where `mask` [batch, tokens] is 0. All other float outputs count as means of Gaussians
-    of variance 1. Raises `SqCpuError` when no output depends on a linear.
+    Where the model gives `logits` [..., classes], y is drawn from their softmax. All other float
+    outputs count as means of Gaussians of variance 1. Positions that are padding do not count.
+    Raises `SqCpuError` when no output depends on a linear.
     """
+
+    def rows_of(output: Tensor) -> Tensor:
+        kept = padding.kept(output)
+        rows = output.float().reshape(-1, output.shape[-1] if output.dim() else 1)
+        return rows if kept is None else rows[kept]
+
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor) and logits.dim() >= 2 and logits.requires_grad:
-        rows = logits.float().reshape(-1, logits.shape[-1])
-        if isinstance(mask, Tensor) and mask.shape == logits.shape[:-1]:
-            rows = rows[mask.reshape(-1).bool()]
+        rows = rows_of(logits)
         with torch.no_grad():
             labels = torch.multinomial(rows.softmax(dim=-1), 1, generator=generator)[:, 0]
         return cross_entropy(rows, labels, reduction="sum")
     leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    terms = [
-        (leaf.float() * torch.randn(leaf.shape, generator=generator)).sum()
-        for leaf in leaves
-        if leaf.requires_grad
-    ]
+    terms = []
+    for rows in (rows_of(leaf) for leaf in leaves if leaf.requires_grad):
+        drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float32, device="cpu")
+        terms.append((rows * drawn).sum())
     if not terms:
         raise SqCpuError(
             "the model's outputs have no gradient (its forward may disable them): calibrate "

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import FOLDS, TENSORS, Calibration, fingerprint
 from sq_cpu.calibration.sampling import InputRows, Reservoir
+from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Example
 from sq_cpu.models.hooks import watching_inputs
+from sq_cpu.models.padding import Padding
 
 __all__ = ["InputRanges"]
 
@@ -33,8 +34,10 @@ class _LinearObserver:
         self.generator = torch.Generator().manual_seed(0)
         # A seed of its own: chance errors of the linears' losses then even out over all.
         self.gradient_generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        self.low = torch.full((FOLDS, linear.in_features), torch.inf)
-        self.high = torch.full((FOLDS, linear.in_features), -torch.inf)
+        # fp32 on the CPU, whatever the defaults are.
+        shape = (FOLDS, linear.in_features)
+        self.low = torch.full(shape, torch.inf, dtype=torch.float32, device="cpu")
+        self.high = torch.full_like(self.low, -torch.inf)
 
     def add(self, x: Tensor, recent: InputRows) -> None:
         recent.observe(x)
@@ -49,12 +52,12 @@ class _LinearObserver:
         fold = recent.batch % FOLDS
         torch.minimum(self.low[fold], recent.low, out=self.low[fold])
         torch.maximum(self.high[fold], recent.high, out=self.high[fold])
-        chance = torch.rand(len(recent.rows), generator=self.generator)
+        chance = _uniform(len(recent.rows), self.generator)
         self.sample.add(
             chance,
             rows=recent.rows,
             fold=_all_of(fold, recent.rows),
-            place=torch.arange(first, self.rows),
+            place=torch.arange(first, self.rows, device="cpu"),
         )
 
     def gradient_taker(self, recent: InputRows) -> Callable[[Tensor], None]:
@@ -69,7 +72,7 @@ class _LinearObserver:
         self.differentiated = True
         rows, kept = recent.copy(), recent.kept
         batch, fold = recent.batch, recent.batch % FOLDS
-        places = torch.arange(self.rows - len(rows), self.rows)
+        places = torch.arange(self.rows - len(rows), self.rows, device="cpu")
         ends = torch.maximum(-self.low.amin(dim=0), self.high.amax(dim=0))
         near = (rows.abs() / ends.clamp_min(1e-30)).amax(dim=1).float()
 
@@ -82,7 +85,7 @@ class _LinearObserver:
                     f"calibration batch {batch}: NaN or Inf in the gradient of {self.name}; "
                     "calibrate in fp32 or bf16"
                 )
-            chance = 1 - torch.rand(len(size), generator=self.gradient_generator)
+            chance = 1 - _uniform(len(size), self.gradient_generator)
             self.costly.add(
                 size / chance,
                 rows=rows,
@@ -126,9 +129,9 @@ class _LinearObserver:
             column = {
                 "rows": none,
                 "gradient": none.new_empty(0, self.linear.out_features),
-                "size": torch.empty(0),
+                "size": none.new_empty(0, dtype=torch.float32),
                 "fold": _all_of(0, none),
-                "place": torch.arange(0),
+                "place": none.new_empty(0, dtype=torch.int64),
             }
         # 0 / 0: a row that costs nothing, while every row that does is kept.
         weights = (self.costly.threshold / column["size"]).nan_to_num(1.0).clamp_min(1.0)
@@ -142,14 +145,25 @@ class _LinearObserver:
 
 
 def _all_of(fold: int, rows: Tensor) -> Tensor:
-    return torch.full((len(rows),), fold, dtype=torch.uint8)
+    return torch.full((len(rows),), fold, dtype=torch.uint8, device="cpu")
+
+
+def _uniform(count: int, generator: torch.Generator) -> Tensor:
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class InputRanges:
     """Gathers a `Calibration` of linears, batch by batch, from whatever runs them."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear], rows: int, gradient_rows: int = 0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        linears: Mapping[str, nn.Linear],
+        rows: int,
+        gradient_rows: int = 0,
+    ) -> None:
         self._linears = linears
+        self._uses = WeightUses(model, linears)
         self._observers = {
             name: _LinearObserver(name, linear, rows, gradient_rows)
             for name, linear in linears.items()
@@ -160,25 +174,29 @@ class InputRanges:
     def _observe(self, name: str, x: Tensor) -> None:
         self._observers[name].add(x, self._recent)
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Return a context in which the inputs of the linears are observed."""
-        return watching_inputs(self._linears, "input", self._observe)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Run a block in which the inputs of the linears are observed."""
+        observing = watching_inputs(self._linears, "input", self._observe)
+        with self._uses.knowing_owners(), observing:
+            yield
 
     def observe_gradients(self, name: str) -> Callable[[Tensor], None]:
         """Return the function that takes the gradient of the output of a linear that just ran."""
         return self._observers[name].gradient_taker(self._recent)
 
     @contextmanager
-    def batch(self, mask: Any) -> Iterator[None]:
-        """Run one batch; `mask`, if it is a tensor [batch, tokens], has 0 for padding."""
-        self._recent.begin(self._batches, mask)
-        yield
-        self._recent.forget()
+    def batch(self, padding: Padding) -> Iterator[None]:
+        """Run one batch, of which the rows that are padding do not count."""
+        with self._recent.of_batch(self._batches, padding), self._uses:
+            yield
         self._batches += 1
 
     def calibration(self, example: Example | None = None) -> Calibration:
         """Return what was gathered so far."""
-        reached = {name: observer for name, observer in self._observers.items() if observer.rows}
+        in_float = self._uses.found()
+        observers = {n: each for n, each in self._observers.items() if n not in in_float}
+        reached = {name: observer for name, observer in observers.items() if observer.rows}
         tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
         for name, observer in reached.items():
             found = observer.ranges() | observer.sampled() | observer.gradients()
@@ -188,8 +206,9 @@ class InputRanges:
             **tensors,
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
             rows_seen={name: observer.rows for name, observer in reached.items()},
-            tokens=max((observer.rows for observer in reached.values()), default=0),
+            tokens=max((observer.rows for observer in self._observers.values()), default=0),
             batches=self._batches,
-            unreached=tuple(name for name in self._observers if name not in reached),
+            unreached=tuple(name for name in observers if name not in reached),
+            in_float=in_float,
             example=example,
         )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.models.padding import Padding
 
 __all__ = ["InputRows", "Reservoir", "SampledRows"]
 
@@ -22,7 +22,7 @@ class InputRows:
     """
 
     batch = 0
-    mask: Tensor | None = None
+    padding = Padding()
     key: tuple[int, int] | None = None
     held: Tensor | None = None  # keeps the address from being reused while the key stands
     rows: Tensor
@@ -32,16 +32,16 @@ class InputRows:
     low: Tensor
     high: Tensor
 
-    def begin(self, batch: int, mask: Any) -> None:
-        """Start a batch; `mask`, if it is a tensor [batch, tokens], has 0 for padding."""
-        self.batch = batch
-        padded = isinstance(mask, Tensor) and mask.dim() == 2 and not mask.all()
-        self.mask = mask.bool() if padded else None
-
-    def forget(self) -> None:
-        """Release the tensors."""
-        self.key = self.held = self.copied = None
-        self.rows = torch.empty(0)
+    @contextmanager
+    def of_batch(self, batch: int, padding: Padding) -> Iterator[None]:
+        """Run one batch, and release its tensors."""
+        self.batch, self.padding = batch, padding
+        try:
+            with padding.tracing():
+                yield
+        finally:
+            self.key = self.held = self.copied = self.kept = None
+            self.rows = torch.empty(0)
 
     def observe(self, x: Tensor) -> None:
         """Set `rows` to x without padding, [rows, in_features], and `low` and `high` to theirs."""
@@ -50,10 +50,8 @@ class InputRows:
         if key is not None and key == self.key:
             return
         self.rows = x.detach().reshape(-1, x.shape[-1])
-        # OPT hands its MLP [batch * sequence, features].
-        self.kept = None
-        if self.mask is not None and x.shape[:-1] in (self.mask.shape, (self.mask.numel(),)):
-            self.kept = self.mask.reshape(-1)
+        self.kept = self.padding.kept(x)
+        if self.kept is not None:
             self.rows = self.rows[self.kept]
         if len(self.rows):
             self.low, self.high = self.rows.amin(dim=0).float(), self.rows.amax(dim=0).float()
@@ -73,7 +71,7 @@ class Reservoir:
         self.size = size
         self.threshold = 0.0
         """The greatest priority of a row that is not kept."""
-        self._priority = torch.empty(0)
+        self._priority = torch.empty(0, dtype=torch.float32, device="cpu")
         self.columns: dict[str, Tensor] = {}
         """Of the rows that are kept; empty before any was added."""
 
@@ -109,11 +107,10 @@ class SampledRows:
         self._gradient_rows: dict[str, Tensor] = {}
 
     @contextmanager
-    def batch(self, mask: Any) -> Iterator[None]:
+    def batch(self, padding: Padding) -> Iterator[None]:
         """Run one batch, as `InputRanges.batch`."""
-        self._input.begin(self._batches, mask)
-        yield
-        self._input.forget()
+        with self._input.of_batch(self._batches, padding):
+            yield
         self._batches += 1
 
     def observe(self, name: str, x: Tensor) -> None:

@@ -21,6 +21,7 @@ from sq_cpu.cli.common import (
     Dtype,
     Json,
     Model,
+    TrustRemoteCode,
     Window,
     check_shipped,
     emit,
@@ -105,6 +106,7 @@ def autotune_command(
     ignore: Ignore = None,
     dtype: DtypeOption = Dtype.fp32,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Find the fastest mix of int8 and float for MODEL that keeps an accuracy goal.
@@ -129,7 +131,7 @@ def autotune_command(
         require_report()
         hold(ctx, report_file)
     killed = hold(ctx, out)
-    data = tuning_input(model, calib, windows, window, dtype, ignore)
+    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
     _check_storage(where, study, resume, killed)
     scored = _scored(text, text_windows) if not tasks else ()
     start = time.perf_counter()

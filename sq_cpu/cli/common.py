@@ -48,6 +48,10 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the name of a hub model."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that MODEL's folder or repository brings."),
+]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 StoredDtype = Annotated[
     Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")
@@ -150,10 +154,14 @@ def calibration_batches(
     return batches
 
 
-def load_model(source: str | Path, dtype: Dtype | None) -> tuple[nn.Module, Any]:
+def load_model(
+    source: str | Path, dtype: Dtype | None, *, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
     """Load a model, quantized or not, and its tokenizer."""
     quiet()
-    return sources.load_source(source, dtype=TORCH_DTYPES[dtype], say=say)
+    return sources.load_source(
+        source, dtype=TORCH_DTYPES[dtype], trust_remote_code=trust_remote_code, say=say
+    )
 
 
 def quiet() -> None:

@@ -17,6 +17,7 @@ from sq_cpu.cli.common import (
     Json,
     Model,
     SchemeName,
+    TrustRemoteCode,
     Window,
     calibration_batches,
     check_not_quantized,
@@ -37,6 +38,10 @@ class _Weights(str, Enum):
 
 class _Range(str, Enum):
     minmax, percentile, mse = "minmax", "percentile", "mse"
+
+
+class _Unreached(str, Enum):
+    float, quantize = "float", "quantize"
 
 
 class _Rule(str, Enum):
@@ -105,8 +110,14 @@ def quantize_command(
     ] = None,
     ignore: Annotated[
         list[str] | None,
-        typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
+        typer.Option(
+            help="Linear, or module with all below it, to leave in float, repeatable. "
+            "[default: lm_head]"
+        ),
     ] = None,
+    unreached: Annotated[
+        _Unreached, typer.Option(help="Linears that no calibration window reaches.")
+    ] = _Unreached.float,
     dtype: Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")] = Dtype.fp32,
     stream: Annotated[
         bool | None,
@@ -120,6 +131,7 @@ def quantize_command(
         bool,
         typer.Option(help="Replace an sq_cpu checkpoint in OUT; discard unfinished other work."),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL to int8 and save it to OUT."""
@@ -143,6 +155,7 @@ def quantize_command(
         "percentile": percentile,
         "reduce_range": reduce_range.setting(),
         "outlier_threshold": outlier_threshold,
+        "unreached": unreached.value,
     }
     if ignore:
         overrides["ignore"] = tuple(ignore)
@@ -166,6 +179,7 @@ def quantize_command(
         recipe=recipe,
         dtype=TORCH_DTYPES[dtype],
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
 
     def batches_of(tokenizer: Any) -> list[Tensor]:

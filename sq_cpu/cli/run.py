@@ -19,6 +19,7 @@ from sq_cpu.cli.common import (
     Json,
     Model,
     StoredDtype,
+    TrustRemoteCode,
     Window,
     check_finite,
     check_shipped,
@@ -42,6 +43,7 @@ def eval_command(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 20,
     window: Window = 512,
     dtype: StoredDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Print the perplexity of MODEL, quantized or not."""
@@ -51,7 +53,7 @@ def eval_command(
         check_shipped(windows, len(scored), "--text")
     else:
         scored = read(text)
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     if text is None:
         shipped_windows(tokenizer, scored, window, windows, "--text")  # says what does not fit
     value = perplexity(loaded, tokenizer, scored, window=window, windows=windows)
@@ -80,10 +82,11 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Ask PROMPT as a chat message.")] = False,
     dtype: StoredDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL, quantized or not."""
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     ids = demo.answer_ids(tokenizer, prompt, chat=chat)
     positions = getattr(loaded.config, "max_position_embeddings", None)
     if positions is not None and ids.shape[1] + max_new_tokens > positions:
@@ -137,7 +140,7 @@ def demo_command(
         out = Path("smollm2-135m-int8" if model is None else f"{model_name(model)}-int8")
     start = time.perf_counter()
     with staged(out) as staging:
-        base, tokenizer = load_model(source, Dtype.fp32)
+        base, tokenizer = load_model(source, Dtype.fp32, trust_remote_code=False)
         report = demo.run(base, tokenizer, staging, say=say)
     seconds = time.perf_counter() - start
     for row in report.rows:

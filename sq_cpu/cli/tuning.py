@@ -29,7 +29,10 @@ Calib = Annotated[
 Windows = Annotated[int, typer.Option(min=1, help="Calibration windows in all.")]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(help="Linear to leave in float, repeatable. [default: lm_head]"),
+    typer.Option(
+        help="Linear, or module with all below it, to leave in float, repeatable. "
+        "[default: lm_head]"
+    ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")]
 GOAL = "Greatest loss against the float model: 1% of its metric, or a number."
@@ -46,10 +49,13 @@ class TuningInput:
     window: int
     dtype: Dtype
     ignore: tuple[str, ...]
+    trust_remote_code: bool
 
     def load(self) -> tuple[nn.Module, Any, list[Tensor]]:
         """Return the model, its tokenizer and the windows to calibrate on."""
-        loaded, tokenizer = load_model(self.model, self.dtype)
+        loaded, tokenizer = load_model(
+            self.model, self.dtype, trust_remote_code=self.trust_remote_code
+        )
         batches = calibration_batches(tokenizer, self.own, self.window, self.windows)
         return loaded, tokenizer, batches
 
@@ -66,6 +72,7 @@ def tuning_input(
     window: int,
     dtype: Dtype,
     ignore: Sequence[str] | None,
+    trust_remote_code: bool,
 ) -> TuningInput:
     """Read the user's texts, and refuse a model that is quantized already."""
     check_not_quantized(model)
@@ -76,4 +83,5 @@ def tuning_input(
         window=window,
         dtype=dtype,
         ignore=tuple(ignore or ("lm_head",)),
+        trust_remote_code=trust_remote_code,
     )

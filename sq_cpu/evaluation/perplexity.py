@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import check_length, evaluating
+from sq_cpu.models.checks import check_ids, input_embeddings
 from sq_cpu.progress import track
 
 __all__ = ["TextPerplexity", "perplexity", "token_windows"]
@@ -70,6 +71,8 @@ def _running(
     """Yield the perplexity after every window."""
     check_length(model, window, "a window")
     batches = token_windows(tokenizer, text, window=window, windows=windows)
+    for ids in batches:
+        check_ids(input_embeddings(model), "the model's embeddings", ids)
     total, targets = 0.0, 0
     # One window a call: a per-tensor activation scale would tie together those of a batch.
     for index, ids in enumerate(track(batches, "scoring", progress)):

@@ -1,4 +1,8 @@
-"""The C++ library (cpp/include/sq_cpu). Addresses are those of contiguous CPU tensors."""
+"""The C++ library (cpp/include/sq_cpu), as functions of contiguous CPU tensors.
+
+Each function checks the dtype and size of every tensor against the others, and raises `SqCpuError`.
+None takes keywords, as a layer's call must be short.
+"""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -47,33 +51,50 @@ class ActivationQuantizer:
     @property
     def max_code(self) -> int: ...
 
-# Blind to torch.compile's tracer; see ops.is_plain.
-def is_plain(x: object) -> bool: ...
-def isa() -> dict[str, Any]: ...
-def microkernel_name(max_code: int, m: int) -> str: ...
-def use_isa(name: str, emulated: bool = False) -> None: ...
-def packed_bytes(n: int, k: int) -> int: ...
-def pack_weight(weight: int, scale: int, bias: int, n: int, k: int, out: int) -> None: ...
-def unpack_weight(packed: int, n: int, k: int, weight: int, scale: int, bias: int) -> None: ...
-def codes_bytes(m: int, k: int) -> int: ...
+class BatchedType(_Enum):
+    float32: ClassVar[BatchedType]
+    bfloat16: ClassVar[BatchedType]
+    float16: ClassVar[BatchedType]
+    int32: ClassVar[BatchedType]
+    int8: ClassVar[BatchedType]
 
-# Called without keywords, as a layer's call must be short; other and residual may be 0.
-def linear(
-    x: int,
-    x_type: DType,
-    m: int,
-    packed: int,
+# Blind to torch.compile's tracer; see ops.is_plain.
+def is_plain(x: object, /) -> bool: ...
+def isa() -> dict[str, Any]: ...
+def microkernel_name(max_code: int, m: int, /) -> str: ...
+
+# emulated: the caller has an emulator of it; without one, its instructions end the process.
+def use_isa(name: str, emulated: bool, /) -> None: ...
+def packed_bytes(n: int, k: int, /) -> int: ...
+def codes_bytes(m: int, k: int, /) -> int: ...
+
+# Of weight [n, k], scale and bias [n]; out holds packed_bytes(n, k).
+def pack_weight(weight: Tensor, scale: Tensor, bias: Tensor | None, out: Tensor, /) -> None: ...
+def unpack_weight(
+    packed: Tensor,
     n: int,
     k: int,
-    quantizer: ActivationQuantizer,
-    y: int,
-    activation: Activation,
-    other: int,
-    residual: int,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
     /,
 ) -> None: ...
 
-# Of x [..., in_features]; None for a call that ops.linear must prepare or refuse, or torch sees.
+# Of x [..., k]; y, other and residual [..., n] are of its dtype.
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    n: int,
+    k: int,
+    quantizer: ActivationQuantizer,
+    y: Tensor,
+    activation: Activation,
+    other: Tensor | None,
+    residual: Tensor | None,
+    /,
+) -> None: ...
+
+# None for a call that ops.linear must prepare or refuse, or torch sees.
 def linear_tensor(
     x: object,
     packed: Tensor,
@@ -83,97 +104,78 @@ def linear_tensor(
     /,
 ) -> Tensor | None: ...
 def quantize_activations(
-    x: int,
-    x_type: DType,
-    m: int,
+    x: Tensor,
     k: int,
     quantizer: ActivationQuantizer,
-    codes: int,
-    scale: int,
-    zero_point: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
     /,
 ) -> None: ...
+
+# Of as many rows as zero_point has elements.
 def linear_quantized(
-    codes: int,
-    scale: int,
-    zero_point: int,
-    m: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
     max_code: int,
-    packed: int,
+    packed: Tensor,
     n: int,
     k: int,
-    y: int,
-    y_type: DType,
+    y: Tensor,
     activation: Activation,
-    other: int,
-    residual: int,
+    other: Tensor | None,
+    residual: Tensor | None,
     /,
 ) -> None: ...
 def linear_requantized(
-    codes: int,
-    scale: int,
-    zero_point: int,
-    m: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
     max_code: int,
-    packed: int,
+    packed: Tensor,
     n: int,
     k: int,
     y_quantizer: ActivationQuantizer,
-    y_codes: int,
-    y_scale: int,
-    y_zero_point: int,
+    y_codes: Tensor,
+    y_scale: Tensor,
+    y_zero_point: Tensor,
     operand_type: DType,
     activation: Activation,
-    other: int,
-    residual: int,
+    other: Tensor | None,
+    residual: Tensor | None,
     /,
 ) -> None: ...
 def gemm(
-    codes: int,
-    zero_point: int,
-    m: int,
+    codes: Tensor,
+    zero_point: Tensor,
     max_code: int,
-    packed: int,
+    packed: Tensor,
     n: int,
     k: int,
-    y: int,
+    y: Tensor,
+    /,
 ) -> None: ...
 def count_saturation(
-    codes: int,
-    zero_point: int,
-    m: int,
+    codes: Tensor,
+    zero_point: Tensor,
     max_code: int,
-    packed: int,
+    packed: Tensor,
     n: int,
     k: int,
+    /,
 ) -> tuple[int, int]: ...
 
-class BatchedType(_Enum):
-    float32: ClassVar[BatchedType]
-    bfloat16: ClassVar[BatchedType]
-    float16: ClassVar[BatchedType]
-    int32: ClassVar[BatchedType]
-    int8: ClassVar[BatchedType]
-
-MAX_BATCHED_DEPTH: int
-
+# Of a [batch, heads, m, k] and b [batch, kv_heads, n, k] or, not transposed, [..., k, n]; strides
+# are the tensors'.
 def batched_matmul(
-    batch: int,
-    heads: int,
-    kv_heads: int,
-    m: int,
-    n: int,
-    k: int,
-    a: int,
-    a_is_signed: bool,
-    a_strides: tuple[int, ...],
-    a_scale: int,
-    b: int,
-    b_rows_are_n: bool,
-    b_strides: tuple[int, ...],
-    b_scale: int,
+    a: Tensor,
+    b: Tensor,
+    transposed: bool,
     alpha: float,
-    y: int,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    y: Tensor,
     y_type: BatchedType,
-    y_strides: tuple[int, ...],
+    /,
 ) -> None: ...

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
-from sq_cpu.kernels.ops import is_plain
+from sq_cpu.kernels.ops import empty, is_plain
 
 __all__ = ["matmul_pv", "matmul_qk", "matmul_reference"]
 
@@ -157,32 +157,13 @@ def _run(
     b_scale: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    batch, heads, m, k = a.shape
+    batch, heads, m, _ = a.shape
     n = b.shape[2 if transposed else 3]
     a, b = _rows_contiguous(a), _rows_contiguous(b)
     a_scale = None if a_scale is None else a_scale.resolve_neg().contiguous()
     b_scale = None if b_scale is None else b_scale.resolve_neg().contiguous()
-    y = torch.empty(batch, heads, m, n, dtype=out_dtype, device="cpu")
-    _core.batched_matmul(
-        batch,
-        heads,
-        b.shape[1],
-        m,
-        n,
-        k,
-        a.data_ptr(),
-        a.dtype == torch.int8,
-        a.stride()[:3],
-        0 if a_scale is None else a_scale.data_ptr(),
-        b.data_ptr(),
-        transposed,
-        b.stride()[:3],
-        0 if b_scale is None else b_scale.data_ptr(),
-        scale,
-        y.data_ptr(),
-        _OUT_DTYPES[out_dtype],
-        y.stride()[:3],
-    )
+    y = empty((batch, heads, m, n), out_dtype)
+    _core.batched_matmul(a, b, transposed, scale, a_scale, b_scale, y, _OUT_DTYPES[out_dtype])
     return y
 
 
@@ -217,9 +198,9 @@ def _check(
             f"{product}: {list(a.shape)} by {list(b.shape)} do not fit; use {first} by {second}, "
             "heads a multiple of kv_heads"
         )
-    if a.shape[3] > _core.MAX_BATCHED_DEPTH:
+    if a.shape[3] > _core.MAX_DEPTH:
         raise SqCpuError(
-            f"{product}: sums of {a.shape[3]} products exceed {_core.MAX_BATCHED_DEPTH}, beyond "
+            f"{product}: sums of {a.shape[3]} products exceed {_core.MAX_DEPTH}, beyond "
             "which int32 can overflow; split them and add the parts"
         )
     for given, shape in ((a_scale, a.shape[:3]), (b_scale, (*b.shape[:2], b.shape[n]))):
@@ -237,6 +218,8 @@ def _check(
     for x in (a, b, a_scale, b_scale):
         if x is not None and not x.is_cpu:
             raise SqCpuError(f"{product}: an operand is on {x.device}; sq_cpu runs on the CPU only")
+        if x is not None and x.layout != torch.strided:
+            raise SqCpuError(f"{product}: an operand is {x.layout}; use a dense tensor")
 
 
 @torch.library.custom_op("sq_cpu::batched_matmul", mutates_args=(), device_types="cpu")

@@ -22,6 +22,7 @@ __all__ = [
     "Epilogue",
     "QuantizedActivation",
     "check",
+    "empty",
     "is_plain",
     "linear",
     "linear_quantized",
@@ -40,7 +41,10 @@ _DTYPES = {
 _ACTIVATIONS = {None: _core.Activation.none} | {
     name: getattr(_core.Activation, name) for name in get_args(Activation)
 }
-_NO_STEPS = (_core.Activation.none, 0, 0)
+_GRANULARITIES = {
+    name: getattr(_core.Granularity, name) for name in ("per_token", "per_tensor", "static")
+}
+_NO_STEPS = (_core.Activation.none, None, None)
 
 _NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad()"
 
@@ -65,6 +69,27 @@ class QuantizedActivation:
     """What it was quantized from, and what a linear makes of it: fp32, bf16 or fp16."""
     quantizer: _core.ActivationQuantizer
     """How it was quantized; a layer takes what its own quantizer could have made."""
+
+    def __post_init__(self) -> None:
+        """Raise `SqCpuError` for parts that are not of one m."""
+        if not all(isinstance(size, int) and size >= 0 for size in self.leading):
+            raise SqCpuError(f"quantized activations: leading is {self.leading}, not a shape")
+        m = math.prod(self.leading)
+        for name, dtype, size in (
+            ("codes", torch.uint8, _core.codes_bytes(m, self.in_features)),
+            ("scale", torch.float32, m),
+            ("zero_point", torch.int32, m),
+        ):
+            part = getattr(self, name)
+            if part.dtype != dtype or part.shape != (size,):
+                raise SqCpuError(
+                    f"quantized activations: {name} is {part.dtype} {list(part.shape)}, not "
+                    f"{dtype} [{size}] for [{m}, {self.in_features}]"
+                )
+        if self.dtype not in _DTYPES:
+            raise SqCpuError(
+                f"quantized activations: dtype is {self.dtype}; use float32, bfloat16 or float16"
+            )
 
     @property
     def max_code(self) -> int:
@@ -110,9 +135,16 @@ def make_quantizer(
     Raises
     ------
     SqCpuError
-        When s or 1 / s is not positive and finite.
+        When s or 1 / s is not positive and finite, and for a static scale or zero point that no
+        grid has.
     """
-    settings = (getattr(_core.Granularity, activations), symmetric, reduce_range, scale, zero_point)
+    if activations not in _GRANULARITIES:
+        raise SqCpuError(
+            f"activations are quantized {', '.join(_GRANULARITIES)}; not {activations!r}"
+        )
+    if not -(2**63) <= zero_point < 2**63:
+        raise SqCpuError(f"static zero point is {zero_point}; codes are 0 .. 255")
+    settings = (_GRANULARITIES[activations], symmetric, reduce_range, scale, zero_point)
     if smoothing is None:
         return _core.ActivationQuantizer(*settings)
     if smoothing.is_inference():  # such a tensor does not tell when it is changed
@@ -128,10 +160,19 @@ def make_quantizer(
 
 
 def _reciprocals(smoothing: Tensor) -> list[float]:
+    if not (smoothing.is_cpu and smoothing.is_floating_point() and smoothing.dim() == 1):
+        raise SqCpuError(
+            f"the smoothing scale is {_describe(smoothing)}; use floats [in_features] on cpu"
+        )
     reciprocal = 1 / smoothing
     if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
         raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
     return reciprocal.tolist()
+
+
+def _describe(x: Tensor) -> str:
+    kind = "" if x.layout == torch.strided else f", {x.layout}"
+    return f"{x.dtype} {list(x.shape)} on {x.device}{kind}"
 
 
 def is_plain(x: object) -> bool:
@@ -147,7 +188,7 @@ class Epilogue(NamedTuple):
     residual: Tensor | None = None
 
     def checked(self, shape: tuple[int, ...], dtype: torch.dtype) -> Epilogue:
-        """Return it with operands whose addresses the kernels can read."""
+        """Return it with operands that the kernels can read."""
         if self.activation not in _ACTIVATIONS:
             raise SqCpuError(
                 f"int8 linear: activation is {self.activation!r}, known are "
@@ -159,29 +200,28 @@ class Epilogue(NamedTuple):
         )
         return Epilogue(self.activation, other, residual)
 
-    def arguments(self) -> tuple[_core.Activation, int, int]:
-        """Return what the bindings take; the addresses live as long as this epilogue."""
-        other = 0 if self.other is None else self.other.data_ptr()
-        residual = 0 if self.residual is None else self.residual.data_ptr()
-        return _ACTIVATIONS[self.activation], other, residual
+    def arguments(self) -> tuple[_core.Activation, Tensor | None, Tensor | None]:
+        """Return what the bindings take."""
+        return _ACTIVATIONS[self.activation], self.other, self.residual
 
 
 def _operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if tuple(operand.shape) != shape or operand.dtype != dtype or not operand.is_cpu:
+    same = tuple(operand.shape) == shape and operand.dtype == dtype
+    if not same or not operand.is_cpu or operand.layout != torch.strided:
         raise SqCpuError(
-            f"int8 linear: {name} is {operand.dtype} {list(operand.shape)} on {operand.device}, "
-            f"the output {dtype} {list(shape)} on cpu"
+            f"int8 linear: {name} is {_describe(operand)}, the output {dtype} {list(shape)} on cpu"
         )
     if operand.requires_grad and torch.is_grad_enabled():
         raise SqCpuError(_NO_GRADIENT)
     return operand.resolve_neg().contiguous()
 
 
-def check(x: Tensor, packed: Tensor, in_features: int) -> tuple[_core.DType, list[int]]:
-    """Return the kernels' dtype of x [*leading, in_features], and `leading`; else `SqCpuError`."""
-    kind = _DTYPES.get(x.dtype)
-    if kind is None:
+def check(x: Tensor, packed: Tensor, in_features: int) -> list[int]:
+    """Return `leading` of an x [*leading, in_features] that the kernels take; else `SqCpuError`."""
+    if x.dtype not in _DTYPES:
         raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
+    if x.layout != torch.strided:
+        raise SqCpuError(f"int8 linear: input is {_describe(x)}; use a dense tensor")
     *leading, width = x.shape or (-1,)
     if width != in_features:
         raise SqCpuError(
@@ -194,7 +234,7 @@ def check(x: Tensor, packed: Tensor, in_features: int) -> tuple[_core.DType, lis
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise SqCpuError(_NO_GRADIENT)
-    return kind, leading
+    return leading
 
 
 def linear(
@@ -206,28 +246,24 @@ def linear(
     epilogue: Epilogue | None = None,
 ) -> Tensor:
     """Return y [..., out_features] of x's dtype, for a plain x."""
-    kind, leading = check(x, packed, in_features)
+    leading = check(x, packed, in_features)
     if x.is_neg():
         x = x.resolve_neg()
     x = x.contiguous()
-    y = x.new_empty(*leading, out_features)  # a tuple would take longer
+    y = empty((*leading, out_features), x.dtype)
     if epilogue is not None:
         epilogue = epilogue.checked(tuple(y.shape), y.dtype)
     activation, other, residual = _NO_STEPS if epilogue is None else epilogue.arguments()
-    _core.linear(
-        x.data_ptr(),
-        kind,
-        math.prod(leading),
-        packed.data_ptr(),
-        out_features,
-        in_features,
-        quantizer,
-        y.data_ptr(),
-        activation,
-        other,
-        residual,
-    )
+    _core.linear(x, packed, out_features, in_features, quantizer, y, activation, other, residual)
     return y
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a new tensor on the CPU; `SqCpuError` where there is no memory for it."""
+    try:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    except RuntimeError as error:
+        raise SqCpuError(f"there is no memory for {dtype} {list(shape)}") from error
 
 
 def _empty_codes(
@@ -238,7 +274,7 @@ def _empty_codes(
 ) -> QuantizedActivation:
     m = math.prod(leading)
     codes, scale, zero_point = (
-        torch.empty(size, dtype=kind, device="cpu")
+        empty((size,), kind)
         for size, kind in (
             (_core.codes_bytes(m, in_features), torch.uint8),
             (m, torch.float32),
@@ -248,18 +284,12 @@ def _empty_codes(
     return QuantizedActivation(codes, scale, zero_point, leading, in_features, dtype, quantizer)
 
 
-def _addresses(x: QuantizedActivation) -> tuple[int, int, int]:
-    return x.codes.data_ptr(), x.scale.data_ptr(), x.zero_point.data_ptr()
-
-
 def quantize_activations(x: Tensor, quantizer: _core.ActivationQuantizer) -> QuantizedActivation:
     """Quantize x [..., in_features], a plain fp32, bf16 or fp16 tensor, as `linear` does."""
-    *leading, in_features = x.shape
+    *leading, in_features = x.shape or (-1,)
     x = x.resolve_neg().contiguous()
     out = _empty_codes(tuple(leading), in_features, x.dtype, quantizer)
-    _core.quantize_activations(
-        x.data_ptr(), _DTYPES[x.dtype], len(out.scale), in_features, quantizer, *_addresses(out)
-    )
+    _core.quantize_activations(x, in_features, quantizer, out.codes, out.scale, out.zero_point)
     return out
 
 
@@ -269,16 +299,16 @@ def linear_quantized(
     """Return what `linear` returns for what `x` was quantized from, bit for bit."""
     shape = (*x.leading, out_features)
     epilogue = epilogue.checked(shape, x.dtype)
-    y = torch.empty(shape, dtype=x.dtype, device="cpu")
+    y = empty(shape, x.dtype)
     _core.linear_quantized(
-        *_addresses(x),
-        len(x.scale),
+        x.codes,
+        x.scale,
+        x.zero_point,
         x.max_code,
-        packed.data_ptr(),
+        packed,
         out_features,
         x.in_features,
-        y.data_ptr(),
-        _DTYPES[x.dtype],
+        y,
         *epilogue.arguments(),
     )
     return y
@@ -295,14 +325,17 @@ def linear_requantized(
     epilogue = epilogue.checked((*x.leading, out_features), x.dtype)
     y = _empty_codes(x.leading, out_features, x.dtype, quantizer)
     _core.linear_requantized(
-        *_addresses(x),
-        len(x.scale),
+        x.codes,
+        x.scale,
+        x.zero_point,
         x.max_code,
-        packed.data_ptr(),
+        packed,
         out_features,
         x.in_features,
         quantizer,
-        *_addresses(y),
+        y.codes,
+        y.scale,
+        y.zero_point,
         _DTYPES[x.dtype],
         *epilogue.arguments(),
     )
@@ -333,6 +366,7 @@ def _linear_op(
 
 @_linear_op.register_fake
 def _(x: Tensor, packed: Tensor, out_features: int, *_: Any, **__: Any) -> Tensor:
+    _check_packed(x, packed, out_features)
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -342,7 +376,9 @@ def _check_packed(x: Tensor, packed: Tensor, out_features: int) -> None:
             f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
             "use float32, bfloat16 or float16, of one or more"
         )
-    size = _core.packed_bytes(out_features, x.shape[-1])
+    if x.device != packed.device:
+        raise SqCpuError(f"int8 linear: input is on {x.device}, weights on {packed.device}")
+    size = _core.packed_bytes(out_features, int(x.shape[-1]))
     if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != size:
         raise SqCpuError(
             f"int8 linear: {packed.numel()} elements of {packed.dtype} are not a packed weight "

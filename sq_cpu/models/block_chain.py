@@ -20,6 +20,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Example
 from sq_cpu.models.families import family_of
 from sq_cpu.models.groups import stack_paths
+from sq_cpu.models.padding import Padding, padding_of
 
 __all__ = ["BlockCalls", "BlockChain"]
 
@@ -30,7 +31,7 @@ class BlockCalls:
 
     arguments: Example
     """Of the model."""
-    mask: Any
+    padding: Padding
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     """What the first block takes."""
     blocks: list[Example] = field(default_factory=list)
@@ -124,6 +125,10 @@ class BlockChain:
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
+    def padding(self, index: int, call: BlockCalls, hidden: Tensor) -> Padding:
+        """Return which rows are padding when a block is called with these hidden states."""
+        return call.padding.of_hidden(hidden, self.model.get_submodule(self.names[index]))
+
     @contextmanager
     def replaced(self, take: Callable[..., Tensor]) -> Iterator[None]:
         """Have take(index, hidden, args, kwargs) in the place of every block."""
@@ -151,7 +156,7 @@ class BlockChain:
         args, kwargs = batch
         if "use_cache" in inspect.signature(self.model.forward).parameters:
             kwargs = kwargs | {"use_cache": False}
-        return BlockCalls((args, kwargs), kwargs.get("attention_mask"))
+        return BlockCalls((args, kwargs), padding_of(self.model, args, kwargs))
 
     def _forward(self, call: BlockCalls, stop: int) -> None:
         """Run the model up to a block, the blocks before handing on what they get."""

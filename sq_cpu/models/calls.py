@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.padding import Padding
 from sq_cpu.progress import track
 
-__all__ = ["Batch", "Example", "check_length", "evaluating", "example_of", "model_inputs"]
-
-_EXAMPLE_TOKENS = 32
+__all__ = [
+    "Batch",
+    "Example",
+    "check_length",
+    "copied",
+    "evaluating",
+    "example_of",
+    "model_inputs",
+]
 
 Batch = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 """A tensor (a model's one positional argument), positional arguments, or keyword arguments."""
@@ -24,25 +32,48 @@ Example = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
 
 
-def example_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Example:
-    """Copy a batch; if it is sequences of ids (masks, labels) of one length, its first tokens only.
+def example_of(args: tuple[Any, ...], kwargs: dict[str, Any], padding: Padding) -> Example | None:
+    """Copy a batch, with which folds can be proven; None where a sequence is padding alone.
 
-    Beside images or embeddings the ids stay whole: some of them may stand for these.
+    Of a batch of ids, with their masks and labels, it is the row with the least padding, as long as
+    it came. Other batches stay whole: images may be packed, or belong to any row.
     """
+    if padding.is_all:
+        return None
+    leaves = tree_leaves((args, kwargs))
+    ids = next((x for x in leaves if isinstance(x, Tensor) and _is_ids(x) and x.dim() == 2), None)
 
-    def is_ids(value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point()
+    def has_rows(value: Tensor) -> bool:
+        return ids is not None and value.dim() in (1, 2) and len(value) == len(ids)
 
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    lengths = {value.shape[1] for value in tensors if is_ids(value)}
-    ids_alone = all(is_ids(value) or value.dim() < 2 for value in tensors) and len(lengths) == 1
+    def belongs(value: Any) -> bool:
+        """Whether the value is of ids, row by row, or of none."""
+        if not isinstance(value, Tensor):
+            return isinstance(value, bool | int | float | str | None)  # no cache
+        if value.dim() == 2 and not _is_ids(value):
+            return ids is not None and value.shape == ids.shape  # a mask
+        return has_rows(value) or value.dim() == 0 or (value.dim() == 2 and len(value) == 1)
 
-    def cut(value: Any) -> Any:
-        if ids_alone and is_ids(value):
-            return value[:, :_EXAMPLE_TOKENS].clone()
-        return value.detach().clone() if isinstance(value, Tensor) else value
+    row = padding.fullest_row()
+    ids_alone = all(map(belongs, leaves))
 
-    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
+    def cut(value: Tensor) -> Tensor:
+        return value[row : row + 1] if ids_alone and has_rows(value) else value
+
+    return copied(tree_map_only(Tensor, cut, (args, kwargs)))
+
+
+def _is_ids(value: Tensor) -> bool:
+    return not value.is_floating_point()
+
+
+def copied(example: Example) -> Example:
+    """Copy an example, which its model may write to: tensors, and what else it holds (a cache)."""
+    copies: Example = tree_map(
+        lambda value: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value),
+        example,
+    )
+    return copies
 
 
 def model_inputs(

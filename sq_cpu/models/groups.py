@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sq_cpu.models.families import family_of
@@ -53,7 +52,7 @@ class Layout:
 
     def spread(self, s: Tensor, outputs: int) -> Tensor:
         """Return what each of the producer's outputs is divided by: s, and 1 where none reads."""
-        full = torch.ones(self.parts, outputs // self.parts, dtype=s.dtype)
+        full = s.new_ones(self.parts, outputs // self.parts)
         full[:, self.start : self.stop] = s.reshape(self.parts, -1)
         return full.reshape(-1)
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.checks import additions
 from sq_cpu.models.hf_private import ExpertsLayout, experts_activation, experts_layout
 
 __all__ = [
@@ -131,11 +132,8 @@ def _as_linears(module: nn.Module) -> nn.Module | None:
         convert = partial(Experts, layout=layout)
     if convert is None:
         return None
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise SqCpuError(
-            f"a {type(module).__name__} of the model has forward hooks, which int8 would lose: "
-            "remove them"
-        )
+    if added := additions(module):
+        raise SqCpuError(f"a {type(module).__name__} of the model {added}")
     return convert(module)
 
 
@@ -243,26 +241,33 @@ def float_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, str]:
 def check_ignore(model: nn.Module, ignore: tuple[str, ...]) -> None:
     """Raise `SqCpuError` for an entry that ignores no linear, which is most likely a typo.
 
-    The default is let through: it stands for a head where there is one.
+    "lm_head", the default, is let through: it stands for a head where there is one.
     """
-    if ignore == ("lm_head",):
-        return
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for entry in ignore:
-        if not any(is_ignored(model, name, (entry,)) for name in names):
-            # An entry can be any end of a name: offer those of as many parts.
-            parts = entry.count(".") + 1
-            ends = dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names)
-            close = " or ".join(get_close_matches(entry, ends)) or "the end of a linear's name"
+        if entry != "lm_head" and not any(is_ignored(model, name, (entry,)) for name in names):
+            close = " or ".join(_nearest(entry, names)) or "the end of a linear's or module's path"
             raise SqCpuError(f"ignore has {entry!r}, which matches no linear: use {close}")
 
 
-def is_ignored(model: nn.Module, name: str, ignore: tuple[str, ...]) -> bool:
-    """Say whether a full name is an entry of `ignore`, or ends with a dot and an entry.
+def _nearest(entry: str, linears: list[str]) -> list[str]:
+    # Parts of paths that have as many components.
+    count = entry.count(".") + 1
+    parts = dict.fromkeys(
+        ".".join(path[start : start + count])
+        for path in (name.split(".") for name in linears)
+        for start in range(len(path) - count + 1)
+    )
+    return get_close_matches(entry, parts)
 
-    "lm_head" also stands for the model's output embeddings, whatever their name.
+
+def is_ignored(model: nn.Module, name: str, ignore: tuple[str, ...]) -> bool:
+    """Say whether an entry of `ignore` names a linear, by its full name, or a module that holds it.
+
+    An entry may be the end of such a path alone. "lm_head" also stands for the model's output
+    embeddings, whatever their name.
     """
-    if any(name == entry or name.endswith(f".{entry}") for entry in ignore):
+    if any(f".{entry}." in f".{name}." for entry in ignore):
         return True
     return "lm_head" in ignore and model.get_submodule(name) is _head(model)
 

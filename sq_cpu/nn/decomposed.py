@@ -122,7 +122,7 @@ class DecomposedLinear(nn.Module):
         rest.weight = nn.Parameter(weight.index_fill(1, columns, 0), requires_grad=False)
         rest.bias = linear.bias
         if smoothing is None:
-            smoothing = torch.ones(linear.in_features, device="cpu")
+            smoothing = torch.ones(linear.in_features, dtype=torch.float32, device="cpu")
         hiding = smoothing.detach().float().index_fill(0, columns, _HIDDEN)
         regular = QuantLinear.from_float(
             rest, scheme, input_range, smoothing=hiding, weight_clip=weight_clip
@@ -131,10 +131,19 @@ class DecomposedLinear(nn.Module):
 
     @classmethod
     def empty(
-        cls, in_features: int, out_features: int, scheme: Scheme, outliers: int, *, bias: bool
+        cls,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        outliers: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
     ) -> DecomposedLinear:
         """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
-        regular = QuantLinear(in_features, out_features, scheme, bias=bias, smoothed=True)
+        regular = QuantLinear(
+            in_features, out_features, scheme, bias=bias, smoothed=True, dtype=dtype
+        )
         columns = torch.zeros(outliers, dtype=torch.int64, device="cpu")
         weight = torch.zeros(out_features, outliers, dtype=torch.float32, device="cpu")
         return cls(regular, columns, weight)
@@ -151,19 +160,19 @@ class DecomposedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the int8 part's weight, no values (see `QuantLinear.weight`)."""
+        """Shape and dtype of the weight, no values (see `QuantLinear.weight`)."""
         return self.regular.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y [..., out_features] for x [..., in_features], both fp32, bf16 or fp16.
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as nn.Linear names it
+        """Return y [..., out_features] for `input` [..., in_features], both fp32, bf16 or fp16.
 
         The float product is rounded to that dtype, then added in fp32. Raises `SqCpuError` as
         `QuantLinear.forward` does.
         """
-        ops.check(x, self.regular.packed, self.in_features)
-        outlier_weight = self.outlier_weight.to(x.dtype)
-        outliers = nn.functional.linear(x[..., self.columns], outlier_weight)
-        return self.regular(x, residual=outliers)  # type: ignore[no-any-return]
+        ops.check(input, self.regular.packed, self.in_features)
+        outlier_weight = self.outlier_weight.to(input.dtype)
+        outliers = nn.functional.linear(input[..., self.columns], outlier_weight)
+        return self.regular(input, residual=outliers)  # type: ignore[no-any-return]
 
     def reference(self, x: Tensor) -> Tensor:
         """Return what `forward` returns, computed in plain torch by `decomposed_reference`."""

@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
+from sq_cpu.nn.entries import Entries, linear_entries
 from sq_cpu.nn.packed_weight import PackedWeight
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
@@ -40,6 +41,7 @@ class QuantLinear(nn.Module):
     Attributes
     ----------
     packed : uint8 buffer, laid out as cpp/include/sq_cpu/linear.h draws it
+    dtype : of the float linear, or of the last `.to(dtype)`: what a model computes in here
     input_scale, input_zero_point : of a static scheme; None and 0 otherwise
     smoothing : s, fp32 [in_features], which divides the input (SmoothQuant, arXiv 2211.10438,
         eq. 3) while it is quantized; None where that was folded into the layer before
@@ -55,13 +57,18 @@ class QuantLinear(nn.Module):
         *,
         bias: bool,
         smoothed: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
+        """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved.
+
+        `dtype` is what `weight` says until `.to(dtype)` says another.
+        """
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.has_bias = bias
         self.scheme = scheme
+        self.dtype = dtype
         packed = PackedWeight.zeros(out_features, in_features)
         self.register_buffer("packed", packed.buffer, persistent=False)
         static = None if scheme.activations != "static" else (1.0, scheme.zero_point)
@@ -89,7 +96,7 @@ class QuantLinear(nn.Module):
         Raises
         ------
         SqCpuError
-            When the weight is not finite, in_features exceeds 66310 (where an int32 sum could
+            When the weight is not finite, in_features exceeds 65793 (where an int32 sum could
             overflow), a static scheme has no input range, s is not positive and finite, or the
             clip is out of its range.
         """
@@ -98,7 +105,13 @@ class QuantLinear(nn.Module):
             if input_range is None:
                 raise SqCpuError("a static scheme needs the input's range: calibrate the model")
             static = static_code(scheme, *input_range)
-        layer = cls(linear.in_features, linear.out_features, scheme, bias=linear.bias is not None)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            scheme,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+        )
         smoothing = None if smoothing is None else _own_copy(smoothing)
         layer._set_quantizer(static, smoothing)
         weight = linear.weight.detach()
@@ -112,17 +125,17 @@ class QuantLinear(nn.Module):
 
     def forward(
         self,
-        x: Tensor | QuantizedActivation,
+        input: Tensor | QuantizedActivation,  # noqa: A002  as nn.Linear names it
         *,
         activation: Activation | None = None,
         other: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """Return y [..., out_features] for x [..., in_features], both fp32, bf16 or fp16.
+        """Return y [..., out_features] for `input` [..., in_features], both fp32, bf16 or fp16.
 
         Parameters
         ----------
-        x : a tensor, or what `quantize_input` of this layer or of one that quantizes alike gave
+        input : a tensor, or what `quantize_input` of this layer or of one that quantizes alike gave
         activation : "relu", "gelu" (by erf), "gelu_tanh" or "silu"
         other, residual : [..., out_features] of y's dtype; y = activation(v) * other + residual,
             each step in fp32 and the result rounded once
@@ -138,20 +151,22 @@ class QuantLinear(nn.Module):
         if activation is not None or other is not None or residual is not None:
             steps = Epilogue(activation, other, residual)
         elif not is_compiling():
-            y = _core.linear_tensor(x, packed, self.in_features, self.out_features, self._quantizer)
+            y = _core.linear_tensor(
+                input, packed, self.in_features, self.out_features, self._quantizer
+            )
             if y is not None:
                 return y
-        if isinstance(x, QuantizedActivation):
-            self._check_quantized(x)
-            return ops.linear_quantized(x, packed, self.out_features, steps or Epilogue())
+        if isinstance(input, QuantizedActivation):
+            self._check_quantized(input)
+            return ops.linear_quantized(input, packed, self.out_features, steps or Epilogue())
         operands = [operand for operand in (other, residual) if operand is not None]
-        if ops.is_plain(x) and all(ops.is_plain(operand) for operand in operands):
+        if ops.is_plain(input) and all(ops.is_plain(operand) for operand in operands):
             return ops.linear(
-                x, packed, self.in_features, self.out_features, self._quantizer, steps
+                input, packed, self.in_features, self.out_features, self._quantizer, steps
             )
-        ops.check(x, packed, self.in_features)
+        ops.check(input, packed, self.in_features)
         return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
-            x,
+            input,
             packed,
             self.out_features,
             self.scheme.activations,
@@ -257,11 +272,10 @@ class QuantLinear(nn.Module):
         else:
             codes = self.quantize_input(x.detach())
         return _core.count_saturation(
-            codes.codes.data_ptr(),
-            codes.zero_point.data_ptr(),
-            len(codes.scale),
+            codes.codes,
+            codes.zero_point,
             codes.max_code,
-            self.packed.data_ptr(),
+            self.packed,
             self.out_features,
             self.in_features,
         )
@@ -277,12 +291,13 @@ class QuantLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Return the weight's shape, dtype and device, int8 [out_features, in_features], no values.
+        """Return a tensor [out_features, in_features] of the layer's `dtype`, without values.
 
-        For models that look at their linears' weights before they call them (T5 does). Whatever
-        reads or computes with it raises `SqCpuError`; `weight_int8` has the values.
+        For models that look at their linears' weights before they call them: T5 and DeepSeek cast
+        the input to the weight's dtype. Whatever reads or computes with it raises `SqCpuError`;
+        `weight_int8` has the values.
         """
-        return self.packed_weight.unreadable()
+        return self.packed_weight.unreadable(self.dtype)
 
     @property
     def weight_scale(self) -> Tensor:
@@ -307,6 +322,12 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.has_bias}, scheme={self.scheme.name}"
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        # What .to(), .half() and the like end in: the dtype follows, which no tensor has.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
 
     def _check_quantized(self, x: QuantizedActivation) -> None:
         if x.in_features != self.in_features:
@@ -363,22 +384,15 @@ class QuantLinear(nn.Module):
         self.smoothing = smoothing
         self._quantizer = quantizer
 
-    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def entries(self) -> Entries:
         """Return the shape and dtype of each entry of the state dict."""
-        entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": ((self.out_features, self.in_features), torch.int8),
-            "weight_scale": ((self.out_features,), torch.float32),
-        }
-        if self.has_bias:
-            entries["bias"] = ((self.out_features,), torch.float32)
-        if self.scheme.activations == "static":
-            entries |= {
-                "input_scale": ((), torch.float32),
-                "input_zero_point": ((), torch.int32),
-            }
-        if self.smoothing is not None:
-            entries["smoothing"] = ((self.in_features,), torch.float32)
-        return entries
+        return linear_entries(
+            self.in_features,
+            self.out_features,
+            self.scheme,
+            bias=self.has_bias,
+            smoothed=self.smoothing is not None,
+        )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

@@ -14,7 +14,7 @@ from sq_cpu.kernels import _core
 
 __all__ = ["PackedWeight"]
 
-_HUGE_PAGE = 2 << 20
+_ONE_THREAD = 32 << 10  # torch fills fewer bytes by the caller alone (GRAIN_SIZE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class PackedWeight:
         Raises
         ------
         SqCpuError
-            When in_features exceeds 66310, where an int32 sum could overflow.
+            When in_features exceeds 65793, where an int32 sum could overflow.
         """
         size = _core.packed_bytes(out_features, in_features)
         return cls(_untouched_zeros(size), out_features, in_features)
@@ -67,14 +67,12 @@ class PackedWeight:
             raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
         weight, scale = weight.contiguous(), scale.float().contiguous()
         bias = None if bias is None else bias.float().contiguous()
-        _core.pack_weight(
-            weight.data_ptr(),
-            scale.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            self.out_features,
-            self.in_features,
-            self.buffer.data_ptr(),
-        )
+        if weight.shape != (self.out_features, self.in_features):
+            raise SqCpuError(
+                f"int8 linear: the weight is {list(weight.shape)}, "
+                f"the layer's [{self.out_features}, {self.in_features}]"
+            )
+        _core.pack_weight(weight, scale, bias, self.buffer)
 
     def weight(self) -> Tensor:
         """Return the codes, int8 [out_features, in_features], unpacked into new memory."""
@@ -83,11 +81,11 @@ class PackedWeight:
         self._unpack(weight=weight)
         return weight
 
-    def unreadable(self) -> Tensor:
-        """Return a tensor of the codes' shape, dtype and device, without values."""
+    def unreadable(self, dtype: torch.dtype) -> Tensor:
+        """Return a tensor of the codes' shape and device, and this dtype, without values."""
         shape = (self.out_features, self.in_features)
         return Tensor._make_wrapper_subclass(
-            _Unreadable, shape, dtype=torch.int8, device=self.buffer.device
+            _Unreadable, shape, dtype=dtype, device=self.buffer.device
         )
 
     def scale(self) -> Tensor:
@@ -107,23 +105,29 @@ class PackedWeight:
             raise SqCpuError(
                 f"int8 linear: the weight is on {self.buffer.device}; sq_cpu runs on the CPU only"
             )
-        addresses = dict.fromkeys(("weight", "scale", "bias"), 0)
-        addresses |= {name: tensor.data_ptr() for name, tensor in out.items()}
-        _core.unpack_weight(
-            self.buffer.data_ptr(), self.out_features, self.in_features, **addresses
-        )
+        shape = self.out_features, self.in_features
+        outputs = (out.get(name) for name in ("weight", "scale", "bias"))
+        _core.unpack_weight(self.buffer, *shape, *outputs)
 
 
 class _Unreadable(Tensor):
-    """A tensor without values; one on the meta device is no safe one, as products take it."""
+    """A tensor without values; one on the meta device is no safe one, as products take it.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    It has a `__torch_function__`, so that torch's transformer layers call their linears instead of
+    handing all weights to a fused kernel.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():  # what x.to(weight) gives is an x
+            return func(*args, **kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
         raise SqCpuError(
-            f"{func} needs the values of a QuantLinear's weight, which is packed: call the layer, "
-            "or read weight_int8()"
+            f"{func} needs the values of a QuantLinear's weight, which is packed: quantize with a "
+            "calibration, which finds what the model reads itself, or ignore this linear "
+            "(weight_int8() has the codes)"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -134,9 +138,10 @@ def _untouched_zeros(size: int) -> Tensor:
     """Return uint8 zeros whose pages no thread has touched.
 
     The kernels pack into them: huge pages can be asked for, and each page lies near the thread that
-    will read it. torch.zeros writes the zeros.
+    will read it. torch.zeros writes the zeros, from some size on with threads that a forked child
+    does not have.
     """
-    if size < _HUGE_PAGE:
+    if size < _ONE_THREAD:
         return torch.zeros(size, dtype=torch.uint8, device="cpu")
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8)

@@ -57,7 +57,7 @@ class LinearSample:
         return self._output(self.gradient_inputs())
 
     def _output(self, x: Tensor) -> Tensor:
-        return x @ self.weight.detach().float().T
+        return _product(x, self.weight.detach().float())
 
     def squared_output(self) -> Tensor:
         """Return |X W^T|^2 over `rows`, fp64."""
@@ -166,9 +166,14 @@ class FakeQuantizedLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the output for rows X, without bias: fp32 [rows, out_features]."""
-        return self.quantize(rows) @ self.weight.T
+        return _product(self.quantize(rows), self.weight)
 
     def squared_error(self) -> Tensor:
         """Return |Q(X / s) Q(W s)^T - X W^T|^2 over the sample's rows, fp64."""
         error = self(self.sample.inputs()) - self.sample.output
         return error.double().square().sum()
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ weight.T

@@ -110,14 +110,15 @@ def _squared_error(values: Tensor, scheme: Scheme) -> Callable[[float, float], f
     """
     squares = float(values.square().sum())
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    ends = torch.tensor([0, len(values)])
+    ends = sums.new_tensor([0, len(values)], dtype=torch.int64)
 
     def error(low: float, high: float) -> float:
         scale, zero_point = static_code(scheme, low, high)
         first, last = -zero_point, scheme.levels - zero_point
         if scheme.symmetric:
             first, last = -scheme.qmax, scheme.qmax
-        grid = torch.arange(first, last + 1, dtype=torch.float64) * scale
+        codes = torch.arange(first, last + 1, dtype=torch.float64, device=values.device)
+        grid = codes * scale
         inside = torch.searchsorted(values, (grid[:-1] + grid[1:]) / 2)
         edges = torch.cat([ends[:1], inside, ends[1:]])
         total, count = sums[edges].diff(), edges.diff()

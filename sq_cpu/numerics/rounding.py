@@ -11,10 +11,11 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.scheme import Scheme
 
-__all__ = ["quantize_rows", "quantize_weight", "static_code"]
+__all__ = ["FLOOR", "quantize_rows", "quantize_weight", "static_code"]
 
 _ROWS = 256  # of a weight that are in fp32 at a time
-_FLOOR = 1e-30  # of an absolute maximum: keeps 127 / absmax finite
+FLOOR = 1e-30
+"""Of an absolute maximum: keeps 127 / absmax finite."""
 
 
 def quantize_weight(
@@ -55,7 +56,7 @@ def quantize_weight(
         absmax = torch.cat([group.max().expand_as(group) for group in groups])
     if not torch.isfinite(absmax).all():
         raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
-    scale = ((absmax.double() * clip).clamp_min(_FLOOR) / 127).float()
+    scale = ((absmax.double() * clip).clamp_min(FLOOR) / 127).float()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for part, rows, by in zip(
         *(torch.split(t, _ROWS) for t in (codes, weight, scale)), strict=True
@@ -68,11 +69,11 @@ def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
     """Return scale and zero point for activations within [low, high], extended to hold 0."""
     low, high = min(low, 0.0), max(high, 0.0)
     if scheme.symmetric:
-        scale, zero_point = max(_FLOOR, -low, high) / scheme.qmax, scheme.zero_point
+        scale, zero_point = max(FLOOR, -low, high) / scheme.qmax, scheme.zero_point
     else:
-        span = max(_FLOOR, high - low)
+        span = max(FLOOR, high - low)
         scale, zero_point = span / scheme.levels, round(-low * scheme.levels / span)
-    return float(torch.tensor(scale, dtype=torch.float32)), zero_point
+    return float(torch.tensor(scale, dtype=torch.float32, device="cpu")), zero_point
 
 
 def quantize_rows(
@@ -101,11 +102,11 @@ def quantize_rows(
         inverse = 1 / scale
         zero_point = torch.full_like(low, static[1])
     elif scheme.symmetric:
-        absmax = torch.maximum(-low, high).clamp_min(_FLOOR)
+        absmax = torch.maximum(-low, high).clamp_min(FLOOR)
         scale, inverse = absmax / scheme.qmax, scheme.qmax / absmax
         zero_point = torch.full_like(low, scheme.zero_point)
     else:
-        span = (high - low).clamp_min(_FLOOR)
+        span = (high - low).clamp_min(FLOOR)
         scale, inverse = span / scheme.levels, scheme.levels / span
         zero_point = torch.round(-low * scheme.levels / span)
     centre = zero_point[:, None]

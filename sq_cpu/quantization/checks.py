@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
+from sq_cpu.models.checks import additions, check_weights
 from sq_cpu.models.linears import is_ignored
 from sq_cpu.smoothing.plan import SmoothPlan
 
@@ -24,11 +24,13 @@ __all__ = [
 ]
 
 
-def check_quantizes(linears: Collection[str]) -> None:
+def check_quantizes(linears: Collection[str], kept: Mapping[str, str]) -> None:
     """Raise `SqCpuError` where no linear is left to quantize."""
     if not linears:
+        first = next((f": {name}, {why}" for name, why in kept.items() if why != "ignored"), "")
         raise SqCpuError(
             "nothing to quantize: the model has no Linear that is not ignored or kept in float"
+            + first
         )
 
 
@@ -45,6 +47,7 @@ def check_linears(linears: Mapping[str, nn.Linear]) -> None:
             "the model is itself a Linear, which cannot be replaced in place; "
             "use QuantLinear.from_float"
         )
+    check_weights(linears)
     for name, linear in linears.items():
         if linear.in_features > _core.MAX_DEPTH:
             raise SqCpuError(
@@ -77,30 +80,18 @@ def check_layers(linears: Mapping[str, nn.Linear], plan: SmoothPlan | None) -> N
 def check_replaceable(
     model: nn.Module, ignore: tuple[str, ...], in_float: Mapping[str, str]
 ) -> None:
-    """Raise for a linear that does more than its forward, or whose parent never calls it."""
+    """Raise `SqCpuError` for a linear to quantize that does more than its class."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or is_ignored(model, name, ignore):
             continue
         if name in in_float:
             continue
-        if is_parametrized(module):
-            raise SqCpuError(
-                f"{name} is parametrized, which int8 would lose: remove_parametrizations or "
-                "ignore it"
-            )
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise SqCpuError(
-                f"{name} has forward hooks, which int8 would lose: remove them or ignore it"
-            )
+        if added := additions(module):
+            raise SqCpuError(f"{name} {added}, or ignore it")
         parent = model.get_submodule(name.rpartition(".")[0])
         if hasattr(parent, "base_layer") and hasattr(parent, "unmerge"):  # peft's adapters
             raise SqCpuError(
                 f"{name} has an adapter beside it: merge that first (model.merge_and_unload())"
-            )
-        if isinstance(parent, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            raise SqCpuError(
-                f"{name} is in a {type(parent).__name__}, which may read its weight without "
-                "calling it: ignore it"
             )
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibration import Calibration
-from sq_cpu.errors import SqCpuError
+from sq_cpu.calibration.calibration import Calibration, check_is_calibration
+from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
     check_ignore,
@@ -22,6 +21,7 @@ from sq_cpu.models.linears import (
     quantizable_linears,
     restore_modules,
 )
+from sq_cpu.models.padding import Padding
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
@@ -34,12 +34,13 @@ from sq_cpu.quantization.checks import (
     check_reached,
     check_replaceable,
 )
+from sq_cpu.quantization.kept import kept_linears
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
-from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, running
+from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
 from sq_cpu.smoothing.scales import (
     WeightStatistics,
     consumer_scales,
@@ -67,7 +68,8 @@ def quantize(
     only there, or with a plan without groups, and where no linear is static or decomposed, may the
     calibration be omitted. A group of which no linear is quantized is not smoothed, and not in the
     plan that is recorded. Linears that no batch reached (an expert that no token was routed to)
-    stay in float where their scheme is static, and are not smoothed otherwise. A linear that the
+    stay in float, or as `scheme.unreached` says; those whose weight the model's own code uses stay
+    in float wherever a calibration found them. A linear that the
     plan gives `outliers`, or whose smoothed input reaches `scheme.outlier_threshold` in some
     channels, becomes a `DecomposedLinear`.
 
@@ -101,26 +103,26 @@ def carry_out(
     `weights` are of either; None: made here.
     """
     scheme, plan = recipe.scheme, recipe.plan
+    check_model(model)
+    if calibration is not None:
+        check_is_calibration(calibration)
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)
-        if any(isinstance(module, QuantLinear) for module in model.modules()):
-            raise SqCpuError("the model is quantized already; start from its float weights")
         linears = quantizable_linears(model, scheme.ignore)
         check_layers(linears, plan)
-        in_float = {} if plan is None else plan.in_float
+        in_float = kept_linears(linears, calibration, scheme, plan)
+        if calibration is not None and recipe.needs_calibration:
+            check_reached(not linears or bool(linears.keys() - set(calibration.unreached)))
         for name in in_float:
             del linears[name]
         kept = float_linears(model, scheme.ignore) | in_float
         check_replaceable(model, scheme.ignore, in_float)
-        check_quantizes(linears)
-        unreached = () if calibration is None else calibration.unreached
-        if recipe.needs_calibration:
-            check_reached(bool(linears.keys() - set(unreached)))
+        check_quantizes(linears, kept)
 
         def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
             example = None if calibration is None else calibration.example
-            return proof or prove_folds(model, groups, running(model, example))
+            return proof or prove_with(model, groups, example)
 
         prepared = _prepare(model, linears, calibration, recipe, None, prove, weights)
     except BaseException:
@@ -140,15 +142,20 @@ def quantize_part(
     recipe: Recipe,
     groups: Sequence[SmoothingGroup],
     run: Run | None,
+    padding: Padding | None = None,
 ) -> QuantizedPart:
     """Quantize some linears of a linearized model as `quantize` does all of them.
 
     `groups` and the recipe's plan, if any, are those of these linears, `run` calls what holds them
-    and returns its outputs. `linears` is emptied, so that each can be freed.
+    and returns its outputs, and `padding` is of that call. `linears` is emptied, so that each can
+    be freed.
     """
-    prove = partial(prove_folds, model, run=run)
+    kept = kept_linears(linears, calibration, recipe.scheme, recipe.plan)
+    for name in kept:
+        del linears[name]
+    prove = partial(prove_folds, model, run=run, padding=padding)
     prepared = _prepare(model, linears, calibration, recipe, groups, prove)
-    return _swap(model, linears, prepared, progress=False)
+    return replace(_swap(model, linears, prepared, progress=False), kept=kept)
 
 
 _Ranges = dict[str, tuple[float, float]]
@@ -221,16 +228,11 @@ def _swap(
     progress: bool | None,
 ) -> QuantizedPart:
     ranges, outliers, schemes = prepared.ranges, prepared.outliers, prepared.schemes
-    static = {name for name in linears if schemes[name].activations == "static"}
-    unreached = tuple(name for name in linears if name in static and name not in ranges)
-    for name in unreached:
-        del linears[name]
     layers = tuple(linears)
     places = places_of(model, linears)
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
-        _untie(model, linear)
         s = prepared.scales[name] if name in prepared.at_run_time else None
         clip = 1.0 if prepared.plan is None else prepared.plan.layer(name).weight_clip
         layer: nn.Module
@@ -254,7 +256,6 @@ def _swap(
         layers=layers,
         smoothed=tuple(name for name in layers if name in at_run_time),
         decomposed={name: len(outliers[name]) for name in layers if name in outliers},
-        unreached=unreached,
     )
 
 
@@ -268,8 +269,7 @@ def _ranges_and_outliers(
 ) -> tuple[_Ranges, dict[str, Tensor]]:
     """Return what each static scale covers, and which channels stay in float: int64, ascending.
 
-    Both are what the searches see of a linear. One that no batch reached has no range, one without
-    such channels no entry.
+    Both are what the searches see of a linear. One without such channels has no entry.
     """
     plan = plan or SmoothPlan(())
     ranges: _Ranges = {}
@@ -282,7 +282,7 @@ def _ranges_and_outliers(
         # Its weight is the model's own, and is not looked at: no linear is held.
         fake = FakeQuantizedLinear(
             linear_sample(name, linear.weight, base, plan, seen),
-            scales.get(name, torch.ones(linear.in_features, device="cpu")),
+            scales.get(name, torch.ones(linear.in_features, dtype=torch.float32, device="cpu")),
             scheme,
             clips.get(name, 1.0),
         )
@@ -291,11 +291,3 @@ def _ranges_and_outliers(
         if seen is not None and scheme.activations == "static":
             ranges[name] = fake.range
     return ranges, outliers
-
-
-def _untie(model: nn.Module, linear: nn.Linear) -> None:
-    """Say in the config that a quantized head no longer shares the embedding's weight."""
-    config: Any = getattr(model, "config", None)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if linear is head and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False

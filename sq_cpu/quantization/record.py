@@ -74,16 +74,16 @@ class QuantizedPart:
     layers: tuple[str, ...]
     smoothed: tuple[str, ...]
     decomposed: Mapping[str, int]
-    unreached: tuple[str, ...]
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Those that stay in float for what the calibration says, and why."""
 
     def record(self, scheme: Scheme, kept: Mapping[str, str]) -> QuantizationRecord:
-        """Return the record of a model of which this is all."""
-        unreached = dict.fromkeys(self.unreached, "no calibration batch reached it")
+        """Return the record of a model of which this is all; `kept` are the others in float."""
         return QuantizationRecord(
             scheme=scheme,
             plan=self.plan,
             layers=self.layers,
             smoothed=self.smoothed,
             decomposed=self.decomposed,
-            kept={**kept, **unreached},
+            kept={**kept, **self.kept},
         )

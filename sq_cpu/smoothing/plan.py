@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import nn
 
-from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import json_text, write_file
+from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored, linearized
 from sq_cpu.parsing import check_fields, parsed_json, record
@@ -153,6 +154,8 @@ class SmoothPlan:
         others. Raises `SqCpuError` on an unknown rule, and on weights that changed since the
         calibration.
         """
+        check_model(model)
+        check_is_calibration(calibration)
         with linearized(model):
             groups = smoothing_groups(model)
             return uniform_plan(model, groups, calibration, alpha, rule=rule, ignore=ignore)

@@ -14,15 +14,20 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import Example, evaluating
+from sq_cpu.models.calls import Example, copied, evaluating
 from sq_cpu.models.groups import SmoothingGroup
-from sq_cpu.models.hooks import hooked
+from sq_cpu.models.hooks import hooked, watching_inputs
+from sq_cpu.models.padding import Padding, padding_of
+from sq_cpu.models.unchanged import unchanged
 from sq_cpu.smoothing.fold import folded_columns, folded_producer, producer_of
 
-__all__ = ["FoldProof", "Run", "prove_folds", "refused_folds", "running"]
+__all__ = ["FoldProof", "Run", "prove_folds", "prove_with", "refused_folds", "running"]
 
 Run = Callable[[], Sequence[Tensor]]
-"""Calls a model, or the one block that holds all the groups, and returns its outputs."""
+"""Calls a model, or the one block that holds all the groups, and returns its outputs.
+
+None of them is a loss: a sum may be in another order each time, or of nothing.
+"""
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -37,16 +42,17 @@ class FoldProof:
     """With what the norm before each group that can be folded was called last."""
 
 
-def running(model: nn.Module, example: Example | None) -> Run | None:
-    """Return what calls the model with an example and gives its outputs; None without one."""
-    if example is None:
-        return None
-    args, kwargs = example
+def running(model: nn.Module, example: Example) -> Run:
+    """Return what calls the model with an example and gives its outputs."""
 
     def run() -> list[Tensor]:
+        args, kwargs = copied(example)
+        outputs = model(*args, **kwargs)
+        if isinstance(outputs, Mapping):
+            outputs = [value for key, value in outputs.items() if not str(key).endswith("loss")]
         # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
-        outputs = tree_leaves(model(*args, **kwargs), is_leaf=_is_cache)
-        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+        leaves = tree_leaves(outputs, is_leaf=_is_cache)
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
 
     return run
 
@@ -55,7 +61,24 @@ def _is_cache(value: Any) -> bool:
     return hasattr(value, "get_seq_length")
 
 
-def prove_folds(model: nn.Module, groups: Iterable[SmoothingGroup], run: Run | None) -> FoldProof:
+def prove_with(
+    model: nn.Module, groups: Iterable[SmoothingGroup], example: Example | None
+) -> FoldProof:
+    """Do what `prove_folds` does, with an example of a call of the model; None: nothing is proven.
+
+    Positions of the example that are padding prove nothing.
+    """
+    if example is None:
+        return prove_folds(model, groups, None)
+    return prove_folds(model, groups, running(model, example), padding_of(model, *example))
+
+
+def prove_folds(
+    model: nn.Module,
+    groups: Iterable[SmoothingGroup],
+    run: Run | None,
+    padding: Padding | None = None,
+) -> FoldProof:
     """Prove of each group that has a producer whether it can be folded; change nothing.
 
     The proof is exact: a hook divides every producer's output by random powers of two, a hook
@@ -66,19 +89,27 @@ def prove_folds(model: nn.Module, groups: Iterable[SmoothingGroup], run: Run | N
     folded weights fit their dtype, depends on s: `refused_folds` tells.
     Hooks of the model's own on a linear see other values once s is in the weights: refused.
     Memory is that of two sets of outputs and of the norms' inputs, and the latter stay in the
-    proof. What the model draws at random is the same in every run, and the generator's state stays.
+    proof. What the model draws at random is the same in every run; afterwards its state is what it
+    was, and so are the generators (see `unchanged`).
+    `padding` is that of the call. Padding has to stay as it is, too, but it may be NaN, and a fold
+    of which nothing else is seen is not proven.
 
-    Without `run` nothing can be folded. Raises `SqCpuError` where the model gives NaN.
+    Without `run` nothing can be folded; without groups nothing is run. Raises `SqCpuError` where
+    the model gives NaN.
     """
     groups = [group for group in groups if group.producer is not None]
     if run is None:
         reason = "the calibration holds no example to prove it with"
         return FoldProof(dict.fromkeys(groups, reason), {})
+    if not groups:
+        return FoldProof({}, {})
     with evaluating(model):
-        return _prove(model, groups, run)
+        return _prove(model, groups, run, padding or Padding())
 
 
-def _prove(model: nn.Module, groups: Sequence[SmoothingGroup], run: Run) -> FoldProof:
+def _prove(
+    model: nn.Module, groups: Sequence[SmoothingGroup], run: Run, padding: Padding
+) -> FoldProof:
     refused = _taken(model, groups)
     left = [group for group in groups if group not in refused]
     norms = {
@@ -88,26 +119,39 @@ def _prove(model: nn.Module, groups: Sequence[SmoothingGroup], run: Run) -> Fold
     }
     calls: dict[nn.Module, _Arguments] = {}
     called: dict[nn.Module, bool] = {}
-    with _watching(model, left, norms.values(), calls, called):
-        expected = _seeded(run)
-    if any(output.isnan().any() for output in expected):  # -inf may be a mask
-        raise SqCpuError("the model gives NaN; check its weights and the batches")
+    seen: set[nn.Module] = set()
+
+    def seeded() -> Sequence[Tensor]:
+        # From the same state each time: what one run switches off for good, the next has too.
+        with unchanged(model):
+            torch.manual_seed(0)
+            return run()
+
+    with (
+        padding.tracing(),
+        _watching(model, left, norms.values(), calls, called),
+        _seeing(model, left, padding, seen),
+    ):
+        expected = seeded()
+        comparable = _comparable(expected, padding)
     for group in left:
         modules = [model.get_submodule(name) for name in (*group.consumers, producer_of(group))]
-        if not expected:
+        if not comparable:
             refused[group] = "the model returns no tensor that could be compared"
         elif not called.keys() >= set(modules):
             refused[group] = "the example never reaches it, so the fold cannot be proven"
+        elif not seen.issuperset(modules[:-1]):
+            refused[group] = "the example reaches it with padding alone, which proves no fold"
         elif not called[modules[-1]]:
             refused[group] = f"{group.producer} does not return a tensor with its channels last"
 
     def preserved(groups: Sequence[SmoothingGroup]) -> bool:
         with _rescaled(model, groups):
-            found = _seeded(run)
-        return all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+            found = seeded()
+        return all(_equal(a, b) for a, b in zip(expected, found, strict=True))
 
     for group in _culprits([group for group in left if group not in refused], preserved):
-        refused[group] = _reason(model, group, run)
+        refused[group] = _reason(model, group, seeded)
     return FoldProof(
         {group: refused.get(group, "") for group in groups},
         {group: calls[norm] for group, norm in norms.items() if group not in refused},
@@ -138,10 +182,24 @@ def refused_folds(
     return {group: reason for group, reason in reasons.items() if reason}
 
 
-def _seeded(run: Run) -> Sequence[Tensor]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return run()
+def _comparable(outputs: Iterable[Tensor], padding: Padding) -> bool:
+    """Return whether the outputs show anything beside padding; raise where that is NaN."""
+    found = False
+    for output in outputs:
+        kept = padding.kept(output)
+        shown = output if kept is None else output.flatten(0, -2)[kept]
+        is_nan = shown.isnan()
+        # Of what has a row for each token, padding is known; -inf may be a mask.
+        if is_nan.any() and not (kept is None and padding.masks):
+            raise SqCpuError("the model gives NaN; check its weights and the batches")
+        found = found or not bool(is_nan.all())
+    return found
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if torch.equal(a, b):
+        return True
+    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _taken(model: nn.Module, groups: Iterable[SmoothingGroup]) -> dict[SmoothingGroup, str]:
@@ -217,7 +275,7 @@ def _powers_of_two(group: SmoothingGroup) -> Tensor:
     # Its own for every group: with one s for all, two norms in each other's place would pass.
     generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
     # At most 1: dividing cannot make a number subnormal, and 1/8 seldom overflows one.
-    powers = torch.randint(0, 4, (group.layout.channels,), generator=generator)
+    powers = torch.randint(0, 4, (group.layout.channels,), generator=generator, device="cpu")
     powers[0] = max(int(powers[0]), 1)  # never all ones
     return torch.exp2(-powers.float())
 
@@ -280,6 +338,25 @@ def _watching(
         for name in (producer_of(group), *group.consumers)
     }
     with hooked(before=((m, before) for m in kept), after=((m, after) for m in modules)):
+        yield
+
+
+@contextmanager
+def _seeing(
+    model: nn.Module,
+    groups: Sequence[SmoothingGroup],
+    padding: Padding,
+    seen: set[nn.Module],
+) -> Iterator[None]:
+    """Note which consumers get a row that is no padding."""
+
+    def take(name: str, x: Tensor) -> None:
+        kept = padding.kept(x)
+        if kept is None or kept.any():
+            seen.add(model.get_submodule(name))
+
+    consumers = {name: model.get_submodule(name) for g in groups for name in g.consumers}
+    with watching_inputs(consumers, "input", take):
         yield
 
 

@@ -42,7 +42,8 @@ def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) ->
 
     `act_absmax` and `weight_absmax` are [in_features], >= 0 and finite; the weights' maximum is
     taken over all linears that share the input. The result is fp32 [in_features], positive and
-    finite. A dead channel, whose activations or weights are all zero, keeps s = 1.
+    finite. A dead channel gets an s of the others: the greatest where its weights are zero, so that
+    X / s is least there, and else, where its activations are, the median one.
 
     Raises `SqCpuError` on alpha outside [0, 1], on other shapes, and on NaN or Inf.
     """
@@ -54,7 +55,8 @@ def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, alpha: float) ->
             f"{tuple(act_absmax.shape)} and {tuple(weight_absmax.shape)}"
         )
     x, w = _finite(act_absmax), _finite(weight_absmax)
-    return _bounded(x**alpha / w ** (1.0 - alpha), alive=(x > 0) & (w > 0))
+    s = _bounded(x**alpha / w ** (1.0 - alpha), alive=(x > 0) & (w > 0))
+    return torch.where(w > 0, s, s.amax()) if len(s) else s
 
 
 def without_quiet(act_absmax: Tensor) -> Tensor:
@@ -71,9 +73,8 @@ def _smoothquant(statistics: GroupStatistics, alpha: float) -> Tensor:
 def _spiq(statistics: GroupStatistics, _: float) -> Tensor:
     """s_j = max|X_j| (SPIQ, arXiv 2203.14642): one activation scale per input channel.
 
-    The paper's 1 / 127 is left out. A common factor changes no code, as the scales of weight and
-    activation take it up; but a dead channel keeps s = 1, and its weights would then be 127 times
-    those of the others in the row's absmax.
+    The paper's 1 / 127 is left out: a common factor changes no code, as the scales of weight and
+    activation take it up.
     """
     x = _finite(statistics.act_absmax)
     return _bounded(x, alive=x > 0)
@@ -141,5 +142,10 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def _bounded(s: Tensor, alive: Tensor) -> Tensor:
-    """Return fp32 s within its limits where `alive`, and 1 elsewhere."""
-    return torch.where(alive, s.clamp(1.0 / _S_LIMIT, _S_LIMIT), 1.0).float()
+    """Return fp32 s within its limits where `alive`, and the median of these elsewhere.
+
+    Any other constant might be far from them, and then take the range of X / s or of W s.
+    """
+    s = s.clamp(1.0 / _S_LIMIT, _S_LIMIT).float()
+    typical = s[alive].median() if alive.any() else s.new_tensor(1.0)
+    return torch.where(alive, s, typical)

@@ -21,7 +21,7 @@ from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
-from sq_cpu.smoothing.proof import FoldProof, prove_folds, refused_folds, running
+from sq_cpu.smoothing.proof import FoldProof, prove_with, refused_folds
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.statistics import GroupStatistics
 
@@ -100,7 +100,7 @@ def fold(
     """
     with linearized(model):
         scales = plan_scales(model, plan, calibration, scheme=scheme)
-        proof = prove_folds(model, scales, running(model, calibration.example))
+        proof = prove_with(model, scales, calibration.example)
         return fold_scales(model, plan, scales, proof)
 
 

@@ -43,6 +43,8 @@ class Job:
     dtype: torch.dtype | None = torch.float32
     overwrite: bool = False
     """Replace a checkpoint in `out`; discard unfinished work of other settings."""
+    trust_remote_code: bool = False
+    """Whether code of the model's own may run; then not streamed."""
 
 
 def convert(
@@ -92,7 +94,9 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
 def _whole(
     job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
 ) -> QuantizedCheckpoint:
-    model, tokenizer = load_source(job.source, dtype=job.dtype, say=say)
+    model, tokenizer = load_source(
+        job.source, dtype=job.dtype, trust_remote_code=job.trust_remote_code, say=say
+    )
     recipe = job.recipe
     ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)

@@ -8,6 +8,7 @@ import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,20 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
 from sq_cpu.calibration.observer import InputRanges
+from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.checkpoint.config import sha256
-from sq_cpu.checkpoint.entries import float_entries, own_entries, put_tensor, tie
+from sq_cpu.checkpoint.entries import (
+    float_entries,
+    int8_layers,
+    layer_tensors,
+    put_tensor,
+    tie,
+)
 from sq_cpu.checkpoint.folder import Staging
+from sq_cpu.checkpoint.likeness import check_stored
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
+from sq_cpu.checkpoint.stored import Header
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
 from sq_cpu.models.groups import smoothing_groups
@@ -32,6 +43,7 @@ from sq_cpu.models.linears import (
     linearized,
     quantizable_linears,
 )
+from sq_cpu.models.padding import Padding, padding_of
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import check_layers, check_quantizes, check_reached
@@ -41,7 +53,7 @@ from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.smoothing.plan import SmoothPlan, check_groups
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
-from sq_cpu.streaming.tensors import copy_tensors, file_tensors
+from sq_cpu.streaming.tensors import WHOLE, copy_tensors, file_tensors
 from sq_cpu.streaming.work_folder import Part, State
 
 __all__ = ["Stream"]
@@ -96,10 +108,11 @@ class Stream:
             self.kept = float_linears(model, scheme.ignore) | self.in_float
             self.groups = smoothing_groups(model)
         self.names = [name for name in linears if name not in self.in_float]
-        check_quantizes(self.names)
+        check_quantizes(self.names, self.kept)
         if plan is not None:
             check_groups(plan, self.groups)
         stacks = tuple(f"{block}." for block in blocks)
+        self.batches = 0
         self.outer = [name for name in self.names if not name.startswith(stacks)]
         self.outer_float_bytes = sum(
             parameter.nbytes
@@ -116,14 +129,15 @@ class Stream:
     ) -> QuantizationRecord:
         """Do what is not done yet; afterwards the folder is complete."""
         state = self.state
+        self.batches = len(batches)
         write_companions(self.model, tokenizer, self.folder)  # also makes the files' mode
         with ExitStack() as files:
             self.open_outside(files)
-            # The last is the example that folds are proven with.
+            # The last may be the example that folds are proven with.
             calls: list[BlockCalls] = []
             hidden: list[Tensor] = []
-            if self.recipe.needs_calibration:
-                calls = self.capture([*batches, example_of(*batches[0])])
+            if batches:
+                calls = self.capture([*batches, *self.example(batches)])
                 hidden = state.carried() if state.blocks else [call.take() for call in calls]
             for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
                 state.finish(self.block(index, calls, hidden), hidden)
@@ -162,13 +176,25 @@ class Stream:
                 put_tensor(self.model, name, file.get_tensor(name))
         tie(self.model, ties)
 
+    def example(self, batches: Sequence[Example]) -> list[Example]:
+        """Return the example that `calibrate` would take, if any."""
+        found = (example_of(*batch, padding_of(self.model, *batch)) for batch in batches)
+        return list(islice((example for example in found if example is not None), 1))
+
     def capture(self, batches: Sequence[Example]) -> list[BlockCalls]:
         """Run what precedes the blocks; return each batch's calls of them."""
         if not self.state.blocks:
             with self.loaded(0):
                 self.state.outputs = self.chain.probe(batches[-1])
         self.chain.outputs = self.state.outputs
-        calls = self.chain.capture(batches)
+        stacks = tuple(f"{block}." for block in self.blocks)
+        linears = quantizable_linears(self.model)
+        uses = WeightUses(self.model, {n: x for n, x in linears.items() if n.startswith(stacks)})
+        with uses:
+            calls = self.chain.capture(batches)
+        if found := uses.found():
+            name, why = min(found.items())
+            raise SqCpuError(f"{name}: {why} outside of its block; {WHOLE}")
         # A token's row of an embedding brings its neighbours in: up to all of it.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
@@ -206,18 +232,22 @@ class Stream:
 
             calibration, run = None, None
             if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
+                ranges = InputRanges(self.model, linears, SAMPLED_ROWS)
                 with ranges.watching():
-                    for batch in range(len(calls) - 1):
-                        with ranges.batch(calls[batch].mask):
+                    for batch in range(self.batches):
+                        padding = self.chain.padding(index, calls[batch], hidden[batch])
+                        with ranges.batch(padding):
                             hidden[batch] = call(batch, hidden[batch])
                 calibration = ranges.calibration()
+            padding = Padding()
+            if len(calls) > self.batches:
+                padding = self.chain.padding(index, calls[-1], hidden[-1])
                 example, hidden[-1] = hidden[-1], call(-1, hidden[-1])
 
                 def run() -> list[Tensor]:
                     return [call(-1, example)]
 
-            return self.part(index + 1, [name], linears, calibration, run)
+            return self.part(index + 1, [name], linears, calibration, run, padding)
 
     def quantize_outer(self, calls: Sequence[BlockCalls], hidden: Sequence[Tensor]) -> Part:
         """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
@@ -228,20 +258,24 @@ class Stream:
         def take(index: int, before: Tensor, *_: Any) -> Tensor:
             return hidden[current] if index == len(self.blocks) - 1 else before
 
-        calibration, run = None, None
+        def padding_of_call() -> Padding:
+            return self.chain.padding(len(self.blocks) - 1, calls[current], hidden[current])
+
+        calibration, run, padding = None, None, Padding()
         with self.chain.replaced(take):
             if calls:
-                ranges = InputRanges(linears, SAMPLED_ROWS)
+                ranges = InputRanges(self.model, linears, SAMPLED_ROWS)
                 with ranges.watching():
-                    for current, call in enumerate(calls[:-1]):  # noqa: B007  `take` reads it
-                        args, kwargs = call.arguments
-                        with ranges.batch(call.mask):
+                    for current in range(self.batches):
+                        args, kwargs = calls[current].arguments
+                        with ranges.batch(padding_of_call()):
                             self.model(*args, **kwargs)
                 calibration = ranges.calibration()
+            if len(calls) > self.batches:
                 current = len(calls) - 1
-                run = running(self.model, calls[-1].arguments)
+                run, padding = running(self.model, calls[-1].arguments), padding_of_call()
             index = len(self.blocks) + 1
-            return self.part(index, self.outer, linears, calibration, run)
+            return self.part(index, self.outer, linears, calibration, run, padding)
 
     def part(
         self,
@@ -250,6 +284,7 @@ class Stream:
         linears: dict[str, nn.Linear],
         calibration: Calibration | None,
         run: Run | None,
+        padding: Padding,
     ) -> Part:
         """Quantize linears and write the modules, by full name, that are or hold them."""
         names = set(linears)
@@ -266,7 +301,7 @@ class Stream:
                 layers=tuple(layer for layer in self.plan.layers if layer.name in names),
             )
             recipe = replace(recipe, plan=plan)
-        done = quantize_part(self.model, linears, calibration, recipe, groups, run)
+        done = quantize_part(self.model, linears, calibration, recipe, groups, run, padding)
         after = 0
         for name in names:
             for module in self.model.get_submodule(name).modules():
@@ -279,9 +314,8 @@ class Stream:
         for name in modules:
             module = self.model.get_submodule(name)
             entries |= float_entries(self.model, module, name)
-            for path, layer in module.named_modules(prefix=name):
-                if isinstance(layer, QuantLinear):
-                    entries |= own_entries(layer, path)
+            for stored, layer in int8_layers(module, name):
+                entries |= layer_tensors(layer, stored)
         path = self.file(index)
         return Part(
             file=path.name,
@@ -290,7 +324,7 @@ class Stream:
             layers=done.layers,
             smoothed=done.smoothed,
             decomposed=dict(done.decomposed),
-            unreached=done.unreached,
+            kept=dict(done.kept),
             tokens=calibration.tokens if calibration else 0,
             float_bytes=before,
             int8_bytes=after,
@@ -311,16 +345,19 @@ class Stream:
             layers=tuple(name for name in self.names if name in layers),
             smoothed=tuple(name for name in self.names if name in smoothed),
             decomposed={name: n for part in parts for name, n in part.decomposed.items()},
-            unreached=tuple(name for part in parts for name in part.unreached),
+            kept={name: why for part in parts for name, why in part.kept.items()},
         )
         record = done.record(self.scheme, self.kept)
         file_of, size = {}, 0
+        headers = {}
         for part in parts:
             for name, tensor in file_tensors(folder / part.file).items():
                 file_of[name] = part.file
+                headers[name] = Header(tensor.shape, tensor.dtype)
                 size += prod(tensor.shape) * tensor.dtype.itemsize
         write_index(folder, file_of, {"total_size": size})
         # Again: a quantized head is no longer tied.
         write_companions(self.model, tokenizer, folder)
+        check_stored(record, headers, folder, f"load could not rebuild {type(self.model).__name__}")
         write_settings(folder, record, {part.file: part.sha256 for part in parts})
         return record

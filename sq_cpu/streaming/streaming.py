@@ -26,11 +26,13 @@ import transformers
 from sq_cpu.checkpoint import sources
 from sq_cpu.checkpoint.config import check_dtype
 from sq_cpu.checkpoint.folder import STATE, Staging, staged, work_folder, writing
-from sq_cpu.checkpoint.load import read_generation_config, skeleton
-from sq_cpu.checkpoint.save import check_architecture
+from sq_cpu.checkpoint.likeness import is_rebuilt
+from sq_cpu.checkpoint.load import read_generation_config
+from sq_cpu.checkpoint.skeleton import skeleton
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockChain
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
+from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
@@ -97,7 +99,8 @@ def quantize_checkpoint(
     out : path-like
         Folder to write, as for `save`.
     batches : iterable, optional
-        As for `calibrate`. Needed to smooth, for static linears and an outlier threshold.
+        As for `calibrate`. Needed to smooth, for static linears and an outlier threshold; given, it
+        also finds what no batch reaches, and the weights that the model's own code uses.
     scheme, plan, smooth
         As for `quantize`.
     alpha, rule
@@ -156,13 +159,14 @@ def stream_checkpoint(
         )
     folder = Path(source)
     weights = folder_tensors(folder)
+    sources.check_causal(folder)
     sources.check_float(folder)
     dtype = dtype or folder_dtype(folder, weights)
 
-    model = _skeleton(folder, dtype)
+    model = _skeleton(folder, dtype, len(weights))
     chain = BlockChain(model, WHOLE)
     inputs: list[Example] = []
-    if recipe.needs_calibration and batches is not None:
+    if batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
             inputs.append(given)
     settings = {
@@ -206,12 +210,11 @@ def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> in
     return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    def make(config: Any) -> Any:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-    model = skeleton(folder, make)
-    check_architecture(model)
+def _skeleton(folder: Path, dtype: torch.dtype, tensors: int) -> Any:
+    model = skeleton(folder, tensors, auto=transformers.AutoModelForCausalLM, dtype=dtype)
+    if not is_rebuilt(model):
+        raise SqCpuError(f"{type(model).__name__} is not a class of transformers; {WHOLE}")
+    compute_buffers(model)
     read_generation_config(model, folder)
     # In evaluation mode from the start: `evaluating` would keep hold of modules in training.
     return model.eval().requires_grad_(False)

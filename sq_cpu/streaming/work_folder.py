@@ -46,7 +46,7 @@ class Part:
     layers: tuple[str, ...] = ()
     smoothed: tuple[str, ...] = ()
     decomposed: dict[str, int] = field(default_factory=dict)
-    unreached: tuple[str, ...] = ()
+    kept: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     float_bytes: int = 0
     int8_bytes: int = 0

@@ -61,7 +61,7 @@ def _sqrt_abs(y: Tensor, d: Tensor) -> float:
 
 
 def _energy(values: Tensor) -> float:
-    return float(values.square().sum(dtype=torch.float64))
+    return float(values.double().square().sum())
 
 
 LOCAL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], float]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.calibration.sampling import SampledRows
@@ -69,7 +69,7 @@ class QuantizedPrefix:
         with evaluating(model):
             self._chain.probe(given[0])
             self._calls = self._chain.capture(given)
-        self._tokens = sum(_tokens(call) for call in self._calls)
+        self._tokens = sum(_tokens(self._chain, call) for call in self._calls)
         if len(given) != calibration.batches or self._tokens not in calibration.rows_seen.values():
             raise SqCpuError(
                 f"these {len(given)} batches have {self._tokens} tokens, and are not the "
@@ -94,7 +94,7 @@ class QuantizedPrefix:
             sampled = SampledRows(self._calibration, self._tokens)
             with evaluating(self._model), watching_inputs(linears, "input", sampled.observe):
                 for call, states in zip(self._calls, hidden, strict=True):
-                    with sampled.batch(call.mask):
+                    with sampled.batch(self._chain.padding(index, call, states)):
                         self._chain.run(index, call, states)
             yield block, sampled.calibration()
             if block == self._chain.names[-1]:
@@ -117,9 +117,9 @@ class QuantizedPrefix:
                     hidden[number] = self._chain.run(index, call, hidden[number])
 
 
-def _tokens(call: BlockCalls) -> int:
+def _tokens(chain: BlockChain, call: BlockCalls) -> int:
     """Return the tokens of a batch, padding not counted."""
-    mask = call.mask
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return int(mask.bool().sum())
-    return call.hidden.shape[:-1].numel()
+    padding = chain.padding(0, call, call.hidden)
+    with padding.tracing():
+        kept = padding.kept(call.hidden)
+    return call.hidden.shape[:-1].numel() if kept is None else int(kept.sum())

@@ -16,10 +16,11 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.calls import Batch
+from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
 from sq_cpu.progress import track
@@ -105,6 +106,8 @@ def tune(
         calibration without sampled rows (or gradients, for "kl"), and weights that changed since
         it; with `sequential` for other batches, and a model whose blocks are not one chain.
     """
+    check_model(model)
+    check_is_calibration(calibration)
     scheme = Scheme.of(scheme).resolve(has_vnni())
     loss = loss or default_loss(calibration)
     check_loss(loss)

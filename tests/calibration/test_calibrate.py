@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import Calibration, calibrate
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import example_of
 
 
 class Two(nn.Module):
@@ -165,24 +164,22 @@ def test_saved_calibrations_load_equal(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["calibration.safetensors"]
 
 
-def test_the_example_is_the_first_batch_cut_short(tmp_path: Path) -> None:
+def test_the_example_is_a_row_of_the_first_batch_as_long_as_it_came(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    ids = torch.randint(64, (1, 50))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    ids = torch.randint(64, (3, 50))
+    mask = torch.ones_like(ids)
+    mask[[0, 2], :9] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     found = calibrate(model, [batch])
     loaded = Calibration.load(found.save(tmp_path / "calibration"))
     for calibration in (found, loaded):
         assert calibration.example is not None
         args, kwargs = calibration.example
         assert args == ()
-        assert torch.equal(kwargs["input_ids"], ids[:, :32])
-        assert kwargs["attention_mask"].shape == (1, 32)
+        assert torch.equal(kwargs["input_ids"], ids[1:2])
+        assert torch.equal(kwargs["attention_mask"], mask[1:2])
         assert kwargs["use_cache"] is False
     assert calibrate(Two(), [X]).example[0][0].equal(X)  # not token ids: whole
-    # Beside images too: tokens that stand for them may come late.
-    ids, images = torch.zeros(2, 40).long(), torch.zeros(2, 3, 8, 8)
-    assert example_of((ids,), {"pixel_values": images})[0][0].shape == (2, 40)
-    assert example_of((ids,), {"labels": torch.zeros(2).long()})[0][0].shape == (2, 32)
 
 
 def test_an_example_that_no_file_can_hold_is_left_out(tmp_path: Path) -> None:

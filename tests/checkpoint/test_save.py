@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import pytest
 from safetensors.torch import save_file
 from sameness import assert_same_model
 from tiny_checkpoints import fails, logits, tiny_llama
-from transformers import LlamaForCausalLM
 
 from sq_cpu.checkpoint import folder as staging
 from sq_cpu.checkpoint import save as saving
@@ -24,17 +22,6 @@ from sq_cpu.checkpoint.save import save
 def test_save_refuses_a_float_model(tmp_path: Path) -> None:
     fails("not quantized by sq_cpu", save, tiny_llama(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_save_refuses_a_class_that_load_could_not_find(
-    quantized_llama: Any, tmp_path: Path
-) -> None:
-    class Mine(LlamaForCausalLM):
-        pass
-
-    model = copy.deepcopy(quantized_llama)
-    model.__class__ = Mine
-    fails("Mine is not a class of transformers", save, model, tmp_path / "out")
 
 
 def test_save_replaces_its_own_checkpoint(quantized_llama: Any, tmp_path: Path) -> None:
@@ -171,8 +158,6 @@ def test_save_replaces_folders_within_its_own_checkpoint_alone(
     (folder / "templates" / "mine").mkdir()
     fails("holds templates/mine", save, quantized_llama, folder)
     (folder / "templates" / "mine").rmdir()
-    (folder / "templates" / "chat.jinja").write_text("y")
-    fails("templates/chat.jinja is damaged", load, folder)
 
 
 def test_failed_move_restores_the_old_checkpoint(

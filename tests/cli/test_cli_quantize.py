@@ -42,7 +42,7 @@ def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
     made = json_of(
         *("quantize", folder, "-o", tmp_path / "out", "--scheme", "O2", "--asymmetric"),
         *("--weights", "per_tensor", "--reduce-range", "yes", "--dtype", "bf16"),
-        *("--ignore", "lm_head", "--ignore", "down_proj", *small()),
+        *("--ignore", "lm_head", "--ignore", "down_proj", "--unreached", "quantize", *small()),
     )
     assert made["scheme"] == {
         "activations": "per_tensor",
@@ -54,6 +54,7 @@ def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
         "percentile": 99.99,
         "outlier_threshold": None,
         "ignore": ["lm_head", "down_proj"],
+        "unreached": "quantize",
     }
     assert made["layers"] == 12
     loaded = sq_cpu.load(tmp_path / "out")

@@ -199,7 +199,7 @@ inline std::vector<int64_t> exact(const Problem& p) {
   for (int64_t i = 0; i < p.m * p.n; ++i) {
     const int16_t* a = centred.data() + i / p.n * p.k;
     const int16_t* b = wide.data() + i % p.n * p.k;
-    constexpr int64_t kPart = 4096;  // 4096 * 255 * 127 < 2^31
+    constexpr int64_t kPart = 4096;  // 4096 * 255 * 128 < 2^31
     for (int64_t begin = 0; begin < p.k; begin += kPart) {
       const int64_t end = std::min(begin + kPart, p.k);
       int32_t sum = 0;
@@ -237,11 +237,11 @@ inline Problem make_problem(int64_t m, int64_t n, int64_t k, int max_code, Fill 
                                                        : any;
   }
   for (int64_t i = 0; i < n * k; ++i) {
-    const auto any = static_cast<int8_t>(rng.below(255) - 127);
+    const auto any = static_cast<int8_t>(rng.below(256) - 128);
     p.w[i] = fill == Fill::kHigh                         ? 127
-             : fill == Fill::kLow                        ? -127
-             : fill == Fill::kAlternating                ? (i % 2 ? -127 : 127)
-             : fill == Fill::kExtremes                   ? (any % 2 ? -127 : 127)
+             : fill == Fill::kLow                        ? -128
+             : fill == Fill::kAlternating                ? (i % 2 ? -128 : 127)
+             : fill == Fill::kExtremes                   ? (any % 2 ? -128 : 127)
              : fill == Fill::kOneHotN && i / k != hot_n  ? 0
              : fill == Fill::kZeroRows && i / k % 3 == 1 ? 0
                                                          : any;

@@ -286,7 +286,7 @@ void test_deepest(Buffers& buffers) {
   std::mt19937 rng(4);
   for (Fill fill : {Fill::kHigh, Fill::kLow}) {
     for (bool is_signed : {true, false}) {
-      Case c{{1, 1, 1, 1, 1, kMaxBatchedDepth}};
+      Case c{{1, 1, 1, 1, 1, kMaxDepth}};
       c.is_signed = is_signed;
       c.fill = fill;
       test_case(c, buffers, rng, true);

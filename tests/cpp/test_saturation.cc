@@ -58,16 +58,19 @@ void test_saturation(Isa isa) {
     uint8_t u[2];
     int8_t w[2];
     int64_t saturated;
-  } limits[] = {{{255, 191}, {127, 2}, 0},     // 32767
-                {{254, 255}, {127, 2}, 1},     // 32768
-                {{254, 255}, {-127, -2}, 0},   // -32768
-                {{255, 128}, {-127, -3}, 1}};  // -32769
+  } limits[] = {{{255, 191}, {127, 2}, 0},       // 32767
+                {{254, 255}, {127, 2}, 1},       // 32768
+                {{254, 255}, {-127, -2}, 0},     // -32768
+                {{255, 128}, {-127, -3}, 1},     // -32769
+                {{128, 128}, {-128, -128}, 0},   // -32768
+                {{128, 129}, {-128, -128}, 1},   // -32896
+                {{255, 255}, {-128, -128}, 1}};  // -65280, which wraps to 256
   for (const auto& limit : limits) {
     const Problem p{1, 1, 2, 255, {limit.u[0], limit.u[1]}, {limit.w[0], limit.w[1]}, {0}};
     check(check_count(p, "a sum at the limit") == limit.saturated, "which side of the limit");
   }
   // As many in one lane as there can be.
-  Problem deep{1, 1, kMaxDepth, 255, {}, std::vector<int8_t>(kMaxDepth, -127), {0}};
+  Problem deep{1, 1, kMaxDepth, 255, {}, std::vector<int8_t>(kMaxDepth, -128), {0}};
   deep.u.assign(kMaxDepth, 255);
   check_count(deep, "the deepest product");
   omp_set_num_threads(3);

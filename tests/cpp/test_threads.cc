@@ -4,6 +4,7 @@
 //
 // No call ends a thread of the pool or starts one, whatever its size.
 #include <dirent.h>
+#include <sys/wait.h>
 
 #include <functional>
 #include <set>
@@ -12,6 +13,7 @@
 #include "harness.h"
 #include "sq_cpu/batched_matmul.h"
 #include "sq_cpu/saturation.h"
+#include "team.h"
 
 namespace {
 
@@ -223,6 +225,29 @@ void test_pool_stays() {
   }
 }
 
+// A child has the pool's data but none of its threads: it runs alone, and gives the same bits.
+void test_fork(Isa isa) {
+  use(isa);
+  omp_set_num_threads(7);
+  const Calls calls;
+  std::vector<Caller> callers(std::begin(kLayers), std::end(kLayers));
+  std::vector<std::vector<float>> expected;
+  for (const Caller& caller : callers) expected.push_back(caller.run());
+  const pid_t child = fork();
+  if (child == 0) {
+    if (pool_size() != 1) _exit(2);
+    alarm(120);  // ends one that waits
+    bool same = true;
+    for (size_t i = 0; i < callers.size(); ++i) same &= callers[i].run() == expected[i];
+    for (const Calls::Call& call : calls.all()) call.run();
+    _exit(same ? 0 : 1);
+  }
+  int status = 0;
+  check(waitpid(child, &status, 0) == child && status == 0,
+        join(isa_name(isa), " in a forked child: status ", status));
+  check(pool_size() == 7 && callers[0].run() == expected[0], "the parent after a fork");
+}
+
 }  // namespace
 
 int main() {
@@ -233,6 +258,7 @@ int main() {
     Part part("teams on " + isa_name(isa));
     for (const Layer& layer : kLayers) test_teams(isa, layer);
     test_few_workers(isa);
+    test_fork(isa);
     for (size_t i = 0; i < std::size(kLayers); ++i) {
       omp_set_num_threads(3);
       const std::vector<float> y = Caller(kLayers[i]).run();

@@ -18,7 +18,7 @@ from sq_cpu.nn.packed_weight import PackedWeight
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (33, 200), (0, 5), (5, 0)], ids=str)
 def test_what_is_packed_is_unpacked(shape: tuple[int, int], bias: bool) -> None:
     torch.manual_seed(0)
-    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
+    weight = torch.randint(-128, 128, shape, dtype=torch.int8)
     scale, added = torch.rand(shape[0]), torch.randn(shape[0]) if bias else None
     packed = PackedWeight.zeros(*shape)
     packed.pack(weight, scale, added)
@@ -31,7 +31,7 @@ def test_what_is_packed_is_unpacked(shape: tuple[int, int], bias: bool) -> None:
 
 
 def test_any_layout_and_float_dtype_is_packed() -> None:
-    weight = torch.randint(-127, 128, (40, 30), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (40, 30), dtype=torch.int8)
     packed = PackedWeight.zeros(30, 40)
     packed.pack(weight.T, torch.ones(30, dtype=torch.bfloat16), torch.ones(60).double()[::2])
     assert torch.equal(packed.weight(), weight.T)

@@ -44,7 +44,7 @@ def test_models_that_cannot_be_quantized_are_refused() -> None:
     refuse(nn.Sequential(nn.ReLU()), "no Linear that is not ignored", smooth=False)
     refuse(nn.Linear(2, 2), "itself a Linear", smooth=False)
     wide = nn.Sequential(nn.Linear(_core.MAX_DEPTH + 1, 1))
-    refuse(wide, "0 has 66311 input channels; int32 sums hold 66310", smooth=False)
+    refuse(wide, "0 has 65794 input channels; int32 sums hold 65793", smooth=False)
 
 
 def test_a_quantized_model_is_refused() -> None:
@@ -96,14 +96,6 @@ def test_a_misspelt_ignore_is_refused() -> None:
     model, found = calibrated("llama")
     scheme = Scheme(ignore=("lm_head", "donw_proj"))
     refuse(model, "'donw_proj', which matches no linear: use down_proj", found, scheme=scheme)
-
-
-@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.TransformerDecoderLayer])
-def test_layers_that_read_weights_themselves_are_refused(kind: Any) -> None:
-    model = nn.ModuleDict({"layer": kind(8, 2, 16, batch_first=True), "head": nn.Linear(8, 2)})
-    refuse(model, rf"layer\.linear1 is in a {kind.__name__}, .*: ignore it", smooth=False)
-    scheme = Scheme(ignore=("linear1", "linear2"))
-    assert quantize(model, scheme=scheme, smooth=False).sq_cpu_config.layers == ("head",)
 
 
 def test_an_adapter_that_is_not_merged_is_refused() -> None:

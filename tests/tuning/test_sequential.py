@@ -14,6 +14,7 @@ from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.models.padding import padding_of
 from sq_cpu.smoothing.plan import uniform_plan
 from sq_cpu.tuning.sequential import QuantizedPrefix
 
@@ -33,7 +34,7 @@ def test_the_same_run_gives_the_same_rows(model_type: str) -> None:
         with evaluating(model), watching_inputs(linears, "input", sampled.observe):
             for batch in data:
                 mapping = batch if isinstance(batch, dict) else {"input_ids": batch}
-                with sampled.batch(mapping.get("attention_mask")):
+                with sampled.batch(padding_of(model, (), mapping)):
                     model(**mapping)
     again = sampled.calibration()
     for name in calibration.rows:

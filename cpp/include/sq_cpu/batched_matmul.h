@@ -16,7 +16,7 @@
 // 1 / 255, of which no zero point is to be subtracted; a scale per key of V must be multiplied into
 // P before P is quantized. The same bits on every ISA and for every thread count.
 //
-// Any size may be 0 (k = 0 gives zeros) and k at most kMaxBatchedDepth. Strides count elements, may
+// Any size may be 0 (k = 0 gives zeros) and k at most kMaxDepth. Strides count elements, may
 // be 0 or negative for A and B, and are not read where there is one or none to step over. Y must
 // overlap neither itself nor an input. Pointers need no alignment beyond their type's.
 //
@@ -27,10 +27,9 @@
 
 #include <cstdint>
 
-namespace sq_cpu {
+#include "sq_cpu/linear.h"
 
-// Largest k whose int32 sums cannot overflow for any u8 x s8 data: (2^31 - 1) / (255 * 128).
-constexpr int64_t kMaxBatchedDepth = 65793;
+namespace sq_cpu {
 
 struct BatchedShape {
   int64_t batch;

@@ -1,7 +1,7 @@
 // The int8 linear layer: y = epilogue(dequantize(quantize(x) * W^T) + bias), in one call or in two.
 //
 //   x  [m, k]  fp32 | bf16 | fp16, rows ldx elements apart   -> u8, per row: scale and zero point
-//   W  [n, k]  s8 in [-127, 127], one fp32 scale per row; packed once by pack_weight()
+//   W  [n, k]  s8, one fp32 scale per row; packed once by pack_weight()
 //   y  [m, n]  fp32 | bf16 | fp16, rows ldy elements apart   (or u8 codes for the next int8 layer)
 //
 // Arithmetic, the same bits on every ISA, thread count and blocking:
@@ -48,8 +48,8 @@ constexpr int64_t kTileDepth = 64;
 constexpr int64_t kTileBytes = kStripColumns * kTileDepth;
 constexpr int64_t kTrailerBytes = 3 * kStripColumns * 4;
 
-// Largest k whose int32 accumulator cannot overflow for any u8 x s8 data: (2^31 - 1) / (255 * 127).
-constexpr int64_t kMaxDepth = 66310;
+// Largest k whose int32 accumulator cannot overflow for any u8 x s8 data: (2^31 - 1) / (255 * 128).
+constexpr int64_t kMaxDepth = 65793;
 
 struct PackedWeight {
   const std::byte* data;  // packed_bytes(n, k) bytes
@@ -60,7 +60,7 @@ struct PackedWeight {
 int64_t packed_bytes(int64_t n, int64_t k);
 
 // weight: s8 [n, k] row-major; scale: fp32 [n]; bias: fp32 [n] or null (zeros). Writes
-// packed_bytes(n, k) bytes to `packed`. Throws on a weight of -128 and on k > kMaxDepth.
+// packed_bytes(n, k) bytes to `packed`. Throws on k > kMaxDepth.
 void pack_weight(const int8_t* weight, const float* scale, const float* bias, int64_t n, int64_t k,
                  std::byte* packed);
 
