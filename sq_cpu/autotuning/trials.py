@@ -76,13 +76,13 @@ def join_study(
             pass  # another worker was faster: its facts hold
     study = optuna.load_study(storage=storage, study_name=name)
     start = time.monotonic()
-    while _JOB not in study.user_attrs:
+    while _JOB not in _kept(study):
         if is_gone(None, time.monotonic() - start):  # whoever began it was killed at once
             facts = dict(prepare())
-            if _JOB not in study.user_attrs:
+            if _JOB not in _kept(study):
                 study.set_user_attr(_JOB, {"identity": identity, "facts": facts})
         time.sleep(_POLL)
-    job = record(_Job, study.user_attrs[_JOB], f"what the study {name} keeps")
+    job = record(_Job, _kept(study)[_JOB], f"what the study {name} keeps")
     for key in sorted(identity.keys() | job.identity.keys()):
         there, here = job.identity.get(key), identity.get(key)
         if there != here:
@@ -193,10 +193,10 @@ class Trials:
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what the study keeps under a name, JSON types; make it where there is none yet."""
-        attributes = self._study.user_attrs
+        attributes = _kept(self._study)
         if name not in attributes:
             self._study.set_user_attr(name, make())
-        return self._study.user_attrs[name]
+        return _kept(self._study)[name]
 
     def propose(self, settings: Iterable[Mapping[str, Any]]) -> None:
         """Try these settings first, if no trial exists yet."""
@@ -335,6 +335,17 @@ class Trials:
     def _fail(self, trial: FrozenTrial) -> None:
         with suppress(UpdateFinishedTrialError, ValueError):  # finished, or failed by another
             self._study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _kept(study: optuna.Study) -> dict[str, Any]:
+    """Return what a study keeps beside its trials; `SqCpuError` where that is no JSON."""
+    try:
+        return study.user_attrs
+    except ValueError as error:
+        raise SqCpuError(
+            f"what the study {study.study_name} keeps is damaged ({first_line(error)}); use "
+            "another storage"
+        ) from error
 
 
 def _key(trial: FrozenTrial) -> str | None:
