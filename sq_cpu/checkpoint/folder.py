@@ -78,6 +78,9 @@ class Staging:
     def _replace(self, before: os.stat_result) -> None:
         self._check_unchanged(self.target, before)
         _keep_modes(self.folder, self.target)
+        if self.folder.name == _STREAMED:
+            # What comes out of the exchange is not to be taken for streamed work.
+            self.folder = self.folder.rename(self.work / _WHOLE)
         exchanged = exchange(self.folder, self.target)
         old = self.folder if exchanged else self.work / _OLD
         if not exchanged:
@@ -275,7 +278,7 @@ def _is_config(entry: Path) -> bool:
 def _clear(work: Path, *, keep_stream: bool) -> None:
     """Remove what is in the work folder, but for the lock, and streamed work that can go on."""
     kept = [_LOCK]
-    if keep_stream and (work / STATE).exists():
+    if keep_stream and (work / STATE).exists() and (work / _STREAMED).exists():
         kept += [STATE, _STREAMED, "*.safetensors"]
     for entry in list(work.iterdir()):
         if any(fnmatch(entry.name, name) for name in kept):
