@@ -111,6 +111,7 @@ _ONE_RESNET = _RESNET | {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+_SERIES = {"prediction_length": 8, "context_length": 16, "num_time_features": 1}
 _MIXTURE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 _MROPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -118,7 +119,7 @@ _MROPE = {
 _TOKENS = {str(token): token for token in range(100, VOCABULARY)}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "autoformer": {"prediction_length": 8, "context_length": 16},
+    "autoformer": _SERIES,
     "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"image_token_index": 100},
     "bridgetower": {
@@ -148,7 +149,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glmga": {"text_config": _MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "informer": {"prediction_length": 8, "context_length": 16},
+    "informer": _SERIES,
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -174,7 +175,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "table-transformer": _ONE_RESNET,
-    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "time_series_transformer": _SERIES,
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "zoedepth": {"backbone_config": {"reshape_hidden_states": False}},
