@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -211,7 +211,7 @@ def _check_threshold(scheme: Scheme) -> None:
     threshold = scheme.outlier_threshold
     if threshold is None:
         return
-    if type(threshold) not in (int, float) or not 0 < threshold < math.inf:
+    if type(threshold) not in (int, float) or not 0 < threshold <= sys.float_info.max:
         raise SqCpuError(
             f"scheme: outlier_threshold={threshold!r} is not a positive number, as in 6.0, or None"
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sq_cpu.calibration.calibrate import Calibration
-from sq_cpu.checkpoint.config import config_digest
+from sq_cpu.checkpoint.config import SETTINGS_DIGEST, settings_digest
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
@@ -233,5 +233,5 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     content = json.loads(path.read_text())
     change(content)
     if isinstance(settings := content.get("quantization_config"), dict):
-        settings["config_sha256"] = config_digest(content)
+        settings[SETTINGS_DIGEST] = settings_digest(settings)
     path.write_text(json.dumps(content))

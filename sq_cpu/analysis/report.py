@@ -21,7 +21,7 @@ from sq_cpu.analysis.figures import THEME, Picture
 from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.extras import require
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 from sq_cpu.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def report(
     sections = _pictures(analysis, of_trials)
     html = _html(analysis, name, of_trials, sections)
     _save_pictures([picture for part in sections.values() for picture in part], folder)
-    with atomic_write(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    write_file(path, html)
     return path
 
 
@@ -155,8 +154,7 @@ def _save_pictures(pictures: Sequence[Picture], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         new = {f"{_PREFIX}{picture.name}.png": picture.png for picture in pictures}
         for name, content in new.items():
-            with atomic_write(folder / name) as temporary:
-                temporary.write_bytes(content)
+            write_file(folder / name, content)
         for old in folder.glob(f"{_PREFIX}*.png"):
             if old.name not in new:
                 old.unlink()

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +22,11 @@ import torch
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.parsing import check_fields, read_json, record, typed
 from sq_cpu.progress import track
 from sq_cpu.scheme import Activations, Scheme
 
@@ -42,6 +41,8 @@ _ROUNDS = 9
 _FLUSHED_BYTES = 128 << 20
 
 _Entries = dict[str, dict[str, float]]
+_Table = dict[str, dict[str, _Entries]]
+"""Of a cache: by dtype, tokens, shape and variant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,9 @@ class Costs:
     entries: Mapping[str, Mapping[str, float]]
     """Shape, as in "1536x576" (out_features, in_features) -> `Precision`, with "+smoothing" where
     the input is divided by s while it is quantized -> milliseconds."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the cost table")
 
     def milliseconds(
         self, linear: nn.Module, precision: Precision, *, smoothed: bool = False
@@ -91,10 +95,7 @@ class Costs:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Costs:
         """Rebuild what `to_dict` gave; `SqCpuError` on anything else."""
-        try:
-            return cls(int(values["tokens"]), str(values["dtype"]), dict(values["entries"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise SqCpuError(f"not a cost table of this version: {error}") from error
+        return record(cls, values, "the cost table")
 
 
 def machine() -> dict[str, Any]:
@@ -143,13 +144,16 @@ def measured_costs(
         raise SqCpuError(f"costs are measured in fp32, bf16 or fp16, not {dtype}")
     path = cache_file() if cache is None else cache
     kind = str(dtype).removeprefix("torch.")
-    known = _read(path, tokens, kind)
+    table = _read(path)
+    stored = table.setdefault(kind, {}).get(str(tokens), {})
+    known = {shape: row for shape, row in stored.items() if _is_whole(row)}
     shapes = {_shape(linear): linear for linear in linears}
     missing = [shape for shape in shapes if shape not in known]
     for shape in track(missing, "measuring linears", progress):
         known[shape] = _measure(shapes[shape], tokens, dtype)
     if missing:
-        _write(path, tokens, kind, known)
+        table[kind][str(tokens)] = known
+        _write(path, table)
     return Costs(tokens, kind, {shape: known[shape] for shape in shapes})
 
 
@@ -159,6 +163,9 @@ def _shape(linear: Any) -> str:
 
 def _variant(precision: Precision, smoothed: bool) -> str:
     return f"{precision}+smoothing" if smoothed else precision
+
+
+_VARIANTS = {_variant(p, s) for p in PRECISIONS for s in (False, True)} - {"float+smoothing"}
 
 
 def _variants(linear: nn.Linear) -> Iterator[tuple[str, nn.Module]]:
@@ -191,39 +198,25 @@ def _measure(like: Any, tokens: int, dtype: torch.dtype) -> dict[str, float]:
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
-def _read(path: Path, tokens: int, dtype: str) -> _Entries:
-    """Return what the file holds of whole rows; nothing of a file that is absent or damaged."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        entries = json.loads(path.read_text(encoding="utf-8"))["costs"][dtype][str(tokens)]
-        rows = {shape: {name: float(row[name]) for name in row} for shape, row in entries.items()}
-        return {shape: row for shape, row in rows.items() if _is_whole(row)}
-    return {}
+def _read(path: Path) -> _Table:
+    """Return what a cache holds; nothing of a file that is absent or damaged."""
+    try:
+        table: _Table = typed(_Table, read_json(path)["costs"], "costs")
+    except (SqCpuError, LookupError, TypeError):
+        return {}
+    return table
 
 
 def _is_whole(row: Mapping[str, float]) -> bool:
-    needed = {
-        _variant(precision, smoothed) for precision in PRECISIONS for smoothed in (False, True)
-    }
-    needed.discard(_variant("float", True))
-    return needed == set(row) and all(0 < value < math.inf for value in row.values())
+    return set(row) == _VARIANTS and all(value > 0 for value in row.values())
 
 
-def _write(path: Path, tokens: int, dtype: str, entries: _Entries) -> None:
-    content: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or not isinstance(content.get("costs"), dict):
-        content = {"costs": {}}
-    content["machine"] = machine()
-    of_dtype = content["costs"].setdefault(dtype, {})
-    if not isinstance(of_dtype, dict):
-        of_dtype = content["costs"][dtype] = {}
-    of_dtype[str(tokens)] = entries
+def _write(path: Path, table: _Table) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SqCpuError(
             f"cannot make the cache folder {path.parent} ({error.strerror}): set XDG_CACHE_HOME"
         ) from error
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"costs": table, "machine": machine()}
+    write_file(path, json.dumps(content, indent=1) + "\n")

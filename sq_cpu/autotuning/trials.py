@@ -76,11 +76,10 @@ def join_study(
     study = optuna.load_study(storage=storage, study_name=name)
     start = time.monotonic()
     while _JOB not in study.user_attrs:
-        if is_gone(None, time.monotonic() - start):
-            raise SqCpuError(
-                f"the study {name} of the storage is empty: whoever began it was killed at once; "
-                "use another storage or study name"
-            )
+        if is_gone(None, time.monotonic() - start):  # whoever began it was killed at once
+            facts = dict(prepare())
+            if _JOB not in study.user_attrs:
+                study.set_user_attr(_JOB, {"identity": identity, "facts": facts})
         time.sleep(_POLL)
     job: dict[str, Any] = study.user_attrs[_JOB]
     for key in sorted(identity.keys() | job["identity"].keys()):

@@ -14,17 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from sq_cpu.errors import SqCpuError
-from sq_cpu.files import atomic_write
+from sq_cpu.calibration.stored import FOLDS, check_tensors
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.files import write_file
 from sq_cpu.models.calls import Example
 from sq_cpu.models.unchanged import checksum
+from sq_cpu.parsing import parsed_json, typed
 
 __all__ = ["FOLDS", "TENSORS", "Calibration", "check_is_calibration", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
 _VERSION = 5
-FOLDS = 4
-"""Parts that the batches are dealt into: a search is scored on a part that it did not see."""
 TENSORS = (
     "channel_min",
     "channel_max",
@@ -183,8 +183,7 @@ class Calibration:
             "rows_seen": self.rows_seen,
             "example": plain,
         }
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
+        write_file(path, safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
         return Path(path)
 
     @classmethod
@@ -192,31 +191,37 @@ class Calibration:
         """Read what `save` wrote; `SqCpuError` on anything else."""
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+                text = (file.metadata() or {}).get(_FORMAT, "null")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError) as error:
             raise SqCpuError(f"cannot read the calibration {path}: {error}") from error
-        if header is None:
+        header = parsed_json(text, f"the header of {path}")
+        if not isinstance(header, dict):
             raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
         kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*TENSORS, "example")}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             kinds.setdefault(kind, {})[name] = tensor
         given = kinds["example"]
-        try:
-            if header["format_version"] > _VERSION:
-                raise SqCpuError(
-                    f"{path} has calibration format {header['format_version']}, newer than this "
-                    f"sq_cpu reads ({_VERSION}): upgrade sq_cpu"
-                )
-            tokens, batches = int(header["tokens"]), int(header["batches"])
-            unreached, fingerprints = tuple(header["unreached"]), dict(header["fingerprints"])
-            in_float = dict(header.get("in_float", {}))
-            rows_seen = dict(header.get("rows_seen", {}))
-            example = _join_example(given, header.get("example"))
-        except (KeyError, TypeError) as error:
+        version = header.get("format_version")
+        if isinstance(version, int) and version > _VERSION:
             raise SqCpuError(
-                f"the header of {path} is not one that sq_cpu writes: calibrate again"
+                f"{path} has calibration format {version}, newer than this sq_cpu reads "
+                f"({_VERSION}): upgrade sq_cpu"
+            )
+        try:
+            typed(int, version, "format_version")
+            tokens, batches = (typed(int, header[key], key) for key in ("tokens", "batches"))
+            unreached = typed(tuple[str, ...], header["unreached"], "unreached")
+            counts = dict[str, int]
+            fingerprints = typed(counts, header["fingerprints"], "fingerprints")
+            rows_seen = typed(counts, header.get("rows_seen", {}), "rows_seen")
+            in_float = typed(dict[str, str], header.get("in_float", {}), "in_float")
+            example = _join_example(given, header.get("example"))
+            check_tensors(kinds)
+        except (KeyError, SqCpuError) as error:
+            raise SqCpuError(
+                f"{path} is not one that sq_cpu writes ({first_line(error)}): calibrate again"
             ) from error
         return cls(
             fingerprints=fingerprints,
@@ -250,14 +255,15 @@ def _split_example(example: Example | None) -> tuple[dict[str, Tensor], dict[str
     return {key: value.contiguous() for key, value in given.items()}, plain
 
 
-def _join_example(given: dict[str, Tensor], plain: dict[str, Any] | None) -> Example | None:
+def _join_example(given: dict[str, Tensor], plain: Any) -> Example | None:
     """Join what `_split_example` split; None for a file without an example."""
     if plain is None:
         return None
-    values = given | plain
-    positions = sorted(int(key) for key in values if key.isdigit())
-    args = tuple(values[str(index)] for index in positions)
-    return args, {key: value for key, value in values.items() if not key.isdigit()}
+    values = given | typed(dict[str, bool | int | float | str | None], plain, "example")
+    args: list[Any] = []
+    while (position := str(len(args))) in values:
+        args.append(values.pop(position))
+    return tuple(args), values
 
 
 def fingerprint(linear: nn.Module) -> int:

@@ -19,54 +19,64 @@ from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
     "CONFIG",
-    "CONFIG_DIGEST",
     "FLOATS",
     "FORMAT_VERSION",
     "INDEX",
     "QUANT_METHOD",
+    "SETTINGS_DIGEST",
     "check_dtype",
     "check_files",
     "check_settings",
-    "config_digest",
+    "read_config",
+    "read_json",
     "read_settings",
     "record_of_settings",
+    "settings_digest",
     "sha256",
 ]
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
-CONFIG_DIGEST = "config_sha256"
+SETTINGS_DIGEST = "settings_sha256"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_JSON = 64 << 20  # the recipe of 10^5 linears has a third of it
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json and check its ``quantization_config``; its files are not looked at."""
+    path = folder / CONFIG
+    if not path.exists():
+        raise SqCpuError(f"{path} does not exist; give the folder that sq_cpu.save wrote")
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
+        raise SqCpuError(
+            f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
+        )
+    check_settings(content["quantization_config"], path)
+    return content
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read and check ``quantization_config``; its files are not looked at."""
-    path = folder / CONFIG
-    settings: dict[str, Any] = _read_config(path)["quantization_config"]
-    check_settings(settings, path)
+    """Read and check the ``quantization_config`` of config.json."""
+    settings: dict[str, Any] = read_config(folder)["quantization_config"]
     return settings
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Read a config.json that has a ``quantization_config``, whatever that holds."""
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint, or raise ``SqCpuError``."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SqCpuError(
-            f"{path} does not exist; give the folder that sq_cpu.save wrote"
-        ) from error
+        if not path.is_file():  # opening a FIFO would wait
+            raise OSError("not a file")
+        if path.stat().st_size > _LARGEST_JSON:
+            raise OSError(f"larger than {_LARGEST_JSON >> 20} MB")
+        return json.loads(path.read_text(encoding="utf-8"))
     # ValueError: not UTF-8 or not JSON; RecursionError: brackets without end.
     except (OSError, ValueError, RecursionError) as error:
         raise SqCpuError(
             f"{path} cannot be read as JSON ({first_line(error)}); copy the checkpoint again"
         ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("quantization_config"), dict):
-        raise SqCpuError(
-            f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
-        )
-    return content
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -118,38 +128,29 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
 def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> list[str]:
     """Give the names of the safetensors files, all of which exist.
 
-    ``verify`` compares these, config.json and its companions with their SHA-256; a companion that
-    is absent is not missed, for the hub's client fetches each when it is read. What is missing or
+    ``verify`` compares these and ``quantization_config`` with their SHA-256. What is missing or
     damaged raises ``SqCpuError``.
     """
     config = folder / CONFIG
-    if verify and config.exists():  # from_pretrained may have got its config elsewhere
-        content = _read_config(config)
-        stored = content["quantization_config"].get(CONFIG_DIGEST)
-        _check_digest(config, config_digest(content), stored)
-    files, companions = settings.get("files"), settings.get("companions")
+    if verify and settings["format_version"] >= 5:  # before, the digest was of the whole file
+        _check_digest(config, settings_digest(settings), settings.get(SETTINGS_DIGEST))
+    files = settings.get("files")
     if not isinstance(files, dict) or not files:
         raise SqCpuError(f"{config} lists no files; save the model again")
-    if not isinstance(companions, dict):
-        raise SqCpuError(f"{config}: companions is not a table of files; save the model again")
-    for name in (*files, *companions):
+    for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise SqCpuError(f"{config}: file name {name!r} leaves the folder; rename it")
-    for name in files:
         if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
             raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
-    for name, digest in (files | companions).items() if verify else ():
-        if os.path.isfile(folder / name):
-            _check_digest(folder / name, sha256(folder / name), digest)
+    for name, digest in files.items() if verify else ():
+        _check_digest(folder / name, sha256(folder / name), digest)
     return list(files)
 
 
-def config_digest(content: Mapping[str, Any]) -> str:
-    """Give the SHA-256 of a config.json: of its JSON with sorted keys, without this digest."""
-    settings = dict(content["quantization_config"])
-    settings.pop(CONFIG_DIGEST, None)
-    canonical = json.dumps({**content, "quantization_config": settings}, sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+def settings_digest(settings: Mapping[str, Any]) -> str:
+    """Give the SHA-256 of a ``quantization_config``: its sorted JSON, without this digest."""
+    others = {name: value for name, value in settings.items() if name != SETTINGS_DIGEST}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _check_digest(path: Path, found: str, stored: object) -> None:

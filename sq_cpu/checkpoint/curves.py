@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sq_cpu.checkpoint.config import read_json
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
 from sq_cpu.quantization.record import QuantizationRecord
@@ -36,13 +36,15 @@ def with_stored_curves(
     Raises `SqCpuError` for a file that is not one of curves.
     """
     path = folder / CURVES
-    if record.plan is None or CURVES not in settings["companions"] or not path.exists():
+    named = settings.get("companions")
+    if record.plan is None or not isinstance(named, list | dict) or CURVES not in named:
         return record
+    if not path.exists():  # the hub's client fetches what is read
+        return record
+    curves = read_json(path)
     try:
-        curves = json.loads(path.read_text(encoding="utf-8"))
         return replace(record, plan=_with_curves(record.plan, curves))
-    # ValueError: not UTF-8 or not JSON; RecursionError: brackets without end.
-    except (OSError, ValueError, TypeError, RecursionError, SqCpuError) as error:
+    except (TypeError, SqCpuError) as error:
         raise SqCpuError(
             f"{path} does not hold the curves of a search ({first_line(error)}); remove it, or "
             "copy the checkpoint again"

@@ -1,49 +1,163 @@
-"""The checkpoint's folder: moved into place as a whole, replaced only if `save` wrote it."""
+"""The checkpoint's folder: built in a work folder, moved into place as a whole.
+
+The work folder, `.OUT.partial`, is beside OUT. Where OUT is a mount point or the current folder,
+which cannot be replaced, it is in OUT, and what is finished is moved out of it, config.json last.
+
+.OUT.partial/lock          held by the process that is at work
+.OUT.partial/whole/        what `save` builds
+.OUT.partial/checkpoint/   what streaming builds; it has more here, see `streaming.work_folder`
+.OUT.partial/old/          what is replaced, where a file system cannot exchange folders
+
+At every moment OUT is as it was or complete. (Without an exchange there is a moment in which it is
+absent; where a process is killed then, the next one puts the old OUT back.) The next call clears
+what a killed process left.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sq_cpu.checkpoint.config import CONFIG, read_settings
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.files import exchange, keep_mode, locked
 
-__all__ = ["check_replaceable", "contents", "hidden", "is_empty", "move_into_place"]
+__all__ = ["STATE", "Staging", "contents", "staged", "work_folder", "writing"]
+
+_LOCK, _OLD, _WHOLE, _STREAMED = "lock", "old", "whole", "checkpoint"
+STATE = "state.json"
+_OURS = (_LOCK, _OLD, _WHOLE, _STREAMED, STATE, f".{STATE}.*", "*.safetensors")
+_CHANGED = "{} was changed during the work, and is left as it is now; choose another folder"
 
 
-def check_replaceable(target: Path) -> None:
-    """Refuse to replace anything that ``save`` did not write."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise SqCpuError(f"{target} is a file; choose another folder to save to")
-    if is_empty(target):
-        return
+@dataclass
+class Staging:
+    """A folder in the making, which this process alone works on."""
+
+    path: Path
+    """As it was given."""
+    target: Path
+    """The real path."""
+    work: Path
+    folder: Path
+    """What `commit` makes the target."""
+    replaced: os.stat_result | None
+    """The checkpoint that was there at the start; None: nothing, or an empty folder."""
+    done: bool = False
+
+    def clear(self) -> None:
+        """Begin anew."""
+        _clear(self.work, keep_stream=False)
+        self.folder.mkdir()
+
+    def commit(self) -> None:
+        """Make the folder the target, if that is still what it was at the start."""
+        with writing(self.target):
+            if self.work.parent == self.target:
+                self._fill()
+            elif self.replaced is None:
+                _keep_modes(self.folder, self.target)
+                try:
+                    self.folder.rename(self.target)  # over nothing but an empty folder
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                        raise
+                    raise SqCpuError(_CHANGED.format(self.target)) from error
+            else:
+                self._replace(self.replaced)
+        self.done = True
+
+    def _replace(self, before: os.stat_result) -> None:
+        self._check_unchanged(self.target, before)
+        _keep_modes(self.folder, self.target)
+        exchanged = exchange(self.folder, self.target)
+        old = self.folder if exchanged else self.work / _OLD
+        if not exchanged:
+            self.target.rename(old)
+        try:
+            self._check_unchanged(old, before)  # what came out is what was looked at
+            if not exchanged:
+                self.folder.rename(self.target)
+        except BaseException:
+            if exchanged:
+                exchange(self.folder, self.target)
+            else:
+                old.rename(self.target)
+            raise
+
+    def _check_unchanged(self, folder: Path, before: os.stat_result) -> None:
+        if not folder.is_dir() or not os.path.samestat(folder.stat(), before):
+            raise SqCpuError(_CHANGED.format(self.target))
+        _check_ours(folder, self.target)
+
+    def _fill(self) -> None:
+        """Move what is finished into the target, or nothing."""
+        if any(entry != self.work for entry in self.target.iterdir()):
+            raise SqCpuError(_CHANGED.format(self.target))
+        try:
+            # config.json last: without it the folder is no checkpoint.
+            for entry in sorted(self.folder.iterdir(), key=_is_config):
+                entry.rename(self.target / entry.name)
+        except BaseException:
+            _take_back(self.target, self.folder)
+            raise
+
+
+@contextmanager
+def staged(
+    path: str | os.PathLike[str], *, replace: bool = True, streamed: bool = False
+) -> Iterator[Staging]:
+    """Yield the folder in which a checkpoint is made; without `commit` nothing of it stays.
+
+    Streamed work stays while the work folder has a `STATE`, and the folder holds what it held.
+
+    Raises `SqCpuError` for a target that cannot be replaced, or is not to be (`replace`), while
+    another process is at work on it, and where it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    work = work_folder(target)
+    new = [work, *(parent for parent in target.parents if not parent.exists())]
+    with ExitStack() as stack:
+        stack.callback(_remove_empty, new)
+        with writing(target):
+            left = _claim(work, target, stack)
+            try:
+                _settle(target, work, left, replace)
+                staging = _begin(Path(path), target, work, streamed)
+            except BaseException:
+                _clear(work, keep_stream=True)
+                raise
+        try:
+            yield staging
+        finally:
+            _clear(work, keep_stream=not staging.done)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say of a failure to write which checkpoint could not be written."""
     try:
-        settings = read_settings(target)
-        ours = {CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
-    except (SqCpuError, TypeError) as error:
+        yield
+    except (OSError, SafetensorError) as error:
         raise SqCpuError(
-            f"{target} is not empty and is not an sq_cpu checkpoint; choose another folder"
+            f"cannot write checkpoint {target}: {first_line(error)}; "
+            "choose a writable folder with enough free space"
         ) from error
-    if foreign := sorted(contents(target) - ours):
-        raise SqCpuError(
-            f"{target} holds {foreign[0]}, which save did not write and will not delete; "
-            "move it away or choose another folder"
-        )
-    if os.path.ismount(target) or os.path.samefile(target, os.curdir):
-        raise SqCpuError(
-            f"{target} is a mount point or the current folder, which cannot be replaced; "
-            "empty it or choose another folder"
-        )
 
 
-def is_empty(folder: Path) -> bool:
-    """Tell whether a folder holds nothing."""
-    return not any(folder.iterdir())
+def work_folder(target: Path) -> Path:
+    """Return where the work on a target, a real path, is kept."""
+    name = f".{target.name}.partial"
+    inside = target / name
+    return inside if inside.exists() or _stays(target) else target.parent / name
 
 
 def contents(folder: Path) -> set[str]:
@@ -51,43 +165,134 @@ def contents(folder: Path) -> set[str]:
     return {
         entry.relative_to(folder).as_posix()
         for entry in folder.rglob("*")
-        if entry.is_symlink() or not entry.is_dir() or is_empty(entry)
+        if entry.is_symlink() or not entry.is_dir() or not any(entry.iterdir())
     }
 
 
-def hidden(target: Path, *, inside: bool = False) -> Path:
-    """Give a new name for a folder beside ``target``, or in it."""
-    return (target if inside else target.parent) / f".{target.name}.{secrets.token_hex(6)}"
+def _stays(target: Path) -> bool:
+    """Return whether a folder cannot be replaced by another."""
+    if not target.is_dir():
+        return False
+    return os.path.ismount(target) or os.path.samefile(target, os.curdir)
 
 
-def move_into_place(staging: Path, target: Path) -> None:
-    """Make ``staging`` the folder ``target``, which ``check_replaceable`` let through."""
-    if staging.parent == target:
-        _move_out(staging, target)
+def _claim(work: Path, target: Path, stack: ExitStack) -> bool:
+    """Keep every other process out of the work folder; return whether one was killed there."""
+    if target.exists() and not target.is_dir():
+        raise SqCpuError(f"{target} is a file; choose another folder to save to")
+    left = False
+    while True:
+        left |= work.exists()
+        if left:
+            _check_work(work)
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(locked(work / _LOCK))
+        except BlockingIOError as error:
+            raise SqCpuError(f"another process is at work in {work}; wait for it") from error
+        except FileNotFoundError:  # the one that ends removed the folder
+            continue
+        return left
+
+
+def _check_work(work: Path) -> None:
+    with suppress(FileNotFoundError):
+        for entry in work.iterdir():
+            if not any(fnmatch(entry.name, name) for name in _OURS):
+                raise SqCpuError(f"{entry} is not of sq_cpu's making; move it away")
+
+
+def _settle(target: Path, work: Path, left: bool, replace: bool) -> None:
+    """Set right what a killed process left, and refuse a target that is not to be replaced."""
+    if (work / _OLD).exists() and not target.exists():
+        (work / _OLD).rename(target)
+    inside = work.parent == target
+    if inside and left:
+        in_memory = (work / _WHOLE).exists() or not (work / _STREAMED).exists()
+        _take_back(target, work / (_WHOLE if in_memory else _STREAMED))
+    # A process that was killed when all was in place: what is there is its own.
+    is_done = left and not any((work / name).exists() for name in (_WHOLE, _STREAMED))
+    _clear(work, keep_stream=not is_done)
+    if not _is_occupied(target, work):
         return
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = hidden(target)
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    _check_ours(target, target)
+    if inside:
+        raise SqCpuError(
+            f"{target} is a mount point or the current folder, which cannot be replaced; "
+            "empty it or choose another folder"
+        )
+    if not replace and not is_done:
+        raise SqCpuError(f"{target} holds a checkpoint; use --overwrite or another folder")
 
 
-def _move_out(staging: Path, target: Path) -> None:
-    """Move what ``staging`` holds to ``target``, or nothing."""
-    # config.json last: without it the folder is no checkpoint.
-    entries = sorted(staging.iterdir(), key=lambda entry: entry.name == CONFIG)
+def _begin(path: Path, target: Path, work: Path, streamed: bool) -> Staging:
+    folder = work / (_STREAMED if streamed else _WHOLE)
+    folder.mkdir(exist_ok=True)
+    replaced = target.stat() if _is_occupied(target, work) else None
+    return Staging(path, target, work, folder, replaced)
+
+
+def _is_occupied(target: Path, work: Path) -> bool:
+    return target.exists() and any(entry != work for entry in target.iterdir())
+
+
+def _check_ours(folder: Path, named: Path) -> None:
+    """Refuse to replace anything that ``save`` did not write."""
     try:
-        for entry in entries:
-            entry.rename(target / entry.name)
-        staging.rmdir()
-    except BaseException:
-        for entry in entries:
-            with suppress(OSError):  # not moved yet
-                (target / entry.name).rename(entry)
-        raise
+        settings = read_settings(folder)
+        ours = {CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
+    except (SqCpuError, TypeError) as error:
+        raise SqCpuError(
+            f"{named} is not empty and is not an sq_cpu checkpoint; choose another folder"
+        ) from error
+    own_work = work_folder(folder).name
+    foreign = sorted(name for name in contents(folder) - ours if name.split("/")[0] != own_work)
+    if foreign:
+        raise SqCpuError(
+            f"{named} holds {foreign[0]}, which save did not write and will not delete; "
+            "move it away or choose another folder"
+        )
+
+
+def _take_back(target: Path, folder: Path) -> None:
+    """Move what a call moved out of the staging folder back into it, config.json first."""
+    folder.mkdir(exist_ok=True)
+    try:
+        config = folder if (folder / CONFIG).exists() else target
+        settings = read_settings(config)
+        ours = {CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
+    except (SqCpuError, TypeError):
+        return  # it had not begun to move
+    moved = [entry for entry in target.iterdir() if entry.name in {n.split("/")[0] for n in ours}]
+    for entry in sorted(moved, key=_is_config, reverse=True):
+        entry.rename(folder / entry.name)
+
+
+def _is_config(entry: Path) -> bool:
+    return entry.name == CONFIG
+
+
+def _clear(work: Path, *, keep_stream: bool) -> None:
+    """Remove what is in the work folder, but for the lock, and streamed work that can go on."""
+    kept = [_LOCK]
+    if keep_stream and (work / STATE).exists():
+        kept += [STATE, _STREAMED, "*.safetensors"]
+    for entry in list(work.iterdir()):
+        if any(fnmatch(entry.name, name) for name in kept):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for folder in folders:  # nearest first; stops at one that is in use
+            folder.rmdir()
+
+
+def _keep_modes(new: Path, old: Path) -> None:
+    """Give the new folder, and its files, the modes of those that they replace."""
+    for entry in (new, *new.rglob("*")):
+        keep_mode(entry, old / entry.relative_to(new))

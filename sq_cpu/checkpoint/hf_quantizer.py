@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -22,12 +21,17 @@ from sq_cpu.checkpoint.config import (
     check_dtype,
     check_files,
     check_settings,
+    read_json,
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
-from sq_cpu.checkpoint.load import restore
+from sq_cpu.checkpoint.rebuild import fit, restore
+from sq_cpu.checkpoint.skeleton import check_buffers, check_counts
+from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import load_again, load_nothing
+from sq_cpu.models.linears import linearized
+from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
 
@@ -59,7 +63,8 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         check_settings(self._settings, Path(CONFIG))
         self._dtype: torch.dtype | None = None
         self._folder = Path()
-        self._ignored: set[str] | None = None
+        self._files: list[str] = []
+        self._ignored: Any = None
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -78,6 +83,14 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         """Let "auto" mean the CPU, whatever else the machine has."""
         return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Look at the config before a model is built from it: its counts have to be possible."""
+        folder = Path(str(config.name_or_path))
+        if (folder / CONFIG).is_file():
+            with StoredTensors(folder, check_files(folder, self._settings, verify=False)) as stored:
+                check_counts(config.to_dict(), len(stored.headers), folder / CONFIG)
+        return config
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Note the dtype of everything that is not quantized."""
         check_dtype(dtype)
@@ -90,26 +103,41 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         """Check the model and its files, and leave transformers no weight to load."""
         if not checkpoint_files:
             raise SqCpuError("from_pretrained needs the folder of an sq_cpu checkpoint: give it")
-        self._folder = Path(checkpoint_files[0]).parent
+        self._folder = folder = Path(checkpoint_files[0]).parent
         self._check_model(model)
-        files = check_files(self._folder, self._settings, verify=True)
-        if foreign := {Path(file).name for file in checkpoint_files} - set(files):
+        self._files = check_files(folder, self._settings, verify=True)
+        ours = {folder / name for name in self._files}
+        if foreign := {Path(file) for file in checkpoint_files} - ours:
             raise SqCpuError(
-                f"{self._folder / min(foreign)} is not a file of this checkpoint; remove it, "
-                "or the arguments that choose it"
+                f"{min(foreign)} is not a file of this checkpoint; remove it, or what names it "
+                "(an index, an argument)"
             )
+        with StoredTensors(folder, self._files) as stored, linearized(model):
+            fit(model, self._record, stored.headers, self._version, folder, stored.path)
+            check_buffers(model, stored.nbytes, folder / CONFIG)
         # transformers would hold all int8 weights unpacked beside the packed ones.
         self._ignored = load_nothing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Fill the weights as `sq_cpu.load` does."""
         load_again(model, self._ignored)
-        record = record_of_settings(self._settings, self._folder / CONFIG)
-        record = with_stored_curves(record, self._folder, self._settings)
+        folder = self._folder
+        record = with_stored_curves(self._record, folder, self._settings)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.
-        stored = AutoConfig.from_pretrained(self._folder).dtype
-        dtype = None if self._dtype == stored else self._dtype
-        restore(model, self._folder, record, list(self._settings["files"]), dtype)
+        content = read_json(folder / CONFIG)
+        stored_dtype = content.get("dtype", content.get("torch_dtype"))
+        dtype = None if str(self._dtype).removeprefix("torch.") == stored_dtype else self._dtype
+        with StoredTensors(folder, self._files) as stored:
+            restore(model, record, stored, self._version, folder, dtype)
+
+    @property
+    def _record(self) -> QuantizationRecord:
+        return record_of_settings(self._settings, self._folder / CONFIG)
+
+    @property
+    def _version(self) -> int:
+        version: int = self._settings["format_version"]
+        return version
 
     def _check_model(self, model: Any) -> None:
         (architecture, *_) = model.config.architectures or ("unknown model",)

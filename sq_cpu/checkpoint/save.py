@@ -7,37 +7,37 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import transformers
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sq_cpu.checkpoint.config import (
     CONFIG,
-    CONFIG_DIGEST,
     FORMAT_VERSION,
     INDEX,
     QUANT_METHOD,
-    config_digest,
+    SETTINGS_DIGEST,
+    settings_digest,
     sha256,
 )
 from sq_cpu.checkpoint.curves import write_curves
-from sq_cpu.checkpoint.entries import float_entries, layer_entries, own_entries
-from sq_cpu.checkpoint.folder import check_replaceable, contents, hidden, is_empty, move_into_place
+from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
+from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
+from sq_cpu.checkpoint.likeness import check_layers, check_likeness
+from sq_cpu.checkpoint.stored import Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
+from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
-    "check_architecture",
     "save",
+    "save_staged",
     "write_companions",
     "write_index",
     "write_settings",
@@ -55,16 +55,22 @@ def save(
     """Write a quantized model, all of it or nothing.
 
     The folder is built beside ``path`` and moved into place when it is complete. An existing
-    folder is filled if it is empty, config.json last, and replaced only if it is a checkpoint that
-    :func:`save` wrote and holds nothing else.
+    folder is replaced if it is empty, or a checkpoint that :func:`save` wrote and holds nothing
+    else; files that are replaced keep their modes. An empty folder that is a mount point or the
+    current one is filled, config.json last.
     Weights are unpacked one file at a time: peak extra memory is one shard.
 
-    Buffers that transformers does not store (rotary frequencies) are rebuilt from the config at
-    load, as ``from_pretrained`` does.
+    Before anything is written, the model that `load` will build from the config is built on the
+    meta device and held against this one: modules, plain attributes, names, shapes and ties.
+    Buffers that transformers does not store (rotary frequencies) are computed from the config at
+    load, as ``from_pretrained`` does; they are stored where that gives other values.
+
+    A model of another kind, which nothing can be built from, is stored with all of its buffers;
+    ``load(path, model=...)`` fills a fresh instance.
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
+    model : torch.nn.Module
         A model that :func:`sq_cpu.quantize` or :func:`load` returned.
     path : path-like
         Folder to write; missing parents are made.
@@ -81,34 +87,32 @@ def save(
     Raises
     ------
     SqCpuError
-        The model is not one of ours, ``path`` holds something else, or writing failed.
+        The model is not one of ours, `load` could not rebuild it, ``path`` holds something else or
+        was changed meanwhile, another process is at work on it, or writing failed.
     """
-    record = _record_of(model)
-    check_architecture(model)
-    target = Path(os.path.realpath(path))
-    check_replaceable(target)
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    # An empty folder may be a mount point or the current one: it stays, and is filled.
-    staging = hidden(target, inside=target.exists() and is_empty(target))
-    try:
-        staging.mkdir(parents=True)
-        _write(cast(Any, model), record, tokenizer, staging, max_shard_size)
-        move_into_place(staging, target)
-    except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        with suppress(OSError):
-            for parent in new_parents:  # nearest first; stops at one that is in use
-                parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            raise SqCpuError(
-                f"cannot write checkpoint {target}: {first_line(error)}; "
-                "choose a writable folder with enough free space"
-            ) from error
-        raise
+    with staged(path) as staging:
+        save_staged(staging, model, tokenizer, max_shard_size=max_shard_size)
     return Path(path)
 
 
+def save_staged(
+    staging: Staging,
+    model: nn.Module,
+    tokenizer: Any = None,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Do what :func:`save` does, for a target that has been held since before the work began."""
+    record = _record_of(model)
+    check_layers(model, record)
+    with writing(staging.target):
+        _write(model, record, tokenizer, staging.folder, max_shard_size)
+    staging.commit()
+
+
 def _record_of(model: nn.Module) -> QuantizationRecord:
+    if "_orig_mod" in model._modules:
+        raise SqCpuError("the model is compiled; save the model itself, its _orig_mod")
     record = getattr(model, "sq_cpu_config", None)
     if not isinstance(record, QuantizationRecord):
         raise SqCpuError(
@@ -123,36 +127,48 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
     return replace(record, smoothed=tuple(smoothed))
 
 
-def check_architecture(model: nn.Module) -> None:
-    """Raise ``SqCpuError`` for a model that ``load`` could not rebuild."""
-    architecture = type(model).__name__
-    if getattr(transformers, architecture, None) is not type(model):
-        raise SqCpuError(
-            f"{architecture} is not a class of transformers, so load could not rebuild it; "
-            "keep its state_dict() with safetensors instead"
-        )
-
-
 def _write(
-    model: Any, record: QuantizationRecord, tokenizer: Any, folder: Path, max_shard_size: int | str
+    model: nn.Module,
+    record: QuantizationRecord,
+    tokenizer: Any,
+    folder: Path,
+    max_shard_size: int | str,
 ) -> None:
     # Small files first: what can be refused is refused before gigabytes are written.
     write_companions(model, tokenizer, folder)
-    files = _write_tensors(model, folder, max_shard_size)
+    stored = float_entries(model, model)
+    layer_of: dict[str, tuple[str, QuantLinear]] = {}
+    for prefix, layer in int8_layers(model):
+        # Only shapes now: each weight is unpacked when its file is written.
+        entries = layer_entries(layer, prefix)
+        stored |= entries
+        layer_of |= dict.fromkeys(entries, (prefix, layer))
+    headers = {name: Header.of(tensor) for name, tensor in stored.items()}
+    stored |= check_likeness(model, record, headers, folder)
+    files = _write_tensors(stored, layer_of, folder, max_shard_size)
     write_settings(folder, record, files)
 
 
 def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write what is beside the tensors: the configs and the tokenizer's files."""
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
-    config.dtype = str(model.dtype).removeprefix("torch.")
-    config.quantization_config = {}
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    if is_transformers(model):
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.dtype = str(model.dtype).removeprefix("torch.")
+        config.quantization_config = {}
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    else:
+        content = {"architectures": [type(model).__name__], "quantization_config": {}}
+        (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except OSError:
+            raise
+        except Exception as error:  # the base class itself is what tokenizers raises
+            raise SqCpuError(f"the tokenizer cannot be saved: {first_line(error)}") from error
 
 
 def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:
@@ -163,27 +179,22 @@ def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str,
         "format_version": FORMAT_VERSION,
         **record.to_dict(),
         "files": dict(files),
-        "companions": {
-            name: sha256(folder / name) for name in sorted(contents(folder) - {CONFIG, *files})
-        },
+        "companions": sorted(contents(folder) - {CONFIG, *files}),
     }
+    settings[SETTINGS_DIGEST] = settings_digest(settings)
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     content["quantization_config"] = settings
-    settings[CONFIG_DIGEST] = config_digest(content)
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 
 
-def _write_tensors(model: Any, folder: Path, max_shard_size: int | str) -> dict[str, str]:
+def _write_tensors(
+    stored: Mapping[str, Tensor],
+    layer_of: Mapping[str, tuple[str, QuantLinear]],
+    folder: Path,
+    max_shard_size: int | str,
+) -> dict[str, str]:
     """Write the safetensors files (and an index if there are several); name -> SHA-256."""
-    stored: dict[str, Tensor] = float_entries(model, model)
-    layer_of: dict[str, tuple[str, QuantLinear]] = {}
-    for prefix, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            # Only shapes now: each weight is unpacked when its file is written.
-            entries = layer_entries(module, prefix)
-            stored |= entries
-            layer_of |= dict.fromkeys(entries, (prefix, module))
-    split = split_torch_state_dict_into_shards(stored, max_shard_size=max_shard_size)
+    split = split_torch_state_dict_into_shards(dict(stored), max_shard_size=max_shard_size)
     digests = {}
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
@@ -192,7 +203,7 @@ def _write_tensors(model: Any, folder: Path, max_shard_size: int | str) -> dict[
                 shard[name] = stored[name]
             elif name not in shard:
                 prefix, module = layer_of[name]
-                entries = own_entries(module, prefix)
+                entries = layer_tensors(module, prefix)
                 shard.update({key: entries[key] for key in entries if key in names})
         digests[file] = write_shard(folder / file, shard)
     if split.is_sharded:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
 from sq_cpu.checkpoint.load import load
+from sq_cpu.checkpoint.skeleton import UNTRUSTED
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.extras import require
 from sq_cpu.models.hf_private import forget_quantization
@@ -35,6 +36,7 @@ def load_source(
     source: str | Path,
     *,
     dtype: torch.dtype | None = torch.float32,
+    trust_remote_code: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a causal language model, quantized or not, and its tokenizer.
@@ -47,6 +49,8 @@ def load_source(
     dtype : torch.dtype, optional
         fp32, bf16 or fp16. None keeps the dtype that the folder or the hub says; a GGUF file, whose
         weights have none, then becomes fp32.
+    trust_remote_code : bool
+        Run code that the folder or the hub brings for its model or tokenizer.
     say : callable, optional
         Told, in a line, what is loaded, in place of what the libraries print: the process's stderr
         is dropped meanwhile. None: stderr stays as it is.
@@ -61,30 +65,34 @@ def load_source(
     ------
     SqCpuError
         Nothing there, a damaged file, no causal language model, an architecture that transformers
-        does not know, weights that lack a tensor, or a hub that cannot be reached.
+        does not know, weights that lack a tensor, a hub that cannot be reached, or code that is not
+        trusted.
     """
     if say is None:
-        return _load_source(source, dtype)
+        return _load_source(source, dtype, trust_remote_code)
     say(f"loading {source}")
     # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
     with contextlib.redirect_stderr(io.StringIO()):
-        return _load_source(source, dtype)
+        return _load_source(source, dtype, trust_remote_code)
 
 
-def _load_source(source: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+def _load_source(
+    source: str | Path, dtype: torch.dtype | None, trust: bool
+) -> tuple[nn.Module, Any]:
     path = Path(source).expanduser()
     if path.is_dir():
         check_causal(path)
         if is_checkpoint(path):
-            return load(path, dtype=dtype), load_tokenizer(path, f"checkpoint {path}")
+            model = load(path, dtype=dtype, trust_remote_code=trust)
+            return model, load_tokenizer(path, f"checkpoint {path}", trust)
         check_float(path)
-        return _load(path, dtype or "auto", f"model folder {path}")
+        return _load(path, dtype or "auto", f"model folder {path}", trust)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SqCpuError(f"{path} is a file, but not a .gguf; give the model's folder instead")
         return _load_gguf(path, dtype or torch.float32)
     if path.suffix.lower() != ".gguf" and _HUB_NAME.fullmatch(str(source)):
-        return _load(source, dtype or "auto", f"{source} (no such folder) from the hub")
+        return _load(source, dtype or "auto", f"{source} (no such folder) from the hub", trust)
     raise SqCpuError(f"{source}: no such file or folder; give a model folder or a .gguf file")
 
 
@@ -141,33 +149,38 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         if file.read(4) != b"GGUF":
             raise SqCpuError(f"{path} is not a GGUF file: its first bytes are not 'GGUF'")
     require("gguf", "gguf")
-    model, tokenizer = _load(path.parent, dtype, f"GGUF file {path}", gguf_file=path.name)
+    model, tokenizer = _load(path.parent, dtype, f"GGUF file {path}", False, gguf_file=path.name)
     # The weights are floats now, but the model still says "gguf", and so refuses save and .to().
     forget_quantization(model)
     return model, tokenizer
 
 
 def _load(
-    source: str | Path, dtype: torch.dtype | str, what: str, **options: Any
+    source: str | Path, dtype: torch.dtype | str, what: str, trust: bool, **options: Any
 ) -> tuple[Any, Any]:
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True, **options
+            source, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **options
         )
     except Exception as error:  # files that are missing, damaged or unknown raise all kinds
-        raise SqCpuError(f"cannot load {what}: {first_line(error)}") from error
+        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
     if missing := sorted(report["missing_keys"]):
         # transformers fills them with random numbers and goes on.
         raise SqCpuError(
             f"cannot load {what}: the weights lack {missing[0]} (and {len(missing) - 1} more); "
             "get the whole model"
         )
-    return model.eval(), load_tokenizer(source, what, **options)
+    return model.eval(), load_tokenizer(source, what, trust, **options)
 
 
-def load_tokenizer(source: str | Path, what: str, **options: Any) -> Any:
-    """Load the tokenizer of `what`, or raise `SqCpuError`."""
+def load_tokenizer(source: str | Path, what: str, trust: bool = False, **options: Any) -> Any:
+    """Load the tokenizer of `what`, or raise `SqCpuError`; its own code runs if it is trusted."""
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **options)
     except Exception as error:
-        raise SqCpuError(f"cannot load the tokenizer of {what}: {first_line(error)}") from error
+        raise SqCpuError(f"cannot load the tokenizer of {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    # What transformers says of it takes many lines and names an option of its own.
+    return UNTRUSTED if "trust_remote_code" in str(error) else first_line(error)

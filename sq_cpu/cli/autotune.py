@@ -21,10 +21,11 @@ from sq_cpu.cli.common import (
     Dtype,
     Json,
     Model,
+    TrustRemoteCode,
     Window,
-    check_file,
     check_shipped,
     emit,
+    hold,
     model_name,
     read,
     say,
@@ -35,6 +36,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.lm_eval import lm_eval_accuracy
 from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
 from sq_cpu.extras import require
+from sq_cpu.files import check_file
 
 if TYPE_CHECKING:
     from sq_cpu.autotuning.autotune import Autotuned
@@ -46,6 +48,7 @@ class _Rank(str, Enum):
 
 
 def autotune_command(
+    ctx: typer.Context,
     model: Model,
     out: Out,
     goal: Annotated[str, typer.Option(help=GOAL)] = "1%",
@@ -103,6 +106,7 @@ def autotune_command(
     ignore: Ignore = None,
     dtype: DtypeOption = Dtype.fp32,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Find the fastest mix of int8 and float for MODEL that keeps an accuracy goal.
@@ -121,14 +125,14 @@ def autotune_command(
         raise typer.BadParameter("--task-limit needs --tasks")
     Goal.of(goal)
     seconds = None if time_limit is None else _seconds(time_limit)
-    check_file(out)
-    if report_file is not None:
-        require_report()
-        check_file(report_file)
-    data = tuning_input(model, calib, windows, window, dtype, ignore)
     where = out.with_suffix(".db") if storage is None else _place(storage)
     _check_distinct(out, where, report_file)
-    _check_storage(where, study, resume)
+    if report_file is not None:
+        require_report()
+        hold(ctx, report_file)
+    killed = hold(ctx, out)
+    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
+    _check_storage(where, study, resume, killed)
     scored = _scored(text, text_windows) if not tasks else ()
     start = time.perf_counter()
     loaded, tokenizer, batches = data.load()
@@ -239,10 +243,14 @@ def _check_distinct(out: Path, where: Path | str, page: Path | None) -> None:
             raise SqCpuError(f"{other} and {what} are both {path}; give one of them another name")
 
 
-def _check_storage(where: Path | str, study: str, resume: bool) -> None:
-    """Refuse trials of an earlier run without --resume, and --resume without such trials."""
+def _check_storage(where: Path | str, study: str, resume: bool, killed: bool) -> None:
+    """Refuse trials of an earlier run without --resume, and --resume without such trials.
+
+    After a run that was killed, the same command goes on.
+    """
     if isinstance(where, Path):
-        check_file(where)
+        if check_file(where) is None:
+            raise SqCpuError(f"{where} is no regular file; give --storage another name")
         if resume and not where.exists():
             raise SqCpuError(f"nothing to resume: {where} does not exist; drop --resume")
         if not where.exists():
@@ -254,7 +262,7 @@ def _check_storage(where: Path | str, study: str, resume: bool) -> None:
     if resume and not there:
         raise SqCpuError(f"nothing to resume: {where} has no study {study}; drop --resume")
     # In a database, which others share, a study of this very job is continued without --resume.
-    if there and not resume and isinstance(where, Path):
+    if there and not (resume or killed) and isinstance(where, Path):
         raise SqCpuError(
             f"{where} holds the trials of an earlier run: go on with --resume, remove it, or give "
             f"this job another name than {study} with --study"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from sq_cpu import texts
 from sq_cpu.checkpoint import sources
-from sq_cpu.checkpoint.folder import check_replaceable
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.files import claimed_file
 
 
 class Dtype(str, Enum):
@@ -48,6 +47,10 @@ Model = Annotated[
     typer.Argument(metavar="MODEL", help="A folder, a .gguf file or the name of a hub model."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that MODEL's folder or repository brings."),
+]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 StoredDtype = Annotated[
     Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")
@@ -64,31 +67,9 @@ def emit(result: dict[str, Any], as_json: bool, line: str) -> None:
     typer.echo(json.dumps(result) if as_json else line)
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse what cannot be written, before the long work."""
-    check_replaceable(folder)
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
-        raise SqCpuError(f"{folder} holds a checkpoint; use --overwrite or another folder")
-    place = folder.resolve()
-    if place.exists() and any(place.iterdir()):
-        place = place.parent  # a checkpoint is replaced as a whole, an empty folder filled
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise SqCpuError(
-            f"cannot write to {place} ({error.strerror}); give -o another folder"
-        ) from error
-
-
-def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before the long work."""
-    if path.is_dir():
-        raise SqCpuError(f"{path} is a folder; give the name of a file in it")
-    if not os.access(path.absolute().parent, os.W_OK):
-        raise SqCpuError(f"cannot write to {path.absolute().parent}; give another, existing folder")
+def hold(ctx: typer.Context, path: Path) -> bool:
+    """Have a file that the command is to write for itself until it ends; see `claimed_file`."""
+    return ctx.with_resource(claimed_file(path))
 
 
 def check_not_quantized(model: str) -> None:
@@ -164,10 +145,14 @@ def calibration_batches(
     return batches
 
 
-def load_model(source: str | Path, dtype: Dtype | None) -> tuple[nn.Module, Any]:
+def load_model(
+    source: str | Path, dtype: Dtype | None, *, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
     """Load a model, quantized or not, and its tokenizer."""
     quiet()
-    return sources.load_source(source, dtype=TORCH_DTYPES[dtype], say=say)
+    return sources.load_source(
+        source, dtype=TORCH_DTYPES[dtype], trust_remote_code=trust_remote_code, say=say
+    )
 
 
 def quiet() -> None:

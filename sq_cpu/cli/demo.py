@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from sq_cpu import texts
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
-from sq_cpu.checkpoint.save import save
+from sq_cpu.checkpoint.folder import Staging
+from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity, token_windows
 from sq_cpu.kernels.runtime import available_memory, isa
@@ -113,7 +114,7 @@ def find_model(path: str | Path | None = None) -> str | Path:
 def run(
     base: nn.Module,
     tokenizer: Any,
-    output: Path,
+    staging: Staging,
     *,
     say: Callable[[str], None],
     progress: bool | None = None,
@@ -125,8 +126,8 @@ def run(
     base : transformers.PreTrainedModel
         The float model, which is left as it was.
     tokenizer : transformers.PreTrainedTokenizerBase
-    output : Path
-        Folder for the checkpoint.
+    staging : Staging
+        For the checkpoint.
     say : callable
         Gets a line of text as each step begins.
     progress : bool, optional
@@ -152,8 +153,8 @@ def run(
             models[variant.name] = _build(base, variant, calibration, plan, progress)
         rows += _measure(models, tokenizer, say, progress)
         if _SAVED in models:
-            say(f"saving {output}")
-            save(models[_SAVED], output, tokenizer)
+            say(f"saving {staging.path}")
+            save_staged(staging, models[_SAVED], tokenizer)
 
     here = isa()
     return Report(
@@ -161,7 +162,7 @@ def run(
         isa=here["in_use"],
         threads=torch.get_num_threads(),
         rows=tuple(rows),
-        saved=str(output),
+        saved=str(staging.path),
         saved_variant=_SAVED,
         interleaved=interleaved,
     )

@@ -22,11 +22,12 @@ from sq_cpu.cli.common import (
     Json,
     Model,
     SchemeName,
+    TrustRemoteCode,
     calibration_batches,
-    check_file,
     check_not_quantized,
     check_shipped,
     emit,
+    hold,
     load_model,
     model_name,
     read,
@@ -48,6 +49,7 @@ _WINDOW = 512
 
 
 def inspect_command(
+    ctx: typer.Context,
     model: Model,
     plan: Annotated[
         Path | None,
@@ -98,6 +100,7 @@ def inspect_command(
     window: Annotated[
         int | None, typer.Option(min=2, help="Tokens per window. [default: 512]")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Show what is in each int8 linear of MODEL, or what int8 would do to a float MODEL.
@@ -130,7 +133,7 @@ def inspect_command(
     tokens = _WINDOW if window is None else window
     if report is not None:
         require_report()
-        check_file(report)
+        hold(ctx, report)
     if source is not None:
         check_not_quantized(source)
     own_texts = read_all(calib or [])
@@ -138,7 +141,7 @@ def inspect_command(
     def measured(
         source: str, planned: SmoothPlan | None, settings: Scheme, layers: Sequence[str] = ()
     ) -> Analysis:
-        loaded, tokenizer = load_model(source, Dtype.fp32)
+        loaded, tokenizer = load_model(source, Dtype.fp32, trust_remote_code=trust_remote_code)
         with linearized(loaded):
             if lacking := sorted(set(layers) - quantizable_linears(loaded).keys()):
                 raise SqCpuError(
@@ -157,7 +160,7 @@ def inspect_command(
     analysis = None
     if is_int8:
         scored = _Scored(text, windows or _SATURATION_WINDOWS, tokens) if saturation else None
-        record, result, lines = _int8(model, scored)
+        record, result, lines = _int8(model, scored, trust_remote_code)
         title = f"{model}: {record.scheme.name}, {len(record.layers)} int8 linears"
         if source is not None:
             planned = record.plan or SmoothPlan(())
@@ -228,7 +231,7 @@ class _Scored(NamedTuple):
 
 
 def _int8(
-    model: str, scored: _Scored | None
+    model: str, scored: _Scored | None, trust_remote_code: bool
 ) -> tuple[QuantizationRecord, dict[str, Any], list[str]]:
     """Return an int8 model's record, the facts as JSON types, and the lines below the table."""
     shown: str | Sequence[str] = ""
@@ -237,7 +240,7 @@ def _int8(
     elif scored is not None:
         shown = texts.evaluation()
         check_shipped(scored.windows, len(shown), "--text")
-    loaded, tokenizer = load_model(model, None)
+    loaded, tokenizer = load_model(model, None, trust_remote_code=trust_remote_code)
     marked: Any = loaded
     record: QuantizationRecord = marked.sq_cpu_config
     layers = show.layer_facts(loaded)

@@ -17,10 +17,10 @@ from sq_cpu.cli.common import (
     Json,
     Model,
     SchemeName,
+    TrustRemoteCode,
     Window,
     calibration_batches,
     check_not_quantized,
-    check_output,
     emit,
     quiet,
     read_all,
@@ -131,6 +131,7 @@ def quantize_command(
         bool,
         typer.Option(help="Replace an sq_cpu checkpoint in OUT; discard unfinished other work."),
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantize MODEL to int8 and save it to OUT."""
@@ -170,7 +171,6 @@ def quantize_command(
         rule=Recipe.rule if rule is None else rule.value,
     )
     check_not_quantized(model)
-    check_output(out, overwrite)
     calibration_texts = read_all(calib or [])
 
     job = Job(
@@ -179,6 +179,7 @@ def quantize_command(
         recipe=recipe,
         dtype=TORCH_DTYPES[dtype],
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
     )
 
     def batches_of(tokenizer: Any) -> list[Tensor]:

@@ -12,15 +12,16 @@ import typer
 from torch import Tensor, nn
 
 from sq_cpu import texts
+from sq_cpu.checkpoint.folder import staged
 from sq_cpu.cli import demo, show
 from sq_cpu.cli.common import (
     Dtype,
     Json,
     Model,
     StoredDtype,
+    TrustRemoteCode,
     Window,
     check_finite,
-    check_output,
     check_shipped,
     emit,
     load_model,
@@ -42,6 +43,7 @@ def eval_command(
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 20,
     window: Window = 512,
     dtype: StoredDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Print the perplexity of MODEL, quantized or not."""
@@ -51,7 +53,7 @@ def eval_command(
         check_shipped(windows, len(scored), "--text")
     else:
         scored = read(text)
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     if text is None:
         shipped_windows(tokenizer, scored, window, windows, "--text")  # says what does not fit
     value = perplexity(loaded, tokenizer, scored, window=window, windows=windows)
@@ -80,10 +82,11 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Ask PROMPT as a chat message.")] = False,
     dtype: StoredDtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Continue PROMPT with MODEL, quantized or not."""
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     ids = demo.answer_ids(tokenizer, prompt, chat=chat)
     positions = getattr(loaded.config, "max_position_embeddings", None)
     if positions is not None and ids.shape[1] + max_new_tokens > positions:
@@ -135,10 +138,10 @@ def demo_command(
     source = demo.find_model(model)
     if out is None:
         out = Path("smollm2-135m-int8" if model is None else f"{model_name(model)}-int8")
-    check_output(out, overwrite=True)
     start = time.perf_counter()
-    base, tokenizer = load_model(source, Dtype.fp32)
-    report = demo.run(base, tokenizer, out, say=say)
+    with staged(out) as staging:
+        base, tokenizer = load_model(source, Dtype.fp32, trust_remote_code=False)
+        report = demo.run(base, tokenizer, staging, say=say)
     seconds = time.perf_counter() - start
     for row in report.rows:
         check_finite(row.perplexity, row.name)

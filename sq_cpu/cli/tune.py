@@ -8,13 +8,23 @@ from typing import Annotated
 import typer
 
 from sq_cpu.cli.autotune import autotune_command
-from sq_cpu.cli.common import Dtype, Json, Model, SchemeName, Window, check_file, emit
+from sq_cpu.cli.common import (
+    Dtype,
+    Json,
+    Model,
+    SchemeName,
+    TrustRemoteCode,
+    Window,
+    emit,
+    hold,
+)
 from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
 from sq_cpu.scheme import Scheme
 from sq_cpu.tuning.tune import OUTLIERS, tune
 
 
 def tune_command(
+    ctx: typer.Context,
     model: Model,
     out: Out,
     scheme: Annotated[
@@ -45,6 +55,7 @@ def tune_command(
             help=f"Massive channels that a linear may keep in float. [default: {OUTLIERS}]",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
@@ -55,6 +66,7 @@ def tune_command(
                 "--outliers"
             )
         autotune_command(
+            ctx,
             model,
             out,
             goal=goal,
@@ -63,11 +75,12 @@ def tune_command(
             window=window,
             ignore=ignore,
             dtype=dtype,
+            trust_remote_code=trust_remote_code,
             as_json=as_json,
         )
         return
-    check_file(out)
-    data = tuning_input(model, calib, windows, window, dtype, ignore)
+    hold(ctx, out)
+    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
     start = time.perf_counter()
     loaded, _, batches = data.load()
     calibration = data.calibration(loaded, batches)

@@ -49,10 +49,13 @@ class TuningInput:
     window: int
     dtype: Dtype
     ignore: tuple[str, ...]
+    trust_remote_code: bool
 
     def load(self) -> tuple[nn.Module, Any, list[Tensor]]:
         """Return the model, its tokenizer and the windows to calibrate on."""
-        loaded, tokenizer = load_model(self.model, self.dtype)
+        loaded, tokenizer = load_model(
+            self.model, self.dtype, trust_remote_code=self.trust_remote_code
+        )
         batches = calibration_batches(tokenizer, self.own, self.window, self.windows)
         return loaded, tokenizer, batches
 
@@ -69,6 +72,7 @@ def tuning_input(
     window: int,
     dtype: Dtype,
     ignore: Sequence[str] | None,
+    trust_remote_code: bool,
 ) -> TuningInput:
     """Read the user's texts, and refuse a model that is quantized already."""
     check_not_quantized(model)
@@ -79,4 +83,5 @@ def tuning_input(
         window=window,
         dtype=dtype,
         ignore=tuple(ignore or ("lm_head",)),
+        trust_remote_code=trust_remote_code,
     )

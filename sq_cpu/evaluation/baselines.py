@@ -105,5 +105,4 @@ class Baselines:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SqCpuError(f"cannot make {self.path.parent}: {error.strerror}") from error
-        with files.atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        files.write_file(self.path, json.dumps(content, indent=1) + "\n")

@@ -22,10 +22,12 @@ __all__ = [
     "ExpertsLayout",
     "bare_model",
     "check_version",
+    "compute_buffers",
     "experts_activation",
     "experts_layout",
     "forget_quantization",
     "from_config",
+    "is_transformers",
     "load_again",
     "load_nothing",
     "set_ties",
@@ -47,46 +49,60 @@ def check_version() -> None:
         )
 
 
+def is_transformers(model: nn.Module) -> bool:
+    """Say whether a model is one of transformers, or of a class derived from its."""
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
+
+
 # --- models without weights -----------------------------------------------------------------------
 
 
 def bare_model(make: Callable[[], Any]) -> Any:
-    """Return make(), with parameters on the meta device and buffers in memory."""
+    """Return make(), with all of its tensors on the meta device."""
     check_version()
-    from accelerate import init_empty_weights
-    from transformers.initialization import no_init_weights
+    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
 
-    with no_init_weights(), init_empty_weights(include_buffers=False):
-        model = make()
-    # Buffers were made of what the model's dtype rounds (GPT-J's frequencies). Once more in
-    # fp32, as from_pretrained does; what is marked stays.
+    with no_init_weights(), torch.device("meta"), meta_device_safe_creation_ops():
+        return make()
+
+
+def compute_buffers(model: Any) -> None:
+    """Compute the buffers of a bare model that checkpoints do not store, in memory.
+
+    In the dtypes that from_pretrained gives them, which are not always the model's.
+    """
+    check_version()
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers[name]) is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
     _mark_initialized(model)
     model.initialize_weights()
-    return model
 
 
-def from_config(architecture: str, config: Any, dtype: torch.dtype) -> Any:
-    """Return a model of this class of transformers, as `config` says and in `dtype`."""
+def from_config(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """Return a model of this class, as `config` says and in `dtype`."""
     check_version()
-    import transformers
-
-    return getattr(transformers, architecture)._from_config(config, dtype=dtype)
+    return model_class._from_config(config, dtype=dtype)
 
 
-def load_nothing(model: Any) -> set[str] | None:
+def load_nothing(model: Any) -> Any:
     """Leave from_pretrained no weight to load into `model`; return what `load_again` needs.
 
     It loads what the state dict names and initialises what is not marked. Buffers it makes as ever.
     """
     check_version()
     model.state_dict = lambda *_, **__: {}
-    ignored: set[str] | None = model._keys_to_ignore_on_load_unexpected
-    model._keys_to_ignore_on_load_unexpected = {""}  # a pattern: every key
+    ignored = model._keys_to_ignore_on_load_unexpected
+    # A pattern: every key. Releases before 5.9 add lists to it, later ones sets.
+    model._keys_to_ignore_on_load_unexpected = {""} if isinstance(ignored, set) else [""]
     _mark_initialized(model)
     return ignored
 
 
-def load_again(model: Any, ignored: set[str] | None) -> None:
+def load_again(model: Any, ignored: Any) -> None:
     """Undo `load_nothing`, which returned `ignored`."""
     check_version()
     del model.state_dict

@@ -20,6 +20,7 @@ from torch.compiler import is_compiling
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
+from sq_cpu.nn.entries import Entries, linear_entries
 from sq_cpu.nn.packed_weight import PackedWeight
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
@@ -383,22 +384,15 @@ class QuantLinear(nn.Module):
         self.smoothing = smoothing
         self._quantizer = quantizer
 
-    def entries(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def entries(self) -> Entries:
         """Return the shape and dtype of each entry of the state dict."""
-        entries: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight": ((self.out_features, self.in_features), torch.int8),
-            "weight_scale": ((self.out_features,), torch.float32),
-        }
-        if self.has_bias:
-            entries["bias"] = ((self.out_features,), torch.float32)
-        if self.scheme.activations == "static":
-            entries |= {
-                "input_scale": ((), torch.float32),
-                "input_zero_point": ((), torch.int32),
-            }
-        if self.smoothing is not None:
-            entries["smoothing"] = ((self.in_features,), torch.float32)
-        return entries
+        return linear_entries(
+            self.in_features,
+            self.out_features,
+            self.scheme,
+            bias=self.has_bias,
+            smoothed=self.smoothing is not None,
+        )
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool

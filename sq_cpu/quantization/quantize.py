@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -234,7 +233,6 @@ def _swap(
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
-        _untie(model, linear)
         s = prepared.scales[name] if name in prepared.at_run_time else None
         clip = 1.0 if prepared.plan is None else prepared.plan.layer(name).weight_clip
         layer: nn.Module
@@ -293,11 +291,3 @@ def _ranges_and_outliers(
         if seen is not None and scheme.activations == "static":
             ranges[name] = fake.range
     return ranges, outliers
-
-
-def _untie(model: nn.Module, linear: nn.Linear) -> None:
-    """Say in the config that a quantized head no longer shares the embedding's weight."""
-    config: Any = getattr(model, "config", None)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if linear is head and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False

@@ -6,24 +6,23 @@ file.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import atomic_write, json_text
+from sq_cpu.files import json_text, write_file
 from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored, linearized
+from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import check_rule
 
@@ -61,24 +60,18 @@ class GroupPlan:
     """(alpha, loss) that a search tried, kept sorted by alpha, with 6 significant digits."""
 
     def __post_init__(self) -> None:
+        check_fields(self, f"group {self.name}")
         try:
             check_rule(self.rule)
         except SqCpuError as error:
             raise SqCpuError(f"group {self.name}: {error}") from None
-        if not isinstance(self.alpha, int | float) or not 0.0 <= self.alpha <= 1.0:
+        if not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"group {self.name}: alpha is {self.alpha}; it lies in [0, 1]")
-        if not isinstance(self.fold, bool):
-            raise SqCpuError(f"group {self.name}: fold is {self.fold!r}, not true or false")
-        if not _in_range(self.clip, _MAX_CLIP):
+        if not 0 < self.clip <= _MAX_CLIP:
             raise SqCpuError(
                 f"group {self.name}: clip is {self.clip!r}; it is a number in (0, {_MAX_CLIP:g}]"
             )
-        try:
-            curve = sorted((_rounded(alpha), _rounded(loss)) for alpha, loss in self.curve)
-        except (TypeError, ValueError):
-            raise SqCpuError(
-                f"group {self.name}: curve is pairs of an alpha and its loss, finite numbers"
-            ) from None
+        curve = sorted((_rounded(alpha), _rounded(loss)) for alpha, loss in self.curve)
         object.__setattr__(self, "curve", tuple(curve))
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,19 +99,16 @@ class LayerPlan:
     """Why."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.in_float, bool):
-            raise SqCpuError(f"layer {self.name}: in_float is {self.in_float!r}, not true or false")
-        allowed = get_args(Activations)
-        if self.activations is not None and self.activations not in allowed:
-            raise SqCpuError(
-                f"layer {self.name}: activations={self.activations!r} is not one of "
-                f"{', '.join(map(repr, allowed))}, or null for the scheme's"
-            )
-        if not _in_range(self.weight_clip, 1.0):
+        check_fields(self, f"layer {self.name}")
+        if not 0 < self.weight_clip <= 1.0:
             raise SqCpuError(
                 f"layer {self.name}: weight_clip is {self.weight_clip!r}; it is a number in (0, 1]"
             )
-        object.__setattr__(self, "outliers", _ascending(self.name, self.outliers))
+        if list(self.outliers) != sorted({channel for channel in self.outliers if channel >= 0}):
+            raise SqCpuError(
+                f"layer {self.name}: outliers={list(self.outliers)} is not a list of channels, "
+                "each once, ascending"
+            )
         if self.in_float and replace(self, in_float=False, note="") != LayerPlan(name=self.name):
             raise SqCpuError(
                 f"layer {self.name}: in_float leaves nothing to quantize; drop it, or activations, "
@@ -142,8 +132,7 @@ class SmoothPlan:
     """What it was made for, and `quantize` takes when it is given none."""
 
     def __post_init__(self) -> None:
-        if self.scheme is not None and not isinstance(self.scheme, Scheme):
-            raise SqCpuError(f"the plan's scheme is {self.scheme!r}, not a Scheme or None")
+        check_fields(self, "the plan")
         for kind, entries in (("group", self.groups), ("layer", self.layers)):
             for name, count in Counter(entry.name for entry in entries).items():
                 if count > 1:
@@ -210,18 +199,7 @@ class SmoothPlan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SmoothPlan:
         """Rebuild what `to_dict` gave; absent new fields take defaults, else `SqCpuError`."""
-        try:
-            known = {field.name for field in fields(cls)}
-            if unknown := sorted(set(values) - known):
-                raise TypeError(f"unknown field {unknown[0]!r}")
-            scheme = values.get("scheme")
-            return cls(
-                tuple(GroupPlan(**group) for group in values["groups"]),
-                tuple(LayerPlan(**layer) for layer in values.get("layers", ())),
-                None if scheme is None else Scheme.from_dict(scheme),
-            )
-        except (AttributeError, KeyError, TypeError) as error:
-            raise SqCpuError(f"not a smoothing plan of this version: {error}") from error
+        return record(cls, values, "the plan")
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -230,16 +208,11 @@ class SmoothPlan:
     @classmethod
     def from_json(cls, text: str) -> SmoothPlan:
         """Rebuild what `to_json` gave; `SqCpuError` on anything else."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SqCpuError(f"the smoothing plan is not JSON: {error}") from error
-        return cls.from_dict(values)
+        return cls.from_dict(parsed_json(text, "the smoothing plan"))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON; the file appears whole or not at all."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.to_json() + "\n", encoding="utf-8")
+        write_file(path, self.to_json() + "\n")
         return Path(path)
 
     @classmethod
@@ -313,28 +286,7 @@ def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
             )
 
 
-def _in_range(value: object, greatest: float) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value <= greatest  # type: ignore[operator]
-
-
-def _ascending(name: str, channels: Any) -> tuple[int, ...]:
-    try:
-        found = tuple(channels)
-        ascending = all(type(channel) is int and channel >= 0 for channel in found)
-        ascending = ascending and list(found) == sorted(set(found))
-    except TypeError:
-        ascending = False
-    if not ascending:
-        raise SqCpuError(
-            f"layer {name}: outliers={channels!r} is not a list of channels, each once, ascending"
-        )
-    return found
-
-
 def _rounded(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError(value)
     return float(f"{value:.6g}")
 
 

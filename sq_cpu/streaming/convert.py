@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import calibrate
-from sq_cpu.checkpoint.save import save
+from sq_cpu.checkpoint.folder import Staging, staged
+from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
 from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
@@ -41,6 +42,9 @@ class Job:
     recipe: Recipe
     dtype: torch.dtype | None = torch.float32
     overwrite: bool = False
+    """Replace a checkpoint in `out`; discard unfinished work of other settings."""
+    trust_remote_code: bool = False
+    """Whether code of the model's own may run; then not streamed."""
 
 
 def convert(
@@ -69,7 +73,10 @@ def convert(
     """
     if stream is None:
         stream = _is_unfinished_or_too_large(job, say)
-    return _stream(job, batches_of, say) if stream else _whole(job, batches_of, say)
+    work = _stream if stream else _whole
+    # Held from the start: another run on it is refused before its work, not after.
+    with staged(job.out, replace=job.overwrite, streamed=stream) as staging:
+        return work(job, staging, batches_of, say)
 
 
 def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
@@ -84,8 +91,12 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
     return total
 
 
-def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
-    model, tokenizer = load_source(job.source, dtype=job.dtype, say=say)
+def _whole(
+    job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
+) -> QuantizedCheckpoint:
+    model, tokenizer = load_source(
+        job.source, dtype=job.dtype, trust_remote_code=job.trust_remote_code, say=say
+    )
     recipe = job.recipe
     ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)
@@ -95,10 +106,10 @@ def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qua
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
-    save(model, job.out, tokenizer)
+    save_staged(staging, model, tokenizer)
     made: Any = model
     return QuantizedCheckpoint(
-        path=job.out,
+        path=staging.path,
         record=made.sq_cpu_config,
         calibration_tokens=calibration.tokens if calibration else 0,
         float_bytes=float_bytes,
@@ -107,7 +118,9 @@ def _whole(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qua
     )
 
 
-def _stream(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> QuantizedCheckpoint:
+def _stream(
+    job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
+) -> QuantizedCheckpoint:
     folder = Path(job.source).expanduser()
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = load_tokenizer(folder, f"model folder {folder}")
@@ -116,7 +129,7 @@ def _stream(job: Job, batches_of: Callable[[Any], list[Tensor]], say: Say) -> Qu
     try:
         return streaming.stream_checkpoint(
             folder,
-            job.out,
+            staging,
             batches,
             job.recipe,
             dtype=job.dtype,

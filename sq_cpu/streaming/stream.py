@@ -20,8 +20,17 @@ from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.checkpoint.config import sha256
-from sq_cpu.checkpoint.entries import float_entries, own_entries, put_tensor, tie
+from sq_cpu.checkpoint.entries import (
+    float_entries,
+    int8_layers,
+    layer_tensors,
+    put_tensor,
+    tie,
+)
+from sq_cpu.checkpoint.folder import Staging
+from sq_cpu.checkpoint.likeness import check_stored
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
+from sq_cpu.checkpoint.stored import Header
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
@@ -77,7 +86,7 @@ class Stream:
         self,
         loader: Loader,
         chain: BlockChain,
-        work: Path,
+        staging: Staging,
         state: State,
         recipe: Recipe,
     ) -> None:
@@ -85,7 +94,8 @@ class Stream:
         self.model = model = loader.model
         self.chain = chain
         self.blocks = blocks = chain.names
-        self.work = work
+        self.folder = staging.folder
+        self.work = staging.work
         self.state = state
         self.recipe = recipe
         self.scheme = scheme = recipe.scheme
@@ -117,10 +127,10 @@ class Stream:
         tokenizer: Any,
         progress: bool | None,
     ) -> QuantizationRecord:
-        """Do what is not done yet; afterwards the folder `checkpoint` is complete."""
-        state, done = self.state, self.work / "checkpoint"
+        """Do what is not done yet; afterwards the folder is complete."""
+        state = self.state
         self.batches = len(batches)
-        write_companions(self.model, tokenizer, done)  # also makes the files' mode
+        write_companions(self.model, tokenizer, self.folder)  # also makes the files' mode
         with ExitStack() as files:
             self.open_outside(files)
             # The last may be the example that folds are proven with.
@@ -141,7 +151,7 @@ class Stream:
         """Return where a part goes: 0 is what is outside of the blocks, then come these."""
         total = len(self.blocks) + 1 + bool(self.outer)
         name = f"model-{index + 1:05d}-of-{total:05d}.safetensors"
-        return self.work / "checkpoint" / name
+        return self.folder / name
 
     def open_outside(self, files: ExitStack) -> None:
         """Map what is outside of the blocks into the model, from a copy of the right dtype."""
@@ -304,9 +314,8 @@ class Stream:
         for name in modules:
             module = self.model.get_submodule(name)
             entries |= float_entries(self.model, module, name)
-            for path, layer in module.named_modules(prefix=name):
-                if isinstance(layer, QuantLinear):
-                    entries |= own_entries(layer, path)
+            for stored, layer in int8_layers(module, name):
+                entries |= layer_tensors(layer, stored)
         path = self.file(index)
         return Part(
             file=path.name,
@@ -323,7 +332,7 @@ class Stream:
 
     def seal(self, parts: Sequence[Part], tokenizer: Any) -> QuantizationRecord:
         """Write what describes the finished files."""
-        folder = self.work / "checkpoint"
+        folder = self.folder
         layers = {name for part in parts for name in part.layers}
         check_reached(bool(layers) and (not self.recipe.needs_calibration or self.state.tokens > 0))
         smoothed = {name for part in parts for name in part.smoothed}
@@ -340,12 +349,15 @@ class Stream:
         )
         record = done.record(self.scheme, self.kept)
         file_of, size = {}, 0
+        headers = {}
         for part in parts:
             for name, tensor in file_tensors(folder / part.file).items():
                 file_of[name] = part.file
+                headers[name] = Header(tensor.shape, tensor.dtype)
                 size += prod(tensor.shape) * tensor.dtype.itemsize
         write_index(folder, file_of, {"total_size": size})
         # Again: a quantized head is no longer tied.
         write_companions(self.model, tokenizer, folder)
+        check_stored(record, headers, folder, f"load could not rebuild {type(self.model).__name__}")
         write_settings(folder, record, {part.file: part.sha256 for part in parts})
         return record

@@ -13,9 +13,7 @@ on.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -24,16 +22,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 
 from sq_cpu.checkpoint import sources
 from sq_cpu.checkpoint.config import check_dtype
-from sq_cpu.checkpoint.folder import move_into_place
-from sq_cpu.checkpoint.load import read_generation_config, skeleton
-from sq_cpu.checkpoint.save import check_architecture
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.checkpoint.folder import STATE, Staging, staged, work_folder, writing
+from sq_cpu.checkpoint.likeness import is_rebuilt
+from sq_cpu.checkpoint.load import read_generation_config
+from sq_cpu.checkpoint.skeleton import skeleton
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockChain
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
+from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
@@ -44,10 +43,7 @@ from sq_cpu.streaming.tensors import WHOLE, folder_dtype, folder_tensors
 from sq_cpu.streaming.work_folder import (
     State,
     batches_digest,
-    check_target,
-    claimed,
     source_digest,
-    work_folder,
 )
 
 __all__ = [
@@ -129,22 +125,23 @@ def quantize_checkpoint(
         hidden states alone from block to block; unfinished work of other settings.
     """
     recipe = Recipe.of(scheme, plan, smooth=smooth, alpha=alpha, rule=rule)
-    return stream_checkpoint(
-        source,
-        out,
-        batches,
-        recipe,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        progress=progress,
-        say=say,
-    )
+    with staged(out, streamed=True) as staging:
+        return stream_checkpoint(
+            source,
+            staging,
+            batches,
+            recipe,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            progress=progress,
+            say=say,
+        )
 
 
 def stream_checkpoint(
     source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
+    staging: Staging,
     batches: Iterable[Batch] | None,
     recipe: Recipe,
     *,
@@ -154,21 +151,19 @@ def stream_checkpoint(
     progress: bool | None = None,
     say: Callable[[str], object],
 ) -> QuantizedCheckpoint:
-    """Do what `quantize_checkpoint` does, as `recipe` says."""
+    """Do what `quantize_checkpoint` does, as `recipe` says, in a folder that is held."""
     check_dtype(dtype)
     if recipe.needs_calibration and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
         )
-    target = Path(os.path.realpath(out))
-    check_target(target)
     folder = Path(source)
     weights = folder_tensors(folder)
     sources.check_causal(folder)
     sources.check_float(folder)
     dtype = dtype or folder_dtype(folder, weights)
 
-    model = _skeleton(folder, dtype)
+    model = _skeleton(folder, dtype, len(weights))
     chain = BlockChain(model, WHOLE)
     inputs: list[Example] = []
     if batches is not None:
@@ -181,34 +176,21 @@ def stream_checkpoint(
         **recipe.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
     }
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    work = work_folder(target)
-    try:
-        with claimed(work), evaluating(model):
-            state = State.open(work, settings, overwrite)
-            if state.parts:
-                say(f"resuming: {state.blocks} of {len(chain.names)} blocks are finished")
-            try:
-                loader = Loader(model, weights, folder)
-                stream = Stream(loader, chain, work, state, recipe)
-                record = stream.run(inputs, tokenizer, progress)
-                move_into_place(work / "checkpoint", target)
-            except BaseException:
-                if not state.blocks:
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
-            shutil.rmtree(work, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise SqCpuError(
-            f"cannot write checkpoint {target}: {first_line(error)}; "
-            "choose a writable folder with enough free space"
-        ) from error
-    finally:
-        with suppress(OSError):
-            for parent in new_parents:  # nearest first; stops at one that is in use
-                parent.rmdir()
+    with writing(staging.target), evaluating(model):
+        state = State.open(staging, settings, overwrite)
+        if state.parts:
+            say(f"resuming: {state.blocks} of {len(chain.names)} blocks are finished")
+        try:
+            loader = Loader(model, weights, folder)
+            stream = Stream(loader, chain, staging, state, recipe)
+            record = stream.run(inputs, tokenizer, progress)
+        except BaseException:
+            if not state.blocks:  # there is nothing to go on from
+                (staging.work / STATE).unlink(missing_ok=True)
+            raise
+    staging.commit()
     return QuantizedCheckpoint(
-        path=Path(out),
+        path=staging.path,
         record=record,
         calibration_tokens=state.tokens,
         float_bytes=stream.outer_float_bytes + sum(part.float_bytes for part in state.parts),
@@ -219,7 +201,7 @@ def stream_checkpoint(
 def unfinished(out: str | os.PathLike[str]) -> Path | None:
     """Return the folder from which `quantize_checkpoint` would resume writing `out`, if any."""
     work = work_folder(Path(os.path.realpath(out)))
-    return work if (work / "state.json").exists() else None
+    return work if (work / STATE).exists() else None
 
 
 def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> int:
@@ -228,12 +210,11 @@ def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> in
     return sum(prod(tensor.shape) * (dtype or tensor.dtype).itemsize for tensor in tensors)
 
 
-def _skeleton(folder: Path, dtype: torch.dtype) -> Any:
-    def make(config: Any) -> Any:
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-    model = skeleton(folder, make)
-    check_architecture(model)
+def _skeleton(folder: Path, dtype: torch.dtype, tensors: int) -> Any:
+    model = skeleton(folder, tensors, auto=transformers.AutoModelForCausalLM, dtype=dtype)
+    if not is_rebuilt(model):
+        raise SqCpuError(f"{type(model).__name__} is not a class of transformers; {WHOLE}")
+    compute_buffers(model)
     read_generation_config(model, folder)
     # In evaluation mode from the start: `evaluating` would keep hold of modules in training.
     return model.eval().requires_grad_(False)

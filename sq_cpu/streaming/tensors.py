@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sq_cpu.checkpoint.config import INDEX
+from sq_cpu.checkpoint.stored import DTYPES
 from sq_cpu.errors import SqCpuError, first_line
 
 __all__ = [
@@ -35,19 +36,7 @@ _SINGLE = "model.safetensors"
 WHOLE = "quantize it without streaming"
 # Elements that are read, converted and written at a time: few, for the allocator keeps such pieces.
 _PIECE = 1 << 18
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -139,18 +128,18 @@ def file_tensors(path: Path) -> dict[str, LazyTensor]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise SqCpuError(
                 f"{path}: tensor {name} is {entry['dtype']}; give the model in fp32, bf16 or fp16"
             )
         begin = 8 + length + entry["data_offsets"][0]
-        tensors[name] = LazyTensor(path, begin, tuple(entry["shape"]), _DTYPES[entry["dtype"]])
+        tensors[name] = LazyTensor(path, begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
     return tensors
 
 
 def folder_dtype(folder: Path, weights: Mapping[str, LazyTensor]) -> torch.dtype:
     """Return the dtype that from_pretrained takes for "auto"."""
-    config = transformers.AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     return next((t.dtype for t in weights.values() if t.dtype.is_floating_point), torch.float32)

@@ -1,20 +1,18 @@
-"""The folder beside the output where streaming keeps its work, to go on from when interrupted.
+"""What streaming keeps in the work folder of its output, to go on from when interrupted.
 
 .OUT.partial/state.json             settings, and a record of every finished part
 .OUT.partial/carried-K.safetensors  the activations that block K takes
+.OUT.partial/outer.safetensors      in float, what is quantized at last
 .OUT.partial/checkpoint/            the finished files
-.OUT.partial/lock                   held by the process that is at work
+
+`checkpoint.folder` makes and clears it. A file counts once state.json has it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,50 +23,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sq_cpu.checkpoint.config import sha256
-from sq_cpu.checkpoint.folder import check_replaceable
+from sq_cpu.checkpoint.folder import STATE, Staging
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 from sq_cpu.models.calls import Example
 
 __all__ = [
     "Part",
     "State",
     "batches_digest",
-    "check_target",
-    "claimed",
     "source_digest",
-    "work_folder",
 ]
-
-
-def check_target(target: Path) -> None:
-    """Refuse an output that could not be replaced in the end, before the long work."""
-    check_replaceable(target)
-    parent = next(parent for parent in target.parents if parent.exists())
-    if not target.exists():
-        return
-    if target.stat().st_dev != parent.stat().st_dev or os.path.samefile(target, os.curdir):
-        raise SqCpuError(
-            f"{target} is a mount point or the current folder, which cannot be replaced; "
-            "choose another folder"
-        )
-
-
-def work_folder(target: Path) -> Path:
-    """Return where the work on an output is kept."""
-    return target.with_name(f".{target.name}.partial")
-
-
-@contextmanager
-def claimed(work: Path) -> Iterator[None]:
-    """Keep every other process out of the work folder; a killed one leaves no claim behind."""
-    (work / "checkpoint").mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SqCpuError(f"another process is at work in {work}; wait for it") from error
-        yield
 
 
 @dataclass(frozen=True)
@@ -109,12 +74,13 @@ class State:
         return max((part.tokens for part in self.parts), default=0)
 
     @classmethod
-    def open(cls, work: Path, settings: dict[str, Any], overwrite: bool) -> State:
+    def open(cls, staging: Staging, settings: dict[str, Any], overwrite: bool) -> State:
         """Read the state of an interrupted call, or begin."""
         settings = json.loads(json.dumps(settings))
-        path = work / "state.json"
+        work = staging.work
+        path = work / STATE
         if not path.exists():
-            return cls.anew(work, settings)
+            return cls(work, settings)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             state = cls(work, content["settings"], outputs=content["outputs"])
@@ -129,39 +95,27 @@ class State:
                 "--overwrite (overwrite=True)"
             )
         if changed:
-            return cls.anew(work, settings)
+            staging.clear()
+            return cls(work, settings)
         for part in state.parts:
-            file = work / "checkpoint" / part.file
+            file = staging.folder / part.file
             if not file.exists() or sha256(file) != part.sha256:
                 raise SqCpuError(f"{file} is missing or damaged; remove {work} and start anew")
         return state
-
-    @classmethod
-    def anew(cls, work: Path, settings: dict[str, Any]) -> State:
-        """Begin, in an emptied folder."""
-        for entry in work.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
-        (work / "checkpoint").mkdir()
-        return cls(work, settings)
 
     def finish(self, part: Part, hidden: Sequence[Tensor]) -> None:
         """Note a finished part and the activations that the next block takes."""
         done = len(self.parts)
         carried = self.work / f"carried-{done}.safetensors"
         tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(hidden)}
-        with atomic_write(carried) as temporary:
-            save_file(tensors, temporary)
+        save_file(tensors, carried)
         self.parts.append(part)
         content = {
             "settings": self.settings,
             "outputs": self.outputs,
             "parts": [asdict(part) for part in self.parts],
         }
-        with atomic_write(self.work / "state.json") as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        write_file(self.work / STATE, json.dumps(content))
         (self.work / f"carried-{done - 1}.safetensors").unlink(missing_ok=True)
 
     def carried(self) -> list[Tensor]:

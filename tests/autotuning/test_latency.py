@@ -136,7 +136,7 @@ def test_a_table_is_its_own_json() -> None:
     table = Costs(tokens=1, dtype="bfloat16", entries={"48x32": row})
     again = Costs.from_dict(json.loads(json.dumps(table.to_dict())))
     assert again.to_dict() == table.to_dict()
-    with pytest.raises(SqCpuError, match="not a cost table"):
+    with pytest.raises(SqCpuError, match="the cost table lacks dtype"):
         Costs.from_dict({"tokens": 1})
 
 

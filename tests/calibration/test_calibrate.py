@@ -209,7 +209,7 @@ def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         Calibration.load(path)
     for header in ('{"format_version": 1}', "[]", '"text"', '{"format_version": "1"}'):
         save_file({"a": X}, path, {"sq_cpu.calibration": header})
-        with pytest.raises(SqCpuError, match=r"header of .* is not one that sq_cpu writes"):
+        with pytest.raises(SqCpuError, match=r"is not (one that sq_cpu writes|a calibration)"):
             Calibration.load(path)
     path.write_bytes(found.save(path).read_bytes()[:-8])
     with pytest.raises(SqCpuError, match="cannot read the calibration"):

@@ -105,7 +105,12 @@ def test_mixed_plans(name: str, scheme: str, dtype: torch.dtype, tmp_path: Path)
 
 
 def test_checkpoints_of_version_2_are_read(folder: Path) -> None:
+    def flat(tensors: dict[str, torch.Tensor]) -> None:
+        int8 = {name: t[..., 0] for name, t in tensors.items() if t.dtype == torch.int8}
+        tensors.update({name: tensor.clone() for name, tensor in int8.items()})
+
     before = load(folder)
+    change_tensors(folder, flat)
     change_config(folder, lambda c: c["quantization_config"].update(format_version=2))
     assert_same_model(load(folder), before, logits)
 
@@ -121,7 +126,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     out = save(model, tmp_path / "out")
 
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert (settings["format_version"], settings["smoothed"]) == (4, [Q_PROJ])
+    assert (settings["format_version"], settings["smoothed"]) == (5, [Q_PROJ])
     loaded: Any = load(out)
     assert_same_model(loaded, model, logits)
     assert torch.equal(loaded.get_submodule(Q_PROJ).smoothing, s)
@@ -135,9 +140,9 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     fails("q_proj.smoothing missing", load, again)
 
 
-def test_without_a_smoothing_the_format_is_the_first(folder: Path) -> None:
+def test_without_a_smoothing_there_is_no_list_of_them(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 4
+    assert settings["format_version"] == 5
     assert "smoothed" not in settings
 
 
@@ -177,7 +182,7 @@ def test_stored_tensors_are_unpacked_int8(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     layer = load(folder).get_submodule(Q_PROJ)
     assert isinstance(layer, QuantLinear)
-    assert torch.equal(tensors[f"{Q_PROJ}.weight"], layer.weight_int8())
+    assert torch.equal(tensors[f"{Q_PROJ}.weight"], layer.weight_int8()[..., None])
     assert tensors[f"{Q_PROJ}.weight"].dtype == torch.int8
     assert torch.equal(tensors[f"{Q_PROJ}.weight_scale"], layer.weight_scale)
     assert tensors[f"{Q_PROJ}.input_scale"].shape == ()

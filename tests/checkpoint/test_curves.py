@@ -59,7 +59,7 @@ def test_curves_that_an_earlier_version_wrote_are_read(tuned: Any, out: Path) ->
     def as_before(content: dict[str, Any]) -> None:
         config = content["quantization_config"]
         config["plan"]["groups"][0]["curve"] = STORED
-        del config["companions"]["search_curves.json"]
+        config["companions"].remove("search_curves.json")
 
     change_config(out, as_before)
     (out / "search_curves.json").unlink()
@@ -87,5 +87,5 @@ def test_bad_curves_are_named(tuned: Any, out: Path, content: bytes) -> None:
     name = tuned.sq_cpu_config.plan.groups[0].name
     path = out / "search_curves.json"
     path.write_bytes(content.replace(b"name", name.encode()))
-    fails(r"search_curves.json is damaged or was edited", load, out)
-    fails(r"search_curves.json does not hold the curves", load, out, verify=False)
+    for verify in (True, False):
+        fails("search_curves.json (cannot be read|does not hold)", load, out, verify=verify)

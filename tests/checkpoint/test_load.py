@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from sameness import assert_same_model
 from tiny import change_config
-from tiny_checkpoints import Q_PROJ, change_tensors, fails
+from tiny_checkpoints import Q_PROJ, change_tensors, fails, logits
+from transformers import AutoModelForCausalLM
 
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.save import save
 from sq_cpu.errors import SqCpuError
+
+OLD = Path(__file__).resolve().parent.parent / "data" / "checkpoints"
 
 
 def test_load_without_config(tmp_path: Path) -> None:
@@ -40,7 +45,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda c: c.pop("quantization_config"), "has no quantization_config"),
         (edit(quant_method="gptq"), "quant_method is 'gptq', expected 'sq_cpu'"),
-        (edit(format_version=5), "format_version 5 is newer than 4.*upgrade sq_cpu"),
+        (edit(format_version=6), "format_version 6 is newer than 5.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"../model.safetensors": "0"}), "leaves the folder"),
@@ -51,12 +56,13 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (edit(layers=[["a"]]), "bad quantization_config.*layers is not a list of names"),
         (edit(layers="a"), "bad quantization_config.*layers is not a list of names"),
         (edit(format_version=True), "format_version is True"),
-        (edit(companions=[]), "companions is not a table"),
-        (edit(companions={"/etc/hostname": "0"}), "leaves the folder"),
         (lambda c: c.update(hidden_size="x"), "config.json: .*cannot build this model.*hidden_s"),
         (lambda c: c.update(num_attention_heads=0), "config.json: .*cannot build this model"),
         (edit(layers=["model.norm"]), "layer model.norm is not a linear of LlamaForCausalLM"),
-        (lambda c: c.update(architectures=["Nonesuch"]), "cannot build this model.*Nonesuch"),
+        (
+            lambda c: c.update(architectures=["Nonesuch"]),
+            "holds a Nonesuch, which transformers cannot",
+        ),
         (lambda c: c.update(model_type="nonesuch"), "cannot build this model.*nonesuch"),
     ],
 )
@@ -74,12 +80,36 @@ def test_load_bit_flip(folder: Path) -> None:
     load(folder, verify=False)
 
 
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_load_edited_on_purpose(folder: Path, name: str) -> None:
-    content = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(content | {"use_cache": False}))
-    fails(f"/{name} is damaged or was edited.*verify=False", load, folder)
-    load(folder, verify=False)
+def edit_beside(folder: Path) -> None:
+    """Edit what is no part of the quantization: the configs, a chat template, the tokenizer."""
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(content | {"use_cache": False, "custom": [1]}))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+
+
+@pytest.mark.parametrize("reader", [load, AutoModelForCausalLM.from_pretrained])
+def test_what_is_beside_the_quantization_may_be_edited(folder: Path, reader: Any) -> None:
+    before = load(folder)
+    edit_beside(folder)
+    after = reader(folder)
+    assert_same_model(after, before, logits)
+    assert after.config.use_cache is after.generation_config.use_cache is False
+    change = '"activations": "static"'
+    text = (folder / "config.json").read_text()
+    assert change in text
+    (folder / "config.json").write_text(text.replace(change, '"activations": "per_token"'))
+    fails("config.json is damaged or was edited.*verify=False", reader, folder)
+
+
+@pytest.mark.parametrize("name", ["tuned", "version-4-mixed"])
+@pytest.mark.parametrize("reader", [load, AutoModelForCausalLM.from_pretrained])
+def test_digests_of_companions_in_old_checkpoints_are_ignored(
+    name: str, reader: Any, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(OLD / name, tmp_path / name))
+    edit_beside(folder)
+    assert reader(folder).config.use_cache is False
 
 
 def test_load_does_not_mind_the_layout_of_config_json(folder: Path) -> None:
@@ -90,7 +120,9 @@ def test_load_does_not_mind_the_layout_of_config_json(folder: Path) -> None:
 
 def test_load_bad_generation_config(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
-    fails("cannot load .*generation_config.json", load, folder, verify=False)
+    fails("generation_config.json cannot be read as JSON", load, folder)
+    (folder / "generation_config.json").write_text('{"temperature": {}, "pad_token_id": []}')
+    fails("cannot load .*generation_config.json", load, folder)
 
 
 def mutate(content: Any, random: random.Random) -> None:
@@ -157,11 +189,11 @@ NORM = "model.norm.weight"
     [
         (
             lambda t: t.update({WEIGHT: t[WEIGHT][1:].clone()}),
-            rf"tensor {WEIGHT} is int8 \[47, 48\], expected int8 \[48, 48\]",
+            rf"tensor {WEIGHT} is int8 \[47, 48, 1\], expected int8 \[48, 48, 1\]",
         ),
         (
             lambda t: t.update({WEIGHT: t[WEIGHT].float()}),
-            rf"tensor {WEIGHT} is float32 \[48, 48\], expected int8 \[48, 48\]",
+            rf"tensor {WEIGHT} is float32 \[48, 48, 1\], expected int8 \[48, 48, 1\]",
         ),
         (
             lambda t: t.update({f"{Q_PROJ}.input_scale": torch.ones(1)}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 from collections.abc import Callable
@@ -13,8 +12,8 @@ import pytest
 from safetensors.torch import save_file
 from sameness import assert_same_model
 from tiny_checkpoints import fails, logits, tiny_llama
-from transformers import LlamaForCausalLM
 
+from sq_cpu.checkpoint import folder as staging
 from sq_cpu.checkpoint import save as saving
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.save import save
@@ -23,17 +22,6 @@ from sq_cpu.checkpoint.save import save
 def test_save_refuses_a_float_model(tmp_path: Path) -> None:
     fails("not quantized by sq_cpu", save, tiny_llama(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_save_refuses_a_class_that_load_could_not_find(
-    quantized_llama: Any, tmp_path: Path
-) -> None:
-    class Mine(LlamaForCausalLM):
-        pass
-
-    model = copy.deepcopy(quantized_llama)
-    model.__class__ = Mine
-    fails("Mine is not a class of transformers", save, model, tmp_path / "out")
 
 
 def test_save_replaces_its_own_checkpoint(quantized_llama: Any, tmp_path: Path) -> None:
@@ -149,6 +137,7 @@ def test_save_fills_an_empty_folder_in_place(
 def test_failed_fill_leaves_the_folder_empty(
     quantized_llama: Any, call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     full = OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "rename", fail_at(call, full, Path.rename))
     fails("No space left on device", save, quantized_llama, tmp_path)
@@ -169,13 +158,12 @@ def test_save_replaces_folders_within_its_own_checkpoint_alone(
     (folder / "templates" / "mine").mkdir()
     fails("holds templates/mine", save, quantized_llama, folder)
     (folder / "templates" / "mine").rmdir()
-    (folder / "templates" / "chat.jinja").write_text("y")
-    fails("templates/chat.jinja is damaged", load, folder)
 
 
 def test_failed_move_restores_the_old_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(staging, "exchange", lambda *_: False)  # as some file systems
     model = load(folder)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     busy = OSError(errno.EBUSY, "Device or resource busy")

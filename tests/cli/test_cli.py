@@ -57,7 +57,7 @@ def test_overwrite(folder: Path, quantized: Path) -> None:
 def test_output_is_checked_before_the_model_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("sq_cpu.cli.quantize.convert", "sq_cpu.cli.run.load_model"):
+    for name in ("sq_cpu.streaming.convert.load_source", "sq_cpu.cli.run.load_model"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("loaded before the check"))
     notes = tmp_path / "notes"
     notes.mkdir()
@@ -68,7 +68,7 @@ def test_output_is_checked_before_the_model_is_loaded(
     assert [entry.name for entry in notes.iterdir()] == ["keep.txt"]
     assert "is a file" in error_of("quantize", folder, "-o", notes / "keep.txt")
     # Nobody can make files in /proc, root neither.
-    assert "cannot write to /proc" in error_of("quantize", folder, "-o", "/proc/out")
+    assert "cannot write checkpoint /proc/out" in error_of("quantize", folder, "-o", "/proc/out")
     assert "is not empty" in error_of("demo", "--model", folder, "-o", notes)
 
 
@@ -244,11 +244,11 @@ def test_demo_names_its_output_after_the_model(
     monkeypatch.chdir(here)
     checked: list[Path] = []
 
-    def check(out: Path, overwrite: bool) -> None:
+    def check(out: Path) -> None:
         checked.append(out)
         raise sq_cpu.SqCpuError("enough")
 
-    monkeypatch.setattr("sq_cpu.cli.run.check_output", check)
+    monkeypatch.setattr("sq_cpu.cli.run.staged", check)
     error_of("demo", "--model", model)
     assert checked == [Path(f"{name}-int8")]
 

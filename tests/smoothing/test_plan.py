@@ -71,13 +71,13 @@ def test_plans_of_older_versions_are_read() -> None:
         ({"fold": "no"}, "fold is 'no', not true or false"),
         ({"clip": 0}, r"clip is 0; it is a number in \(0, 2\]"),
         ({"clip": 2.01}, r"clip is 2.01; it is a number in \(0, 2\]"),
-        ({"clip": True}, "clip is True; it is a number"),
-        ({"clip": "1"}, "clip is '1'; it is a number"),
-        ({"clip": float("nan")}, "clip is nan; it is a number"),
-        ({"curve": [[0.5]]}, "curve is pairs of an alpha and its loss, finite"),
-        ({"curve": [["a", "b"]]}, "curve is pairs of an alpha and its loss, finite"),
-        ({"curve": [[0.5, float("nan")]]}, "curve is pairs of an alpha and its loss, finite"),
-        ({"curve": 1}, "curve is pairs of an alpha and its loss, finite"),
+        ({"clip": True}, "clip is True, not a finite number"),
+        ({"clip": "1"}, "clip is '1', not a finite number"),
+        ({"clip": float("nan")}, "clip is nan, not a finite number"),
+        ({"curve": [[0.5]]}, "curve has 1 items, not 2"),
+        ({"curve": [["a", "b"]]}, "curve is 'a', not a finite number"),
+        ({"curve": [[0.5, float("nan")]]}, "curve is nan, not a finite number"),
+        ({"curve": 1}, "curve is 1, not a list"),
     ],
 )
 def test_bad_groups_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -90,19 +90,19 @@ def test_bad_groups_are_refused(fields: dict[str, Any], message: str) -> None:
     ("fields", "message"),
     [
         ({"in_float": 1}, "in_float is 1, not true or false"),
-        ({"activations": "per_row"}, "activations='per_row' is not one of 'per_token', .* or null"),
+        ({"activations": "per_row"}, "activations is 'per_row', not one of 'per_token'"),
         ({"weight_clip": 0.0}, r"weight_clip is 0.0; it is a number in \(0, 1\]"),
         ({"weight_clip": 1.001}, r"weight_clip is 1.001; it is a number in \(0, 1\]"),
-        ({"weight_clip": None}, "weight_clip is None; it is a number"),
+        ({"weight_clip": None}, "weight_clip is None, not a finite number"),
         (
             {"outliers": [3, 1]},
             r"outliers=\[3, 1\] is not a list of channels, each once",
         ),
         ({"outliers": [1, 1]}, r"outliers=\[1, 1\] is not a list"),
         ({"outliers": [-1]}, r"outliers=\[-1\] is not a list"),
-        ({"outliers": [True]}, r"outliers=\[True\] is not a list"),
-        ({"outliers": "01"}, "outliers='01' is not a list"),
-        ({"outliers": 3}, "outliers=3 is not a list"),
+        ({"outliers": [True]}, "outliers is True, not an integer"),
+        ({"outliers": "01"}, "outliers is '01', not a list"),
+        ({"outliers": 3}, "outliers is 3, not a list"),
         ({"in_float": True, "outliers": [3]}, "in_float leaves nothing to quantize"),
         ({"in_float": True, "activations": "static"}, "in_float leaves nothing to quantize"),
         ({"in_float": True, "weight_clip": 0.5}, "in_float leaves nothing to quantize"),
@@ -120,7 +120,7 @@ def test_bad_plans_are_refused(tmp_path: Path) -> None:
         SmoothPlan((group, group))
     with pytest.raises(SqCpuError, match="2 entries for layer x; keep one"):
         SmoothPlan((), (layer, LayerPlan(name="x", in_float=True)))
-    with pytest.raises(SqCpuError, match="the plan's scheme is 'O3', not a Scheme"):
+    with pytest.raises(SqCpuError, match="the plan: scheme is 'O3', not a table"):
         SmoothPlan((), scheme="O3")  # type: ignore[arg-type]
     with pytest.raises(SqCpuError, match="scheme: no field 'bits'"):
         SmoothPlan.from_dict({"groups": [], "scheme": {"bits": 4}})
@@ -134,7 +134,7 @@ def test_bad_plans_are_refused(tmp_path: Path) -> None:
         '{"groups": [], "layers": 1}',
         '{"groups": [], "blocks": []}',
     ):
-        with pytest.raises(SqCpuError, match="not a smoothing plan of this version"):
+        with pytest.raises(SqCpuError, match=r"^the plan"):
             SmoothPlan.from_json(text)
     with pytest.raises(SqCpuError, match="cannot read the smoothing plan"):
         SmoothPlan.load(tmp_path / "missing")

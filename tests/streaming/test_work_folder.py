@@ -14,6 +14,7 @@ from float_folders import assert_equal, batches, float_folder, in_memory
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
+from sq_cpu.checkpoint.folder import staged
 from sq_cpu.streaming import streaming
 from sq_cpu.streaming.stream import Stream
 
@@ -141,7 +142,7 @@ def test_damaged_work_is_refused(
 def test_two_processes_do_not_share_the_work(tmp_path: Path) -> None:
     source, out = float_folder(tmp_path / "float"), tmp_path / "out"
     with (
-        streaming.claimed(tmp_path / ".out.partial"),
+        staged(out),
         pytest.raises(SqCpuError, match="another process is at work"),
     ):
         sq_cpu.quantize_checkpoint(source, out, batches())

@@ -2,8 +2,8 @@
 
     python tests/data/checkpoints/make.py FOLDER
 
-The stored ones were written by the commit before the package was divided into packages. Later code
-must load them as they are: do not make them anew, add others.
+Later code must load the stored ones as they are: do not make them anew, add others. Those without a
+version in their name were written by an earlier state of this script, in format version 3.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 from sameness import digests
 
 import sq_cpu
-from sq_cpu import LayerPlan, Scheme, SmoothPlan
+from sq_cpu import LayerPlan, Scheme
 
 VOCABULARY = 64
 _COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -86,13 +86,12 @@ def expect(folder: Path) -> None:
     (folder.parent / f"{folder.name}.json").write_text(text + "\n")
 
 
-def tuned(out: Path) -> None:
-    """Tune a plan with a calibration, both of which are saved, and let linears depart from it."""
-    model = load_float(save_float(out / "tuned-float", "llama"))
-    calibration = sq_cpu.calibrate(model, batches(), rows=8, gradient_rows=8)
-    calibration.save(out / "tuned.calibration")
-    plan = replace(sq_cpu.tune(model, calibration, scheme="O3"), scheme=Scheme.of("O3"))
-    plan.save(out / "tuned.plan.json")
+def mixed(out: Path, name: str) -> None:
+    """Save a checkpoint with a searched plan, from which linears depart in all ways."""
+    float_folder = save_float(out / "float", "llama")
+    model = load_float(float_folder)
+    calibration = sq_cpu.calibrate(model, batches(), rows=8)
+    plan = sq_cpu.tune(model, calibration, scheme="O3")
     block = "model.layers.{}.".format
     layers = (
         LayerPlan(name=block(0) + "self_attn.q_proj", activations="per_token"),
@@ -101,27 +100,19 @@ def tuned(out: Path) -> None:
         LayerPlan(name=block(1) + "self_attn.k_proj", activations="per_tensor", weight_clip=0.75),
         LayerPlan(name=block(1) + "mlp.down_proj", activations="per_token", outliers=(2,)),
     )
-    plan = replace(plan, layers=layers)
-    plan.save(out / "tuned-mixed.plan.json")
-    sq_cpu.save(sq_cpu.quantize(model, calibration, plan), out / "tuned")
-
-
-def quantized(out: Path, name: str, model_type: str, scheme: Scheme, **plan: Any) -> None:
-    """Save a checkpoint; `plan` changes its groups."""
-    float_folder = save_float(out / "float", model_type)
-    model = load_float(float_folder)
-    calibration = sq_cpu.calibrate(model, batches())
-    uniform = SmoothPlan.uniform(model, calibration, 0.5, ignore=scheme.ignore)
-    groups = tuple(replace(group, **plan) for group in uniform.groups)
-    sq_cpu.save(sq_cpu.quantize(model, calibration, SmoothPlan(groups), scheme=scheme), out / name)
+    groups = (replace(plan.groups[0], fold=False, note="at run time"), *plan.groups[1:])
+    plan = replace(plan, groups=groups, layers=layers, scheme=Scheme.of("O3"))
+    sq_cpu.save(sq_cpu.quantize(model, calibration, plan), out / name)
     remove(float_folder)
 
 
-def streamed(out: Path) -> None:
-    float_folder = save_float(out / "float", "qwen2", max_shard_size="20KB")
-    sq_cpu.quantize_checkpoint(
-        float_folder, out / "streamed", batches(), scheme="O3", dtype=torch.bfloat16
-    )
+def with_head(out: Path, name: str) -> None:
+    """Save a checkpoint whose head, tied to the embeddings in float, is int8; bf16, shards."""
+    float_folder = save_float(out / "float", "opt")
+    model = load_float(float_folder, torch.bfloat16)
+    scheme = Scheme.of("O1", ignore=(), symmetric=False)
+    model = sq_cpu.quantize(model, sq_cpu.calibrate(model, batches(), ignore=()), scheme=scheme)
+    sq_cpu.save(model, out / name, max_shard_size="20KB")
     remove(float_folder)
 
 
@@ -134,14 +125,9 @@ def remove(folder: Path) -> None:
 def main(out: Path) -> None:
     """Write everything into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    quantized(out, "o1", "mixtral", Scheme.of("O1"))
-    tuned(out)
-    quantized(out, "weight-groups", "gpt2", Scheme(weights="per_group", weight_group_rows=5))
-    asymmetric = Scheme.of("O2", symmetric=False, reduce_range=True)
-    quantized(out, "o2-asymmetric", "opt", asymmetric)
-    streamed(out)
-    quantized(out, "smoothing", "llama", Scheme.of("O3"), fold=False, note="at run time")
-    for name in ("o1", "tuned", "weight-groups", "o2-asymmetric", "streamed", "smoothing"):
+    mixed(out, "version-4-mixed")
+    with_head(out, "version-4-head")
+    for name in ("version-4-mixed", "version-4-head"):
         expect(out / name)
 
 

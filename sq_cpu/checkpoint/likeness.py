@@ -1,0 +1,159 @@
+"""Whether what `load` will build is the model that is saved: asked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from sq_cpu.checkpoint.config import FORMAT_VERSION
+from sq_cpu.checkpoint.entries import unsaved_buffers
+from sq_cpu.checkpoint.rebuild import fit
+from sq_cpu.checkpoint.skeleton import skeleton
+from sq_cpu.checkpoint.stored import Header
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.hf_private import compute_buffers
+from sq_cpu.models.linears import linearize
+from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.record import QuantizationRecord
+
+__all__ = ["check_layers", "check_likeness", "check_stored", "is_rebuilt"]
+
+
+def is_rebuilt(model: nn.Module) -> bool:
+    """Say whether `load` builds the model itself: whether its class is one of transformers."""
+    return getattr(transformers, type(model).__name__, None) is type(model)
+
+
+def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
+    """Raise `SqCpuError` unless a model's int8 linears are those of its record."""
+    modules = dict(model.named_modules())
+    inner = {module.regular for module in modules.values() if isinstance(module, DecomposedLinear)}
+    for name in record.layers:
+        layer = modules.get(name)
+        kind = DecomposedLinear if name in record.decomposed else QuantLinear
+        regular = layer.regular if isinstance(layer, DecomposedLinear) else layer
+        if not isinstance(layer, kind) or not isinstance(regular, QuantLinear):
+            raise SqCpuError(
+                f"{name} was quantized, but the model has no such {kind.__name__} now; change the "
+                "structure of the float model, then quantize that"
+            )
+        outliers = len(layer.columns) if isinstance(layer, DecomposedLinear) else 0
+        same = regular.scheme == record.layer_scheme(name)
+        if not same or outliers != record.decomposed.get(name, 0):
+            raise SqCpuError(
+                f"{name} is not the layer that the model's record describes; quantize the float "
+                "model again"
+            )
+    for name, module in modules.items():
+        is_layer = isinstance(module, QuantLinear | DecomposedLinear) and module not in inner
+        if is_layer and name not in record.layers:
+            raise SqCpuError(
+                f"{name} is int8, but not in the model's record (sq_cpu_config); quantize the "
+                "float model as a whole"
+            )
+
+
+def check_likeness(
+    model: nn.Module, record: QuantizationRecord, headers: Mapping[str, Header], folder: Path
+) -> dict[str, Tensor]:
+    """Compare a quantized model with the one that `load` will build from a folder's config.
+
+    ``headers`` are of the tensors that will be stored. Returns what has to be stored beside them:
+    the buffers that are no part of the state_dict and that load would compute otherwise; of a
+    model that it cannot build, all.
+
+    Raises `SqCpuError` where the two differ in another way, naming what does.
+    """
+    mine = unsaved_buffers(model)
+    if not is_rebuilt(model):
+        return mine
+    built: Any = skeleton(folder, len(headers))
+    linearize(built)
+    label = f"load could not rebuild this {type(model).__name__}"
+    try:
+        _compare_modules(model, built, set(record.layers))
+        compute_buffers(built)
+        extra = _other_buffers(mine, unsaved_buffers(built))
+    except _UnlikeError as difference:
+        raise SqCpuError(f"{label}: {difference}; {_FIX}") from difference
+    headers = {**headers, **{name: Header.of(tensor) for name, tensor in extra.items()}}
+    fit(built, record, headers, FORMAT_VERSION, label, fix=_FIX)
+    return extra
+
+
+def check_stored(
+    record: QuantizationRecord, headers: Mapping[str, Header], folder: Path, label: str
+) -> None:
+    """Raise `SqCpuError` unless tensors fit the model that `load` builds from a folder's config."""
+    built: Any = skeleton(folder, len(headers))
+    linearize(built)
+    fit(built, record, headers, FORMAT_VERSION, label, fix=_FIX)
+
+
+_FIX = "quantize a model that its config describes in full"
+_PLAIN = (bool, int, float, str)
+# What is not of the model's function, what a forward notes for itself, and what stays as it was
+# where an embedding is resized.
+_NOT_COMPARED = {"name_or_path", "training", "gradient_checkpointing"}
+_NOT_COMPARED |= {"max_seq_len_cached", "vocab_size"}
+
+
+class _UnlikeError(Exception):
+    """What two models differ in."""
+
+
+def _compare_modules(model: nn.Module, built: nn.Module, layers: set[str]) -> None:
+    mine = dict(model.named_modules(remove_duplicate=False))
+    fresh = dict(built.named_modules(remove_duplicate=False))
+    first_mine, first_fresh = _first_names(mine), _first_names(fresh)
+    for name, module in fresh.items():
+        if name not in mine:
+            raise _UnlikeError(f"it has no {name}, a fresh one has")
+        if first_mine[name] != first_fresh[name]:
+            raise _UnlikeError(f"{name} is the module {first_mine[name]}, in a fresh one it is not")
+        if first_mine[name] not in layers:
+            _compare(name or "the model", mine[name], module)
+    for name in mine:
+        if name not in fresh and name.rpartition(".")[0] not in layers:
+            raise _UnlikeError(f"it has {name}, a fresh one has not")
+
+
+def _first_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    first: dict[nn.Module, str] = {}
+    return {name: first.setdefault(module, name) for name, module in modules.items()}
+
+
+def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
+    if type(mine) is not type(fresh):
+        raise _UnlikeError(
+            f"{name} is a {type(mine).__name__}, in a fresh one a {type(fresh).__name__}"
+        )
+    own, given = vars(mine), vars(fresh)
+    # accelerate's hooks, which place and move weights, also put a forward on the instance.
+    if "forward" in own and "forward" not in given and "_hf_hook" not in own:
+        raise _UnlikeError(f"the forward of {name} was replaced, in a fresh one it is not")
+    for key, value in given.items():
+        if key.startswith("_") or key in _NOT_COMPARED or not isinstance(value, _PLAIN):
+            continue
+        found = own.get(key)
+        if isinstance(found, _PLAIN) and found != value:
+            raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {value!r}")
+
+
+def _other_buffers(mine: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if unlike := sorted(mine.keys() ^ fresh.keys()):
+        raise _UnlikeError(
+            f"the buffer {unlike[0]} is {'not ' if unlike[0] in mine else ''}in a fresh one "
+            f"and {'' if unlike[0] in mine else 'not '}in it"
+        )
+    return {
+        name: tensor
+        for name, tensor in mine.items()
+        if tensor.dtype != fresh[name].dtype or not torch.equal(tensor, fresh[name])
+    }

@@ -1,0 +1,237 @@
+"""A float model and a record become the quantized model, held against the tensors that are stored.
+
+What is stored is known by its headers. So `load` allocates nothing before they agree with what
+config.json says, and `save` proves that they will before it writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sq_cpu.checkpoint.config import FLOATS
+from sq_cpu.checkpoint.entries import own_entries, put_tensor, tie, ties_of, unsaved_buffers
+from sq_cpu.checkpoint.stored import Header, StoredTensors
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.models.hf_private import is_transformers, set_ties
+from sq_cpu.models.linears import linearize
+from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.entries import linear_entries
+from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.record import QuantizationRecord
+from sq_cpu.quantization.replace import mark_quantized, replace_linears
+
+__all__ = ["Fit", "fit", "restore"]
+
+_AGAIN = "save the model again"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How stored tensors fit a linearized float model, whose layers of a record become int8."""
+
+    layers: Mapping[str, Mapping[str, str]]
+    """Int8 layer -> entry of its state_dict -> name of the stored tensor."""
+    others: Collection[str]
+    """Names of the stored tensors that are the model's own, of its other modules."""
+    tied: Mapping[str, str]
+    """Parameter that is not stored -> the one that it is tied to."""
+
+
+def fit(
+    model: nn.Module,
+    record: QuantizationRecord,
+    headers: Mapping[str, Header],
+    version: int,
+    where: object,
+    path: Callable[[str], object] | None = None,
+    fix: str = _AGAIN,
+) -> Fit:
+    """Find the place of every stored tensor in a float model; nothing is changed or allocated.
+
+    Parameters
+    ----------
+    model : linearized, on the meta device or in memory
+    headers : name -> shape and dtype of every stored tensor
+    version : of the format
+    where, path, fix : the checkpoint, the file that holds a tensor, and what to do, for errors
+
+    Raises
+    ------
+    SqCpuError
+        For a layer that is no linear of the model, and a tensor that is missing, not expected, or
+        of another shape or dtype.
+    """
+    modules = dict(model.named_modules())
+    expected: dict[str, Header] = {}
+    layers: dict[str, dict[str, str]] = {}
+    for name in record.layers:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise SqCpuError(
+                f"{where}: layer {name} is not a linear of {type(model).__name__}; {fix}"
+            )
+        entries = _layer_headers(linear, name, record)
+        layers[name] = {key: _stored_name(name, key, version) for key in entries}
+        for key, header in entries.items():
+            is_weight = key.rpartition(".")[2] == "weight" and version >= 5
+            expected[layers[name][key]] = (
+                header._replace(shape=(*header.shape, 1)) if is_weight else header
+            )
+    int8 = set(expected)
+    for prefix, module in modules.items():
+        if prefix not in layers:
+            for name, tensor in own_entries(module, prefix).items():
+                expected[name] = _header(tensor)
+    tied = _tied(model, expected.keys() - int8 - headers.keys(), headers.keys() - int8)
+    if missing := sorted(expected.keys() - headers.keys() - tied.keys()):
+        raise SqCpuError(f"{where}: {_listed(missing)} missing; {fix}")
+    computed = {name: _header(b) for name, b in unsaved_buffers(model).items()}
+    known = computed | expected
+    if unexpected := sorted(headers.keys() - known.keys()):
+        raise SqCpuError(
+            f"{where}: {_listed(unexpected)} not expected by {type(model).__name__}; {fix}"
+        )
+    for name, header in headers.items():
+        wanted = known[name]
+        same = header.dtype in FLOATS if wanted.dtype is None else header.dtype == wanted.dtype
+        if header.shape != wanted.shape or not same:
+            raise SqCpuError(
+                f"{where if path is None else path(name)}: tensor {name} is {header}, expected "
+                f"{wanted}; {fix}"
+            )
+    return Fit(layers, headers.keys() - int8, tied)
+
+
+def _layer_headers(linear: nn.Linear, name: str, record: QuantizationRecord) -> dict[str, Header]:
+    scheme, bias = record.layer_scheme(name), linear.bias is not None
+    arguments = linear.in_features, linear.out_features, scheme
+    if name not in record.decomposed:
+        entries = linear_entries(*arguments, bias=bias, smoothed=name in record.smoothed)
+        return {key: Header(*entry) for key, entry in entries.items()}
+    entries = linear_entries(*arguments, bias=bias, smoothed=True)
+    outliers = record.decomposed[name]
+    return {
+        **{f"regular.{key}": Header(*entry) for key, entry in entries.items()},
+        "columns": Header((outliers,), torch.int64),
+        "outlier_weight": Header((linear.out_features, outliers), None),
+    }
+
+
+def _stored_name(layer: str, key: str, version: int) -> str:
+    return f"{layer}.{key.removeprefix('regular.') if version >= 5 else key}"
+
+
+def _header(tensor: Tensor) -> Header:
+    header = Header.of(tensor)
+    # Models mix float dtypes, and may be loaded in another one.
+    return header._replace(dtype=None) if tensor.is_floating_point() else header
+
+
+def _tied(model: nn.Module, missing: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Return, for parameters that are not stored, one that is stored and tied to them."""
+    ties = ties_of(model)
+    tied = {}
+    for target in missing:
+        source = ties.get(target, target)
+        group = [source, *(name for name, other in ties.items() if other == source)]
+        if held := [name for name in group if name in stored and name != target]:
+            tied[target] = held[0]
+    return tied
+
+
+def restore(
+    model: nn.Module,
+    record: QuantizationRecord,
+    stored: StoredTensors,
+    version: int,
+    folder: Path,
+    dtype: torch.dtype | None,
+    prepare: Callable[[], object] = lambda: None,
+) -> None:
+    """Make a float model, whose values do not count, the one that was saved.
+
+    ``prepare`` is called when all is known to fit. Each tensor is read, converted to ``dtype``
+    (None: as stored) or packed, and released before the next. ``SqCpuError`` names a layer or
+    tensor that is missing, unexpected, misshapen or of impossible values.
+    """
+    linearize(model)
+    found = fit(model, record, stored.headers, version, folder, stored.path)
+    prepare()
+    modules = dict(model.named_modules())
+    replace_linears(
+        model, {name: _empty_layer(modules[name], name, record, folder) for name in record.layers}
+    )
+    for name, keys in found.layers.items():
+        _fill_layer(model.get_submodule(name), keys, stored, dtype, f"{folder}: layer {name}")
+    computed = unsaved_buffers(model)
+    for name in found.others:
+        # A copy: the model must not change when the file does.
+        cast = dtype if name not in computed else None
+        put_tensor(model, name, _own(stored.read(name), cast))
+    tie(model, found.tied)
+    if is_transformers(model):
+        set_ties(model, found.tied)
+    for name, buffer in unsaved_buffers(model).items():
+        if buffer.is_meta:
+            raise SqCpuError(
+                f"{folder} does not store the buffer {name}, which is on the meta device; give "
+                "the model with its buffers in memory"
+            )
+    mark_quantized(model, record)
+
+
+def _own(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value.to(dtype if value.is_floating_point() else None, copy=True)
+
+
+def _empty_layer(
+    linear: nn.Module, name: str, record: QuantizationRecord, folder: Path
+) -> nn.Module:
+    assert isinstance(linear, nn.Linear)  # `fit` raised otherwise
+    arguments = linear.in_features, linear.out_features, record.layer_scheme(name)
+    kind: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
+    try:
+        if name in record.decomposed:
+            return DecomposedLinear.empty(*arguments, record.decomposed[name], **kind)
+        return QuantLinear(*arguments, smoothed=name in record.smoothed, **kind)
+    except Exception as error:  # also a size that no memory holds
+        raise SqCpuError(
+            f"{folder}: layer {name} cannot be made ({first_line(error)}); save the model again"
+        ) from error
+
+
+def _fill_layer(
+    layer: Any,
+    keys: Mapping[str, str],
+    stored: StoredTensors,
+    dtype: torch.dtype | None,
+    where: str,
+) -> None:
+    values = {key: stored.read(name) for key, name in keys.items()}
+    inner = layer
+    if isinstance(layer, DecomposedLinear):
+        inner = layer.regular
+        for key in ("columns", "outlier_weight"):
+            put_tensor(layer, key, _own(values.pop(key), dtype))
+        values = {key.removeprefix("regular."): value for key, value in values.items()}
+    values["weight"] = values["weight"].view(inner.out_features, inner.in_features)
+    try:
+        inner.load_state_dict(values)
+        if inner is not layer:
+            layer.check()
+    except SqCpuError as error:
+        raise SqCpuError(f"{where}: {error}") from error
+
+
+def _listed(names: list[str]) -> str:
+    """Give "tensor a" or "3 tensors (a, b, c)", at most three by name."""
+    if len(names) == 1:
+        return f"tensor {names[0]}"
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{more})"

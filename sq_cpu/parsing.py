@@ -1,0 +1,135 @@
+"""JSON from files, held against the types that it is to have: the one door for what others wrote.
+
+What passes is of the types that the annotations say; which values a field can have is for the
+dataclass itself to check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import types
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from sq_cpu.errors import SqCpuError, first_line
+
+__all__ = ["check_fields", "parsed_json", "read_json", "record", "typed"]
+
+T = TypeVar("T")
+_WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return a file's JSON; `SqCpuError` for one that is missing or holds anything else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SqCpuError(f"cannot read {path}: {first_line(error)}") from error
+    return parsed_json(text, str(path))
+
+
+def parsed_json(text: str, where: str) -> Any:
+    """Return the value of JSON text; `SqCpuError` names `where` it is from."""
+    try:
+        return json.loads(text)
+    # RecursionError: brackets without end; ValueError also for integers of thousands of digits.
+    except (ValueError, RecursionError) as error:
+        raise SqCpuError(f"{where} is not JSON: {first_line(error)}") from error
+
+
+def check_fields(made: Any, where: str) -> None:
+    """Hold a dataclass's values against its annotations, in `__post_init__`.
+
+    Lists become the tuples that are annotated, and JSON objects the dataclasses.
+    """
+    kind: Any = type(made)
+    for name, hint in _hints(kind).items():
+        object.__setattr__(made, name, typed(hint, getattr(made, name), f"{where}: {name}"))
+
+
+def record(kind: type[T], values: Any, where: str) -> T:
+    """Make a dataclass, which checks its fields, of the JSON object that has them."""
+    if not isinstance(values, Mapping):
+        raise SqCpuError(f"{where} is {_shown(values)}, not a table")
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    if unknown := sorted(map(str, values.keys() - {field.name for field in fields})):
+        raise SqCpuError(f"{where} has an unknown field {unknown[0]!r}")
+    for field in fields:
+        is_needed = field.default is field.default_factory is dataclasses.MISSING
+        if is_needed and field.name not in values:
+            raise SqCpuError(f"{where} lacks {field.name}")
+    return kind(**values)
+
+
+def typed(kind: Any, value: Any, where: str) -> Any:
+    """Return JSON as the Python type that an annotation names, or raise `SqCpuError`."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _first_of(parts, value, where)
+    if origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in parts):
+            return value
+        raise SqCpuError(f"{where} is {_shown(value)}, not one of {', '.join(map(repr, parts))}")
+    if origin in (list, tuple):
+        return _sequence(origin, parts, value, where)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise SqCpuError(f"{where} is {_shown(value)}, not a table")
+        return {key: typed(parts[1], item, f"{where}: {key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(value, kind):
+            return value
+        own = getattr(kind, "from_dict", None)
+        if own is not None and isinstance(value, Mapping):
+            return own(value)
+        return record(kind, value, where)
+    if not _is_plain(kind, value):
+        raise SqCpuError(f"{where} is {_shown(value)}, not {_WORDS.get(kind, 'null')}")
+    return value
+
+
+def _first_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    refused = []
+    for kind in kinds:
+        try:
+            return typed(kind, value, where)
+        except SqCpuError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _sequence(origin: Any, parts: tuple[Any, ...], value: Any, where: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise SqCpuError(f"{where} is {_shown(value)}, not a list")
+    if origin is list or parts[-1] is ...:
+        parts = parts[:1] * len(value)
+    elif len(value) != len(parts):
+        raise SqCpuError(f"{where} has {len(value)} items, not {len(parts)}")
+    items = (typed(part, item, where) for part, item in zip(parts, value, strict=True))
+    return origin(items)
+
+
+def _is_plain(kind: Any, value: Any) -> bool:
+    if kind is float:
+        # A huge integer is a number that no float holds.
+        return type(value) in (int, float) and abs(value) < 1e308 and math.isfinite(value)
+    if kind is int:
+        return type(value) is int and abs(value) < 1 << 63
+    return type(value) is (type(None) if kind is None else kind)
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
