@@ -59,7 +59,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("model_type", (*TYPES, *REFUSED))
+@pytest.mark.parametrize("model_type", [*TYPES, *REFUSED])
 def test_every_step_is_right_or_refused(
     judged: dict[str, tuple[Finding, Path]], model_type: str
 ) -> None:
