@@ -326,6 +326,8 @@ def _default(kind: type[PreTrainedConfig]) -> dict[str, Any]:
 
 def _depth_and_vocabulary(name: str, value: int) -> int:
     small = r".*(layers|vocab_size|n_layer|depth|experts|positions?(_embeddings)?)"
+    if re.fullmatch(r"(.*_)?(image|img)_size", name):
+        return min(value, 64)
     return _of_rules(name, value) if re.fullmatch(small, name) else value
 
 
