@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tiny_inputs import Inputs, Maker, tensors
 from tiny_types import ATTEMPTS, BATCH, model_classes, tiny_config, tiny_model
 from torch import Tensor, nn
@@ -241,7 +242,8 @@ def examine(model_type: str, folder: Path) -> Finding:
     except (RefusedError, FailedError) as outcome:
         _conclude(finding, outcome)
         return finding
-    torch.save(subject.batches[0], folder / "inputs.pt")
+    given = (subject.batches[0], type(subject.model), copy.deepcopy(subject.model.config))
+    torch.save(given, folder / "given.pt")
     for name, scheme in VARIANTS.items():
         if name == HEAD and "ignored" not in finding.variants["O3"].get("kept", {"ignored": 1}):
             continue  # it has no head: this is O3 again
@@ -409,13 +411,15 @@ def reload(folder: Path) -> dict[str, str]:
     """Return by variant what is wrong with what `examine` saved, "" for nothing."""
     torch.set_num_threads(1)
     found = {}
-    inputs = torch.load(folder / "inputs.pt", weights_only=False)
+    inputs, kind, config = torch.load(folder / "given.pt", weights_only=False)
+    named = getattr(transformers, kind.__name__, None) is kind
     for name in VARIANTS:
         if not (folder / name).with_suffix(".pt").exists():
             continue
         saved = torch.load((folder / name).with_suffix(".pt"), weights_only=False)
         try:
-            model: Any = sq_cpu.load(folder / name)
+            fresh = None if named else kind._from_config(config, dtype=torch.float32)
+            model: Any = sq_cpu.load(folder / name, model=fresh)
             wrong = "" if same(run(model, inputs), saved["outputs"]) else "loaded: other outputs"
             if not wrong and saved["tokens"] is not None:
                 same_tokens = torch.equal(generated(model, inputs), saved["tokens"])
