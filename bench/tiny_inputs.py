@@ -108,13 +108,20 @@ class Maker:
             vision = getattr(self.config, "vision_config", None) or self.config
             frames = _side(getattr(vision, "temporal_patch_size", None), 1)
             grid = torch.tensor([[1, 4, 4]] * BATCH)
-            for shape in ((self.columns or c * frames * p * p,), (c, p, p)):
-                pixels = self.random(16 * BATCH, *shape)
+            rows = 16 * BATCH
+            flat = self.columns or c * frames * p * p
+            for shape in ((rows, flat), (rows, c, p, p), (1, rows, c, p, p)):
+                pixels = self.random(*shape)
                 if self.has("image_grid_thw"):
                     yield {"pixel_values": pixels, "image_grid_thw": grid}
                 elif self.has("grid_thw"):
                     first = next(iter(self.arguments))
                     yield {first: pixels, "grid_thw": grid}
+        if self.has("flattened_patches"):
+            patches = self.random(BATCH, 16, 2 + (self.columns or c * p * p))
+            patches[..., :2] = torch.arange(1, 17)[:, None]  # the row and the column of a patch
+            yield {"flattened_patches": patches}
+            return
         if self.has("spatial_shapes"):
             shapes = torch.tensor([[4, 4]] * BATCH)
             made = {"pixel_values": self.random(BATCH, 16, c * p * p), "spatial_shapes": shapes}
@@ -211,6 +218,7 @@ class Maker:
             "position_ids": lambda: torch.arange(self.length)[None].expand(BATCH, -1),
             "bbox": lambda: torch.zeros(BATCH, self.length, 4, dtype=torch.int64),
             "timestep": lambda: torch.tensor([3] * BATCH),
+            "task_inputs": lambda: self.ids(_side(setting(self.config, "task_seq_len"), 77)),
             "num_heads": lambda: HEADS,
         }
         skipped = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -227,7 +235,7 @@ class Maker:
         """Yield inputs to try; those that reach most of the model first."""
         text = self.text()
         other: list[Inputs] = []
-        if self.has("pixel_values") or self.has("grid_thw"):
+        if any(map(self.has, ("pixel_values", "grid_thw", "flattened_patches"))):
             other += self.images()
         if self.has("input_features") or self.has("input_values") or self.has("audio_values"):
             other += self.sounds()
