@@ -19,7 +19,7 @@ from sq_cpu.checkpoint.entries import own_entries, put_tensor, tie, ties_of, uns
 from sq_cpu.checkpoint.stored import Header, StoredTensors
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import is_transformers, set_ties
-from sq_cpu.models.linears import linearize
+from sq_cpu.models.linears import linearize, linearized
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.entries import linear_entries
 from sq_cpu.nn.linear import QuantLinear
@@ -160,9 +160,10 @@ def restore(
     (None: as stored) or packed, and released before the next. ``SqCpuError`` names a layer or
     tensor that is missing, unexpected, misshapen or of impossible values.
     """
+    with linearized(model):
+        found = fit(model, record, stored.headers, version, folder, stored.path)
+    prepare()  # what it calls of transformers expects the model's own modules
     linearize(model)
-    found = fit(model, record, stored.headers, version, folder, stored.path)
-    prepare()
     modules = dict(model.named_modules())
     replace_linears(
         model, {name: _empty_layer(modules[name], name, record, folder) for name in record.layers}
