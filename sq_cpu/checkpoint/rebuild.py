@@ -23,6 +23,7 @@ from sq_cpu.models.linears import linearize, linearized
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.entries import linear_entries
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.dtypes import set_dtypes
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.quantization.replace import mark_quantized, replace_linears
 
@@ -184,6 +185,7 @@ def restore(
                 f"{folder} does not store the buffer {name}, which is on the meta device; give "
                 "the model with its buffers in memory"
             )
+    set_dtypes(model, record.layers, record.dtypes if dtype is None else {})
     mark_quantized(model, record)
 
 
@@ -196,11 +198,11 @@ def _empty_layer(
 ) -> nn.Module:
     assert isinstance(linear, nn.Linear)  # `fit` raised otherwise
     arguments = linear.in_features, linear.out_features, record.layer_scheme(name)
-    kind: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
+    bias = linear.bias is not None
     try:
         if name in record.decomposed:
-            return DecomposedLinear.empty(*arguments, record.decomposed[name], **kind)
-        return QuantLinear(*arguments, smoothed=name in record.smoothed, **kind)
+            return DecomposedLinear.empty(*arguments, record.decomposed[name], bias=bias)
+        return QuantLinear(*arguments, bias=bias, smoothed=name in record.smoothed)
     except Exception as error:  # also a size that no memory holds
         raise SqCpuError(
             f"{folder}: layer {name} cannot be made ({first_line(error)}); save the model again"

@@ -33,6 +33,7 @@ from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.dtypes import dtypes_of
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
@@ -124,7 +125,8 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear) and module.smoothing is not None and name in layers
     )
-    return replace(record, smoothed=tuple(smoothed))
+    dtypes = dtypes_of(model, record.layers)
+    return replace(record, smoothed=tuple(smoothed), dtypes=dtypes)
 
 
 def _write(

@@ -84,7 +84,7 @@ def model_inputs(
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
     the model's context; messages call it batch number so and so of `what`.
     """
-    if isinstance(batches, Tensor | Mapping | str):
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise SqCpuError(
             f"batches is one {type(batches).__name__}; pass an iterable of batches, as in [batch]"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,18 @@ class FoldProof:
     """Why a group cannot be folded; "" where it can."""
     norm_calls: Mapping[SmoothingGroup, _Arguments]
     """With what the norm before each group that can be folded was called last."""
+
+    def without(self, used: Mapping[str, str]) -> FoldProof:
+        """Return the proof with no fold into linears whose weight is used elsewhere, name -> how.
+
+        A hook does not change what other code reads of a weight, as folding does.
+        """
+
+        def reason(group: SmoothingGroup) -> str:
+            names = (producer_of(group), *group.consumers)
+            return next((f"{name}: {used[name]}" for name in names if name in used), "")
+
+        return replace(self, reasons={g: why or reason(g) for g, why in self.reasons.items()})
 
 
 def running(model: nn.Module, example: Example) -> Run:
