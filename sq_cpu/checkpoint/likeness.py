@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from sq_cpu.checkpoint.config import FORMAT_VERSION
 from sq_cpu.checkpoint.entries import unsaved_buffers
@@ -144,7 +145,9 @@ def _first_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
-    if type(mine) is not type(fresh):
+    # torch gives every parametrized module (weight_norm) a class of its own.
+    kind, given_kind = type_before_parametrizations(mine), type_before_parametrizations(fresh)
+    if kind is not given_kind or is_parametrized(mine) != is_parametrized(fresh):
         raise _UnlikeError(
             f"{name} is a {type(mine).__name__}, in a fresh one a {type(fresh).__name__}"
         )
