@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ __all__ = ["fuzz_seeds", "mutated_bytes", "mutated_json", "mutated_safetensors",
 
 # Beyond twice the file: what Python, torch and a first call of a library take for themselves.
 _CONSTANT = 64 << 20
+_MOST = 2 << 30
+"""Bytes that end a call before they end the machine."""
 _SECONDS = 120  # a loaded machine takes its time, too
 
 _VALUES: tuple[Any, ...] = (
@@ -177,9 +180,12 @@ def _bounded(size: int) -> Iterator[None]:
     signal.alarm(_SECONDS)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     resident = _status("VmRSS")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + _MOST, limits[1]))
     try:
         yield
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     taken = _status("VmHWM") - resident

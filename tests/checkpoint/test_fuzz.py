@@ -148,9 +148,12 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
 CASES = {name: ("llama", change) for name, change in COUNTS.items()} | MORE
 
 
+# transformers expands the labels of a config before it asks sq_cpu.
+PAIRS = [(c, r) for c in CASES for r in READERS if (c, r) != ("labels", "from_pretrained")]
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "reader"), PAIRS)
 def test_sizes_that_the_files_do_not_hold(
     case: str, reader: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
