@@ -105,7 +105,6 @@ def save_staged(
 ) -> None:
     """Do what :func:`save` does, for a target that has been held since before the work began."""
     record = _record_of(model)
-    check_layers(model, record)
     with writing(staging.target):
         _write(model, record, tokenizer, staging.folder, max_shard_size)
     staging.commit()
@@ -119,6 +118,7 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
         raise SqCpuError(
             f"{type(model).__name__} is not quantized by sq_cpu; call sq_cpu.quantize before save"
         )
+    check_layers(model, record)
     layers = set(record.layers)  # the int8 part of a DecomposedLinear is not one of its own
     smoothed = (
         name

@@ -61,6 +61,7 @@ def good() -> dict[str, Any]:
         static = layers()["next"].quantize_input(torch.randn(M, N))
     return {
         "x": torch.randn(M, K),
+        "input": torch.randn(M, K),
         "packed": layer.packed.clone(),
         "n": N,
         "k": K,
@@ -233,7 +234,13 @@ def with_buffer(buffer: Tensor, x: Tensor) -> list[object]:
 
 def packed_weight(buffer: Tensor, out_features: int, in_features: int) -> list[object]:
     weight = PackedWeight(buffer, out_features, in_features)
-    return [weight.weight(), weight.scale(), weight.bias(), weight.unreadable(), weight.nbytes]
+    return [
+        weight.weight(),
+        weight.scale(),
+        weight.bias(),
+        weight.unreadable(torch.float32),
+        weight.nbytes,
+    ]
 
 
 def activation_of(**parts: Any) -> list[object]:
