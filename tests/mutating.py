@@ -36,8 +36,9 @@ _VALUES: tuple[Any, ...] = (
 
 
 def fuzz_seeds(few: int) -> list[int]:
-    """Return the seeds of a fuzz test: `few`, or 0 to SQ_CPU_FUZZ - 1."""
-    return list(range(int(os.environ.get("SQ_CPU_FUZZ", few))))
+    """Return the seeds of a fuzz test: `few`, or those of SQ_CPU_FUZZ=TO or FROM:TO."""
+    first, _, last = os.environ.get("SQ_CPU_FUZZ", f"0:{few}").rpartition(":")
+    return list(range(int(first or 0), int(last)))
 
 
 def mutated_json(text: str, seed: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import sqlite3
@@ -155,4 +156,7 @@ def is_shared(where: str | os.PathLike[str] | BaseStorage | None) -> bool:
 
 def has_study(storage: BaseStorage, name: str) -> bool:
     """Return whether the storage holds a study of that name."""
-    return name in optuna.get_all_study_names(storage)
+    try:
+        return name in optuna.get_all_study_names(storage)
+    except json.JSONDecodeError as error:  # Optuna's own columns hold JSON
+        raise _failure(f"it is damaged: {first_line(error)}") from error

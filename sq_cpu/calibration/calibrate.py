@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +15,8 @@ from torch import nn
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.calibration.gradients import differentiating, sampled_loss
 from sq_cpu.calibration.observer import InputRanges
-from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.models.calls import Batch, Example, evaluating, example_of, model_inputs
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import Batch, Example, called, evaluating, example_of, model_inputs
 from sq_cpu.models.checks import check_model, check_weights, checking_ids
 from sq_cpu.models.linears import check_ignore, linearized, quantizable_linears
 from sq_cpu.models.padding import padding_of
@@ -99,19 +98,7 @@ def _calibrate(
             padding = padding_of(model, args, kwargs)
             example = example or example_of(args, kwargs, padding)
             with ranges.batch(padding):
-                outputs = _called(model, args, kwargs, ranges.batches)
+                outputs = called(model, (args, kwargs), f"calibration batch {ranges.batches}")
                 if gradient_rows:
                     torch.autograd.backward(sampled_loss(outputs, padding, labels))
     return ranges.calibration(example)
-
-
-def _called(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int) -> Any:
-    try:
-        return model(*args, **kwargs)
-    except (SqCpuError, MemoryError):
-        raise
-    except Exception as error:  # whatever a model's own code raises
-        raise SqCpuError(
-            f"calibration batch {index}: the model's forward fails "
-            f"({type(error).__name__}: {first_line(error)}); give it what model(...) takes"
-        ) from error

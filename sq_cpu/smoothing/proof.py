@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import Example, copied, evaluating
+from sq_cpu.models.calls import Example, called, copied, evaluating
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import hooked, watching_inputs
 from sq_cpu.models.padding import Padding, padding_of
@@ -58,8 +58,7 @@ def running(model: nn.Module, example: Example) -> Run:
     """Return what calls the model with an example and gives its outputs."""
 
     def run() -> list[Tensor]:
-        args, kwargs = copied(example)
-        outputs = model(*args, **kwargs)
+        outputs = called(model, copied(example), "the calibration's example")
         if isinstance(outputs, Mapping):
             outputs = [value for key, value in outputs.items() if not str(key).endswith("loss")]
         # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
