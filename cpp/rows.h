@@ -94,7 +94,7 @@ struct Coder {
   U8 operator()(F32 v) const {
     v *= inv_scale;
     v = min(max(v, low), high);  // NaN becomes low; its row's scale is NaN
-    return __builtin_convertvector((U32)(v + 0x1.8p23f) - bias, U8);
+    return narrow((U32)(v + 0x1.8p23f) - bias);
   }
   float inv_scale;
   F32 low, high;

@@ -63,6 +63,23 @@ inline U32 widen(U16 v) {
 #endif
 }
 
+// The low byte of each; gcc goes byte by byte of its own accord.
+inline U8 narrow(U32 v) {
+#if defined(__AVX512F__)
+  return (U8)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i bytes = (__m256i)(v & 0xffu);
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  U8 low;
+  const __m128i packed = _mm_packus_epi16(words, words);
+  std::memcpy(&low, &packed, sizeof low);
+  return low;
+#else
+  return __builtin_convertvector(v, U8);
+#endif
+}
+
 // a > b ? a : b and a < b ? a : b, so b where one is NaN; gcc makes two instructions of those.
 inline F32 max(F32 a, F32 b) {
 #if defined(__AVX512F__)
