@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sq_cpu.autotuning import processes
 from sq_cpu.errors import SqCpuError, first_line
 
+_NO_SUCH_VALUE = "is not among the defined enum values"  # SQLAlchemy, of a column
 _NOT_FOUND = "Record does not exist."  # what Optuna says of a study or trial that is gone
 
 __all__ = ["has_study", "is_shared", "opened_storage", "quiet_optuna"]
@@ -76,10 +77,12 @@ def _told_failures() -> Iterator[None]:
     except (StorageInternalError, SQLAlchemyError, sqlite3.Error) as error:
         cause = error.__cause__ or error
         raise _failure(first_line(cause)) from error
-    except KeyError as error:
-        if error.args != (_NOT_FOUND,):
-            raise
-        raise _failure("the study is gone") from error
+    except LookupError as error:
+        if error.args == (_NOT_FOUND,):
+            raise _failure("the study is gone") from error
+        if _NO_SUCH_VALUE in str(error):
+            raise _failure(f"it is damaged: {first_line(error)}") from error
+        raise
 
 
 def _failure(why: str) -> SqCpuError:
