@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sq_cpu.checkpoint.config import (
     CONFIG,
+    FLOATS,
     FORMAT_VERSION,
     INDEX,
     QUANT_METHOD,
@@ -28,7 +29,7 @@ from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
 from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
 from sq_cpu.checkpoint.likeness import check_layers, check_likeness
-from sq_cpu.checkpoint.stored import Header
+from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
 from sq_cpu.models.hf_private import is_transformers
@@ -196,6 +197,13 @@ def _write_tensors(
     max_shard_size: int | str,
 ) -> dict[str, str]:
     """Write the safetensors files (and an index if there are several); name -> SHA-256."""
+    for name, tensor in stored.items():
+        known = FLOATS if tensor.is_floating_point() else tuple(DTYPES.values())
+        if tensor.dtype not in known:
+            raise SqCpuError(
+                f"{name} is {tensor.dtype}, which load does not take: make it another dtype, or a "
+                "non-persistent buffer"
+            )
     split = split_torch_state_dict_into_shards(dict(stored), max_shard_size=max_shard_size)
     digests = {}
     for file, names in split.filename_to_tensors.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
+from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD, read_json
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels
 from sq_cpu.errors import SqCpuError, first_line
@@ -110,8 +109,8 @@ def _quant_method(folder: Path) -> str | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / CONFIG)
+    except SqCpuError:
         return {}  # not there or not readable: what loads the model says so, with the reason
     return config if isinstance(config, dict) else {}
 

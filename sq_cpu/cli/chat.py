@@ -54,22 +54,28 @@ def chat_text(tokenizer: Any, question: str) -> str:
 
 def _render(tokenizer: Any, question: str, writing: int) -> None:
     """Write "+" and the text, or "-" and why there is none, and end this process."""
+    try:  # whatever happens, none of the parent's code runs here
+        answer = _answer(tokenizer, question)
+        while answer:
+            answer = answer[os.write(writing, answer) :]
+    finally:
+        os._exit(0)
+
+
+def _answer(tokenizer: Any, question: str) -> bytes:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
         pages = int(open("/proc/self/statm", encoding="ascii").read().split()[0])  # noqa: SIM115
         limit = pages * resource.getpagesize() + _MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
         chat = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        answer = b"+" + str(text).encode("utf-8", "replace")
+        return b"+" + str(text).encode("utf-8", "replace")
     except BaseException as error:  # a template may raise anything
-        answer = b"-" + first_line(error).encode("utf-8", "replace")
-    try:
-        while answer:
-            answer = answer[os.write(writing, answer) :]
-    finally:
-        os._exit(0)
+        return b"-" + first_line(error).encode("utf-8", "replace")
 
 
 def _read(reading: int) -> bytes:

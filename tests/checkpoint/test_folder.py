@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from tiny_checkpoints import fails
 
+import sq_cpu
 from sq_cpu.checkpoint import folder as staging
 from sq_cpu.checkpoint.folder import staged
 from sq_cpu.checkpoint.load import load
@@ -130,6 +131,21 @@ def test_without_an_exchange_the_old_one_is_put_back(quantized_llama: Any, tmp_p
     _leave_nothing(tmp_path)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_empty_work_folder_says_nothing_of_a_checkpoint(
+    quantized_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """Whoever made it: the checkpoint is neither taken back nor replaced."""
+    out = save(quantized_llama, tmp_path / "out")
+    if inside:
+        monkeypatch.chdir(out)
+    (out / ".out.partial" if inside else tmp_path / ".out.partial").mkdir()
+    message = "current folder" if inside else "--overwrite"
+    with pytest.raises(sq_cpu.SqCpuError, match=message), staged(out, replace=False):
+        pass
+    load(out)
+
+
 @pytest.mark.parametrize("moved", range(4))
 def test_a_fill_that_was_killed_is_filled_again(
     quantized_llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
@@ -142,6 +158,7 @@ def test_a_fill_that_was_killed_is_filled_again(
     work = out / ".out.partial"
     work.mkdir()
     (work / "lock").touch()
+    (out / ".out.partial.moving").touch()
     whole.rename(work / "whole")
     for entry in sorted((work / "whole").iterdir(), key=staging._is_config)[:moved]:
         entry.rename(out / entry.name)
