@@ -211,3 +211,8 @@ def test_code_that_is_not_needed_does_not_run(own: Path, tmp_path: Path) -> None
     (own / "config.json").write_text(json.dumps(content))
     load_source(own)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_is_not_streamed(tmp_path: Path) -> None:
+    given = ("quantize", tmp_path, "-o", tmp_path / "out", "--stream", "--trust-remote-code")
+    assert "leave out --stream or --trust-remote-code" in error_of(*given)
