@@ -18,7 +18,7 @@ from harness import Stats
 from rich.table import Table
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -93,8 +93,7 @@ class ResultFile:
 
     def write(self) -> None:
         """Write the file."""
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(self.content, indent=1) + "\n")
+        write_file(self.path, json.dumps(self.content, indent=1) + "\n")
 
 
 class Results(ResultFile):

@@ -29,7 +29,7 @@ from architectures import NO_CLASS, VERDICTS, Finding, examine, reload
 from results import FOLDER, ResultFile, Row
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 from sq_cpu.progress import track
 
 TABLE = FOLDER / "architectures.md"
@@ -132,8 +132,7 @@ def main(
             if row["verdict"] == "failed":
                 typer.echo(f"{row['type']}: {reason(row)}", err=True)
     if table is not None:
-        with atomic_write(table) as temporary:
-            temporary.write_text(markdown(results.content), encoding="utf-8")
+        write_file(table, markdown(results.content))
     failed = sum(row["verdict"] == "failed" for row in results.rows)
     if failed:
         raise SystemExit(f"{failed} model types failed")
@@ -172,8 +171,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         "",
         "| | model types |",
         "|---|---|",
-        f"| in transformers | {len(rows)} |",
-        f"| with a model class of their own | {models} |",
+        f"| in transformers | {len(CONFIG_MAPPING_NAMES)} |",
+        f"| judged | {len(rows)} |",
+        f"| of these, with a model class of their own | {models} |",
         f"| built in tiny | {built} ({100 * built / max(1, models):.0f} % of those) |",
         f"| right | {len(by['right'])} |",
         f"| refused in one line, left as they were | {len(by['refused'])} |",

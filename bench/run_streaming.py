@@ -21,7 +21,7 @@ import typer
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from sq_cpu.files import atomic_write
+from sq_cpu.files import write_file
 
 HIDDEN, FFN, VOCABULARY, HEADS = 4096, 11008, 32000, 32
 
@@ -168,8 +168,7 @@ def main(
     }
     typer.echo(json.dumps(result, indent=2))
     if out is not None:
-        with atomic_write(out) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_file(out, json.dumps(result, indent=2) + "\n")
     if above > bound:
         raise SystemExit("the peak is above the bound")
 

@@ -40,8 +40,16 @@ def _side(value: Any, default: int) -> int:
 class Maker:
     """Makes the inputs of one model; `length` tokens, of which the last row's end is padding."""
 
-    def __init__(self, model: Any, seed: int, length: int, placeholders: int | None = None) -> None:
-        self.placeholders = placeholders
+    def __init__(
+        self,
+        model: Any,
+        seed: int,
+        length: int,
+        placeholders: int | None = None,
+        columns: int | None = None,
+    ) -> None:
+        self.placeholders = placeholders  # tokens that stand for an image; None: as found
+        self.columns = columns  # values of a patch; None: as configured
         self.model = model
         self.config = model.config
         self.length = length
@@ -80,6 +88,15 @@ class Maker:
                 made["attention_mask"] = mask
             if self.has("bbox"):
                 made["bbox"] = torch.zeros(BATCH, self.length, 4, dtype=torch.int64)
+            if self.has("image_attention_mask"):
+                mask = torch.ones(BATCH, self.length, 1, dtype=torch.int64)
+                made["image_attention_mask"] = mask
+            if self.has("qformer_input_ids"):
+                made["qformer_input_ids"] = self.ids(5)
+            if self.has("visual_feats"):
+                width = _side(setting(self.config, "visual_feat_dim"), WIDTH)
+                made["visual_feats"] = self.random(BATCH, 5, width)
+                made["visual_pos"] = self.random(BATCH, 5, 4).sigmoid()
         if self.has("decoder_input_ids"):
             made["decoder_input_ids"] = self.ids(self.length - 3)
         return made
@@ -91,12 +108,20 @@ class Maker:
             vision = getattr(self.config, "vision_config", None) or self.config
             frames = _side(getattr(vision, "temporal_patch_size", None), 1)
             grid = torch.tensor([[1, 4, 4]] * BATCH)
-            pixels = self.random(16 * BATCH, c * frames * p * p)
-            if self.has("image_grid_thw"):
-                yield {"pixel_values": pixels, "image_grid_thw": grid}
-            elif self.has("grid_thw"):
-                first = next(iter(self.arguments))
-                yield {first: pixels, "grid_thw": grid}
+            rows = 16 * BATCH
+            flat = self.columns or c * frames * p * p
+            for shape in ((rows, flat), (rows, c, p, p), (1, rows, c, p, p)):
+                pixels = self.random(*shape)
+                if self.has("image_grid_thw"):
+                    yield {"pixel_values": pixels, "image_grid_thw": grid}
+                elif self.has("grid_thw"):
+                    first = next(iter(self.arguments))
+                    yield {first: pixels, "grid_thw": grid}
+        if self.has("flattened_patches"):
+            patches = self.random(BATCH, 16, 2 + (self.columns or c * p * p))
+            patches[..., :2] = torch.arange(1, 17)[:, None]  # the row and the column of a patch
+            yield {"flattened_patches": patches}
+            return
         if self.has("spatial_shapes"):
             shapes = torch.tensor([[4, 4]] * BATCH)
             made = {"pixel_values": self.random(BATCH, 16, c * p * p), "spatial_shapes": shapes}
@@ -158,6 +183,20 @@ class Maker:
             "future_time_features": self.random(BATCH, future, 1),
         }
 
+    def decisions(self) -> Iterator[Inputs]:
+        """Yield what a decision transformer takes."""
+        states = _side(setting(self.config, "state_dim"), 4)
+        actions = _side(setting(self.config, "act_dim"), 4)
+        times = torch.arange(self.length)[None].expand(BATCH, -1)
+        yield {
+            "states": self.random(BATCH, self.length, states),
+            "actions": self.random(BATCH, self.length, actions),
+            "rewards": self.random(BATCH, self.length, 1),
+            "returns_to_go": self.random(BATCH, self.length, 1),
+            "timesteps": times,
+            "attention_mask": torch.ones(BATCH, self.length, dtype=torch.int64),
+        }
+
     def states(self) -> Iterator[Inputs]:
         """Yield hidden states, for the parts of models."""
         for name in ("inputs_embeds", "hidden_states", "query_embeds", "x"):
@@ -179,6 +218,7 @@ class Maker:
             "position_ids": lambda: torch.arange(self.length)[None].expand(BATCH, -1),
             "bbox": lambda: torch.zeros(BATCH, self.length, 4, dtype=torch.int64),
             "timestep": lambda: torch.tensor([3] * BATCH),
+            "task_inputs": lambda: self.ids(_side(setting(self.config, "task_seq_len"), 77)),
             "num_heads": lambda: HEADS,
         }
         skipped = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -195,12 +235,14 @@ class Maker:
         """Yield inputs to try; those that reach most of the model first."""
         text = self.text()
         other: list[Inputs] = []
-        if self.has("pixel_values") or self.has("grid_thw"):
+        if any(map(self.has, ("pixel_values", "grid_thw", "flattened_patches"))):
             other += self.images()
         if self.has("input_features") or self.has("input_values") or self.has("audio_values"):
             other += self.sounds()
         if self.has("past_values"):
             other += self.series()
+        if self.has("returns_to_go"):
+            other += self.decisions()
         for made in other:
             if text:
                 yield from self._with_placeholders(text | made)

@@ -111,6 +111,7 @@ _ONE_RESNET = _RESNET | {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _ROPES = {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+_SERIES = {"prediction_length": 8, "context_length": 16, "num_time_features": 1}
 _MIXTURE = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
 _MROPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -118,7 +119,7 @@ _MROPE = {
 _TOKENS = {str(token): token for token in range(100, VOCABULARY)}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
-    "autoformer": {"prediction_length": 8, "context_length": 16},
+    "autoformer": _SERIES,
     "bamba": {"attn_layer_indices": [1]},
     "blip-2": {"image_token_index": 100},
     "bridgetower": {
@@ -148,7 +149,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glmga": {"text_config": _MROPE},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
-    "informer": {"prediction_length": 8, "context_length": 16},
+    "informer": _SERIES,
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -157,7 +158,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "n_groups": 2},
+    "paddleocr_vl": {"text_config": _MROPE},
+    "paddleocr_vl_text": _MROPE,
+    "pix2struct_text_model": {"initializer_range": 0.02},
     "prompt_depth_anything": {"backbone_config": {"reshape_hidden_states": False}},
+    "qwen2_5_omni_talker": _MROPE,
+    "qwen2_5_omni_text": _MROPE,
+    "qwen2_5_vl_text": _MROPE,
+    "qwen2_vl_text": _MROPE,
     "qwen2_vl": {"text_config": _MROPE},
     "qwen2_5_vl": {"text_config": _MROPE},
     "recurrent_gemma": {"num_hidden_layers": 3},
@@ -174,7 +182,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "t5gemma2_text": {"dropout_rate": 0.0},
     "table-transformer": _ONE_RESNET,
-    "time_series_transformer": {"prediction_length": 8, "context_length": 16},
+    "time_series_transformer": _SERIES,
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
     "zoedepth": {"backbone_config": {"reshape_hidden_states": False}},
@@ -282,7 +290,7 @@ class _Shrinker:
             return [max(1, value // min(values)) for value in values]
         if "heads" in name or "experts" in name:
             return [self._rule(name, value) for value in values]
-        if self._rule is _depth_and_vocabulary:
+        if self._rule is _depth_and_vocabulary or re.search(_FIXED, name):
             return values
         if re.search(r"dim|size|channel|width|filters", name) and min(values) >= 16:
             if re.search(r"kernel|patch|image|window|feat_size", name):
@@ -291,6 +299,8 @@ class _Shrinker:
         return values
 
 
+# Widths of a convolutional backbone, and of what follows it, that only fit as they are.
+_FIXED = r"^stage_|^stem|^encoder_in_channels$"
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 # Where the default is None, classes fail or take what is not tiny.
 _DERIVED = ("head_dim", "num_key_value_heads", "num_experts_per_tok", "n_routed_experts")
@@ -324,7 +334,9 @@ def _default(kind: type[PreTrainedConfig]) -> dict[str, Any]:
 
 
 def _depth_and_vocabulary(name: str, value: int) -> int:
-    small = r".*(layers|vocab_size|n_layer|depth|experts|positions?(_embeddings)?)"
+    small = r".*(layers|vocab_size|n_layer|depth|experts|positions?(_embeddings)?|num_queries)"
+    if re.fullmatch(r"(.*_)?(image|img)_size", name):
+        return min(value, 64)
     return _of_rules(name, value) if re.fullmatch(small, name) else value
 
 

@@ -37,17 +37,22 @@ using sq_cpu::Granularity;
 using sq_cpu::packed_bytes;
 using namespace sq_cpu::bindings;
 
-// The library's refusals become the package's one exception.
-void translate(std::exception_ptr raised) {
+// Sets the package's one exception.
+void refuse(const std::string& message) {
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> error;
   error.call_once_and_store_result(
       [] { return py::module_::import("sq_cpu.errors").attr("SqCpuError"); });
+  py::set_error(error.get_stored(), message.c_str());
+}
+
+// The library's refusals become it.
+void translate(std::exception_ptr raised) {
   try {
     if (raised) std::rethrow_exception(raised);
   } catch (const std::invalid_argument& e) {
-    py::set_error(error.get_stored(), e.what());
+    refuse(e.what());
   } catch (const std::runtime_error& e) {
-    py::set_error(error.get_stored(), e.what());
+    refuse(e.what());
   }
 }
 
@@ -85,7 +90,13 @@ PyObject* fastcall(const char* name, Result (*function)(Args...), PyObject* cons
              " needed");
     return call(name, function, args, std::index_sequence_for<Args...>()).release().ptr();
   } catch (py::error_already_set& e) {
-    e.restore();
+    if (!e.matches(PyExc_RuntimeError)) {
+      e.restore();
+    } else {  // torch's, of a tensor that is sparse, nested, fake or transformed
+      const std::string said = std::string(py::str(e.value()));
+      refuse(sq_cpu::join(name, ": an operand has no memory of its own: ",
+                          said.substr(0, said.find_first_of("\n."))));
+    }
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::exception& e) {
@@ -127,8 +138,10 @@ struct Quantizer {
 };
 
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
-                         int64_t zero_point, std::vector<float> inverse_smoothing) {
-  const auto narrow = static_cast<int32_t>(std::clamp<int64_t>(zero_point, -1, 256));  // no codes
+                         const py::object& zero_point, std::vector<float> inverse_smoothing) {
+  constexpr int64_t kNoCodes[] = {-1, 256};
+  const auto given = cast<int64_t>("ActivationQuantizer", 4, zero_point.ptr());
+  const auto narrow = static_cast<int32_t>(std::clamp(given, kNoCodes[0], kNoCodes[1]));
   Quantizer quantizer{granularity,  symmetric,
                       reduce_range, static_cast<float>(scale),
                       narrow,       std::move(inverse_smoothing)};
@@ -284,7 +297,7 @@ bool is_plain(py::handle x) {
 py::object linear_tensor(py::handle x, py::handle packed, int64_t k, int64_t n,
                          const Quantizer& quantizer) try {
   constexpr size_t kMaxRank = 8;
-  if (!is_plain(x)) return py::none();
+  if (!is_plain(x) || !is_tensor(packed)) return py::none();
   const Torch& torch = Torch::get();
   const std::optional<DType> type = float_type(x);
   if (!type.has_value()) return py::none();
@@ -300,12 +313,13 @@ py::object linear_tensor(py::handle x, py::handle packed, int64_t k, int64_t n,
   }
   if (py::handle(PyTuple_GET_ITEM(shape.ptr(), rank - 1)).cast<int64_t>() != k ||
       !truth(get(x, torch.is_cpu)) || !truth(get(packed, torch.is_cpu)) ||
-      truth(get(x, torch.requires_grad)) || truth(invoke(torch.is_neg, x)) ||
-      !truth(invoke(torch.is_contiguous, x))) {
+      get(packed, torch.nbytes).cast<int64_t>() != packed_bytes(n, k) ||
+      !truth(invoke(torch.is_contiguous, packed)) || truth(get(x, torch.requires_grad)) ||
+      truth(invoke(torch.is_neg, x)) || !truth(invoke(torch.is_contiguous, x))) {
     return py::none();
   }
 
-  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const sq_cpu::PackedWeight w{static_cast<const std::byte*>(address(packed)), n, k};
   const py::int_ columns(n);
   y_arguments[rank] = columns.ptr();
   py::object y = invoke(torch.new_empty, y_arguments.data(), rank + 1);
@@ -500,7 +514,7 @@ PYBIND11_MODULE(_core, m) {
           },
           [](const py::tuple& t) {
             return make_quantizer(static_cast<Granularity>(t[0].cast<int>()), t[1].cast<bool>(),
-                                  t[2].cast<bool>(), t[3].cast<double>(), t[4].cast<int64_t>(),
+                                  t[2].cast<bool>(), t[3].cast<double>(), t[4].cast<py::object>(),
                                   t[5].cast<std::vector<float>>());
           }));
 

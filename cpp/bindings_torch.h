@@ -41,6 +41,7 @@ struct Torch {
   py::object is_contiguous = tensor.attr("is_contiguous");
   py::object is_cpu = tensor.attr("is_cpu");
   py::object is_neg = tensor.attr("is_neg");
+  py::object nbytes = tensor.attr("nbytes");
   py::object new_empty = tensor.attr("new_empty");
   py::object numel = tensor.attr("numel");
   py::object requires_grad = tensor.attr("requires_grad");
@@ -108,18 +109,12 @@ inline std::string describe(py::handle x) {
 // The memory of a tensor on the CPU, of `dtype`; else std::invalid_argument.
 inline void* memory(const char* name, py::handle x, const py::object& dtype) {
   const Torch& torch = Torch::get();
-  try {
-    SQ_CHECK(is_tensor(x) && get(x, torch.dtype).is(dtype) && truth(get(x, torch.is_cpu)), name,
-             " is ", describe(x), ", not ", std::string(py::str(dtype)), " on cpu");
-    void* const data = address(x);
-    SQ_CHECK(data != nullptr || invoke(torch.numel, x).cast<int64_t>() == 0, name, " is ",
-             describe(x), " without memory");
-    return data;
-  } catch (py::error_already_set& e) {
-    if (!e.matches(PyExc_RuntimeError)) throw;  // torch's: a tensor of another kind
-    SQ_CHECK(false, name, " is a tensor without memory of its own: sparse, fake or transformed");
-    throw;
-  }
+  SQ_CHECK(is_tensor(x) && get(x, torch.dtype).is(dtype) && truth(get(x, torch.is_cpu)), name,
+           " is ", describe(x), ", not ", std::string(py::str(dtype)), " on cpu");
+  void* const data = address(x);
+  SQ_CHECK(data != nullptr || invoke(torch.numel, x).cast<int64_t>() == 0, name, " is ",
+           describe(x), " without memory");
+  return data;
 }
 
 // The same of `count` elements, one after another.

@@ -77,6 +77,12 @@ const RowKernelsOf kRowKernels[] = {
 #undef SQ_ROW_KERNELS
 };
 
+// An ISA may use the kernels of those before it that this machine has: an emulated one stands
+// alone.
+bool may_run(Isa kernel, Isa isa) {
+  return kernel == isa || (kernel < isa && isa_status()[static_cast<size_t>(kernel)].usable());
+}
+
 }  // namespace
 
 MicrokernelTable microkernels() { return {kMicrokernels, std::size(kMicrokernels)}; }
@@ -84,7 +90,8 @@ MicrokernelTable microkernels() { return {kMicrokernels, std::size(kMicrokernels
 const Microkernel& choose_microkernel(Isa isa, int max_code, int64_t m) {
   const Microkernel* best = &kMicrokernels[0];
   for (const Microkernel& kernel : kMicrokernels) {
-    if (kernel.isa <= isa && kernel.max_code >= max_code && m >= kernel.from_m) best = &kernel;
+    if (may_run(kernel.isa, isa) && kernel.max_code >= max_code && m >= kernel.from_m)
+      best = &kernel;
   }
   return *best;
 }
@@ -96,7 +103,7 @@ const char* microkernel_name(int max_code, int64_t m) {
 const RowKernels& row_kernels(Isa isa) {
   const RowKernels* best = &kRowKernels[0].kernels;
   for (const RowKernelsOf& row : kRowKernels) {
-    if (row.isa <= isa) best = &row.kernels;
+    if (may_run(row.isa, isa)) best = &row.kernels;
   }
   return *best;
 }

@@ -112,8 +112,14 @@ std::vector<IsaStatus> probe() {
       {Isa::kAvx512Vnni, "avx512_vnni", kBuiltVnni, detect_avx512_vnni(), false, ""},
       {Isa::kAmxInt8, "amx_int8", kBuiltAmx, detect_amx_int8(), false, ""},
   };
+  const char* const from = std::getenv("SQ_CPU_HIDE_FROM");
+  bool hidden = false;
   for (IsaStatus& s : all) {
-    if (!s.built) {
+    hidden |= from != nullptr && s.name == from;
+    if (hidden) {
+      s.detected = false;
+      s.reason = join("hidden by SQ_CPU_HIDE_FROM=", from);
+    } else if (!s.built) {
       s.reason = "not built: the compiler lacks its flags";
     } else if (!s.detected) {
       s.reason = "this CPU does not have it";
@@ -121,6 +127,9 @@ std::vector<IsaStatus> probe() {
       s.reason = grant(s.isa);
       s.granted = s.reason.empty();
     }
+  }
+  if (from != nullptr && !hidden) {
+    throw std::runtime_error(join("SQ_CPU_HIDE_FROM=", from, " is not an ISA of sq_cpu"));
   }
   return all;
 }

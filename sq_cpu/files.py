@@ -187,7 +187,7 @@ def keep_mode(new: int | Path, old: Path) -> None:
     """Give a new file or folder the mode and the owner of the one that it replaces, if any."""
     try:
         status = os.stat(old)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     with suppress(PermissionError):  # only root gives files away
         os.chown(new, status.st_uid, status.st_gid)

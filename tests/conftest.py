@@ -25,9 +25,34 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))  # last: it has a conftest.py too
 
 
-def pytest_report_header() -> str:
+def _is_emulated(name: str) -> bool:
+    """Tell whether the tests emulate an instruction set: AMX alone, where there is none."""
+    status = _core.isa()["isas"][name]
+    return bool(name == "amx_int8" and status["built"] and not status["usable"])
+
+
+def _what_runs() -> str:
+    isas = _core.isa()["isas"]
+    native = [name for name, status in isas.items() if status["usable"]]
+    emulated = [name for name in isas if _is_emulated(name)]
+    absent = [
+        f"{name} ({status['reason']}; no emulator has it)"
+        for name, status in isas.items()
+        if name not in native + emulated
+    ]
+    lists = {"run natively": native, "emulated": emulated, "not at all": absent}
+    return "kernels: " + "; ".join(
+        f"{how}: {', '.join(names) or 'none'}" for how, names in lists.items()
+    )
+
+
+def pytest_report_header() -> list[str]:
     info = sq_cpu.isa()
-    return f"sq_cpu: {info['in_use']} on {info['cpu']}, {info['threads']} threads"
+    return [f"sq_cpu: {info['in_use']} on {info['cpu']}, {info['threads']} threads", _what_runs()]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(_what_runs())  # -q leaves the header out
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +92,7 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     name: str = request.param
     before = _core.isa()
     status = before["isas"][name]
-    emulated = name == "amx_int8" and not status["usable"] and before["vnni"]
+    emulated = _is_emulated(name)
     if emulated:
         request.getfixturevalue("amx_emulator")
     elif not status["usable"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ __all__ = ["fuzz_seeds", "mutated_bytes", "mutated_json", "mutated_safetensors",
 
 # Beyond twice the file: what Python, torch and a first call of a library take for themselves.
 _CONSTANT = 64 << 20
-_SECONDS = 20
+_MOST = 2 << 30
+"""Bytes that end a call before they end the machine."""
+_SECONDS = 120  # a loaded machine takes its time, too
 
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 7, 255, 2**31, 2**63, 10**20, -(10**30), 10**400),
@@ -33,8 +36,9 @@ _VALUES: tuple[Any, ...] = (
 
 
 def fuzz_seeds(few: int) -> list[int]:
-    """Return the seeds of a fuzz test: `few`, or 0 to SQ_CPU_FUZZ - 1."""
-    return list(range(int(os.environ.get("SQ_CPU_FUZZ", few))))
+    """Return the seeds of a fuzz test: `few`, or those of SQ_CPU_FUZZ=TO or FROM:TO."""
+    first, _, last = os.environ.get("SQ_CPU_FUZZ", f"0:{few}").rpartition(":")
+    return list(range(int(first or 0), int(last)))
 
 
 def mutated_json(text: str, seed: int) -> str:
@@ -177,9 +181,12 @@ def _bounded(size: int) -> Iterator[None]:
     signal.alarm(_SECONDS)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     resident = _status("VmRSS")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + _MOST, limits[1]))
     try:
         yield
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
     taken = _status("VmHWM") - resident

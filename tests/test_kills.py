@@ -98,6 +98,7 @@ def _cases() -> Iterator[Any]:
             yield pytest.param(name, target, id=f"{name}-{target}")
 
 
+@pytest.mark.timeout(0)  # as many seconds as there are events
 @pytest.mark.parametrize(("name", "target"), list(_cases()))
 def test_a_killed_command_leaves_old_or_new_and_goes_on(warm: Warm, name: str, target: str) -> None:
     kind, root = _KINDS[name], warm.root

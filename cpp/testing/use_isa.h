@@ -7,6 +7,9 @@
 
 namespace sq_cpu {
 
+// The environment variable SQ_CPU_HIDE_FROM names an ISA that the library then takes this CPU not
+// to have, nor those after it: it shows what runs on a lesser machine.
+
 // Uses `isa` from now on, even where it is only emulated (`emulated` skips the usable check). Not
 // thread-safe. Throws std::runtime_error when it is neither usable nor emulated.
 void use_isa(Isa isa, bool emulated);

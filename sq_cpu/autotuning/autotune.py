@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.extras import require
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.models.calls import Batch
+from sq_cpu.parsing import check_fields, record
 from sq_cpu.progress import status
 from sq_cpu.smoothing.plan import SmoothPlan
 
@@ -186,9 +187,9 @@ def autotune(
         "job": job,
     }
     with quiet_optuna(), opened_storage(storage) as opened:
-        facts = join_study(opened, study, identity, prepare)
-        task.check_ranges(facts["ranges"])
-        task.float_metric = float(facts["float_metric"])
+        facts = record(_Facts, join_study(opened, study, identity, prepare), f"the study {study}")
+        task.check_ranges(facts.ranges)
+        task.float_metric = facts.float_metric
         task.costs = _costs_of(facts, costs, say)
         passed = time.monotonic() - start
         settings = replace(settings, time_limit=max(0.0, settings.time_limit - passed))
@@ -202,20 +203,33 @@ def autotune(
         return _conclusion(worker, stopped)
 
 
-def _costs_of(facts: Mapping[str, Any], given: Costs | None, log: Callable[[str], object]) -> Costs:
+@dataclass(frozen=True)
+class _Facts:
+    """What a study was begun with."""
+
+    float_metric: float
+    ranges: tuple[float, ...]
+    costs: Costs
+    measured_on: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the study")
+
+
+def _costs_of(facts: _Facts, given: Costs | None, log: Callable[[str], object]) -> Costs:
     """Return the costs that a study was begun with: all its milliseconds come from one table.
 
     Raises `SqCpuError` when others were given.
     """
-    if given is not None and given.to_dict() != facts["costs"]:
+    if given is not None and given.to_dict() != facts.costs.to_dict():
         raise SqCpuError(
             "the study of the storage was begun with other costs: use those, or none, or another "
             "storage or study name"
         )
-    where = facts["measured_on"]
+    where = facts.measured_on
     if where not in (None, str(Machine.here())):
         log(f"milliseconds are those of where the study was begun: {where}")
-    return Costs.from_dict(facts["costs"])
+    return facts.costs
 
 
 def _conclusion(worker: Worker, stopped: Stopped) -> Autotuned:

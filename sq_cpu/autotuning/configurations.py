@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from sq_cpu.autotuning.latency import Precision
 from sq_cpu.errors import SqCpuError
+from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import RULES
 
@@ -39,6 +40,7 @@ class Configuration:
     """The linears that override `activations`, or are in float, by name."""
 
     def __post_init__(self) -> None:
+        check_fields(self, "the configuration")
         changes = dict(self.layers)
         kept = {name: own for name, own in changes.items() if own != self.activations}
         object.__setattr__(self, "layers", tuple(sorted(kept.items())))
@@ -55,13 +57,11 @@ class Configuration:
     @classmethod
     def from_key(cls, key: str) -> Configuration:
         """Rebuild what `key` says; `SqCpuError` on anything else."""
-        try:
-            values = json.loads(key)
-            values["alpha"] = tuple(values["alpha"])
-            values["layers"] = tuple(values["layers"].items())
-            return cls(**values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SqCpuError(f"not a configuration of this version: {error}") from error
+        where = "the configuration"
+        values = parsed_json(key, where)
+        if not isinstance(values, dict) or not isinstance(values.get("layers"), dict):
+            raise SqCpuError(f"{where} is not one of this version")
+        return record(cls, values | {"layers": list(values["layers"].items())}, where)
 
     def settings(self) -> Configuration:
         """Return the settings alone, without the linears that override them."""

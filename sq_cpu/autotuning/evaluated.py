@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.parsing import check_fields, record
 
 __all__ = ["EvaluatedConfiguration"]
 
@@ -61,8 +61,27 @@ class EvaluatedConfiguration:
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any], configuration: Configuration, *, phase: str, number: int
+        cls, values: Any, configuration: Configuration, *, phase: str, number: int
     ) -> EvaluatedConfiguration:
-        """Rebuild what `to_dict` gave, with what the trial adds."""
-        known = {name: value for name, value in values.items() if value is not None}
+        """Rebuild what `to_dict` gave, with what the trial adds; `SqCpuError` on anything else."""
+        where = f"the result of trial {number}"
+        stored = record(_Stored, values, where).__dict__
+        known = {name: value for name, value in stored.items() if value is not None}
         return cls(**known, configuration=configuration, phase=phase, number=number)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The types that `to_dict` gives."""
+
+    in_float: int
+    dynamic: int
+    value: float
+    metric: float | None = None
+    loss: float | None = None
+    loss_percent: float | None = None
+    milliseconds: float | None = None
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "a result")

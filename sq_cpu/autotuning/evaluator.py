@@ -8,7 +8,7 @@ import hashlib
 import math
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from sq_cpu.autotuning.configurations import Configuration
 from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
-from sq_cpu.autotuning.latency import Costs, Precision
+from sq_cpu.autotuning.latency import PRECISIONS, Costs, Precision
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
@@ -216,6 +216,8 @@ class TuningJob:
 
     def _made_smoothing(self, settings: Configuration) -> SmoothPlan:
         if settings.smoothing == "tuned":
+            if len(settings.alpha) != 2:
+                raise SqCpuError(f"tuned smoothing has a least and a greatest alpha: {settings}")
             low, high = settings.alpha
             return tune(
                 self.model,
@@ -256,7 +258,13 @@ class TuningJob:
 
         if settings.key not in self._errors:
             name = f"errors {hashlib.sha256(settings.key.encode()).hexdigest()[:16]}"
-            self._errors[settings.key] = self.kept(name, made)
+            kept = self.kept(name, made)
+            if not _covers(kept, self.linears):
+                raise SqCpuError(
+                    "the errors that the study keeps are not of this model's linears; use another "
+                    "storage or study name"
+                )
+            self._errors[settings.key] = kept
         errors = self._errors[settings.key]
         return {
             name: errors[name][configuration.precision(name)] - errors[name][precision]
@@ -335,3 +343,12 @@ class TuningJob:
         ratio = milliseconds / self.costs.of(self.linears.values())
         headroom = min(1.0, max(0.0, loss / limit if limit else 0.0))
         return (kept + 0.999 * ratio / (1 + ratio) + 0.001 * headroom) / (count + 1)
+
+
+def _covers(kept: Any, linears: Iterable[str]) -> bool:
+    """Return whether what a study keeps is `Errors` of all these linears; they may be infinite."""
+    rows = [kept.get(name) if isinstance(kept, dict) else None for name in linears]
+    return all(
+        isinstance(row, dict) and all(type(row.get(p)) in (int, float) for p in PRECISIONS)
+        for row in rows
+    )

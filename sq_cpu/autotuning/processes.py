@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from sq_cpu.parsing import check_fields
+
 __all__ = ["GRACE", "HEARTBEAT", "WorkerProcess", "is_gone"]
 
 HEARTBEAT = 10
@@ -27,6 +29,9 @@ class WorkerProcess:
     pid: int
     started: str | None
     """Clock ticks since boot; None if it had ended already."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, "a worker")
 
     @classmethod
     def of(cls, pid: int) -> WorkerProcess:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import sqlite3
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
 
 from sq_cpu.autotuning import processes
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
+
+_NO_SUCH_VALUE = "is not among the defined enum values"  # SQLAlchemy, of a column
+_NOT_FOUND = "Record does not exist."  # what Optuna says of a study or trial that is gone
 
 __all__ = ["has_study", "is_shared", "opened_storage", "quiet_optuna"]
 
@@ -44,20 +50,51 @@ def opened_storage(where: str | os.PathLike[str] | BaseStorage | None) -> Iterat
     Raises
     ------
     SqCpuError
-        When the database cannot be opened, or the package that talks to it is missing.
+        When the database cannot be opened, or the package that talks to it is missing; and when it
+        fails within the block: removed, locked by others, read-only, damaged.
     """
     if isinstance(where, BaseStorage):
-        yield where
+        with _told_failures():
+            yield where
         return
     if where is None:
         yield InMemoryStorage()
         return
     storage = _open(_url(where))
     try:
-        yield storage
+        with _told_failures():
+            yield storage
     finally:
-        storage.remove_session()
+        with suppress(SQLAlchemyError):
+            storage.remove_session()
         storage.engine.dispose()
+
+
+@contextmanager
+def _told_failures() -> Iterator[None]:
+    try:
+        yield
+    except (StorageInternalError, SQLAlchemyError, sqlite3.Error) as error:
+        cause = error.__cause__ or error
+        raise _failure(first_line(cause)) from error
+    except LookupError as error:
+        if error.args == (_NOT_FOUND,):
+            raise _failure("the study is gone") from error
+        if _NO_SUCH_VALUE in str(error):
+            raise _failure(f"it is damaged: {first_line(error)}") from error
+        raise
+
+
+def _failure(why: str) -> SqCpuError:
+    return SqCpuError(f"the storage failed ({why}); what is finished is kept there, run again")
+
+
+class _Storage(RDBStorage):
+    """One whose heartbeats, in a thread of their own, fail in silence: the next call says why."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
 
 
 def _open(url: str, retries: int = 5) -> RDBStorage:
@@ -66,7 +103,7 @@ def _open(url: str, retries: int = 5) -> RDBStorage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats
-            return RDBStorage(
+            return _Storage(
                 url,
                 engine_kwargs=engine,
                 heartbeat_interval=processes.HEARTBEAT,
@@ -83,10 +120,9 @@ def _open(url: str, retries: int = 5) -> RDBStorage:
         if lost and retries:
             time.sleep(random.random())
             return _open(url, retries - 1)
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise SqCpuError(
-            f"cannot open the storage {_without_password(url)}: {reason}; give a path or the URL "
-            "of a database that is running"
+            f"cannot open the storage {_without_password(url)}: {first_line(error)}; give a path "
+            "or the URL of a database that is running"
         ) from error
 
 
@@ -123,4 +159,7 @@ def is_shared(where: str | os.PathLike[str] | BaseStorage | None) -> bool:
 
 def has_study(storage: BaseStorage, name: str) -> bool:
     """Return whether the storage holds a study of that name."""
-    return name in optuna.get_all_study_names(storage)
+    try:
+        return name in optuna.get_all_study_names(storage)
+    except json.JSONDecodeError as error:  # Optuna's own columns hold JSON
+        raise _failure(f"it is damaged: {first_line(error)}") from error

@@ -17,14 +17,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
 from optuna.exceptions import (
     DuplicatedStudyError,
     ExperimentalWarning,
-    StorageInternalError,
     TrialPruned,
     UpdateFinishedTrialError,
 )
@@ -37,11 +36,13 @@ from sq_cpu.autotuning.configurations import Configuration
 from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.processes import WorkerProcess, is_gone
 from sq_cpu.autotuning.storage import has_study
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.parsing import check_fields, record
 
 __all__ = ["Trials", "join_study"]
 
 _POLL = 0.05
+_LOSSES = 3
 
 _CLAIM, _RESULT, _JOB, _PROPOSED = "claim", "result", "job", "proposed"
 
@@ -75,21 +76,48 @@ def join_study(
             pass  # another worker was faster: its facts hold
     study = optuna.load_study(storage=storage, study_name=name)
     start = time.monotonic()
-    while _JOB not in study.user_attrs:
+    while _JOB not in _kept(study):
         if is_gone(None, time.monotonic() - start):  # whoever began it was killed at once
             facts = dict(prepare())
-            if _JOB not in study.user_attrs:
+            if _JOB not in _kept(study):
                 study.set_user_attr(_JOB, {"identity": identity, "facts": facts})
         time.sleep(_POLL)
-    job: dict[str, Any] = study.user_attrs[_JOB]
-    for key in sorted(identity.keys() | job["identity"].keys()):
-        there, here = job["identity"].get(key), identity.get(key)
+    job = record(_Job, _kept(study)[_JOB], f"what the study {name} keeps")
+    for key in sorted(identity.keys() | job.identity.keys()):
+        there, here = job.identity.get(key), identity.get(key)
         if there != here:
             raise SqCpuError(
                 f"the study {name} of the storage belongs to another job ({key} is {there} there, "
                 f"{here} here): use another storage or study name, or repeat that job"
             )
-    return dict(job["facts"])
+    return job.facts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a study was begun for, and with."""
+
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the study")
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """What a trial evaluates, and who does."""
+
+    key: str
+    worker: WorkerProcess
+
+    def __post_init__(self) -> None:
+        check_fields(self, "a trial")
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> _Claim | None:
+        found = trial.user_attrs.get(_CLAIM)
+        return None if found is None else record(cls, found, f"trial {trial.number}")
 
 
 class Trials:
@@ -108,6 +136,7 @@ class Trials:
         phase: str = "",
     ) -> None:
         self._phase = phase
+        self._losses = 0  # trials in a row that others took for those of a dead worker
         self._study = optuna.create_study(
             storage=storage,
             study_name=name,
@@ -116,6 +145,12 @@ class Trials:
             pruner=pruner or optuna.pruners.NopPruner(),
             load_if_exists=True,
         )
+        try:
+            self._all()
+        except Exception as error:  # whatever a damaged database makes Optuna raise
+            raise SqCpuError(
+                f"the trials of {name} are damaged ({first_line(error)}); use another storage"
+            ) from error
 
     def use(self, sampler: BaseSampler) -> None:
         """Let `sampler` suggest the settings of the next trials."""
@@ -138,7 +173,7 @@ class Trials:
             key = _key(trial)
             if trial.state == TrialState.COMPLETE and key is not None:
                 found[key] = EvaluatedConfiguration.from_dict(
-                    trial.user_attrs[_RESULT],
+                    trial.user_attrs.get(_RESULT),
                     Configuration.from_key(key),
                     phase=self._phase,
                     number=trial.number,
@@ -158,10 +193,10 @@ class Trials:
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """Return what the study keeps under a name, JSON types; make it where there is none yet."""
-        attributes = self._study.user_attrs
+        attributes = _kept(self._study)
         if name not in attributes:
             self._study.set_user_attr(name, make())
-        return self._study.user_attrs[name]
+        return _kept(self._study)[name]
 
     def propose(self, settings: Iterable[Mapping[str, Any]]) -> None:
         """Try these settings first, if no trial exists yet."""
@@ -216,17 +251,26 @@ class Trials:
         self.recover()
         try:
             self._study.optimize(objective, n_trials=1)
-        except StorageInternalError as error:
-            raise SqCpuError(
-                f"the storage failed; what is finished is kept, run again to go on: {error}"
-            ) from error
         except Exception:
             # Another worker took this one for gone and marked the trial failed: no error of ours.
             expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
             if not expected or self._state(number) != TrialState.FAIL:
                 raise
-            return False
+            return self._lost()
+        if self._state(number) == TrialState.FAIL:  # marked so after its result was in
+            return self._lost()
+        self._losses = 0
         return not gave_way
+
+    def _lost(self) -> bool:
+        """Return False; `SqCpuError` where it goes on like that, or work would have no end."""
+        self._losses += 1
+        if self._losses > _LOSSES:
+            raise SqCpuError(
+                f"the storage does not keep the results of {self._losses} trials in a row: use "
+                "another storage"
+            )
+        return False
 
     def _evaluate(
         self,
@@ -274,10 +318,10 @@ class Trials:
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self._study)
         for trial in self._all():
-            claim = trial.user_attrs.get(_CLAIM)
+            claim = _Claim.of(trial)
             if trial.state != TrialState.RUNNING or claim is None:
                 continue
-            if is_gone(WorkerProcess(**claim["worker"])):
+            if is_gone(claim.worker):
                 self._fail(trial)
         trials = self._all()
         retried = {trial.user_attrs.get("retry_of") for trial in trials}
@@ -293,9 +337,20 @@ class Trials:
             self._study.tell(trial.number, state=TrialState.FAIL)
 
 
+def _kept(study: optuna.Study) -> dict[str, Any]:
+    """Return what a study keeps beside its trials; `SqCpuError` where that is no JSON."""
+    try:
+        return study.user_attrs
+    except ValueError as error:
+        raise SqCpuError(
+            f"what the study {study.study_name} keeps is damaged ({first_line(error)}); use "
+            "another storage"
+        ) from error
+
+
 def _key(trial: FrozenTrial) -> str | None:
-    claim = trial.user_attrs.get(_CLAIM)
-    return None if claim is None else str(claim["key"])
+    claim = _Claim.of(trial)
+    return None if claim is None else claim.key
 
 
 def _is_pruned(trial: FrozenTrial) -> bool:

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Literal
 
 import optuna
@@ -31,7 +30,7 @@ from sq_cpu.autotuning.processes import WorkerProcess, is_gone
 from sq_cpu.autotuning.refine import Rank, Refinement, ranked
 from sq_cpu.autotuning.storage import opened_storage, quiet_optuna
 from sq_cpu.autotuning.trials import Trials
-from sq_cpu.errors import SqCpuError, Terminated
+from sq_cpu.errors import SqCpuError, Terminated, first_line
 from sq_cpu.interrupts import raise_ignored_interrupts_again
 from sq_cpu.scheme import Activations
 
@@ -288,22 +287,29 @@ def run_workers(
     }
     threads = max(1, torch.get_num_threads() // count)
     context = multiprocessing.get_context("spawn")  # a fork would lose OpenMP's threads
-    with tempfile.TemporaryDirectory(prefix="sq_cpu-") as folder:
-        path = Path(folder) / "job.pt"
+    # A file without a name: it ends with the processes that have it open, however they end.
+    with tempfile.TemporaryFile() as file:
         try:
-            # All workers map one file, so the weights are in memory once.
-            torch.save(parts, path)
+            torch.save(parts, file)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise SqCpuError(
                 f"workers need a model and an evaluation that can be pickled: {error}; define "
                 "them in a module, or use workers=1 and start more processes on the same storage"
             ) from error
+        except (OSError, RuntimeError) as error:
+            raise SqCpuError(
+                f"cannot write the job for its workers ({first_line(error)}): free space in "
+                f"{tempfile.gettempdir()}, or set TMPDIR to another folder"
+            ) from error
+        file.flush()
+        # All workers map one file, so the weights are in memory once.
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         pipes = []
         processes = []
         children = []
         for index in range(count):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (str(path), index, threads, sender, WorkerProcess.this())
+            arguments = (path, index, threads, sender, WorkerProcess.this())
             process = context.Process(target=_main, args=arguments)
             process.start()
             sender.close()

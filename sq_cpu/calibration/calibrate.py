@@ -16,7 +16,7 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.calibration.gradients import differentiating, sampled_loss
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import Batch, Example, evaluating, example_of, model_inputs
+from sq_cpu.models.calls import Batch, Example, called, evaluating, example_of, model_inputs
 from sq_cpu.models.checks import check_model, check_weights, checking_ids
 from sq_cpu.models.linears import check_ignore, linearized, quantizable_linears
 from sq_cpu.models.padding import padding_of
@@ -59,10 +59,10 @@ def calibrate(
     terminal.
 
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
-    the model's context, when an activation or gradient is NaN or infinite, when the model has no
-    linear, for negative `rows` or `gradient_rows`, for an entry of `ignore` that matches none, and
-    for what `check_model` and `check_weights` refuse: a model that is compiled, quantized, or not
-    in this machine's memory as fp32, bf16 or fp16.
+    the model's context, when the model's own forward fails, when an activation or gradient is NaN
+    or infinite, when the model has no linear, for negative `rows` or `gradient_rows`, for an entry
+    of `ignore` that matches none, and for what `check_model` and `check_weights` refuse: a model
+    that is compiled, quantized, or not in this machine's memory as fp32, bf16 or fp16.
     """
     check_model(model)
     with linearized(model):
@@ -98,7 +98,7 @@ def _calibrate(
             padding = padding_of(model, args, kwargs)
             example = example or example_of(args, kwargs, padding)
             with ranges.batch(padding):
-                outputs = model(*args, **kwargs)
+                outputs = called(model, (args, kwargs), f"calibration batch {ranges.batches}")
                 if gradient_rows:
                     torch.autograd.backward(sampled_loss(outputs, padding, labels))
     return ranges.calibration(example)

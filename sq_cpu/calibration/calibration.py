@@ -110,7 +110,14 @@ class Calibration:
 
         Ranges hold for one set of weights: folding changes both.
         """
-        self.channels(name)
+        low, _ = self.channels(name)
+        shapes = linear.get_parameter("weight").shape
+        given = (len(low), self.gradients[name].shape[1] if name in self.gradients else shapes[0])
+        if given != (shapes[1], shapes[0]):
+            raise SqCpuError(
+                f"the calibration is of another {name}, with {given[0]} inputs and {given[1]} "
+                "outputs: calibrate this very model"
+            )
         if self.fingerprints.get(name) != fingerprint(linear):
             raise SqCpuError(
                 f"the weights of {name} changed since the calibration: calibrate again"
@@ -219,6 +226,8 @@ class Calibration:
             in_float = typed(dict[str, str], header.get("in_float", {}), "in_float")
             example = _join_example(given, header.get("example"))
             check_tensors(kinds)
+            if kinds["channel_min"] and min(tokens, batches) < 1:
+                raise SqCpuError("ranges of no batch")
         except (KeyError, SqCpuError) as error:
             raise SqCpuError(
                 f"{path} is not one that sq_cpu writes ({first_line(error)}): calibrate again"

@@ -169,7 +169,8 @@ class InputRanges:
             for name, linear in linears.items()
         }
         self._recent = InputRows()
-        self._batches = 0
+        self.batches = 0
+        """Those that ran."""
 
     def _observe(self, name: str, x: Tensor) -> None:
         self._observers[name].add(x, self._recent)
@@ -188,9 +189,9 @@ class InputRanges:
     @contextmanager
     def batch(self, padding: Padding) -> Iterator[None]:
         """Run one batch, of which the rows that are padding do not count."""
-        with self._recent.of_batch(self._batches, padding), self._uses:
+        with self._recent.of_batch(self.batches, padding), self._uses:
             yield
-        self._batches += 1
+        self.batches += 1
 
     def calibration(self, example: Example | None = None) -> Calibration:
         """Return what was gathered so far."""
@@ -207,7 +208,7 @@ class InputRanges:
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
             rows_seen={name: observer.rows for name, observer in reached.items()},
             tokens=max((observer.rows for observer in self._observers.values()), default=0),
-            batches=self._batches,
+            batches=self.batches,
             unreached=tuple(name for name in observers if name not in reached),
             in_float=in_float,
             example=example,

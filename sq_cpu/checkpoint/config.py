@@ -118,7 +118,7 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
             if unknown := sorted(set(settings.get(key, ())) - set(settings["layers"])):
                 raise SqCpuError(f"{key} names {unknown[0]}, which is not one of layers")
         return QuantizationRecord.from_dict(settings)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise SqCpuError(
             f"{path}: bad quantization_config ({first_line(error)}); "
             "save the model again with sq_cpu.save"

@@ -44,7 +44,7 @@ def with_stored_curves(
     curves = read_json(path)
     try:
         return replace(record, plan=_with_curves(record.plan, curves))
-    except (TypeError, SqCpuError) as error:
+    except (TypeError, ArithmeticError, SqCpuError) as error:
         raise SqCpuError(
             f"{path} does not hold the curves of a search ({first_line(error)}); remove it, or "
             "copy the checkpoint again"

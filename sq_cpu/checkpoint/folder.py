@@ -7,6 +7,7 @@ which cannot be replaced, it is in OUT, and what is finished is moved out of it,
 .OUT.partial/whole/        what `save` builds
 .OUT.partial/checkpoint/   what streaming builds; it has more here, see `streaming.work_folder`
 .OUT.partial/old/          what is replaced, where a file system cannot exchange folders
+.OUT.partial.moving        beside it: from before anything is moved to where nothing was, to the end
 
 At every moment OUT is as it was or complete. (Without an exchange there is a moment in which it is
 absent; where a process is killed then, the next one puts the old OUT back.) The next call clears
@@ -61,6 +62,8 @@ class Staging:
     def commit(self) -> None:
         """Make the folder the target, if that is still what it was at the start."""
         with writing(self.target):
+            if self.replaced is None:
+                _marker(self.work).touch()
             if self.work.parent == self.target:
                 self._fill()
             elif self.replaced is None:
@@ -78,6 +81,9 @@ class Staging:
     def _replace(self, before: os.stat_result) -> None:
         self._check_unchanged(self.target, before)
         _keep_modes(self.folder, self.target)
+        if self.folder.name == _STREAMED:
+            # What comes out of the exchange is not to be taken for streamed work.
+            self.folder = self.folder.rename(self.work / _WHOLE)
         exchanged = exchange(self.folder, self.target)
         old = self.folder if exchanged else self.work / _OLD
         if not exchanged:
@@ -100,7 +106,7 @@ class Staging:
 
     def _fill(self) -> None:
         """Move what is finished into the target, or nothing."""
-        if any(entry != self.work for entry in self.target.iterdir()):
+        if _is_occupied(self.target, self.work):
             raise SqCpuError(_CHANGED.format(self.target))
         try:
             # config.json last: without it the folder is no checkpoint.
@@ -126,11 +132,14 @@ def staged(
     work = work_folder(target)
     new = [work, *(parent for parent in target.parents if not parent.exists())]
     with ExitStack() as stack:
-        stack.callback(_remove_empty, new)
+        stack.callback(_remove_empty, new[1:])
+        # The marker goes last: without it, what is left does not tell whose the target is.
+        stack.callback(_remove_marker, work)
+        stack.callback(_remove_empty, new[:1])
         with writing(target):
-            left = _claim(work, target, stack)
+            _claim(work, target, stack)
             try:
-                _settle(target, work, left, replace)
+                _settle(target, work, replace)
                 staging = _begin(Path(path), target, work, streamed)
             except BaseException:
                 _clear(work, keep_stream=True)
@@ -160,6 +169,10 @@ def work_folder(target: Path) -> Path:
     return inside if inside.exists() or _stays(target) else target.parent / name
 
 
+def _marker(work: Path) -> Path:
+    return work.with_name(f"{work.name}.moving")
+
+
 def contents(folder: Path) -> set[str]:
     """Give the paths within a folder of all files, at any depth, and of empty folders."""
     return {
@@ -176,14 +189,12 @@ def _stays(target: Path) -> bool:
     return os.path.ismount(target) or os.path.samefile(target, os.curdir)
 
 
-def _claim(work: Path, target: Path, stack: ExitStack) -> bool:
-    """Keep every other process out of the work folder; return whether one was killed there."""
+def _claim(work: Path, target: Path, stack: ExitStack) -> None:
+    """Keep every other process out of the work folder."""
     if target.exists() and not target.is_dir():
         raise SqCpuError(f"{target} is a file; choose another folder to save to")
-    left = False
     while True:
-        left |= work.exists()
-        if left:
+        if work.exists():
             _check_work(work)
         work.mkdir(parents=True, exist_ok=True)
         try:
@@ -192,7 +203,7 @@ def _claim(work: Path, target: Path, stack: ExitStack) -> bool:
             raise SqCpuError(f"another process is at work in {work}; wait for it") from error
         except FileNotFoundError:  # the one that ends removed the folder
             continue
-        return left
+        return
 
 
 def _check_work(work: Path) -> None:
@@ -202,16 +213,17 @@ def _check_work(work: Path) -> None:
                 raise SqCpuError(f"{entry} is not of sq_cpu's making; move it away")
 
 
-def _settle(target: Path, work: Path, left: bool, replace: bool) -> None:
+def _settle(target: Path, work: Path, replace: bool) -> None:
     """Set right what a killed process left, and refuse a target that is not to be replaced."""
     if (work / _OLD).exists() and not target.exists():
         (work / _OLD).rename(target)
     inside = work.parent == target
-    if inside and left:
+    moving = _marker(work).exists()
+    if inside and moving:
         in_memory = (work / _WHOLE).exists() or not (work / _STREAMED).exists()
         _take_back(target, work / (_WHOLE if in_memory else _STREAMED))
     # A process that was killed when all was in place: what is there is its own.
-    is_done = left and not any((work / name).exists() for name in (_WHOLE, _STREAMED))
+    is_done = moving and not any((work / name).exists() for name in (_WHOLE, _STREAMED))
     _clear(work, keep_stream=not is_done)
     if not _is_occupied(target, work):
         return
@@ -233,7 +245,8 @@ def _begin(path: Path, target: Path, work: Path, streamed: bool) -> Staging:
 
 
 def _is_occupied(target: Path, work: Path) -> bool:
-    return target.exists() and any(entry != work for entry in target.iterdir())
+    ours = (work, _marker(work))
+    return target.exists() and any(entry not in ours for entry in target.iterdir())
 
 
 def _check_ours(folder: Path, named: Path) -> None:
@@ -245,8 +258,9 @@ def _check_ours(folder: Path, named: Path) -> None:
         raise SqCpuError(
             f"{named} is not empty and is not an sq_cpu checkpoint; choose another folder"
         ) from error
-    own_work = work_folder(folder).name
-    foreign = sorted(name for name in contents(folder) - ours if name.split("/")[0] != own_work)
+    work = work_folder(folder)
+    own = (work.name, _marker(work).name)
+    foreign = sorted(name for name in contents(folder) - ours if name.split("/")[0] not in own)
     if foreign:
         raise SqCpuError(
             f"{named} holds {foreign[0]}, which save did not write and will not delete; "
@@ -275,7 +289,7 @@ def _is_config(entry: Path) -> bool:
 def _clear(work: Path, *, keep_stream: bool) -> None:
     """Remove what is in the work folder, but for the lock, and streamed work that can go on."""
     kept = [_LOCK]
-    if keep_stream and (work / STATE).exists():
+    if keep_stream and (work / STATE).exists() and (work / _STREAMED).exists():
         kept += [STATE, _STREAMED, "*.safetensors"]
     for entry in list(work.iterdir()):
         if any(fnmatch(entry.name, name) for name in kept):
@@ -290,6 +304,11 @@ def _remove_empty(folders: list[Path]) -> None:
     with suppress(OSError):
         for folder in folders:  # nearest first; stops at one that is in use
             folder.rmdir()
+
+
+def _remove_marker(work: Path) -> None:
+    with suppress(OSError):
+        _marker(work).unlink()
 
 
 def _keep_modes(new: Path, old: Path) -> None:

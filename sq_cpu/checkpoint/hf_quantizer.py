@@ -64,7 +64,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         self._dtype: torch.dtype | None = None
         self._folder = Path()
         self._files: list[str] = []
-        self._ignored: Any = None
+        self._before: tuple[Any, Any] = (None, {})
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -116,11 +116,11 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
             fit(model, self._record, stored.headers, self._version, folder, stored.path)
             check_buffers(model, stored.nbytes, folder / CONFIG)
         # transformers would hold all int8 weights unpacked beside the packed ones.
-        self._ignored = load_nothing(model)
+        self._before = load_nothing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Fill the weights as `sq_cpu.load` does."""
-        load_again(model, self._ignored)
+        load_again(model, self._before)
         folder = self._folder
         record = with_stored_curves(self._record, folder, self._settings)
         # The stored dtype is also what "auto" comes to, and models may mix dtypes: then as stored.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from sq_cpu.checkpoint.config import FORMAT_VERSION
 from sq_cpu.checkpoint.entries import unsaved_buffers
@@ -50,6 +51,7 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is not the layer that the model's record describes; quantize the float "
                 "model again"
             )
+    _check_lists(modules)
     for name, module in modules.items():
         is_layer = isinstance(module, QuantLinear | DecomposedLinear) and module not in inner
         if is_layer and name not in record.layers:
@@ -57,6 +59,19 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is int8, but not in the model's record (sq_cpu_config); quantize the "
                 "float model as a whole"
             )
+
+
+def _check_lists(modules: Mapping[str, nn.Module]) -> None:
+    """Refuse float linears in plain lists, from which the model still calls them."""
+    registered = set(modules.values())
+    for name, module in modules.items():
+        for key, value in vars(module).items():
+            held = value if isinstance(value, list | tuple) else ()
+            if any(isinstance(each, nn.Linear) and each not in registered for each in held):
+                raise SqCpuError(
+                    f"{key} of {name or 'the model'} is a plain list of linears, which int8 ones "
+                    "did not replace; make it an nn.ModuleList, or leave them in float (ignore)"
+                )
 
 
 def check_likeness(
@@ -74,11 +89,11 @@ def check_likeness(
     if not is_rebuilt(model):
         return mine
     built: Any = skeleton(folder, len(headers))
+    compute_buffers(built)  # before: it expects the model's own modules
     linearize(built)
     label = f"load could not rebuild this {type(model).__name__}"
     try:
         _compare_modules(model, built, set(record.layers))
-        compute_buffers(built)
         extra = _other_buffers(mine, unsaved_buffers(built))
     except _UnlikeError as difference:
         raise SqCpuError(f"{label}: {difference}; {_FIX}") from difference
@@ -96,7 +111,7 @@ def check_stored(
     fit(built, record, headers, FORMAT_VERSION, label, fix=_FIX)
 
 
-_FIX = "quantize a model that its config describes in full"
+_FIX = "have its config say so, or quantize a model that its config describes"
 _PLAIN = (bool, int, float, str)
 # What is not of the model's function, what a forward notes for itself, and what stays as it was
 # where an embedding is resized.
@@ -130,7 +145,9 @@ def _first_names(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
-    if type(mine) is not type(fresh):
+    # torch gives every parametrized module (weight_norm) a class of its own.
+    kind, given_kind = type_before_parametrizations(mine), type_before_parametrizations(fresh)
+    if kind is not given_kind or is_parametrized(mine) != is_parametrized(fresh):
         raise _UnlikeError(
             f"{name} is a {type(mine).__name__}, in a fresh one a {type(fresh).__name__}"
         )

@@ -19,10 +19,11 @@ from sq_cpu.checkpoint.entries import own_entries, put_tensor, tie, ties_of, uns
 from sq_cpu.checkpoint.stored import Header, StoredTensors
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import is_transformers, set_ties
-from sq_cpu.models.linears import linearize
+from sq_cpu.models.linears import linearize, linearized
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.entries import linear_entries
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.dtypes import set_dtypes
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.quantization.replace import mark_quantized, replace_linears
 
@@ -160,9 +161,10 @@ def restore(
     (None: as stored) or packed, and released before the next. ``SqCpuError`` names a layer or
     tensor that is missing, unexpected, misshapen or of impossible values.
     """
+    with linearized(model):
+        found = fit(model, record, stored.headers, version, folder, stored.path)
+    prepare()  # what it calls of transformers expects the model's own modules
     linearize(model)
-    found = fit(model, record, stored.headers, version, folder, stored.path)
-    prepare()
     modules = dict(model.named_modules())
     replace_linears(
         model, {name: _empty_layer(modules[name], name, record, folder) for name in record.layers}
@@ -183,6 +185,7 @@ def restore(
                 f"{folder} does not store the buffer {name}, which is on the meta device; give "
                 "the model with its buffers in memory"
             )
+    set_dtypes(model, record.layers, record.dtypes if dtype is None else {})
     mark_quantized(model, record)
 
 
@@ -195,11 +198,11 @@ def _empty_layer(
 ) -> nn.Module:
     assert isinstance(linear, nn.Linear)  # `fit` raised otherwise
     arguments = linear.in_features, linear.out_features, record.layer_scheme(name)
-    kind: dict[str, Any] = {"bias": linear.bias is not None, "dtype": linear.weight.dtype}
+    bias = linear.bias is not None
     try:
         if name in record.decomposed:
-            return DecomposedLinear.empty(*arguments, record.decomposed[name], **kind)
-        return QuantLinear(*arguments, smoothed=name in record.smoothed, **kind)
+            return DecomposedLinear.empty(*arguments, record.decomposed[name], bias=bias)
+        return QuantLinear(*arguments, bias=bias, smoothed=name in record.smoothed)
     except Exception as error:  # also a size that no memory holds
         raise SqCpuError(
             f"{folder}: layer {name} cannot be made ({first_line(error)}); save the model again"

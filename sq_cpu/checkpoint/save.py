@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sq_cpu.checkpoint.config import (
     CONFIG,
+    FLOATS,
     FORMAT_VERSION,
     INDEX,
     QUANT_METHOD,
@@ -28,11 +29,12 @@ from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
 from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
 from sq_cpu.checkpoint.likeness import check_layers, check_likeness
-from sq_cpu.checkpoint.stored import Header
+from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.dtypes import dtypes_of
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
@@ -104,7 +106,6 @@ def save_staged(
 ) -> None:
     """Do what :func:`save` does, for a target that has been held since before the work began."""
     record = _record_of(model)
-    check_layers(model, record)
     with writing(staging.target):
         _write(model, record, tokenizer, staging.folder, max_shard_size)
     staging.commit()
@@ -118,13 +119,15 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
         raise SqCpuError(
             f"{type(model).__name__} is not quantized by sq_cpu; call sq_cpu.quantize before save"
         )
+    check_layers(model, record)
     layers = set(record.layers)  # the int8 part of a DecomposedLinear is not one of its own
     smoothed = (
         name
         for name, module in model.named_modules()
         if isinstance(module, QuantLinear) and module.smoothing is not None and name in layers
     )
-    return replace(record, smoothed=tuple(smoothed))
+    dtypes = dtypes_of(model, record.layers)
+    return replace(record, smoothed=tuple(smoothed), dtypes=dtypes)
 
 
 def _write(
@@ -194,6 +197,13 @@ def _write_tensors(
     max_shard_size: int | str,
 ) -> dict[str, str]:
     """Write the safetensors files (and an index if there are several); name -> SHA-256."""
+    for name, tensor in stored.items():
+        known = FLOATS if tensor.is_floating_point() else tuple(DTYPES.values())
+        if tensor.dtype not in known:
+            raise SqCpuError(
+                f"{name} is {tensor.dtype}, which load does not take: make it another dtype, or a "
+                "non-persistent buffer"
+            )
     split = split_torch_state_dict_into_shards(dict(stored), max_shard_size=max_shard_size)
     digests = {}
     for file, names in split.filename_to_tensors.items():

@@ -17,9 +17,9 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from sq_cpu.checkpoint.config import CONFIG, read_json
 from sq_cpu.checkpoint.entries import unsaved_buffers
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.models.hf_private import bare_model, check_version, from_config
+from sq_cpu.models.hf_private import bare_model, check_version, from_config, hub_kernels
 
-__all__ = ["UNTRUSTED", "check_buffers", "check_counts", "skeleton"]
+__all__ = ["UNTRUSTED", "check_buffers", "check_counts", "check_no_kernels", "skeleton"]
 
 UNTRUSTED = (
     "it needs code of its own (auto_map), which is not run: read that code, then give "
@@ -62,6 +62,8 @@ def skeleton(
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
+        if not trust:
+            check_no_kernels(config, path)
         dtype = dtype or config.dtype
         with _bounded(tensors, path):
             if auto is not None:
@@ -77,6 +79,16 @@ def skeleton(
             f"{path}: transformers {transformers.__version__} cannot build this model "
             f"({first_line(error)}); check architectures and upgrade transformers"
         ) from error
+
+
+def check_no_kernels(config: Any, where: object) -> None:
+    """Raise `SqCpuError` for a config that has transformers fetch a kernel from the hub."""
+    if names := hub_kernels(config):
+        raise SqCpuError(
+            f"{where} asks for a kernel of the hub, {names[0]} (attn_implementation): code, "
+            "which is not run: remove that line, or give trust_remote_code=True "
+            "(--trust-remote-code)"
+        )
 
 
 def _model_class(config: Any, folder: Path, trust: bool) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
+from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD, read_json
 from sq_cpu.checkpoint.load import load
-from sq_cpu.checkpoint.skeleton import UNTRUSTED
+from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.extras import require
 from sq_cpu.models.hf_private import forget_quantization
@@ -110,8 +109,8 @@ def _quant_method(folder: Path) -> str | None:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / CONFIG)
+    except SqCpuError:
         return {}  # not there or not readable: what loads the model says so, with the reason
     return config if isinstance(config, dict) else {}
 
@@ -159,9 +158,14 @@ def _load(
     source: str | Path, dtype: torch.dtype | str, what: str, trust: bool, **options: Any
 ) -> tuple[Any, Any]:
     try:
+        if not trust and "gguf_file" not in options:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            check_no_kernels(config, what)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=trust, **options
         )
+    except SqCpuError:
+        raise
     except Exception as error:  # files that are missing, damaged or unknown raise all kinds
         raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
     if missing := sorted(report["missing_keys"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from sq_cpu import texts
 from sq_cpu.checkpoint import sources
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, printable
 from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.files import claimed_file
 
@@ -59,12 +60,20 @@ StoredDtype = Annotated[
 
 def say(line: str) -> None:
     """Print progress, on stderr."""
-    typer.echo(line, err=True)
+    typer.echo(printable(line), err=True)
 
 
 def emit(result: dict[str, Any], as_json: bool, line: str) -> None:
     """Print what a command has to say: the object as JSON, or the text."""
-    typer.echo(json.dumps(result) if as_json else line)
+    typer.echo(json.dumps(result) if as_json else _CONTROL.sub(_escaped, line))
+
+
+# But for line breaks and tabs, which a model's answer may have.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _escaped(control: re.Match[str]) -> str:
+    return printable(control[0])
 
 
 def hold(ctx: typer.Context, path: Path) -> bool:

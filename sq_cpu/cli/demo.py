@@ -19,6 +19,7 @@ from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.checkpoint.folder import Staging
 from sq_cpu.checkpoint.save import save_staged
+from sq_cpu.cli.chat import chat_text
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity, token_windows
 from sq_cpu.kernels.runtime import available_memory, isa
@@ -174,19 +175,11 @@ def answer_ids(tokenizer: Any, question: str, *, chat: bool) -> Tensor:
     Raises
     ------
     SqCpuError
-        For a chat, when the tokenizer has no chat template.
+        For a chat, as `chat_text`; for a prompt without tokens.
     """
-    if not chat:
-        ids = tokenizer(question, return_tensors="pt")["input_ids"]
-    elif not tokenizer.chat_template:
-        raise SqCpuError("the model's tokenizer has no chat template; leave out --chat")
-    else:
-        ids = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )["input_ids"]
+    text = chat_text(tokenizer, question) if chat else question
+    # A chat's text has its special tokens.
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if ids.numel() == 0:
         raise SqCpuError("the prompt is empty; give at least one token of text")
     return ids  # type: ignore[no-any-return]

@@ -1,42 +1,77 @@
-"""The application `sq-cpu`: how its commands fail, and how it ends on a signal."""
+"""The application `sq-cpu`: how its commands fail."""
 
 from __future__ import annotations
 
 import errno
-import signal
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from sq_cpu.errors import SqCpuError, Terminated
-from sq_cpu.interrupts import raise_ignored_interrupts_again
+from sq_cpu.errors import SqCpuError, Terminated, printable
 
-__all__ = ["app", "main"]
+__all__ = ["Command", "app"]
+
+_MOST = 1 << 63
 
 
 class _Commands(TyperGroup):
     """Commands whose expected failures are one line on stderr and an exit code."""
 
+    def make_context(self, *arguments: Any, **more: Any) -> Any:
+        with _told():
+            return super().make_context(*arguments, **more)
+
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _told():
             return super().invoke(ctx)
-        except SqCpuError as error:
-            _fail(str(error))
-        except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader went away: typer ends quietly
-                raise
-            _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-        except (MemoryError, RuntimeError) as error:
-            # torch's allocator raises a plain RuntimeError, in either of two wordings.
-            wordings = ("not enough memory", "can't allocate memory")
-            if not isinstance(error, MemoryError) and not any(w in str(error) for w in wordings):
-                raise
-            _fail("not enough memory; use a smaller model, --dtype bf16 or a smaller --window")
-        except Terminated:
-            _fail("terminated", code=143)
-        except KeyboardInterrupt:
-            _fail("interrupted", code=130)
+
+
+class Command(TyperCommand):
+    """A command that refuses numbers and texts that no later step could take."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, as Typer does, and look at what came out."""
+        rest = super().parse_args(ctx, args)
+        for name, value in ctx.params.items():
+            option = name.replace("_", "-")
+            if isinstance(value, int) and not -_MOST <= value < _MOST:
+                raise typer.BadParameter(f"{option} is {value}, which is beyond 64 bits", ctx)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{option} is {value}, not a finite number", ctx)
+            # Of an argument that is not UTF-8; the name of a file may be anything.
+            if isinstance(value, str) and not value.isascii() and _has_surrogates(value):
+                raise typer.BadParameter(f"{option} is not UTF-8 text", ctx)
+        return rest
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except SqCpuError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader went away: typer ends quietly
+            raise
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (MemoryError, RuntimeError) as error:
+        # torch's allocator raises a plain RuntimeError, in either of two wordings.
+        wordings = ("not enough memory", "can't allocate memory", "size calculation overflowed")
+        if not isinstance(error, MemoryError) and not any(w in str(error) for w in wordings):
+            raise
+        _fail("not enough memory; use a smaller model, --dtype bf16 or a smaller --window")
+    except Terminated:
+        _fail("terminated", code=143)
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
 
 
 app = typer.Typer(
@@ -49,18 +84,6 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run the command line (the console script `sq-cpu`)."""
-    signal.signal(signal.SIGTERM, _terminate)
-    raise_ignored_interrupts_again()
-    app(prog_name="sq-cpu")
-
-
-def _terminate(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the cleaning up
-    raise Terminated
-
-
 def _fail(message: str, code: int = 1) -> None:
-    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    typer.echo(f"error: {printable(' '.join(message.split()))}", err=True)
     raise typer.Exit(code)

@@ -183,8 +183,7 @@ def inspect_command(
         show.print_layers(title, result["layers"])
     elif analysis is not None:
         show.print_groups(title, analysis)
-    for line in lines:
-        typer.echo(line)
+    emit(result, as_json, "\n".join(lines))
 
 
 def _check_options(

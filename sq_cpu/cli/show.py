@@ -14,6 +14,7 @@ from torch import nn
 from sq_cpu.analysis.analysis import Analysis, GroupAnalysis
 from sq_cpu.analysis.saturation import Saturation
 from sq_cpu.cli import demo
+from sq_cpu.errors import printable
 from sq_cpu.kernels.runtime import isa
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
@@ -159,27 +160,27 @@ def print_layers(title: str, layers: dict[str, dict[str, Any]]) -> None:
     mixed = len({facts["activations"] for facts in layers.values()}) > 1
     rows = {name: _layer_cells(facts, mixed) for name, facts in layers.items()}
     found = {heading for cells in rows.values() for heading in cells}
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     table.add_column("")
     headings = [heading for heading in _HEADINGS if heading in found]
     for heading in headings:
         table.add_column(heading, justify="right")
     for name, cells in rows.items():
-        table.add_row(name, *(cells.get(heading, "") for heading in headings))
+        table.add_row(printable(name), *(cells.get(heading, "") for heading in headings))
     _wide_console().print(table)
 
 
 def print_groups(title: str, analysis: Analysis) -> None:
     """Print what `analyze` found, a group a row."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=printable(title), title_justify="left")
     for heading in ("", "linears"):
         table.add_column(heading, overflow="fold")
     for heading in ("alpha", "severity", "smoothed", "error", "with plan"):
         table.add_column(heading, justify="right", no_wrap=True)
     for group in analysis.groups:
         table.add_row(
-            group.name,
-            group.kind + " (in float)" * group.in_float,
+            printable(group.name),
+            printable(group.kind) + " (in float)" * group.in_float,
             _alpha(group),
             f"{group.severity:.1f}",
             f"{group.severity_smoothed:.1f}",

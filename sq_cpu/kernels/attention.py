@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
-from sq_cpu.kernels.ops import empty, is_plain
+from sq_cpu.kernels.ops import empty, is_dense, is_plain
 
 __all__ = ["matmul_pv", "matmul_qk", "matmul_reference"]
 
@@ -180,8 +180,13 @@ def _check(
     a_scale: Tensor | None,
     b_scale: Tensor | None,
     out_dtype: torch.dtype,
+    *,
+    traced: bool = False,
 ) -> None:
     product = "int8 q @ k.T" if transposed else "int8 p @ v"
+    for x in (a, b, a_scale, b_scale):
+        if x is not None and not is_dense(x):
+            raise SqCpuError(f"{product}: an operand is sparse or nested; use a dense tensor")
     lefts = (torch.int8,) if transposed else (torch.uint8, torch.int8)
     if a.dtype not in lefts or b.dtype != torch.int8 or out_dtype not in _OUT_DTYPES:
         left = " or ".join(str(dtype) for dtype in lefts)
@@ -216,10 +221,8 @@ def _check(
     if out_dtype == torch.int32 and not (scale == 1.0 and a_scale is None and b_scale is None):
         raise SqCpuError(f"{product}: int32 results are the plain sums; leave the scales out")
     for x in (a, b, a_scale, b_scale):
-        if x is not None and not x.is_cpu:
+        if x is not None and not x.is_cpu and not (traced and x.device == a.device):
             raise SqCpuError(f"{product}: an operand is on {x.device}; sq_cpu runs on the CPU only")
-        if x is not None and x.layout != torch.strided:
-            raise SqCpuError(f"{product}: an operand is {x.layout}; use a dense tensor")
 
 
 @torch.library.custom_op("sq_cpu::batched_matmul", mutates_args=(), device_types="cpu")
@@ -247,4 +250,5 @@ def _(
     b_scale: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
+    _check(a, b, transposed, scale, a_scale, b_scale, out_dtype, traced=True)
     return a.new_empty((*a.shape[:3], b.shape[2 if transposed else 3]), dtype=out_dtype)

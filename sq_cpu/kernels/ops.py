@@ -6,7 +6,7 @@ The names are those of cpp/include/sq_cpu/linear.h.
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.kernels import _core
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "QuantizedActivation",
     "check",
     "empty",
+    "is_dense",
     "is_plain",
     "linear",
     "linear_quantized",
@@ -81,10 +82,11 @@ class QuantizedActivation:
             ("zero_point", torch.int32, m),
         ):
             part = getattr(self, name)
-            if part.dtype != dtype or part.shape != (size,):
+            readable = part.is_cpu and is_dense(part)
+            if not readable or part.dtype != dtype or part.shape != (size,):
                 raise SqCpuError(
-                    f"quantized activations: {name} is {part.dtype} {list(part.shape)}, not "
-                    f"{dtype} [{size}] for [{m}, {self.in_features}]"
+                    f"quantized activations: {name} is {_describe(part)}, not {dtype} [{size}] "
+                    f"on cpu for [{m}, {self.in_features}]"
                 )
         if self.dtype not in _DTYPES:
             raise SqCpuError(
@@ -164,15 +166,24 @@ def _reciprocals(smoothing: Tensor) -> list[float]:
         raise SqCpuError(
             f"the smoothing scale is {_describe(smoothing)}; use floats [in_features] on cpu"
         )
-    reciprocal = 1 / smoothing
-    if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
-        raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
-    return reciprocal.tolist()
+    try:
+        reciprocal = 1 / smoothing
+        if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
+            raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
+        return reciprocal.tolist()
+    except RuntimeError as error:  # sparse, fake or transformed
+        raise SqCpuError(f"the smoothing scale cannot be read: {first_line(error)}") from error
 
 
 def _describe(x: Tensor) -> str:
-    kind = "" if x.layout == torch.strided else f", {x.layout}"
-    return f"{x.dtype} {list(x.shape)} on {x.device}{kind}"
+    if not is_dense(x):
+        return f"sparse or nested {x.dtype}"
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def is_dense(x: Tensor) -> bool:
+    """Tell whether `x` is an array of its shape, neither sparse nor nested."""
+    return x.layout == torch.strided and not x.is_nested
 
 
 def is_plain(x: object) -> bool:
@@ -206,8 +217,8 @@ class Epilogue(NamedTuple):
 
 
 def _operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    same = tuple(operand.shape) == shape and operand.dtype == dtype
-    if not same or not operand.is_cpu or operand.layout != torch.strided:
+    readable = operand.is_cpu and is_dense(operand)
+    if not readable or tuple(operand.shape) != shape or operand.dtype != dtype:
         raise SqCpuError(
             f"int8 linear: {name} is {_describe(operand)}, the output {dtype} {list(shape)} on cpu"
         )
@@ -216,12 +227,11 @@ def _operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dt
     return operand.resolve_neg().contiguous()
 
 
-def check(x: Tensor, packed: Tensor, in_features: int) -> list[int]:
+def check(
+    x: Tensor, packed: Tensor, in_features: int, operands: Iterable[Tensor] = ()
+) -> list[int]:
     """Return `leading` of an x [*leading, in_features] that the kernels take; else `SqCpuError`."""
-    if x.dtype not in _DTYPES:
-        raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
-    if x.layout != torch.strided:
-        raise SqCpuError(f"int8 linear: input is {_describe(x)}; use a dense tensor")
+    _check_input(x)
     *leading, width = x.shape or (-1,)
     if width != in_features:
         raise SqCpuError(
@@ -232,9 +242,19 @@ def check(x: Tensor, packed: Tensor, in_features: int) -> list[int]:
             f"int8 linear: input is on {x.device}, weights on {packed.device}; "
             "sq_cpu runs on the CPU only"
         )
+    for each in (packed, *operands):
+        if not is_dense(each):
+            raise SqCpuError(f"int8 linear: an operand is {_describe(each)}; use a dense tensor")
     if x.requires_grad and torch.is_grad_enabled():
         raise SqCpuError(_NO_GRADIENT)
     return leading
+
+
+def _check_input(x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise SqCpuError(f"int8 linear: input is {x.dtype}; use float32, bfloat16 or float16")
+    if not is_dense(x):
+        raise SqCpuError("int8 linear: input is sparse or nested; use a dense tensor")
 
 
 def linear(
@@ -262,7 +282,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return a new tensor on the CPU; `SqCpuError` where there is no memory for it."""
     try:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise SqCpuError(f"there is no memory for {dtype} {list(shape)}") from error
 
 
@@ -286,6 +306,7 @@ def _empty_codes(
 
 def quantize_activations(x: Tensor, quantizer: _core.ActivationQuantizer) -> QuantizedActivation:
     """Quantize x [..., in_features], a plain fp32, bf16 or fp16 tensor, as `linear` does."""
+    _check_input(x)
     *leading, in_features = x.shape or (-1,)
     x = x.resolve_neg().contiguous()
     out = _empty_codes(tuple(leading), in_features, x.dtype, quantizer)

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.padding import Padding
 from sq_cpu.progress import track
 
 __all__ = [
     "Batch",
     "Example",
+    "called",
     "check_length",
     "copied",
     "evaluating",
@@ -84,7 +85,7 @@ def model_inputs(
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
     the model's context; messages call it batch number so and so of `what`.
     """
-    if isinstance(batches, Tensor | Mapping | str):
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise SqCpuError(
             f"batches is one {type(batches).__name__}; pass an iterable of batches, as in [batch]"
         )
@@ -98,6 +99,20 @@ def model_inputs(
         yield args, kwargs
     if empty:
         raise SqCpuError(f"{what} got no batches: pass at least one (a generator runs once)")
+
+
+def called(model: nn.Module, example: Example, what: str) -> Any:
+    """Call the model; what its forward raises is an `SqCpuError` that begins with `what`."""
+    args, kwargs = example
+    try:
+        return model(*args, **kwargs)
+    except (SqCpuError, MemoryError):
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        raise SqCpuError(
+            f"{what}: the model's forward fails ({type(error).__name__}: {first_line(error)}); "
+            "give it what model(...) takes"
+        ) from error
 
 
 def check_length(model: nn.Module, length: int, what: str) -> None:

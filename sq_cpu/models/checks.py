@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from sq_cpu.errors import SqCpuError
@@ -23,8 +24,8 @@ __all__ = [
     "input_embeddings",
 ]
 
+_OPTIMIZED = "OptimizedModule"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_COMPILED = ("OptimizedModule", "ScriptModule", "RecursiveScriptModule")
 
 
 def check_model(model: object) -> None:
@@ -38,7 +39,7 @@ def check_model(model: object) -> None:
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, QuantLinear):
             raise SqCpuError("the model is quantized already; start from its float weights")
-        if type(module).__name__ in _COMPILED or module._compiled_call_impl is not None:
+        if _is_compiled(module):
             raise SqCpuError(
                 f"{what} is compiled, and nothing sees what runs in it: give the model as it was, "
                 "and compile what quantize returns"
@@ -50,6 +51,8 @@ def check_model(model: object) -> None:
             "load its float weights"
         )
     for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise SqCpuError(f"{name} has no shape yet: call the model once")
         if parameter.is_meta:
             raise SqCpuError(
                 f"{name} is on the meta device (not loaded, or offloaded by a device_map): load "
@@ -59,15 +62,21 @@ def check_model(model: object) -> None:
             raise SqCpuError(f'{name} is on {parameter.device}; sq_cpu needs model.to("cpu")')
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    # By its name: importing torch._dynamo takes seconds.
+    is_other = isinstance(module, torch.jit.ScriptModule) or type(module).__name__ == _OPTIMIZED
+    return is_other or module._compiled_call_impl is not None
+
+
 def check_weights(linears: Mapping[str, nn.Linear]) -> None:
     """Raise `SqCpuError` for linears whose weights are no plain tensors of a dtype that runs."""
     for name, linear in linears.items():
         for key, parameter in linear.named_parameters():
             kind = type(parameter)
-            if kind not in (nn.Parameter, Tensor):
+            if kind not in (nn.Parameter, Tensor) or parameter.layout is not torch.strided:
                 raise SqCpuError(
-                    f"{name}.{key} is a {kind.__module__}.{kind.__name__}, no plain tensor: load "
-                    "the model without what made it one, or ignore this linear"
+                    f"{name}.{key} is a {kind.__module__}.{kind.__name__} ({parameter.layout}), no "
+                    "plain tensor: load the model without what made it one, or ignore this linear"
                 )
             if parameter.dtype not in _FLOATS:
                 dtype = str(parameter.dtype).removeprefix("torch.")

@@ -27,6 +27,7 @@ __all__ = [
     "experts_layout",
     "forget_quantization",
     "from_config",
+    "hub_kernels",
     "is_transformers",
     "load_again",
     "load_nothing",
@@ -88,25 +89,35 @@ def from_config(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     return model_class._from_config(config, dtype=dtype)
 
 
-def load_nothing(model: Any) -> Any:
-    """Leave from_pretrained no weight to load into `model`; return what `load_again` needs.
+def hub_kernels(config: Any) -> list[str]:
+    """Return the attention kernels that a config asks for from the hub: compiled code."""
+    check_version()
+    parts = [config, *(getattr(config, key, None) for key in config.sub_configs)]
+    names = [getattr(part, "_attn_implementation", None) for part in parts]
+    return [name for name in names if isinstance(name, str) and "/" in name]
+
+
+def load_nothing(model: Any) -> tuple[Any, Any]:
+    """Leave from_pretrained no weight to load into `model` and none to tie.
 
     It loads what the state dict names and initialises what is not marked. Buffers it makes as ever.
+    Returns what `load_again` needs.
     """
     check_version()
+    before = model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys
     model.state_dict = lambda *_, **__: {}
-    ignored = model._keys_to_ignore_on_load_unexpected
     # A pattern: every key. Releases before 5.9 add lists to it, later ones sets.
-    model._keys_to_ignore_on_load_unexpected = {""} if isinstance(ignored, set) else [""]
+    model._keys_to_ignore_on_load_unexpected = {""} if isinstance(before[0], set) else [""]
+    model.all_tied_weights_keys = {}
     _mark_initialized(model)
-    return ignored
+    return before
 
 
-def load_again(model: Any, ignored: Any) -> None:
-    """Undo `load_nothing`, which returned `ignored`."""
+def load_again(model: Any, before: tuple[Any, Any]) -> None:
+    """Undo `load_nothing`, which returned `before`."""
     check_version()
     del model.state_dict
-    model._keys_to_ignore_on_load_unexpected = ignored
+    model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys = before
 
 
 def _mark_initialized(model: Any) -> None:

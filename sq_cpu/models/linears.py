@@ -243,6 +243,8 @@ def check_ignore(model: nn.Module, ignore: tuple[str, ...]) -> None:
 
     "lm_head", the default, is let through: it stands for a head where there is one.
     """
+    if isinstance(ignore, str):
+        raise SqCpuError(f"ignore is {ignore!r}, not a tuple of names: use ({ignore!r},)")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for entry in ignore:
         if entry != "lm_head" and not any(is_ignored(model, name, (entry,)) for name in names):

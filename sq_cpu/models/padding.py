@@ -62,9 +62,10 @@ class Padding:
         return any(s.kept is not None and not s.kept.any() for s in self._sequences.values())
 
     def fullest_row(self) -> int:
-        """Return the row of the batch with the least padding, over all sequences."""
-        counts = [s.kept.sum(dim=1) for s in self._sequences.values() if s.kept is not None]
-        return int(sum(counts).argmax()) if counts else 0  # type: ignore[union-attr]
+        """Return the row of the batch with the least padding, of the first sequence with some."""
+        masked = (s.kept for s in self._sequences.values() if s.kept is not None)
+        kept = next(masked, None)
+        return 0 if kept is None else int(kept.sum(dim=1).argmax())
 
     def kept(self, x: Tensor) -> Tensor | None:
         """Return which rows of x [..., features] are no padding, bool [rows]; None: all.
@@ -76,10 +77,12 @@ class Padding:
             return None
         first = (origin & -origin).bit_length() - 1
         kept = list(self._sequences.values())[first].kept
-        # OPT hands its MLP [batch * sequence, features].
-        if kept is None or x.shape[:-1] not in (kept.shape, (kept.numel(),)):
+        if kept is None:
             return None
-        return kept.reshape(-1)
+        # OPT hands its MLP [batch * sequence, features], XLNet has [sequence, batch, features].
+        if x.shape[:-1] in (kept.shape, (kept.numel(),)):
+            return kept.reshape(-1)
+        return kept.T.reshape(-1) if x.shape[:-1] == kept.T.shape else None
 
     def of_hidden(self, hidden: Tensor, block: nn.Module) -> Padding:
         """Return the padding of a call that goes on with hidden states, which a block takes."""
@@ -121,10 +124,11 @@ class _Origins:
     def __init__(self) -> None:
         self._sources: dict[tuple[int, int], int] = {}
         self._made: dict[int, int] = {}  # by storage, which views share
+        self._held: list[Tensor] = []  # so that no other tensor gets a source's place
 
     def begin(self, source: Tensor, origin: int) -> None:
         """Note what a sequence begins with; others in the same storage (a file) are not meant."""
-        self._made.pop(_storage(source), None)
+        self._held.append(source)
         self._sources[_storage(source), int(source.storage_offset())] = origin
 
     def of(self, tensor: Tensor) -> int:
@@ -139,6 +143,13 @@ class _Origins:
 
 class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes of every tensor that is made from which sequences it was."""
+
+    supports_higher_order_operators = True  # flex attention, which compiles itself
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled parts of the model run as they are."""
+        return True
 
     def __init__(self, origins: _Origins) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -91,7 +91,11 @@ class _State:
 
     def restore(self) -> None:
         for tensor, values in self._tensors:
-            if tensor.shape != values.shape or not torch.equal(tensor, values):
+            if tensor.shape == values.shape and torch.equal(tensor, values):
+                continue
+            if tensor.shape == values.shape and 0 not in tensor.stride():
+                tensor.data.copy_(values)  # in place: others may be views of it
+            else:
                 tensor.data = values
         for value, copy in self._objects:
             if not _holds_the_same(value, copy):

@@ -131,19 +131,10 @@ class DecomposedLinear(nn.Module):
 
     @classmethod
     def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        scheme: Scheme,
-        outliers: int,
-        *,
-        bias: bool,
-        dtype: torch.dtype = torch.float32,
+        cls, in_features: int, out_features: int, scheme: Scheme, outliers: int, *, bias: bool
     ) -> DecomposedLinear:
         """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
-        regular = QuantLinear(
-            in_features, out_features, scheme, bias=bias, smoothed=True, dtype=dtype
-        )
+        regular = QuantLinear(in_features, out_features, scheme, bias=bias, smoothed=True)
         columns = torch.zeros(outliers, dtype=torch.int64, device="cpu")
         weight = torch.zeros(out_features, outliers, dtype=torch.float32, device="cpu")
         return cls(regular, columns, weight)

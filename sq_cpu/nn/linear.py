@@ -41,7 +41,7 @@ class QuantLinear(nn.Module):
     Attributes
     ----------
     packed : uint8 buffer, laid out as cpp/include/sq_cpu/linear.h draws it
-    dtype : of the float linear, or of the last `.to(dtype)`: what a model computes in here
+    dtype : of the float linear, or of the last `.to(dtype)`: what the model computes in here
     input_scale, input_zero_point : of a static scheme; None and 0 otherwise
     smoothing : s, fp32 [in_features], which divides the input (SmoothQuant, arXiv 2211.10438,
         eq. 3) while it is quantized; None where that was folded into the layer before
@@ -57,18 +57,14 @@ class QuantLinear(nn.Module):
         *,
         bias: bool,
         smoothed: bool = False,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved.
-
-        `dtype` is what `weight` says until `.to(dtype)` says another.
-        """
+        """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.has_bias = bias
         self.scheme = scheme
-        self.dtype = dtype
+        self.dtype = torch.float32
         packed = PackedWeight.zeros(out_features, in_features)
         self.register_buffer("packed", packed.buffer, persistent=False)
         static = None if scheme.activations != "static" else (1.0, scheme.zero_point)
@@ -105,13 +101,8 @@ class QuantLinear(nn.Module):
             if input_range is None:
                 raise SqCpuError("a static scheme needs the input's range: calibrate the model")
             static = static_code(scheme, *input_range)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            scheme,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-        )
+        layer = cls(linear.in_features, linear.out_features, scheme, bias=linear.bias is not None)
+        layer.dtype = linear.weight.dtype
         smoothing = None if smoothing is None else _own_copy(smoothing)
         layer._set_quantizer(static, smoothing)
         weight = linear.weight.detach()
@@ -164,7 +155,7 @@ class QuantLinear(nn.Module):
             return ops.linear(
                 input, packed, self.in_features, self.out_features, self._quantizer, steps
             )
-        ops.check(input, packed, self.in_features)
+        ops.check(input, packed, self.in_features, operands)
         return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
             input,
             packed,
@@ -293,9 +284,8 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """Return a tensor [out_features, in_features] of the layer's `dtype`, without values.
 
-        For models that look at their linears' weights before they call them: T5 and DeepSeek cast
-        the input to the weight's dtype. Whatever reads or computes with it raises `SqCpuError`;
-        `weight_int8` has the values.
+        For models that look at their linears' weights first (T5 casts its input to their dtype).
+        Whatever computes with it raises `SqCpuError`; `weight_int8` has the values.
         """
         return self.packed_weight.unreadable(self.dtype)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
+from sq_cpu.kernels.ops import is_dense
 
 __all__ = ["PackedWeight"]
 
@@ -29,6 +30,16 @@ class PackedWeight:
     out_features: int
     in_features: int
 
+    def __post_init__(self) -> None:
+        """Raise `SqCpuError` for a buffer of another size."""
+        size = _core.packed_bytes(self.out_features, self.in_features)
+        if self.buffer.dtype != torch.uint8 or self.buffer.numel() != size:
+            raise SqCpuError(
+                f"int8 linear: {self.buffer.numel()} elements of {self.buffer.dtype} are not a "
+                f"packed weight [{self.out_features}, {self.in_features}], which takes {size} of "
+                "uint8"
+            )
+
     @classmethod
     def zeros(cls, out_features: int, in_features: int) -> PackedWeight:
         """Allocate a weight of zeros without a bias.
@@ -36,7 +47,7 @@ class PackedWeight:
         Raises
         ------
         SqCpuError
-            When in_features exceeds 65793, where an int32 sum could overflow.
+            When in_features exceeds 65793, where an int32 sum could overflow, and without memory.
         """
         size = _core.packed_bytes(out_features, in_features)
         return cls(_untouched_zeros(size), out_features, in_features)
@@ -61,8 +72,12 @@ class PackedWeight:
             For tensors of another device than the CPU, and a scale of NaN or Inf.
         """
         tensors = [self.buffer, weight, scale, *([] if bias is None else [bias])]
-        if not all(tensor.is_cpu for tensor in tensors):
-            raise SqCpuError("int8 linear: sq_cpu packs on the CPU only; move the weight there")
+        if not all(tensor.is_cpu and is_dense(tensor) for tensor in tensors):
+            raise SqCpuError(
+                "int8 linear: sq_cpu packs on the CPU only, dense tensors; move the weight there"
+            )
+        if any(tensor.is_complex() for tensor in tensors):
+            raise SqCpuError("int8 linear: a scale or bias is complex; use floating point")
         if not scale.isfinite().all():
             raise SqCpuError("a weight scale is NaN or Inf: quantize the model again")
         weight, scale = weight.contiguous(), scale.float().contiguous()
@@ -143,5 +158,8 @@ def _untouched_zeros(size: int) -> Tensor:
     """
     if size < _ONE_THREAD:
         return torch.zeros(size, dtype=torch.uint8, device="cpu")
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise SqCpuError(f"there is no memory for a packed weight of {size} bytes") from error
     return torch.frombuffer(pages, dtype=torch.uint8)

@@ -117,13 +117,23 @@ class FakeQuantizedLinear:
                 f"the calibrated range of {sample.name} is not finite: calibrate again, or ignore "
                 "it"
             )
-        low, high = (end.masked_fill(self.outliers, 0.0) for end in (low, high))
-        rows = None if sample.rows is None else self.smoothed(sample.rows)
+        left_out = self.outliers | self._unread
+        low, high = (end.masked_fill(left_out, 0.0) for end in (low, high))
+        rows = sample.rows
+        if rows is not None:
+            rows = self.smoothed(rows).masked_fill(left_out, 0.0)
         return static_range(low, high, rows, self.scheme)
 
     @property
+    def _unread(self) -> Tensor:
+        """Which channels no weight reads, so that they may saturate; none if that is all."""
+        low, high = torch.aminmax(self.sample.weight.detach(), dim=0)
+        unread = (low == 0) & (high == 0)
+        return unread & ~unread.all()
+
+    @property
     def range(self) -> tuple[float, float]:
-        """What a static scale covers of X / s, without the channels that stay in float.
+        """What a static scale covers of X / s, without channels that stay in float or are unread.
 
         Raises `SqCpuError` where no input was seen, where its range is not finite, and where the
         scheme's range needs rows that are not there.

@@ -34,6 +34,7 @@ from sq_cpu.quantization.checks import (
     check_reached,
     check_replaceable,
 )
+from sq_cpu.quantization.dtypes import dtypes_of
 from sq_cpu.quantization.kept import kept_linears
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizedPart
@@ -208,7 +209,9 @@ def _prepare(
     ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, clips)
     at_run_time: frozenset[str] = frozenset()
     if plan is not None and plan.groups:
-        smoothed = fold_scales(model, plan, scales, prove(scales))
+        assert calibration is not None  # likewise
+        proof = prove(scales).without(calibration.in_float)
+        smoothed = fold_scales(model, plan, scales, proof)
         plan, at_run_time = smoothed.plan, smoothed.at_run_time
     return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers)
 
@@ -256,6 +259,7 @@ def _swap(
         layers=layers,
         smoothed=tuple(name for name in layers if name in at_run_time),
         decomposed={name: len(outliers[name]) for name in layers if name in outliers},
+        dtypes=dtypes_of(model, layers),
     )
 
 
@@ -279,7 +283,7 @@ def _ranges_and_outliers(
         seen = calibration if scheme.needs_calibration else None
         if seen is not None and name in seen.unreached:
             seen = None
-        # Its weight is the model's own, and is not looked at: no linear is held.
+        # Its weight is the model's own: none is held.
         fake = FakeQuantizedLinear(
             linear_sample(name, linear.weight, base, plan, seen),
             scales.get(name, torch.ones(linear.in_features, dtype=torch.float32, device="cpu")),

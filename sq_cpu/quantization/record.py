@@ -12,6 +12,8 @@ from sq_cpu.smoothing.plan import SmoothPlan
 
 __all__ = ["QuantizationRecord", "QuantizedPart"]
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 @dataclass(frozen=True)
 class QuantizationRecord:
@@ -29,18 +31,22 @@ class QuantizationRecord:
     """
     kept: Mapping[str, str] = field(default_factory=dict)
     """Linears left in float, by full name, and why."""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    """What the model computes in around those quantized linears where that is not its own dtype, by
+    full name (T5 has some in fp32)."""
 
     def layer_scheme(self, name: str) -> Scheme:
         """Return the scheme of a quantized linear."""
         return self.scheme if self.plan is None else self.plan.layer_scheme(self.scheme, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types; the last two only where there are such layers."""
+        """Return the record as JSON types; the last four only where there are such layers."""
         plan = None if self.plan is None else self.plan.to_dict()
         tables: dict[str, Any] = {
             "smoothed": list(self.smoothed),
             "decomposed": dict(self.decomposed),
             "kept": dict(self.kept),
+            "dtypes": dict(self.dtypes),
         }
         return {
             "scheme": self.scheme.to_dict(),
@@ -56,6 +62,12 @@ class QuantizationRecord:
             scheme, plan, layers = values["scheme"], values["plan"], values["layers"]
         except KeyError as error:
             raise SqCpuError(f"the quantization record has no field {error}") from error
+        dtypes = dict(values.get("dtypes", {}))
+        if unknown := sorted(set(map(str, dtypes.values())) - set(_DTYPES)):
+            raise SqCpuError(
+                f"the quantization record has the dtype {unknown[0]!r}, not one of "
+                f"{', '.join(_DTYPES)}; save the model again"
+            )
         return cls(
             scheme=Scheme.from_dict(scheme),
             plan=None if plan is None else SmoothPlan.from_dict(plan),
@@ -63,6 +75,7 @@ class QuantizationRecord:
             smoothed=tuple(values.get("smoothed", ())),
             decomposed=dict(values.get("decomposed", {})),
             kept=dict(values.get("kept", {})),
+            dtypes=dtypes,
         )
 
 
@@ -76,6 +89,7 @@ class QuantizedPart:
     decomposed: Mapping[str, int]
     kept: Mapping[str, str] = field(default_factory=dict)
     """Those that stay in float for what the calibration says, and why."""
+    dtypes: Mapping[str, str] = field(default_factory=dict)
 
     def record(self, scheme: Scheme, kept: Mapping[str, str]) -> QuantizationRecord:
         """Return the record of a model of which this is all; `kept` are the others in float."""
@@ -86,4 +100,5 @@ class QuantizedPart:
             smoothed=self.smoothed,
             decomposed=self.decomposed,
             kept={**kept, **self.kept},
+            dtypes=self.dtypes,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import Example, copied, evaluating
+from sq_cpu.models.calls import Example, called, copied, evaluating
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import hooked, watching_inputs
 from sq_cpu.models.padding import Padding, padding_of
@@ -41,13 +41,24 @@ class FoldProof:
     norm_calls: Mapping[SmoothingGroup, _Arguments]
     """With what the norm before each group that can be folded was called last."""
 
+    def without(self, used: Mapping[str, str]) -> FoldProof:
+        """Return the proof with no fold into linears whose weight is used elsewhere, name -> how.
+
+        A hook does not change what other code reads of a weight, as folding does.
+        """
+
+        def reason(group: SmoothingGroup) -> str:
+            names = (producer_of(group), *group.consumers)
+            return next((f"{name}: {used[name]}" for name in names if name in used), "")
+
+        return replace(self, reasons={g: why or reason(g) for g, why in self.reasons.items()})
+
 
 def running(model: nn.Module, example: Example) -> Run:
     """Return what calls the model with an example and gives its outputs."""
 
     def run() -> list[Tensor]:
-        args, kwargs = copied(example)
-        outputs = model(*args, **kwargs)
+        outputs = called(model, copied(example), "the calibration's example")
         if isinstance(outputs, Mapping):
             outputs = [value for key, value in outputs.items() if not str(key).endswith("loss")]
         # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.

@@ -100,7 +100,7 @@ def fold(
     """
     with linearized(model):
         scales = plan_scales(model, plan, calibration, scheme=scheme)
-        proof = prove_with(model, scales, calibration.example)
+        proof = prove_with(model, scales, calibration.example).without(calibration.in_float)
         return fold_scales(model, plan, scales, proof)
 
 

@@ -14,6 +14,7 @@ from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.checkpoint.folder import Staging, staged
 from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
+from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
@@ -72,7 +73,12 @@ def convert(
         What loading, `calibrate`, `quantize` and `save`, or `quantize_checkpoint`, refuse.
     """
     if stream is None:
-        stream = _is_unfinished_or_too_large(job, say)
+        # Blocks are streamed by what is known of transformers' own classes.
+        stream = not job.trust_remote_code and _is_unfinished_or_too_large(job, say)
+    if stream and job.trust_remote_code:
+        raise SqCpuError(
+            "a model of its own code cannot be streamed: leave out --stream or --trust-remote-code"
+        )
     work = _stream if stream else _whole
     # Held from the start: another run on it is refused before its work, not after.
     with staged(job.out, replace=job.overwrite, streamed=stream) as staging:

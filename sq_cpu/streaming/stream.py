@@ -325,6 +325,7 @@ class Stream:
             smoothed=done.smoothed,
             decomposed=dict(done.decomposed),
             kept=dict(done.kept),
+            dtypes=dict(done.dtypes),
             tokens=calibration.tokens if calibration else 0,
             float_bytes=before,
             int8_bytes=after,
@@ -346,6 +347,7 @@ class Stream:
             smoothed=tuple(name for name in self.names if name in smoothed),
             decomposed={name: n for part in parts for name, n in part.decomposed.items()},
             kept={name: why for part in parts for name, why in part.kept.items()},
+            dtypes={name: dtype for part in parts for name, dtype in part.dtypes.items()},
         )
         record = done.record(self.scheme, self.kept)
         file_of, size = {}, 0

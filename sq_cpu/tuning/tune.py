@@ -23,6 +23,7 @@ from sq_cpu.models.calls import Batch
 from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
+from sq_cpu.models.unchanged import unchanged
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan, uniform_plan
@@ -120,7 +121,7 @@ def tune(
     if outliers < 0:
         raise SqCpuError(f"outliers={outliers}: a number of channels is >= 0")
     grid = _grid(alphas)
-    with linearized(model):
+    with linearized(model), unchanged(model):
         groups = {group.name: group for group in smoothing_groups(model)}
         uniform = uniform_plan(model, groups.values(), calibration, ignore=scheme.ignore)
         if batches is None and (sequential or method == "inc"):

@@ -62,5 +62,5 @@ def test_equal_configurations_have_one_key() -> None:
         activations="per_token"
     )
     assert json.loads(one.key)["layers"] == {"b": "float"}
-    with pytest.raises(SqCpuError, match="not a configuration"):
+    with pytest.raises(SqCpuError, match="the configuration is not"):
         Configuration.from_key("{}")

@@ -24,14 +24,14 @@ from sq_cpu.smoothing import scales
 def test_a_job_proves_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = planted("llama", num_hidden_layers=1)
     measure, proofs = Divergence(model), []
-    prove = evaluator.prove_folds
+    prove = evaluator.prove_with
 
     def counted(*args: Any) -> Any:
         proofs.append(prove(*args))
         return proofs[-1]
 
     for module in (evaluator, quantization):
-        monkeypatch.setattr(module, "prove_folds", counted)
+        monkeypatch.setattr(module, "prove_with", counted)
     settings: dict[str, Any] = {"costs": costs(model), "trials": 3, "space": QUICK}
     found = sq_cpu.autotune(model, batches(3), measure, 6e-5, progress=False, **settings)
     assert measure.calls > 3  # the first is that of the float model

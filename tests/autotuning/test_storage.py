@@ -31,7 +31,7 @@ def test_a_storage_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
 def test_a_worker_that_loses_the_race_for_the_tables_opens_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    open_for_good = storages.RDBStorage
+    open_for_good = storages._Storage
     lost = ["table studies already exists", "UNIQUE constraint failed: alembic_version"]
 
     def race(*arguments: Any, **options: Any) -> Any:
@@ -39,7 +39,7 @@ def test_a_worker_that_loses_the_race_for_the_tables_opens_them(
             raise RuntimeError(lost.pop())
         return open_for_good(*arguments, **options)
 
-    monkeypatch.setattr(storages, "RDBStorage", race)
+    monkeypatch.setattr(storages, "_Storage", race)
     monkeypatch.setattr(storages.time, "sleep", lambda _: None)
     with opened_storage(tmp_path / "study.db") as storage:
         assert not has_study(storage, "test")

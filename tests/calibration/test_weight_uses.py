@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from sq_cpu.calibration.calibrate import Calibration, calibrate
 from sq_cpu.calibration.weight_uses import CHANGED
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.families import register_family
+from sq_cpu.models.family import Family, Group, Stack
 from sq_cpu.quantization.quantize import quantize
 from sq_cpu.scheme import Scheme
+from sq_cpu.tuning.tune import tune
 
 Use = Callable[[nn.Linear, Tensor], Any]
 
@@ -180,3 +183,65 @@ def test_torchs_own_layers_call_their_int8_linears(kind: Any, scheme: str | None
     record: Any = model.sq_cpu_config
     assert record.layers == tuple(f"layers.{i}.linear{j}" for i in range(2) for j in (1, 2))
     assert 0 < (after - before).norm() < 0.02 * before.norm()
+
+
+def test_nothing_is_folded_into_a_weight_that_the_models_code_uses() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            # What hooks cannot see: this size changes with what is folded into the weight.
+            return (x + self.first(y) + self.second(y)) / self.second.weight.norm()
+
+    class LookingBlocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x)  # type: ignore[no-any-return]
+
+    group = Group(producer="norm", consumers=("first", "second"))
+    stack = Stack(blocks="layers", groups=(group,))
+    register_family(Family(model_types=("LookingBlocks",), stacks=(stack,)))
+    torch.manual_seed(0)
+    model, x = LookingBlocks().eval(), torch.randn(16, 8)
+    with torch.no_grad():
+        model.layers[0].norm.weight[0] = 20.0
+        before = model(x)
+    found = calibrate(model, [x])
+    assert found.in_float.keys() == {"layers.0.second"}
+    record: Any = quantize(model, found, scheme="O1").sq_cpu_config
+    (planned,) = record.plan.groups
+    assert not planned.fold
+    assert planned.note.startswith("layers.0.second: the model's own code uses its weight (norm)")
+    with torch.no_grad():
+        assert (model(x) - before).norm() < 0.02 * before.norm()
+
+
+@pytest.mark.parametrize("scheme", ["O1", "O3"])
+def test_linears_that_share_a_weight_are_quantized_each(scheme: str) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 8)
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.second(self.first(self.norm(x)).relu())
+            return self.last(y.relu())  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Tied().eval(), torch.randn(16, 8)
+    found = calibrate(model, [x])
+    assert found.in_float == {}
+    with torch.no_grad():
+        before = model(x)
+        for plan in (None, tune(model, found, scheme=scheme)):
+            quantized: Any = quantize(copy.deepcopy(model), found, plan, scheme=scheme)
+            assert quantized.sq_cpu_config.layers == ("last", "first", "second")
+            assert (quantized(x) - before).norm() < 0.03 * before.norm()

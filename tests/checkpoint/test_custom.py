@@ -200,3 +200,12 @@ def test_state_that_only_pickle_could_hold(tmp_path: Path) -> None:
 def test_a_compiled_model(tmp_path: Path) -> None:
     model = torch.compile(sq_cpu.quantize(net(), smooth=False))
     fails("is compiled; save the model itself, its _orig_mod", sq_cpu.save, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float64, torch.uint16])
+def test_dtypes_that_load_does_not_take(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    model.register_buffer("table", torch.zeros(3, dtype=dtype))
+    sq_cpu.quantize(model, smooth=False)
+    fails(f"table is {dtype}", sq_cpu.save, model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

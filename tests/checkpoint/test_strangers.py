@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from byte_models import save_float
 from command_line import error_of
 from sameness import assert_same_model
-from tiny import batches, tiny_model
+from tiny import batches, change_config, tiny_model
 from tiny_checkpoints import fails
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -63,6 +65,61 @@ def test_stock_transformers_refuses(tmp_path: Path) -> None:
         check=False,
     )
     assert (output.returncode, output.stdout) == (0, ""), output.stderr
+
+
+# --- other files ----------------------------------------------------------------------------------
+
+
+READERS = [sq_cpu.load, AutoModelForCausalLM.from_pretrained]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give a checkpoint of several files."""
+    model = sq_cpu.quantize(tiny_model("llama"), smooth=False)
+    return sq_cpu.save(model, tmp_path / "out", max_shard_size="20KB")
+
+
+def test_an_index_that_names_files_elsewhere(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    elsewhere = Path(shutil.copytree(folder, folder.with_name("elsewhere")))
+    expected = sq_cpu.load(folder)
+    text = index.read_text()
+    for where in (f"{elsewhere}/", "../elsewhere/"):
+        index.write_text(text.replace('"model-', f'"{where}model-', 1))
+        assert_same_model(sq_cpu.load(folder), expected)  # which does not need it
+        with pytest.raises((ValueError, OSError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_links_to_files_elsewhere_are_read(reader: Any, folder: Path) -> None:
+    # As in the cache of the hub's client.
+    expected = sq_cpu.load(folder)
+    blobs = folder.with_name("blobs")
+    blobs.mkdir()
+    for path in list(folder.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    assert_same_model(reader(folder), expected)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "safetensors"])
+def test_what_is_no_file(name: str, folder: Path) -> None:
+    (path, *_) = folder.glob(f"*{name}")
+    path.unlink()
+    os.mkfifo(path)
+    fails("cannot be read as JSON|does not exist", sq_cpu.load, folder)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    fails("cannot be read as JSON|does not exist", sq_cpu.load, folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_json_that_is_too_large(name: str, folder: Path) -> None:
+    with (folder / name).open("r+b") as file:
+        file.truncate(1 << 30)
+    fails("larger than 64 MB", sq_cpu.load, folder)
 
 
 # --- code from a model's folder -------------------------------------------------------------------
@@ -139,9 +196,23 @@ def test_code_runs_where_asked(own: Path, tmp_path: Path) -> None:
     assert_same_model(found, model)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_of_the_hub_is_not_fetched(key: str, tmp_path: Path) -> None:
+    folder = save_float(tmp_path / "float")
+    int8 = sq_cpu.save(sq_cpu.quantize(load_source(folder)[0], smooth=False), tmp_path / "int8")
+    for path, reader in ((folder, load_source), (int8, load_source), (int8, sq_cpu.load)):
+        change_config(path, lambda content: content.update({key: "someone/kernels"}))
+        fails("asks for a kernel of the hub, someone/kernels", reader, path)
+
+
 def test_code_that_is_not_needed_does_not_run(own: Path, tmp_path: Path) -> None:
     content = json.loads((own / "config.json").read_text())
     content |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (own / "config.json").write_text(json.dumps(content))
     load_source(own)
     assert not (tmp_path / "ran").exists()
+
+
+def test_code_is_not_streamed(tmp_path: Path) -> None:
+    given = ("quantize", tmp_path, "-o", tmp_path / "out", "--stream", "--trust-remote-code")
+    assert "leave out --stream or --trust-remote-code" in error_of(*given)

@@ -17,6 +17,7 @@ import sq_cpu
 from sq_cpu import cli
 from sq_cpu.checkpoint import save
 from sq_cpu.cli import demo
+from sq_cpu.errors import printable
 from sq_cpu.streaming import convert
 from sq_cpu.streaming.convert import linear_bytes
 
@@ -42,7 +43,9 @@ def test_whole_way(folder: Path, tmp_path: Path) -> None:
     assert generated["prompt"] == "Hello"
 
     plain = run("generate", out, "Hello", "--max-new-tokens", 5)
-    assert plain.stdout == "Hello" + generated["text"] + "\n"
+    controls = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # no line break, no tab
+    shown = controls.sub(lambda found: printable(found[0]), generated["text"])
+    assert plain.stdout == "Hello" + shown + "\n"
     assert "perplexity" in run("eval", out, *small()).stdout
 
 

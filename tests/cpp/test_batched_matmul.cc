@@ -355,6 +355,21 @@ void test_refusals() {
       {"a.data is null", one, {nullptr, false, {}}, right, 1, result},
       {"b.data is null", one, left, {nullptr, true, {}}, 1, result},
       {"y.data is null", one, left, right, 1, {nullptr, BatchedType::kFloat32, {}}},
+      {"the unknown BatchedType 5", one, left, right, 1, {y, static_cast<BatchedType>(5), {}}},
+      {"the result is more than", {1, 1, 1, int64_t{1} << 47, 1, 4}, left, right, 1, result},
+      {"2 strides of 9223372036854775807 in a",
+       {1, 1, 1, 2, 1, 4},
+       {a, false, {4, 4, std::numeric_limits<int64_t>::max()}},
+       right,
+       1,
+       {y, BatchedType::kFloat32, {2, 2, 1}}},
+      {"y overlaps itself: 2 strides of 1 over 2", {1, 1, 1, 2, 2, 4}, left, right, 1, result},
+      {"y overlaps itself: 2 strides of 1 over 2",
+       {1, 2, 1, 2, 1, 4},
+       left,
+       right,
+       1,
+       {y, BatchedType::kFloat32, {4, 1, 1}}},
   };
   for (const auto& r : bad) {
     check(refused(r.message, r.shape, r.a, r.b, r.alpha, r.y), r.message);

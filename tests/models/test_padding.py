@@ -15,6 +15,7 @@ import sq_cpu
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.models.padding import padding_of
 
 LENGTH = 16  # of every sequence: as many tokens, frames, and patches of images
 
@@ -174,3 +175,127 @@ def test_the_rows_that_count_are_those_that_padding_does_not_change(name: str, s
     others = {linear for linear in first if encoder in linear}
     assert name not in ("llava", "clip", "whisper") or others
     assert not others & partly
+
+
+# --- how a mask is given ------------------------------------------------------------------------
+
+
+def assert_same_ranges(found: sq_cpu.Calibration, expected: sq_cpu.Calibration) -> None:
+    assert found.rows_seen == expected.rows_seen
+    for name, low in expected.channel_min.items():
+        assert torch.equal(found.channel_min[name], low), name
+        assert torch.equal(found.channel_max[name], expected.channel_max[name]), name
+
+
+def four_dimensional(mask: Tensor, causal: bool) -> Tensor:
+    seen = mask.bool()[:, None, None, :].expand(-1, 1, LENGTH, -1)
+    return seen & torch.ones(LENGTH, LENGTH).tril().bool() if causal else seen
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "opt"])
+@pytest.mark.parametrize("form", ["position", "list", "bool", "float", "half", "inference"])
+def test_a_mask_in_any_form_is_the_same(name: str, form: str) -> None:
+    model, batch = model_of(name), batch_of(name, "right")
+    expected = sq_cpu.calibrate(model, [batch])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    given: dict[str, Any] = {
+        "position": (ids, mask),
+        "list": [ids, mask],
+        "bool": batch | {"attention_mask": mask.bool()},
+        "float": (ids, mask.float()),
+        "half": (ids, mask.half()),
+        "inference": batch,
+    }
+    with torch.inference_mode(form == "inference"):
+        assert_same_ranges(sq_cpu.calibrate(model, [given[form]]), expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added"])
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_mask_of_queries_and_tokens(name: str, kind: str) -> None:
+    model, batch = model_of(name), batch_of(name, "right")
+    expected = sq_cpu.calibrate(model, [batch])
+    mask = four_dimensional(batch["attention_mask"], causal=name == "llama")
+    if kind == "added":
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    found = sq_cpu.calibrate(model, [batch | {"attention_mask": mask}])
+    assert found.rows_seen == expected.rows_seen
+    for linear, low in expected.channel_min.items():
+        torch.testing.assert_close(found.channel_min[linear], low, rtol=1e-4, atol=1e-5)
+
+
+def test_an_added_bias_masks_nothing() -> None:
+    ids, bias = ids_of(1), -torch.rand(3, 4, LENGTH, LENGTH)
+    assert not padding_of(nn.Identity(), (), {"input_ids": ids, "attention_mask": bias}).masks
+    for other in (None, torch.ones(3, 5), torch.zeros(3), {"full_attention": torch.zeros(3, 16)}):
+        given = {"input_ids": ids, "attention_mask": other}
+        assert not padding_of(nn.Identity(), (), given).masks
+
+
+_ENCODER_DECODERS = ["bart", "marian", "m2m_100", "t5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "decoder"),
+    [
+        (name, decoder)
+        for name in _ENCODER_DECODERS
+        for decoder in ("ids", "labels", "same_tensor", "same_storage")
+    ]
+    + [("bart", "shifted")],  # which makes them of the encoder's
+)
+def test_a_decoder_without_a_mask_counts_whole(name: str, decoder: str) -> None:
+    model, batch = model_of(name), batch_of(name, "right")
+    del batch["decoder_attention_mask"]
+    ids = batch.pop("decoder_input_ids")
+    if decoder == "labels":
+        batch["labels"] = ids
+    elif decoder == "same_storage":
+        both = torch.cat([batch["input_ids"], ids])
+        batch |= {"input_ids": both[:3], "decoder_input_ids": both[3:]}
+    elif decoder != "shifted":
+        batch["decoder_input_ids"] = batch["input_ids"] if decoder == "same_tensor" else ids
+    seen = sq_cpu.calibrate(model, [batch]).rows_seen
+    masked = int(batch["attention_mask"].sum())
+    for linear, rows in seen.items():
+        of_encoder = "encoder." in linear and "encoder_attn" not in linear
+        cross = ("encoder_attn.k_proj", "encoder_attn.v_proj", "EncDecAttention.k")
+        of_encoder |= linear.endswith((*cross, "EncDecAttention.v"))
+        assert rows == (masked if of_encoder else 3 * LENGTH), linear
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "clip", *_ENCODER_DECODERS])
+def test_the_sampled_loss_leaves_out_what_is_padding(name: str) -> None:
+    """Gradients are those of the rows that count: of others there are none, and none flow."""
+    model, batch = model_of(name), batch_of(name, "right")
+    found = sq_cpu.calibrate(model, [batch], rows=1000, gradient_rows=1000, ignore=())
+    head = next((n for n in found.gradients if n.endswith(("lm_head", "decoder"))), None)
+    for linear, gradients in found.gradients.items():
+        assert len(gradients) == found.rows_seen[linear]
+        assert gradients.isfinite().all()
+    if name in _ENCODER_DECODERS:
+        assert head is not None
+        counted = int(batch["decoder_attention_mask"].sum())
+        assert found.rows_seen[head] == counted
+        # A position that the loss leaves out gives its row of the head no gradient at all.
+        assert (found.gradients[head].abs().amax(dim=1) > 0).all()
+
+
+class Transposed(nn.Module):
+    """Works on [tokens, batch, features], as XLNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(VOCABULARY, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.embed(input_ids.T) * attention_mask.T[..., None])
+        return y.transpose(0, 1)
+
+
+def test_tokens_may_come_first() -> None:
+    model, mask = Transposed(), mask_of("left", 16, 9, 4)
+    found = sq_cpu.calibrate(model, [(ids_of(1), mask)], rows=100)
+    assert found.rows_seen == {"linear": 29}
+    expected = model.embed(ids_of(1))[mask.bool()]
+    assert torch.equal(found.channel_max["linear"], expected.amax(dim=0))

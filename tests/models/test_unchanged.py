@@ -201,3 +201,24 @@ def test_transformers_models_are_as_they_were(name: str) -> None:
     sq_cpu.calibrate(model, inputs(name), gradient_rows=4)
     assert state_of(model) == before
     assert all(parameters[n] is parameter for n, parameter in model.named_parameters())
+
+
+class Counts(nn.Module):
+    """Counts its calls in a view of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(3))
+        self.first = self.cache[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.first.add_(1)
+        return x + self.cache[0]
+
+
+def test_views_stay_views() -> None:
+    model = Counts()
+    with unchanged(model):
+        model(torch.ones(1))
+    assert torch.equal(model.cache, torch.zeros(3))
+    assert model(torch.ones(1)) == 2

@@ -12,6 +12,8 @@ from other_models import ids, other_model
 from tiny import tiny_model
 from torch import Tensor, nn
 
+from sq_cpu.autotuning.configurations import Configuration
+from sq_cpu.autotuning.evaluator import Goal, TuningJob
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.models.linears import linearized
 from sq_cpu.quantization.quantize import quantize
@@ -130,3 +132,16 @@ def test_an_expert_without_tokens_is_what_it_was(scheme: str) -> None:
     assert all(torch.equal(model.get_submodule(name).weight, before[name]) for name in before)
     with torch.no_grad():  # on tokens that go to these, too
         assert model(torch.arange(60)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["mamba", "jamba", "llava"])
+def test_a_search_chooses_among_what_quantize_quantizes(name: str) -> None:
+    model = other_model(name)
+    found = calibrate(model, ids())
+    goal = Goal.of("1%")
+    job = TuningJob(model, found, lambda _: 1.0, goal, False, ("lm_head",))
+    for activations in ("per_token", "static"):
+        settings = Configuration(activations=activations, smoothing="smoothquant", alpha=(0.5,))
+        record: Any = quantize(copy.deepcopy(model), found, job.plan(settings)).sq_cpu_config
+        assert set(record.layers) == job.linears.keys()
+        assert record.kept.keys() >= {*found.unreached, *found.in_float}

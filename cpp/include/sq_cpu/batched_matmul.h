@@ -18,7 +18,8 @@
 //
 // Any size may be 0 (k = 0 gives zeros) and k at most kMaxDepth. Strides count elements, may
 // be 0 or negative for A and B, and are not read where there is one or none to step over. Y must
-// overlap neither itself nor an input. Pointers need no alignment beyond their type's.
+// overlap neither itself, which its strides are checked for, nor an input. Pointers need no
+// alignment beyond their type's.
 //
 // Runs on the caller's OpenMP threads, alone when called inside a parallel region, and may be
 // called from several threads at once. Workspace: up to 2 to 20 MB per thread, kept for the next

@@ -16,7 +16,9 @@
 // Pointers need no alignment (64 bytes is fastest). Inputs and outputs must not overlap. Every
 // function may be called from several threads at once and runs on the caller's OpenMP threads,
 // alone when it is called inside a parallel region. Denormal numbers count, whatever the caller's
-// floating-point mode. Errors: std::invalid_argument on bad arguments, whose message names them;
+// floating-point mode; in a forked child each call runs alone, as the pool's threads stayed behind.
+// Errors: std::invalid_argument on bad arguments, whose message names them (null, a size that is
+// negative or more than 2^48 bytes, an enum without such a value; addresses are believed);
 // std::runtime_error where SQ_CPU_ISA cannot be met; std::bad_alloc.
 //
 // Memory: each calling thread keeps the workspace of its calls for the next ones and frees it when

@@ -4,7 +4,8 @@
 //   s = u[2j] * w[2j] + u[2j+1] * w[2j+1],   j = 0 .. ceil(k / 2) - 1,
 // and clips s to [-32768, 32767]; with 8-bit codes |s| reaches 2 * 255 * 128 = 65280. The kernels
 // of this library never clip: they use vpmaddubsw with 7-bit codes only (reduce_range), where |s|
-// is at most 2 * 127 * 128 = 32512. The count says how much clipping reduce_range, or exactness, avoids.
+// is at most 2 * 127 * 128 = 32512. The count says how much clipping reduce_range, or exactness,
+// avoids.
 #pragma once
 
 #include <cstdint>

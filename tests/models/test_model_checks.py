@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,6 +82,21 @@ def _distributed(model: Any) -> Any:
     return model
 
 
+def _traced(_: Any) -> Any:
+    with pytest.deprecated_call():
+        return torch.jit.trace(nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3))
+
+
+def _lazy(_: Any) -> Any:
+    return nn.Sequential(nn.LazyLinear(3))
+
+
+def _sparse(model: Any) -> Any:
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.detach().to_sparse(), False)
+    return model
+
+
 def _of_another_tool(model: Any) -> Any:
     model.hf_quantizer = object()
     model.config.quantization_config = SimpleNamespace(quant_method="bitsandbytes")
@@ -100,6 +116,8 @@ MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "path": (lambda _: "model/", r"the model is a str, not a torch.nn.Module: load it"),
     "compiled": (_compiled, r"the model \(OptimizedModule\) is compiled, .*: give the model as it"),
     "in_place": (_compiled_in_place, r"model.layers.1 \(LlamaDecoderLayer\) is compiled"),
+    "traced": (_traced, r"the model \(TopLevelTracedModule\) is compiled"),
+    "lazy": (_lazy, "0.weight has no shape yet: call the model once"),
     "offloaded": (
         _offloaded,
         r"model.layers.0.self_attn.q_proj.weight is on the meta device .*load",
@@ -114,8 +132,12 @@ MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {
 WEIGHTS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "float64": (lambda model: model.double(), r"q_proj.weight is float64; .*model.float\(\)"),
     "one_in_double": (_one_in_double, r"1.mlp.down_proj.weight is float64; .*ignore this linear"),
-    "foreign": (_foreign, r"up_proj.weight is a .*Foreign, no plain tensor: .*ignore this linear"),
-    "sharded": (_distributed, r"up_proj.weight is a .*DTensor, no plain tensor"),
+    "foreign": (
+        _foreign,
+        r"up_proj.weight is a .*Foreign .*, no plain tensor: .*ignore this linear",
+    ),
+    "sparse": (_sparse, r"up_proj.weight is a .*Parameter \(torch.sparse_coo\), no plain tensor"),
+    "sharded": (_distributed, r"up_proj.weight is a .*DTensor .*, no plain tensor"),
 }
 
 
@@ -178,6 +200,43 @@ def test_weights_are_refused_unless_ignored(name: str, verb: str, found: Calibra
 def test_what_is_no_calibration_is_refused(verb: str, wrong: Any) -> None:
     message = f"calibration is a {type(wrong).__name__}, not a Calibration: make one with calibrate"
     _refuse(message, partial(_verbs(wrong)[verb], tiny_model("llama")))
+
+
+@pytest.mark.parametrize(
+    "wrong", [Path("batches"), "batches", None, 3, batches()[0], {"a": 1}], ids=type
+)
+def test_what_are_no_batches_is_refused(wrong: Any) -> None:
+    message = (
+        rf"batches is one {type(wrong).__name__}; pass an iterable of batches, as in \[batch\]"
+    )
+    _refuse(message, lambda: calibrate(tiny_model("llama"), wrong))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"unknown": batches()[0]},
+        {"attention_mask": batches()[0]},
+        (batches()[0], batches()[0], batches()[0], 1, 2, 3, 4, 5, 6, 7, 8, 9),
+        batches()[0].float(),
+        batches()[0][0],
+    ],
+)
+def test_a_batch_that_the_forward_does_not_take_is_named(batch: Any) -> None:
+    model = tiny_model("llama")
+    _refuse(
+        r"calibration batch 1: the model's forward fails \(.*\); give it what model\(...\) takes"
+        "|tokenize with the model's own",
+        lambda: calibrate(model, [batches()[0], batch]),
+    )
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_names_to_ignore_come_in_a_tuple() -> None:
+    _refuse(
+        r"ignore is 'down_proj', not a tuple of names: use \('down_proj',\)",
+        lambda: calibrate(tiny_model("llama"), batches(), ignore="down_proj"),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "bert", "gemma3_text", "t5"])
