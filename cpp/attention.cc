@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "attend.h"
 #include "blocking.h"
 #include "check.h"
 #include "dispatch.h"
@@ -52,6 +53,9 @@ int64_t rotated_block(int64_t head_dim) { return head_dim & -head_dim; }
 
 int64_t whole_vectors(int64_t count) { return ceil_div(count, kStripColumns) * kStripColumns; }
 
+// Of a HeadCoder's workspace.
+int64_t head_floats(int64_t head_dim) { return 2 * whole_vectors(head_dim); }
+
 int64_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 RowArgs head_row(const HeadRows& x, int64_t row, int64_t head, int64_t head_dim) {
@@ -63,13 +67,31 @@ RowArgs head_row(const HeadRows& x, int64_t row, int64_t head, int64_t head_dim)
 // Rows of heads as codes, of which 128 is 0.
 class HeadCoder {
  public:
-  HeadCoder(int64_t head_dim, const RowKernels& kernels, float* rotated)
-      : head_dim_(head_dim), kernels_(kernels), rotated_(rotated) {}
+  // `floats`: head_floats() of them.
+  HeadCoder(int64_t head_dim, const RowKernels& kernels, float* floats)
+      : head_dim_(head_dim),
+        kernels_(kernels),
+        rotated_(floats),
+        transformed_(floats + whole_vectors(head_dim)) {}
 
-  // Returns the scale of the codes of `rows`' row, rotated.
-  float rotate(const HeadRows& rows, int64_t row, int64_t head, uint8_t* u, int64_t u_tile) const {
-    kernels_.rotate[static_cast<int>(rows.type)](head_row(rows, row, head, head_dim_),
-                                                 rotated_block(head_dim_), rotated_);
+  // Returns the scale of the codes of `rows`' row: transformed, then rotated.
+  float rotate(const HeadRows& rows, const HeadTransform& transform, int64_t row, int64_t head,
+               uint8_t* u, int64_t u_tile) const {
+    RowArgs source = head_row(rows, row, head, head_dim_);
+    if (transform.norm.kind != Norm::Kind::kNone) {
+      const Norm& norm = transform.norm;
+      kernels_.normalize({static_cast<const float*>(source.x), head_dim_, norm.weight, norm.bias,
+                          norm.kind == Norm::Kind::kLayer, norm.eps, false, transformed_});
+      source.x = transformed_;
+    }
+    if (transform.rotary != nullptr) {
+      const Rotary& rotary = *transform.rotary;
+      const float* const table = rotary.table + transform.positions[row] * 2 * rotary.rotated;
+      kernels_.rotate_positions({static_cast<const float*>(source.x), head_dim_, table,
+                                 rotary.rotated, rotary.interleaved, transformed_});
+      source.x = transformed_;
+    }
+    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), rotated_);
     return code(DType::kFloat32, {rotated_, nullptr, head_dim_}, u, u_tile);
   }
 
@@ -86,7 +108,8 @@ class HeadCoder {
 
   const int64_t head_dim_;
   const RowKernels& kernels_;
-  float* const rotated_;  // whole_vectors(head_dim)
+  float* const rotated_;
+  float* const transformed_;
 };
 
 std::byte* page_of(const KvCache& cache, const Sequences& sequences, const PageLayout& layout,
@@ -136,34 +159,26 @@ Range visible(const AttentionOptions& options, int64_t position, int64_t length)
 
 // What all tasks of a call share.
 struct Job {
-  Job(const KvCache& cache_, const Sequences& sequences_, int64_t heads, const HeadRows& q_,
-      const AttentionOptions& options_, const HeadResult& y_)
-      : cache(cache_),
-        sequences(sequences_),
-        q(q_),
-        options(options_),
-        y(y_),
+  Job(const AttentionArgs& args_, Isa isa_)
+      : args(args_),
+        cache(args_.cache),
+        sequences(args_.sequences),
+        options(args_.options),
         page(cache.head_dim),
-        group(heads / cache.kv_heads),
+        group(args.heads / cache.kv_heads),
         columns(whole_vectors(cache.head_dim)),
-        isa(active_isa()),
+        isa(isa_),
         kernels(row_kernels(isa)) {
     const double rotated = 1.0 / rotated_block(cache.head_dim);
-    const double cap = options.softcap;
-    score = static_cast<float>(options.scale * rotated * (cap > 0 ? 2 * kLog2E / cap : kLog2E));
-    this->cap = static_cast<float>(cap * kLog2E);
+    const double soft = options.softcap;
+    score = static_cast<float>(options.scale * rotated * (soft > 0 ? 2 * kLog2E / soft : kLog2E));
+    cap = static_cast<float>(soft * kLog2E);
   }
 
-  int64_t first_row(int64_t sequence) const { return sequences.first_row[sequence]; }
-  int64_t new_tokens(int64_t sequence) const {
-    return first_row(sequence + 1) - first_row(sequence);
-  }
-
+  const AttentionArgs& args;
   const KvCache& cache;
   const Sequences& sequences;
-  const HeadRows& q;
   const AttentionOptions& options;
-  const HeadResult& y;
   const PageLayout page;
   const int64_t group;    // query heads of a kv head
   const int64_t columns;  // of values, in whole vectors
@@ -173,13 +188,11 @@ struct Job {
   float cap;
 };
 
-// A block of query rows: row r of a kv head is its query head r % group of token r / group.
-struct Block {
-  int64_t sequence;
-  int64_t kv_head;
-  Range rows;
-  Range keys;  // that any of the rows sees
-};
+using Block = AttentionBlock;
+
+int64_t new_tokens(const Sequences& sequences, int64_t sequence) {
+  return sequences.first_row[sequence + 1] - sequences.first_row[sequence];
+}
 
 Range chunks_of(const Block& block) {
   if (block.keys.size() <= 0) return {0, 0};
@@ -216,12 +229,12 @@ class Softmaxes {
 
 class Worker {
  public:
-  static int64_t bytes(const Job& job) {
-    return whole_lines(kRowsOfTask * job.page.depth_tiles * kTileDepth +    // codes of q
-                       kRowsOfTask * kPageTokens +                          // codes of p
-                       kMaxRows * std::max(job.columns, kPageTokens) * 4 +  // sums
-                       job.columns * 4 +                                    // rotated
-                       2 * Softmaxes::floats(job.columns) * 4);
+  static int64_t bytes(int64_t head_dim) {
+    const int64_t depth = k_block_count(head_dim) * kTileDepth, columns = whole_vectors(head_dim);
+    return whole_lines(kRowsOfTask * depth +                            // codes of q
+                       kRowsOfTask * kPageTokens +                      // codes of p
+                       kMaxRows * std::max(columns, kPageTokens) * 4 +  // sums
+                       head_floats(head_dim) * 4 + 2 * Softmaxes::floats(columns) * 4);
   }
 
   Worker(const Job& job, std::byte* workspace)
@@ -229,7 +242,7 @@ class Worker {
         q_codes_(take<uint8_t>(workspace, kRowsOfTask * job.page.depth_tiles * kTileDepth)),
         p_codes_(take<uint8_t>(workspace, kRowsOfTask * kPageTokens)),
         sums_(take<int32_t>(workspace, kMaxRows * std::max(job.columns, kPageTokens))),
-        rotated_(take<float>(workspace, job.columns)),
+        head_(take<float>(workspace, head_floats(job.cache.head_dim))),
         chunk_(take<float>(workspace, Softmaxes::floats(job.columns)), job.columns),
         all_(take<float>(workspace, Softmaxes::floats(job.columns)), job.columns) {}
 
@@ -255,6 +268,7 @@ class Worker {
     attend(chunk, own);
     end();
     if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks.size()) return;
+    finished.store(0, std::memory_order_relaxed);  // for the next attention
     start(all_);
     for (int64_t i = 0; i < chunks.size(); ++i) {
       all_.merge(Softmaxes(partial + i * floats, job_.columns), block.rows.size(), job_.kernels);
@@ -272,16 +286,16 @@ class Worker {
 
   void begin(const Block& block) {
     block_ = block;
-    const int64_t rows = block.rows.size(), first = job_.first_row(block.sequence);
+    const int64_t rows = block.rows.size(), first = job_.sequences.first_row[block.sequence];
     const int64_t length = job_.sequences.length[block.sequence];
-    const int64_t before = length - job_.new_tokens(block.sequence);
+    const int64_t before = length - new_tokens(job_.sequences, block.sequence);
     kernel_ = &choose_microkernel(job_.isa, 255, rows);
     codes_ = CodeLayout(rows, job_.cache.head_dim);
-    const HeadCoder coder(job_.cache.head_dim, job_.kernels, rotated_);
+    const HeadCoder coder(job_.cache.head_dim, job_.kernels, head_);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = block.rows.begin + r;
-      const float scale = coder.rotate(job_.q, first + row / job_.group, head(row),
-                                       q_codes_ + codes_.offset(r), codes_.tile);
+      const float scale = coder.rotate(job_.args.q, job_.args.transform, first + row / job_.group,
+                                       head(row), q_codes_ + codes_.offset(r), codes_.tile);
       q_scale_[r] = scale * job_.score;
       position_[r] = before + row / job_.group;
       keys_[r] = visible(job_.options, position_[r], length);
@@ -376,8 +390,8 @@ class Worker {
   }
 
   void finish(const Softmaxes& all) const {
-    const HeadResult& y = job_.y;
-    const int64_t first = job_.first_row(block_.sequence);
+    const HeadResult& y = job_.args.y;
+    const int64_t first = job_.sequences.first_row[block_.sequence];
     for (int64_t r = 0; r < block_.rows.size(); ++r) {
       const int64_t row = block_.rows.begin + r;
       char* const out = static_cast<char*>(y.data) +
@@ -391,7 +405,7 @@ class Worker {
   uint8_t* const q_codes_;
   uint8_t* const p_codes_;
   int32_t* const sums_;
-  float* const rotated_;
+  float* const head_;
   Softmaxes chunk_, all_;
   Block block_{};
   CodeLayout codes_{0, 0};
@@ -403,6 +417,12 @@ class Worker {
   int32_t first_[kRowsOfTask], last_[kRowsOfTask];
   float carry_[kMaxRows], unit_[kMaxRows];
 };
+
+int64_t row_count(const Sequences& sequences) {
+  return sequences.count == 0 ? 0 : sequences.first_row[sequences.count];
+}
+
+}  // namespace
 
 void check(const KvCache& cache, const Sequences& sequences) {
   SQ_CHECK(cache.kv_heads > 0, "the cache has ", cache.kv_heads, " kv heads");
@@ -430,10 +450,6 @@ void check(const KvCache& cache, const Sequences& sequences) {
   }
 }
 
-int64_t row_count(const Sequences& sequences) {
-  return sequences.count == 0 ? 0 : sequences.first_row[sequences.count];
-}
-
 void check(const AttentionOptions& options) {
   SQ_CHECK(std::isfinite(options.scale), "attention: scale is ", options.scale);
   SQ_CHECK(options.softcap >= 0 && std::isfinite(options.softcap), "attention: softcap is ",
@@ -442,83 +458,93 @@ void check(const AttentionOptions& options) {
   SQ_CHECK(options.window == 0 || options.causal, "attention: a window needs causal attention");
 }
 
-// The blocks of a call, the last rows of a sequence first: they see most.
-std::vector<Block> blocks_of(const Job& job) {
-  std::vector<Block> blocks;
-  for (int64_t sequence = 0; sequence < job.sequences.count; ++sequence) {
-    const int64_t length = job.sequences.length[sequence];
-    const int64_t rows = job.new_tokens(sequence) * job.group;
-    for (int64_t i = ceil_div(rows, kRowsOfTask) - 1; i >= 0; --i) {
-      const Range block{i * kRowsOfTask, std::min((i + 1) * kRowsOfTask, rows)};
-      const int64_t before = length - job.new_tokens(sequence);
-      const Range first = visible(job.options, before + block.begin / job.group, length);
-      const Range last = visible(job.options, before + (block.end - 1) / job.group, length);
-      for (int64_t kv_head = 0; kv_head < job.cache.kv_heads; ++kv_head) {
-        blocks.push_back({sequence, kv_head, block, {first.begin, last.end}});
-      }
-    }
-  }
-  return blocks;
-}
-
-int workers_for(const std::vector<Block>& blocks, int64_t head_dim) {
-  double products = 0;
-  for (const Block& block : blocks) products += block.rows.size() * block.keys.size();
-  const auto keys = static_cast<int64_t>(products / kRowsOfTask);
-  return worker_count(kRowsOfTask, keys, 2 * head_dim);
-}
-
-// A task for each block.
-void run_blocks(const Job& job, const std::vector<Block>& blocks, int workers) {
-  thread_local Scratch<std::byte> scratch;
-  std::byte* const workspace = scratch.get(Worker::bytes(job) * workers);
-  WorkCounter counter;
-  const auto count = static_cast<int64_t>(blocks.size());
-  run_team(workers, [&](int worker, int) {
-    Worker own(job, workspace + Worker::bytes(job) * worker);
-    for (int64_t i; (i = counter.take(count)) < count;) own.run(blocks[i]);
-  });
-}
-
-// A task for each chunk: for fewer blocks than would keep the workers busy.
-void run_chunks(const Job& job, const std::vector<Block>& blocks, int workers) {
-  struct Task {
-    const Block* block;
-    int64_t chunk;
-    int64_t partial;  // the block's first, in floats
-    std::atomic<int>* finished;
-  };
-  std::vector<std::atomic<int>> finished(blocks.size());
-  std::vector<Task> tasks;
-  int64_t floats = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const Range chunks = chunks_of(blocks[i]);
-    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      tasks.push_back({&blocks[i], chunk, floats, &finished[i]});
-    }
-    floats += chunks.size() * Softmaxes::floats(job.columns);
-  }
-  thread_local Scratch<std::byte> scratch;
-  thread_local Scratch<float> partial_scratch;
-  std::byte* const workspace = scratch.get(Worker::bytes(job) * workers);
-  float* const partial = partial_scratch.get(floats);
-  WorkCounter counter;
-  const auto count = static_cast<int64_t>(tasks.size());
-  run_team(workers, [&](int worker, int) {
-    Worker own(job, workspace + Worker::bytes(job) * worker);
-    for (int64_t i; (i = counter.take(count)) < count;) {
-      const Task& task = tasks[i];
-      own.run_chunk(*task.block, task.chunk, partial + task.partial, *task.finished);
-    }
-  });
-}
-
-}  // namespace
-
 int64_t page_bytes(int64_t head_dim) {
   SQ_CHECK(head_dim > 0 && head_dim <= kMaxHeadDim, "a head of ", head_dim, "; it has 1 .. ",
            kMaxHeadDim);
   return PageLayout(head_dim).bytes;
+}
+
+int64_t append_workspace(int64_t head_dim) {
+  return whole_lines(head_floats(head_dim) * 4 + k_block_count(head_dim) * kTileDepth);
+}
+
+void append_pages(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
+                  int worker, int workers) {
+  const Sequences& sequences = args.sequences;
+  const int64_t head_dim = args.cache.head_dim;
+  const PageLayout layout(head_dim);
+  auto* const floats = reinterpret_cast<float*>(workspace);
+  auto* const u = reinterpret_cast<uint8_t*>(floats + head_floats(head_dim));
+  const HeadCoder coder(head_dim, kernels, floats);
+  int64_t turn = 0;  // by whole pages: no two threads write into one
+  for (int64_t i = 0; i < sequences.count; ++i) {
+    const int64_t end = sequences.length[i], begin = end - new_tokens(sequences, i);
+    for (int64_t page = begin / kPageTokens; page * kPageTokens < end && begin < end; ++page) {
+      for (int64_t head = 0; head < args.cache.kv_heads; ++head) {
+        if (turn++ % workers != worker) continue;
+        std::byte* const at = page_of(args.cache, sequences, layout, i, page * kPageTokens, head);
+        const int64_t last = std::min((page + 1) * kPageTokens, end);
+        for (int64_t token = std::max(begin, page * kPageTokens); token < last; ++token) {
+          const int64_t row = sequences.first_row[i] + token - begin, slot = token % kPageTokens;
+          const float key_scale = coder.rotate(args.k, args.transform, row, head, u, kTileDepth);
+          put_key(at, layout, slot, u, head_dim, key_scale);
+          const float value_scale = coder.keep(args.v, row, head, u);
+          put_value(at, layout, slot, u, head_dim, value_scale);
+        }
+      }
+    }
+  }
+}
+
+AttentionPlan::AttentionPlan(const Sequences& sequences, int64_t heads, int64_t kv_heads,
+                             int64_t head_dim, const AttentionOptions& options, int available)
+    : head_dim_(head_dim) {
+  const int64_t group = heads / kv_heads;
+  double products = 0;
+  for (int64_t sequence = 0; sequence < sequences.count; ++sequence) {
+    const int64_t length = sequences.length[sequence];
+    const int64_t before = length - new_tokens(sequences, sequence);
+    const int64_t rows = new_tokens(sequences, sequence) * group;
+    // The last rows of a sequence first: they see most.
+    for (int64_t i = ceil_div(rows, kRowsOfTask) - 1; i >= 0; --i) {
+      const Range block{i * kRowsOfTask, std::min((i + 1) * kRowsOfTask, rows)};
+      const Range first = visible(options, before + block.begin / group, length);
+      const Range last = visible(options, before + (block.end - 1) / group, length);
+      const Range keys{first.begin, last.end};
+      products += static_cast<double>(block.size()) * keys.size() * kv_heads;
+      for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+        blocks_.push_back({sequence, kv_head, block, keys});
+      }
+    }
+  }
+  workers_ = useful_threads(kRowsOfTask, static_cast<int64_t>(products / kRowsOfTask), 2 * head_dim,
+                            available);
+  if (workers_ == 1 || blocks() >= 4 * workers_) return;
+  // Too few blocks to keep the workers busy: a task for each chunk.
+  for (int64_t i = 0; i < blocks(); ++i) {
+    const Range chunks = chunks_of(blocks_[i]);
+    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      tasks_.push_back({i, chunk, partials_});
+    }
+    partials_ += chunks.size() * Softmaxes::floats(whole_vectors(head_dim));
+  }
+}
+
+int64_t AttentionPlan::workspace() const { return Worker::bytes(head_dim_); }
+
+void AttentionPlan::run(const AttentionArgs& args, Isa isa, WorkCounter& counter,
+                        std::atomic<int>* finished, std::byte* workspace, float* partials) const {
+  const Job job(args, isa);
+  Worker own(job, workspace);
+  const auto count = static_cast<int64_t>(tasks_.empty() ? blocks_.size() : tasks_.size());
+  for (int64_t i; (i = counter.take(count)) < count;) {
+    if (tasks_.empty()) {
+      own.run(blocks_[i]);
+    } else {
+      const Task& task = tasks_[i];
+      own.run_chunk(blocks_[task.block], task.chunk, partials + task.partial, finished[task.block]);
+    }
+  }
 }
 
 void append(const KvCache& cache, const Sequences& sequences, const HeadRows& k,
@@ -527,35 +553,14 @@ void append(const KvCache& cache, const Sequences& sequences, const HeadRows& k,
   const int64_t rows = row_count(sequences);
   SQ_CHECK(rows == 0 || (k.data != nullptr && v.data != nullptr), "append: k or v is null");
   if (rows == 0) return;
-  const PageLayout layout(cache.head_dim);
+  const AppendArgs args{cache, sequences, k, v, {}};
   const RowKernels& kernels = row_kernels(active_isa());
-  const int64_t own_bytes = whole_lines(layout.depth_tiles * kTileDepth * 5);
+  const int64_t own_bytes = append_workspace(cache.head_dim);
   const int workers = worker_count(rows, cache.kv_heads, 8 * cache.head_dim);
   thread_local Scratch<std::byte> scratch;
   std::byte* const workspace = scratch.get(own_bytes * workers);
   run_team(workers, [&](int worker, int count) {
-    auto* const rotated = reinterpret_cast<float*>(workspace + own_bytes * worker);
-    auto* const u = reinterpret_cast<uint8_t*>(rotated + layout.depth_tiles * kTileDepth);
-    const HeadCoder coder(cache.head_dim, kernels, rotated);
-    int64_t turn = 0;  // by whole pages: no two threads write into one
-    for (int64_t i = 0; i < sequences.count; ++i) {
-      const int64_t end = sequences.length[i];
-      const int64_t begin = end - (sequences.first_row[i + 1] - sequences.first_row[i]);
-      for (int64_t page = begin / kPageTokens; page * kPageTokens < end && begin < end; ++page) {
-        for (int64_t head = 0; head < cache.kv_heads; ++head) {
-          if (turn++ % count != worker) continue;
-          std::byte* const at = page_of(cache, sequences, layout, i, page * kPageTokens, head);
-          const int64_t last = std::min((page + 1) * kPageTokens, end);
-          for (int64_t token = std::max(begin, page * kPageTokens); token < last; ++token) {
-            const int64_t row = sequences.first_row[i] + token - begin;
-            const float key_scale = coder.rotate(k, row, head, u, kTileDepth);
-            put_key(at, layout, token % kPageTokens, u, cache.head_dim, key_scale);
-            const float value_scale = coder.keep(v, row, head, u);
-            put_value(at, layout, token % kPageTokens, u, cache.head_dim, value_scale);
-          }
-        }
-      }
-    }
+    append_pages(args, kernels, workspace + own_bytes * worker, worker, count);
   });
 }
 
@@ -568,11 +573,18 @@ void attention(const KvCache& cache, const Sequences& sequences, int64_t heads, 
   const int64_t rows = row_count(sequences);
   SQ_CHECK(rows == 0 || (q.data != nullptr && y.data != nullptr), "attention: q or y is null");
   if (rows == 0) return;
-  const Job job(cache, sequences, heads, q, options, y);
-  const std::vector<Block> blocks = blocks_of(job);
-  const int workers = workers_for(blocks, cache.head_dim);
-  const bool few = static_cast<int64_t>(blocks.size()) < 4 * workers;
-  (workers > 1 && few ? run_chunks : run_blocks)(job, blocks, workers);
+  const AttentionArgs args{cache, sequences, heads, q, {}, options, y};
+  const AttentionPlan plan(sequences, heads, cache.kv_heads, cache.head_dim, options, pool_size());
+  std::vector<std::atomic<int>> finished(plan.blocks());
+  thread_local Scratch<std::byte> scratch;
+  thread_local Scratch<float> partial_scratch;
+  std::byte* const workspace = scratch.get(plan.workspace() * plan.workers());
+  float* const partials = partial_scratch.get(plan.partials());
+  WorkCounter counter;
+  const Isa isa = active_isa();
+  run_team(plan.workers(), [&](int worker, int) {
+    plan.run(args, isa, counter, finished.data(), workspace + plan.workspace() * worker, partials);
+  });
 }
 
 }  // namespace sq_cpu
