@@ -7,32 +7,13 @@
 #include "blocking.h"
 #include "gemm.h"
 #include "kernel.h"
+#include "kv_page.h"
 #include "sq_cpu/attention.h"
-#include "sq_cpu/program.h"
 
 namespace sq_cpu {
 
-void check(const KvCache& cache, const Sequences& sequences);
-void check(const AttentionOptions& options);
-
-// What becomes of a row of q or k before it is rotated by Hadamard and rounded; fp32 rows only.
-struct HeadTransform {
-  Norm norm;
-  const Rotary* rotary = nullptr;
-  const int64_t* positions = nullptr;  // [rows]
-};
-
-struct AppendArgs {
-  const KvCache& cache;
-  const Sequences& sequences;
-  HeadRows k, v;
-  HeadTransform transform;  // of k
-};
-
-int64_t append_workspace(int64_t head_dim);  // bytes of each worker's
-// Worker `worker` of `workers`: its pages.
-void append_pages(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
-                  int worker, int workers);
+// Throws std::invalid_argument for options that heads of this size cannot have.
+void check_options(const AttentionOptions& options, int64_t head_dim);
 
 struct AttentionArgs {
   const KvCache& cache;

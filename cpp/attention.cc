@@ -1,11 +1,11 @@
-// append() and attention(). A task is a kv head of a sequence, a block of query rows, and chunks of
+// attention(). A task is a kv head of a sequence, a block of query rows, and chunks of
 // its keys. The query heads of a group are rows of one product, so a page is read once for all.
 #include "sq_cpu/attention.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -14,8 +14,8 @@
 #include "check.h"
 #include "dispatch.h"
 #include "gemm.h"
-#include "layout.h"
-#include "quantize.h"
+#include "kv_page.h"
+#include "operands.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -28,134 +28,24 @@ constexpr int64_t kRowsOfTask = 32;  // two blocks of codes: what a call of AMX 
 static_assert(kChunkTokens % kPageTokens == 0);
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNoKey = -std::numeric_limits<float>::infinity();
-constexpr ActivationQuantizer kQuantizer;  // per row, symmetric
-
-// Where the parts of a page lie.
-struct PageLayout {
-  explicit PageLayout(int64_t head_dim)
-      : depth_tiles(k_block_count(head_dim)),
-        value_tiles(strip_count(head_dim)),
-        key_strip(depth_tiles * kTileBytes),
-        values(kPageTokens / kStripColumns * key_strip),
-        key_scale(values + value_tiles * kTileBytes),
-        value_scale(key_scale + kPageTokens * int64_t{sizeof(float)}),
-        key_offset(value_scale + kPageTokens * int64_t{sizeof(float)}),
-        bytes(key_offset + kPageTokens * int64_t{sizeof(int32_t)}) {}
-  const int64_t depth_tiles;
-  const int64_t value_tiles;
-  const int64_t key_strip;                                   // bytes of a strip of keys
-  const int64_t values, key_scale, value_scale, key_offset;  // offsets
-  const int64_t bytes;
-};
-
-// The largest power of two that divides the head: blocks of the rotation.
-int64_t rotated_block(int64_t head_dim) { return head_dim & -head_dim; }
-
-int64_t whole_vectors(int64_t count) { return ceil_div(count, kStripColumns) * kStripColumns; }
-
-// Of a HeadCoder's workspace.
-int64_t head_floats(int64_t head_dim) { return 2 * whole_vectors(head_dim); }
-
-int64_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
-
-RowArgs head_row(const HeadRows& x, int64_t row, int64_t head, int64_t head_dim) {
-  return {static_cast<const char*>(x.data) +
-              (row * x.row_stride + head * x.head_stride) * bytes_of(x.type),
-          nullptr, head_dim};
-}
-
-// Rows of heads as codes, of which 128 is 0.
-class HeadCoder {
- public:
-  // `floats`: head_floats() of them.
-  HeadCoder(int64_t head_dim, const RowKernels& kernels, float* floats)
-      : head_dim_(head_dim),
-        kernels_(kernels),
-        rotated_(floats),
-        transformed_(floats + whole_vectors(head_dim)) {}
-
-  // Returns the scale of the codes of `rows`' row: transformed, then rotated.
-  float rotate(const HeadRows& rows, const HeadTransform& transform, int64_t row, int64_t head,
-               uint8_t* u, int64_t u_tile) const {
-    RowArgs source = head_row(rows, row, head, head_dim_);
-    if (transform.norm.kind != Norm::Kind::kNone) {
-      const Norm& norm = transform.norm;
-      kernels_.normalize({static_cast<const float*>(source.x), head_dim_, norm.weight, norm.bias,
-                          norm.kind == Norm::Kind::kLayer, norm.eps, false, transformed_});
-      source.x = transformed_;
-    }
-    if (transform.rotary != nullptr) {
-      const Rotary& rotary = *transform.rotary;
-      const float* const table = rotary.table + transform.positions[row] * 2 * rotary.rotated;
-      kernels_.rotate_positions({static_cast<const float*>(source.x), head_dim_, table,
-                                 rotary.rotated, rotary.interleaved, transformed_});
-      source.x = transformed_;
-    }
-    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), rotated_);
-    return code(DType::kFloat32, {rotated_, nullptr, head_dim_}, u, u_tile);
-  }
-
-  float keep(const HeadRows& rows, int64_t row, int64_t head, uint8_t* u) const {
-    return code(rows.type, head_row(rows, row, head, head_dim_), u, kTileDepth);
-  }
-
- private:
-  float code(DType type, const RowArgs& row, uint8_t* u, int64_t u_tile) const {
-    const RowCode code = make_code(kQuantizer, kernels_.stats[static_cast<int>(type)](row));
-    kernels_.quantize[static_cast<int>(type)](row, code.grid, u, u_tile);
-    return code.scale;
-  }
-
-  const int64_t head_dim_;
-  const RowKernels& kernels_;
-  float* const rotated_;
-  float* const transformed_;
-};
-
-std::byte* page_of(const KvCache& cache, const Sequences& sequences, const PageLayout& layout,
-                   int64_t sequence, int64_t token, int64_t kv_head) {
-  const int64_t page = sequences.table[sequence * sequences.table_stride + token / kPageTokens];
-  return cache.pages + (page * cache.kv_heads + kv_head) * layout.bytes;
-}
-
-template <typename T>
-void put(std::byte* page, int64_t offset, int64_t index, T value) {
-  std::memcpy(page + offset + index * int64_t{sizeof(T)}, &value, sizeof value);
-}
-
-// Codes of which 128 is 0 become s8; what pads the depth is 0.
-void put_key(std::byte* page, const PageLayout& layout, int64_t slot, uint8_t* u, int64_t head_dim,
-             float scale) {
-  const int64_t depth = layout.depth_tiles * kTileDepth;
-  std::memset(u + head_dim, 0x80, depth - head_dim);
-  int32_t sum = 0;
-  for (int64_t c = 0; c < depth; ++c) {
-    u[c] ^= 0x80;
-    sum += static_cast<int8_t>(u[c]);
-  }
-  std::byte* const column =
-      page + slot / kStripColumns * layout.key_strip + slot % kStripColumns * 4;
-  for (int64_t c = 0; c < depth; c += 4) std::memcpy(column + c * kStripColumns, u + c, 4);
-  put(page, layout.key_scale, slot, scale);
-  put(page, layout.key_offset, slot, 128 * sum);
-}
-
-void put_value(std::byte* page, const PageLayout& layout, int64_t slot, const uint8_t* u,
-               int64_t head_dim, float scale) {
-  std::byte* tile = page + layout.values + slot / 4 * 64 + slot % 4;
-  for (int64_t c = 0; c < head_dim; tile += kTileBytes) {
-    for (const int64_t end = std::min(c + kStripColumns, head_dim); c < end; ++c) {
-      tile[c % kStripColumns * 4] = std::byte(u[c] ^ 0x80);
-    }
-  }
-  put(page, layout.value_scale, slot, scale);
-}
 
 // The keys that a query may see.
 Range visible(const AttentionOptions& options, int64_t position, int64_t length) {
   const int64_t end = options.causal ? position + 1 : length;
   return {options.window > 0 ? std::max<int64_t>(0, position + 1 - options.window) : 0, end};
 }
+
+// What a sum of products is multiplied by, with the query's and the key's scales, to give a score
+// in base 2 before its cap; and that cap.
+struct Scores {
+  Scores(const AttentionOptions& options, int64_t head_dim) {
+    const double rotated = 1.0 / rotated_block(head_dim);
+    const double soft = options.softcap;
+    scale = static_cast<float>(options.scale * rotated * (soft > 0 ? 2 * kLog2E / soft : kLog2E));
+    cap = static_cast<float>(soft * kLog2E);
+  }
+  float scale, cap;
+};
 
 // What all tasks of a call share.
 struct Job {
@@ -169,10 +59,9 @@ struct Job {
         columns(whole_vectors(cache.head_dim)),
         isa(isa_),
         kernels(row_kernels(isa)) {
-    const double rotated = 1.0 / rotated_block(cache.head_dim);
-    const double soft = options.softcap;
-    score = static_cast<float>(options.scale * rotated * (soft > 0 ? 2 * kLog2E / soft : kLog2E));
-    cap = static_cast<float>(soft * kLog2E);
+    const Scores factors(options, cache.head_dim);
+    score = factors.scale;
+    cap = factors.cap;
   }
 
   const AttentionArgs& args;
@@ -189,10 +78,6 @@ struct Job {
 };
 
 using Block = AttentionBlock;
-
-int64_t new_tokens(const Sequences& sequences, int64_t sequence) {
-  return sequences.first_row[sequence + 1] - sequences.first_row[sequence];
-}
 
 Range chunks_of(const Block& block) {
   if (block.keys.size() <= 0) return {0, 0};
@@ -418,82 +303,16 @@ class Worker {
   float carry_[kMaxRows], unit_[kMaxRows];
 };
 
-int64_t row_count(const Sequences& sequences) {
-  return sequences.count == 0 ? 0 : sequences.first_row[sequences.count];
-}
-
 }  // namespace
 
-void check(const KvCache& cache, const Sequences& sequences) {
-  SQ_CHECK(cache.kv_heads > 0, "the cache has ", cache.kv_heads, " kv heads");
-  page_bytes(cache.head_dim);  // checks it
-  SQ_CHECK(sequences.count >= 0, sequences.count, " sequences");
-  if (sequences.count == 0) return;
-  SQ_CHECK(sequences.first_row != nullptr && sequences.length != nullptr,
-           "sequences.first_row or .length is null");
-  SQ_CHECK(sequences.first_row[0] == 0, "the first sequence begins with row ",
-           sequences.first_row[0]);
-  for (int64_t i = 0; i < sequences.count; ++i) {
-    const int64_t rows = sequences.first_row[i + 1] - sequences.first_row[i];
-    const int64_t length = sequences.length[i], pages = ceil_div(length, kPageTokens);
-    SQ_CHECK(rows >= 0 && rows <= length, "sequence ", i, " of ", length, " tokens has ", rows,
-             " new ones");
-    SQ_CHECK(pages <= sequences.table_stride, "sequence ", i, " of ", length, " tokens has only ",
-             sequences.table_stride, " pages");
-    SQ_CHECK(pages == 0 || (sequences.table != nullptr && cache.pages != nullptr),
-             "sequences.table or cache.pages is null");
-    for (int64_t j = 0; j < pages; ++j) {
-      const int64_t page = sequences.table[i * sequences.table_stride + j];
-      SQ_CHECK(page >= 0 && page < cache.page_count, "sequence ", i, " has page ", page,
-               " of a cache of ", cache.page_count);
-    }
-  }
-}
-
-void check(const AttentionOptions& options) {
+void check_options(const AttentionOptions& options, int64_t head_dim) {
   SQ_CHECK(std::isfinite(options.scale), "attention: scale is ", options.scale);
-  SQ_CHECK(options.softcap >= 0 && std::isfinite(options.softcap), "attention: softcap is ",
-           options.softcap);
+  SQ_CHECK(options.softcap >= 0, "attention: softcap is ", options.softcap);
   SQ_CHECK(options.window >= 0, "attention: window is ", options.window);
   SQ_CHECK(options.window == 0 || options.causal, "attention: a window needs causal attention");
-}
-
-int64_t page_bytes(int64_t head_dim) {
-  SQ_CHECK(head_dim > 0 && head_dim <= kMaxHeadDim, "a head of ", head_dim, "; it has 1 .. ",
-           kMaxHeadDim);
-  return PageLayout(head_dim).bytes;
-}
-
-int64_t append_workspace(int64_t head_dim) {
-  return whole_lines(head_floats(head_dim) * 4 + k_block_count(head_dim) * kTileDepth);
-}
-
-void append_pages(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
-                  int worker, int workers) {
-  const Sequences& sequences = args.sequences;
-  const int64_t head_dim = args.cache.head_dim;
-  const PageLayout layout(head_dim);
-  auto* const floats = reinterpret_cast<float*>(workspace);
-  auto* const u = reinterpret_cast<uint8_t*>(floats + head_floats(head_dim));
-  const HeadCoder coder(head_dim, kernels, floats);
-  int64_t turn = 0;  // by whole pages: no two threads write into one
-  for (int64_t i = 0; i < sequences.count; ++i) {
-    const int64_t end = sequences.length[i], begin = end - new_tokens(sequences, i);
-    for (int64_t page = begin / kPageTokens; page * kPageTokens < end && begin < end; ++page) {
-      for (int64_t head = 0; head < args.cache.kv_heads; ++head) {
-        if (turn++ % workers != worker) continue;
-        std::byte* const at = page_of(args.cache, sequences, layout, i, page * kPageTokens, head);
-        const int64_t last = std::min((page + 1) * kPageTokens, end);
-        for (int64_t token = std::max(begin, page * kPageTokens); token < last; ++token) {
-          const int64_t row = sequences.first_row[i] + token - begin, slot = token % kPageTokens;
-          const float key_scale = coder.rotate(args.k, args.transform, row, head, u, kTileDepth);
-          put_key(at, layout, slot, u, head_dim, key_scale);
-          const float value_scale = coder.keep(args.v, row, head, u);
-          put_value(at, layout, slot, u, head_dim, value_scale);
-        }
-      }
-    }
-  }
+  const Scores scores(options, head_dim);
+  SQ_CHECK(std::isfinite(scores.scale) && std::isfinite(scores.cap), "attention: scale ",
+           options.scale, " and softcap ", options.softcap, " leave the range of fp32");
 }
 
 AttentionPlan::AttentionPlan(const Sequences& sequences, int64_t heads, int64_t kv_heads,
@@ -547,31 +366,17 @@ void AttentionPlan::run(const AttentionArgs& args, Isa isa, WorkCounter& counter
   }
 }
 
-void append(const KvCache& cache, const Sequences& sequences, const HeadRows& k,
-            const HeadRows& v) {
-  check(cache, sequences);
-  const int64_t rows = row_count(sequences);
-  SQ_CHECK(rows == 0 || (k.data != nullptr && v.data != nullptr), "append: k or v is null");
-  if (rows == 0) return;
-  const AppendArgs args{cache, sequences, k, v, {}};
-  const RowKernels& kernels = row_kernels(active_isa());
-  const int64_t own_bytes = append_workspace(cache.head_dim);
-  const int workers = worker_count(rows, cache.kv_heads, 8 * cache.head_dim);
-  thread_local Scratch<std::byte> scratch;
-  std::byte* const workspace = scratch.get(own_bytes * workers);
-  run_team(workers, [&](int worker, int count) {
-    append_pages(args, kernels, workspace + own_bytes * worker, worker, count);
-  });
-}
-
 void attention(const KvCache& cache, const Sequences& sequences, int64_t heads, const HeadRows& q,
                const AttentionOptions& options, const HeadResult& y) {
-  check(cache, sequences);
-  check(options);
+  check_cache(cache, sequences);
+  check_options(options, cache.head_dim);
   SQ_CHECK(heads > 0 && heads % cache.kv_heads == 0, "attention: ", heads,
            " heads are not a multiple of ", cache.kv_heads, " kv heads");
   const int64_t rows = row_count(sequences);
-  SQ_CHECK(rows == 0 || (q.data != nullptr && y.data != nullptr), "attention: q or y is null");
+  check_heads("q", q, rows, heads, cache.head_dim);
+  check_heads("y", {y.data, y.type, y.row_stride, y.head_stride}, rows, heads, cache.head_dim);
+  check_apart("attention", std::array<Steps, 2>{{{y.row_stride, rows}, {y.head_stride, heads}}},
+              cache.head_dim);
   if (rows == 0) return;
   const AttentionArgs args{cache, sequences, heads, q, {}, options, y};
   const AttentionPlan plan(sequences, heads, cache.kv_heads, cache.head_dim, options, pool_size());

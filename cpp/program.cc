@@ -29,8 +29,6 @@ constexpr int64_t kRowsOfPass = 256;
 constexpr int64_t kPageInts = 1024;  // each worker's sums on pages of their own
 constexpr int kCounterSets = 3;      // in use, to be used next, and being cleared
 
-int64_t whole_vectors(int64_t count) { return ceil_div(count, kStripColumns) * kStripColumns; }
-
 // Linears of a stage whose units alternate: one reads what the one before it writes.
 struct Product {
   int first;
@@ -531,7 +529,7 @@ void Program::add(const AttendStage& stage) {
   SQ_CHECK(stage.cache >= 0, "attend: cache ", stage.cache);
   check_norm(stage.q_norm);
   check_norm(stage.k_norm);
-  check(stage.options);
+  check_options(stage.options, stage.head_dim);
   const PlanKey key{stage.heads, stage.kv_heads, stage.head_dim, stage.options.window,
                     stage.options.causal};
   const auto found = std::find(all.plan_keys.begin(), all.plan_keys.end(), key);
@@ -574,7 +572,7 @@ void Program::run(const Step& step, int threads) {
       SQ_CHECK(cache.kv_heads == wanted.kv_heads && cache.head_dim == wanted.head_dim, "cache ",
                wanted.cache, " has ", cache.kv_heads, " heads of ", cache.head_dim, ", not ",
                wanted.kv_heads, " of ", wanted.head_dim);
-      check(cache, sequences);
+      check_cache(cache, sequences);
       if (wanted.rotary < 0) continue;
       SQ_CHECK(wanted.rotary < step.rotary_count, "the step has ", step.rotary_count,
                " rotary tables");
@@ -595,6 +593,7 @@ void Program::run(const Step& step, int threads) {
              "kept row ", step.kept[i], " of ", rows, ", which must ascend");
   }
   if (rows == 0) return;
+  if (!all.plan_keys.empty()) check_written_once(sequences);
   SQ_CHECK(!all.running.exchange(true), "the program runs already, in another thread");
   struct Stop {
     std::atomic<bool>& running;

@@ -178,7 +178,7 @@ BREAKS = [
     ),
     Break(
         "attention: the offset of q's codes",
-        "cpp/attention.cc",
+        "cpp/kv_page.cc",
         "slot, 128 * sum);",
         "slot, 127 * sum);",
         "test_attention",
@@ -206,7 +206,7 @@ BREAKS = [
     ),
     Break(
         "batched_matmul: strides that overlap",
-        "cpp/batched_matmul.cc",
+        "cpp/operands.h",
         "SQ_CHECK(stride >= width,",
         "SQ_CHECK(true,",
         "test_batched_matmul",
