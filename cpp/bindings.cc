@@ -213,6 +213,7 @@ PYBIND11_MODULE(_core, m) {
                                   t[5].cast<std::vector<float>>());
           }));
 
+  define_program(m);
   m.attr("MAX_DEPTH") = sq_cpu::kMaxDepth;
   m.attr("PAGE_TOKENS") = sq_cpu::kPageTokens;
   if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();

@@ -93,4 +93,7 @@ void attention(py::handle pages, int64_t head_dim, py::handle first_row, py::han
 void batched_matmul(py::handle a, py::handle b, bool transposed, double alpha, py::handle a_scale,
                     py::handle b_scale, py::handle y, BatchedType y_type);
 
+// bindings_program.cc
+void define_program(py::module_& m);
+
 }  // namespace sq_cpu::bindings

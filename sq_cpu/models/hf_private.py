@@ -20,6 +20,7 @@ from sq_cpu.errors import SqCpuError
 __all__ = [
     "CheckpointLayout",
     "ExpertsLayout",
+    "attention_calls",
     "bare_model",
     "check_version",
     "compute_buffers",
@@ -267,3 +268,39 @@ def _quietly_on_this_thread() -> Iterator[None]:
         logging.disable_progress_bar()
         os.environ[_ONE_THREAD] = "1"
         yield
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+_SEEN = "sq_cpu_seen"
+
+
+@contextmanager
+def attention_calls(
+    model: Any, see: Callable[[nn.Module, Mapping[str, Any]], None]
+) -> Iterator[None]:
+    """Call see(attention module, its keyword arguments) whenever a layer attends.
+
+    That is scaled dot product attention meanwhile. Raises `SqCpuError` for a model whose attention
+    is not exchanged through transformers' interface.
+    """
+    check_version()
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        see(module, kwargs)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register(_SEEN, attend)
+    AttentionMaskInterface.register(_SEEN, sdpa_mask)
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(_SEEN)
+    except (ValueError, KeyError) as error:
+        raise SqCpuError(f"its attention cannot be exchanged: {error}") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

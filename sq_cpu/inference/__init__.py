@@ -1,0 +1,1 @@
+"""A decoder as it runs: its program, its cache, and generation."""
