@@ -1,256 +1,237 @@
-"""A decoder's forward as one native call: which stages it has, and that they are the model's.
+"""A decoder's forward as stages, and the one native call that runs them.
 
-`compile_program` lowers the model that it is given by the row of its family (`Decoder`): a stage is
-what lies between two barriers of the threads (cpp/include/sq_cpu/program.h). What attention does
-(scale, window, soft-cap, sinks, rotary tables) is not claimed by the row but seen in a call of the
-model, and each block is proven against its own module before the program is used.
+A stage is what lies between two barriers of the threads; cpp/include/sq_cpu/program.h defines each.
+Here they are data: `lowering` makes them of a model, `DecoderProgram` hands them to the library,
+and `run_reference` says in plain torch what they compute, without int8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
-from sq_cpu.kernels.paged_attention import PAGE_TOKENS, BatchRows, KvPages
-from sq_cpu.models.calls import evaluating
-from sq_cpu.models.families import family_of
-from sq_cpu.models.family import Decoder
-from sq_cpu.models.hf_private import attention_calls, is_transformers
-from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.kernels.paged_attention import AttentionOptions, BatchRows, KvPages, attend_reference
 from sq_cpu.nn.linear import QuantLinear
 
-__all__ = ["DecoderProgram", "compile_program"]
+__all__ = [
+    "Attend",
+    "DecoderProgram",
+    "Embed",
+    "Linear",
+    "Merge",
+    "Norm",
+    "Project",
+    "Rotary",
+    "Stage",
+    "run_reference",
+]
 
-_MOST_ERROR = 0.05
-_TOKENS = 24  # of the call in which a model is seen
+_STRIP = 16  # rows of a weight that are packed together
 _ROTARY_ROWS = 512  # positions that a rotary table grows by
-_ACTIVATIONS = {
-    "relu": _core.Activation.relu,
-    "gelu": _core.Activation.gelu,
-    "gelu_new": _core.Activation.gelu_tanh,
-    "gelu_pytorch_tanh": _core.Activation.gelu_tanh,
-    "silu": _core.Activation.silu,
-    "swish": _core.Activation.silu,
-}
 
 
-@dataclass
-class _Seen:
-    """What a call of the model showed."""
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """x / sqrt(mean(x^2) + eps) * weight, or a layer norm."""
 
-    ids: Tensor
-    multiplier: float = 1.0
-    options: dict[nn.Module, Mapping[str, Any]] = field(default_factory=dict)
-    """Of each attention: the keyword arguments of its attention function."""
-    positions: dict[nn.Module, tuple[Any, ...]] = field(default_factory=dict)
-    """Of each attention: what its rotary embedding was called with, beside x and positions."""
-    inputs: list[Tensor] = field(default_factory=list)
-    outputs: list[Tensor] = field(default_factory=list)
-    """Of each block: [1, tokens, hidden]."""
+    kind: Literal["rms", "layer"]
+    weight: Tensor
+    """fp32 [width]; what a family adds to it is added."""
+    bias: Tensor | None
+    eps: float
+
+    def reference(self, x: Tensor) -> Tensor:
+        """Return the norm of x [..., width]."""
+        shape = self.weight.shape
+        weight = self.weight.to(x.dtype)
+        if self.kind == "rms":
+            return nn.functional.rms_norm(x, shape, weight, self.eps)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.layer_norm(x, shape, weight, bias, self.eps)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a linear, as a stage takes them."""
+@dataclass(frozen=True, eq=False)
+class Embed:
+    """out = table[id] * multiplier."""
+
+    table: Tensor
+    multiplier: float
+    out: str
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """Rows begin .. end of an int8 layer, in a `Project`.
+
+    y = activation(x W^T + bias) * other, or y added to what out holds.
+    """
 
     layer: QuantLinear
     begin: int
     end: int
-    columns: Tensor | None = None
-    column_weight: Tensor | None = None
+    out: str
+    column: int = 0
+    activation: str | None = None
+    other: str | None = None
+    accumulate: bool = False
+    float_columns: Tensor | None = None
+    """int64 [columns]: input channels that stay in float; the layer's weight is 0 there."""
+    float_weight: Tensor | None = None
+    """fp32 [columns, end - begin]."""
 
-    @property
-    def out_features(self) -> int:
-        return self.end - self.begin
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """Linears of one input, normalized and quantized once."""
+
+    source: str
+    norm: Norm | None
+    linears: tuple[Linear, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """Cos and sin of positions, as the model's own module gives them."""
+
+    tables: Callable[[Tensor], tuple[Tensor, Tensor]]
+    """Of int64 [1, positions]: cos and sin, [1, positions, rotated]."""
+    interleaved: bool
+
+    def table(self, positions: int) -> Tensor:
+        """Return fp32 [positions, 2, rotated]: cos, and sin with the sign of its product."""
+        cos, sin = (x[0].float() for x in self.tables(torch.arange(positions)[None]))
+        sign = torch.ones(cos.shape[1])
+        if self.interleaved:
+            cos, sin = (x[:, : x.shape[1] // 2].repeat_interleave(2, dim=1) for x in (cos, sin))
+            sign[::2] = -1
+        else:
+            sign[: len(sign) // 2] = -1
+        return torch.stack((cos, sin * sign), dim=1).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """Attention over what the cache of a layer holds, the new tokens' keys and values among it."""
+
+    source: str
+    """q, then k, then v, of whole heads."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    q_norm: Norm | None
+    k_norm: Norm | None
+    rotary: Rotary | None
+    options: AttentionOptions
+    out: str
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """out = out + norm(source)."""
+
+    source: str
+    norm: Norm
+    out: str
+
+
+Stage = Embed | Project | Attend | Merge
 
 
 class DecoderProgram:
-    """A decoder's forward, from token ids to the residual after the last block.
+    """Stages, ready to run; it keeps the tensors that they name.
 
-    Attributes
+    Parameters
     ----------
-    hidden_size : width of the residual
-    cache_shapes : (kv heads, head size) of each layer that has a cache
+    stages : in the order in which they run
+    widths : of each buffer that they name, fp32 [rows, width]
+    result : the buffer whose rows `run` returns
+
+    Raises
+    ------
+    SqCpuError
+        For stages that do not fit together, and a quantizer whose scale is of the whole batch.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        decoder: Decoder,
-        norm_offset: float,
-        seen: _Seen,
-        blocks: Sequence[int] | None = None,
-        embedding: Tensor | None = None,
-    ) -> None:
-        """Lower some blocks, or all; `compile_program` has the checks and the proof."""
+    def __init__(self, stages: Sequence[Stage], widths: dict[str, int], result: str) -> None:
+        self.stages = tuple(stages)
+        self.width = widths[result]
         self._program = _core.Program()
-        self._base = model.base_model
-        self._decoder = decoder
-        self._norm_offset = norm_offset
-        self._rotary_keys: list[tuple[Any, ...]] = []
-        self._rotary_length = 0
+        self._buffers = {name: self._program.buffer(width) for name, width in widths.items()}
+        attends = [stage for stage in self.stages if isinstance(stage, Attend)]
+        self.cache_shapes = [(stage.kv_heads, stage.head_dim) for stage in attends]
+        """(kv heads, head size) of each layer that has a cache."""
+        self._rotaries = [*dict.fromkeys(s.rotary for s in attends if s.rotary is not None)]
+        self._positions = 0  # that the rotary tables have
         self._caches: list[KvPages] = []
-        self.cache_shapes: list[tuple[int, int]] = []
-        table = _find(self._base, decoder.embedding).weight.detach()
-        self.hidden_size: int = table.shape[1]
-        self._residual = self._program.buffer(self.hidden_size)
-        self._buffers: dict[tuple[str, int], int] = {}
-        if embedding is None:
-            self._program.embed(table, seen.multiplier, self._residual)
+        self._pages: list[Tensor] = []
+        layer = 0
+        for stage in self.stages:
+            self._add(stage, layer)
+            layer += isinstance(stage, Attend)
+        self._program.result(self._buffers[result])
+
+    def _add(self, stage: Stage, layer: int) -> None:
+        at = self._buffers
+        if isinstance(stage, Embed):
+            self._program.embed(stage.table, stage.multiplier, at[stage.out])
+        elif isinstance(stage, Merge):
+            self._program.merge(at[stage.source], _norm(stage.norm), at[stage.out])
+        elif isinstance(stage, Attend):
+            kv_width = stage.kv_heads * stage.head_dim
+            first_key = stage.heads * stage.head_dim
+            options = stage.options
+            self._program.attend(
+                at[stage.source],
+                0,
+                first_key,
+                first_key + kv_width,
+                stage.heads,
+                stage.kv_heads,
+                stage.head_dim,
+                _norm(stage.q_norm),
+                _norm(stage.k_norm),
+                -1 if stage.rotary is None else self._rotaries.index(stage.rotary),
+                layer,
+                options.scale,
+                options.window,
+                options.softcap,
+                options.slopes,
+                options.sinks,
+                at[stage.out],
+            )
         else:
-            self._program.embed(embedding, 1.0, self._residual)
-        stack = _find(self._base, decoder.blocks)
-        for index in range(len(stack)) if blocks is None else blocks:
-            self._add_block(stack[index], seen)
-        self._program.result(self._residual)
+            quantizer = stage.linears[0].layer._quantizer
+            if any(linear.layer._quantizer != quantizer for linear in stage.linears):
+                raise SqCpuError("linears of one input quantize it differently")
+            linears = [self._linear(linear) for linear in stage.linears]
+            self._program.project(
+                at[stage.source], 0, _norm(stage.norm), quantizer, False, linears
+            )
 
-    def _buffer(self, name: str, width: int) -> int:
-        if (name, width) not in self._buffers:
-            self._buffers[name, width] = self._program.buffer(width)
-        return self._buffers[name, width]
-
-    def _add_block(self, block: nn.Module, seen: _Seen) -> None:
-        decoder, residual = self._decoder, self._residual
-        attention = _find(block, decoder.attention)
-        options = seen.options[attention]
-        qkv = [_parts(block, path) for path in decoder.qkv]
-        head_dim: int = attention.head_dim
-        widths = [part.out_features for part in qkv]
-        out = _parts(block, decoder.attention_out)
-        heads = out.layer.in_features // head_dim
-        kv_heads = (sum(widths) // head_dim - heads) // 2
-        if sum(widths) != (heads + 2 * kv_heads) * head_dim:
-            raise SqCpuError(f"{decoder.attention}: q, k and v of {widths} rows are not whole heads")
-        projected = self._buffer("qkv", sum(widths))
-        columns = [sum(widths[:i]) for i in range(len(widths))]
-        self._project(
-            residual,
-            self._norm(block, decoder.attention_norm),
-            [self._linear(part, projected, at) for part, at in zip(qkv, columns, strict=True)],
-            qkv,
-        )
-        attended = self._buffer("attended", heads * head_dim)
-        self._program.attend(
-            projected,
-            0,
-            heads * head_dim,
-            (heads + kv_heads) * head_dim,
-            heads,
-            kv_heads,
-            head_dim,
-            self._norm(block, decoder.q_norm, head_dim),
-            self._norm(block, decoder.k_norm, head_dim),
-            self._rotary(block, attention, seen),
-            len(self.cache_shapes),
-            options["scaling"],
-            options.get("sliding_window") or 0,
-            options.get("softcap") or 0.0,
-            None,
-            _floats(options.get("s_aux")),
-            attended,
-        )
-        self.cache_shapes.append((kv_heads, head_dim))
-        self._add(block, attended, out, decoder.after_attention)
-        gate, up = _gate_up(block, decoder.gate_up)
-        down = _parts(block, decoder.down)
-        raised, gated = (self._buffer(name, down.layer.in_features) for name in ("up", "gated"))
-        name = getattr(self._base.config, decoder.activation)
-        if name not in _ACTIVATIONS:
-            raise SqCpuError(f"config.{decoder.activation} is {name!r}")
-        activation = _ACTIVATIONS[name]
-        self._project(
-            residual,
-            self._norm(block, decoder.mlp_norm),
-            [
-                self._linear(up, raised),
-                self._linear(gate, gated, activation=activation, other=raised),
-            ],
-            [up, gate],
-        )
-        self._add(block, gated, down, decoder.after_mlp)
-
-    def _add(self, block: nn.Module, source: int, part: _Part, norm: str | None) -> None:
-        """Add a linear to the residual, or its norm."""
-        if norm is None:
-            linear = self._linear(part, self._residual, accumulate=True)
-            return self._project(source, None, [linear], [part])
-        apart = self._buffer("apart", part.out_features)
-        self._project(source, None, [self._linear(part, apart)], [part])
-        self._program.merge(apart, self._norm(block, norm), self._residual)
-
-    def _project(
-        self, source: int, norm: Any, linears: list[Any], parts: Sequence[_Part]
-    ) -> None:
-        quantizer = parts[0].layer._quantizer
-        if any(part.layer._quantizer != quantizer for part in parts):
-            raise SqCpuError("linears of one input quantize it differently")
-        self._program.project(source, 0, norm, quantizer, False, linears)
-
-    def _linear(
-        self,
-        part: _Part,
-        out: int,
-        column: int = 0,
-        *,
-        activation: Any = _core.Activation.none,
-        other: int = -1,
-        accumulate: bool = False,
-    ) -> tuple[Any, ...]:
-        layer = part.layer
-        strip = _core.packed_bytes(16, layer.in_features)
-        packed = layer.packed[part.begin // 16 * strip :][: -(-part.out_features // 16) * strip]
+    def _linear(self, linear: Linear) -> tuple[object, ...]:
+        layer = linear.layer
+        if linear.begin % _STRIP:
+            raise SqCpuError(f"a part of a linear begins with row {linear.begin}, within a strip")
+        strip = _core.packed_bytes(_STRIP, layer.in_features)
+        strips = slice(linear.begin // _STRIP * strip, -(-linear.end // _STRIP) * strip)
         return (
-            packed,
-            part.out_features,
+            layer.packed[strips],
+            linear.end - linear.begin,
             layer.in_features,
-            out,
-            column,
-            activation,
-            other,
-            accumulate,
-            part.columns,
-            part.column_weight,
+            self._buffers[linear.out],
+            linear.column,
+            getattr(_core.Activation, linear.activation or "none"),
+            -1 if linear.other is None else self._buffers[linear.other],
+            linear.accumulate,
+            linear.float_columns,
+            linear.float_weight,
         )
-
-    def _norm(self, block: nn.Module, path: str | None, size: int = 0) -> Any:
-        norm = None if path is None else _find(block, path, optional=True)
-        if norm is None:
-            return None
-        eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-        kind = _core.NormKind.layer if isinstance(norm, nn.LayerNorm) else _core.NormKind.rms
-        weight = norm.weight.detach().float() + self._norm_offset
-        if eps is None or (size and weight.shape != (size,)):
-            raise SqCpuError(f"{path} is a {type(norm).__name__} over {list(weight.shape)}")
-        return kind, weight, _floats(getattr(norm, "bias", None)), eps
-
-    def _rotary(self, block: nn.Module, attention: nn.Module, seen: _Seen) -> int:
-        used = _find(block, self._decoder.uses_rotary, optional=True)
-        if attention not in seen.positions or used in (False, 0):
-            return -1
-        key = seen.positions[attention]
-        if key not in self._rotary_keys:
-            self._rotary_keys.append(key)
-        return self._rotary_keys.index(key)
-
-    def grow(self, positions: int) -> None:
-        """Make rotary tables for so many positions, or more."""
-        if positions <= self._rotary_length:
-            return
-        length = -(-positions // _ROTARY_ROWS) * _ROTARY_ROWS
-        rotary = _find(self._base, self._decoder.rotary)
-        at = torch.arange(length, device="cpu")[None]
-        tables = []
-        for key in self._rotary_keys:
-            cos, sin = rotary(torch.zeros(1, length, 1), at, *key)
-            tables.append((_rotary_table(cos[0], sin[0], self._decoder.interleaved), False))
-        self._program.set_rotaries([(t, self._decoder.interleaved) for t, _ in tables])
-        self._rotary_length = length
 
     def run(
         self,
@@ -261,7 +242,7 @@ class DecoderProgram:
         kept: Tensor,
         threads: int = 0,
     ) -> Tensor:
-        """Run the blocks over new tokens, whose keys and values go into the caches.
+        """Run all stages over new tokens, whose keys and values go into the caches.
 
         Parameters
         ----------
@@ -273,156 +254,114 @@ class DecoderProgram:
 
         Returns
         -------
-        fp32 [kept, hidden_size], the residual after the last block
+        fp32 [kept, width of the result]; the same bits for any batch, threads and cut into calls
 
         Raises
         ------
         SqCpuError
             For ids and positions that there are not, and for caches of other shapes.
         """
-        if self._caches != list(caches):
-            self._program.set_caches([(pages._pages, pages.head_dim) for pages in caches])
-            self._caches = list(caches)
-        self.grow(int(positions.max()) + 1 if len(positions) else 0)
-        result = torch.empty((len(kept), self.hidden_size), dtype=torch.float32, device="cpu")
+        pages = [cache.tensor for cache in caches]
+        if len(pages) != len(self._pages) or any(map(_other, pages, self._pages)):
+            self._program.set_caches([(cache.tensor, cache.head_dim) for cache in caches])
+            self._pages = pages
+        self._grow(int(positions.max()) + 1 if len(positions) else 0)
+        result = torch.empty((len(kept), self.width), dtype=torch.float32, device="cpu")
         self._program.run(ids, positions, *rows.tensors, kept, result, threads)
         return result
 
-
-def _find(module: Any, path: str, *, optional: bool = False) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-        if module is None:
-            if optional:
-                return None
-            raise SqCpuError(f"the model has no {path}")
-    return module
+    def _grow(self, positions: int) -> None:
+        if positions <= self._positions:
+            return
+        self._positions = -(-max(positions, 2 * self._positions) // _ROTARY_ROWS) * _ROTARY_ROWS
+        self._program.set_rotaries(
+            [(rotary.table(self._positions), rotary.interleaved) for rotary in self._rotaries]
+        )
 
 
-def _parts(block: nn.Module, path: str) -> _Part:
-    """Return a linear with all of its rows."""
-    layer = _find(block, path)
-    columns = column_weight = None
-    if isinstance(layer, DecomposedLinear):
-        columns = layer.columns
-        column_weight = layer.outlier_weight.detach().float().T.contiguous()
-        layer = layer.regular
-    if type(layer) is not QuantLinear:
-        raise SqCpuError(f"{path} is a {type(layer).__name__}, not in int8")
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
-        raise SqCpuError(f"{path} has hooks or a forward of its own")
-    return _Part(layer, 0, layer.out_features, columns, column_weight)
+def _other(a: object, b: object) -> bool:
+    return a is not b
 
 
-def _gate_up(block: nn.Module, paths: tuple[str, ...]) -> list[_Part]:
-    if len(paths) == 2:
-        return [_parts(block, path) for path in paths]
-    (whole,) = (_parts(block, path) for path in paths)
-    half = whole.out_features // 2
-    if half % 16 or whole.columns is not None:
-        raise SqCpuError(f"{paths[0]}: gate and up share a strip of 16 rows, or have float columns")
-    return [_Part(whole.layer, 0, half), _Part(whole.layer, half, 2 * half)]
+def _norm(norm: Norm | None) -> tuple[object, Tensor, Tensor | None, float] | None:
+    return norm and (getattr(_core.NormKind, norm.kind), norm.weight, norm.bias, norm.eps)
 
 
-def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach().float().contiguous()
+def run_reference(
+    stages: Sequence[Stage], ids: Tensor, weights: Callable[[QuantLinear], Tensor]
+) -> dict[str, Tensor]:
+    """Compute what stages do to one sequence from its start, in plain torch and without int8.
+
+    Parameters
+    ----------
+    ids : int64 [tokens]
+    weights : gives a layer's weight in float, [out_features, in_features], its smoothing undone
+
+    Returns
+    -------
+    the buffers that the stages have written, fp32 [tokens, width]; attention is computed in fp64
+    """
+    buffers: dict[str, Tensor] = {}
+    for stage in stages:
+        if isinstance(stage, Embed):
+            buffers[stage.out] = stage.table[ids].float() * stage.multiplier
+        elif isinstance(stage, Merge):
+            buffers[stage.out] = buffers[stage.out] + stage.norm.reference(buffers[stage.source])
+        elif isinstance(stage, Project):
+            _project_reference(stage, buffers, weights)
+        else:
+            buffers[stage.out] = _attend_reference(stage, buffers[stage.source])
+    return buffers
 
 
-def _rotary_table(cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Return [positions, 2, channels]: cos, and sin with the sign that its product is added with."""
-    sign = torch.ones(cos.shape[1])
+def _project_reference(
+    stage: Project, buffers: dict[str, Tensor], weights: Callable[[QuantLinear], Tensor]
+) -> None:
+    x = buffers[stage.source]
+    x = x if stage.norm is None else stage.norm.reference(x)
+    written: dict[str, dict[int, Tensor]] = {}
+    for linear in stage.linears:
+        rows = slice(linear.begin, linear.end)
+        bias = linear.layer.bias
+        y = nn.functional.linear(
+            x, weights(linear.layer)[rows], None if bias is None else bias[rows]
+        )
+        if linear.float_columns is not None and linear.float_weight is not None:
+            y = y + x[:, linear.float_columns] @ linear.float_weight
+        y = _activate(linear.activation, y)
+        if linear.other is not None:
+            y = y * written[linear.other][linear.column]
+        if linear.accumulate:
+            y = y + buffers[linear.out]
+        written.setdefault(linear.out, {})[linear.column] = y
+    for out, parts in written.items():
+        buffers[out] = torch.cat([parts[column] for column in sorted(parts)], dim=1)
+
+
+def _activate(activation: str | None, y: Tensor) -> Tensor:
+    if activation is None:
+        return y
+    if activation == "gelu_tanh":
+        return nn.functional.gelu(y, approximate="tanh")
+    return getattr(nn.functional, activation)(y)  # type: ignore[no-any-return]
+
+
+def _attend_reference(stage: Attend, x: Tensor) -> Tensor:
+    heads = x.double().unflatten(1, (-1, stage.head_dim))
+    q, k, v = heads.split([stage.heads, stage.kv_heads, stage.kv_heads], dim=1)
+    q = q if stage.q_norm is None else stage.q_norm.reference(q)
+    k = k if stage.k_norm is None else stage.k_norm.reference(k)
+    if stage.rotary is not None:
+        table = stage.rotary.table(len(x)).double()[:, :, None]
+        q, k = (_rotate(z, table, stage.rotary.interleaved) for z in (q, k))
+    return attend_reference(q, k, v, stage.options).flatten(1).float()
+
+
+def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
+    rotated = table.shape[-1]
+    turned, rest = x.split([rotated, x.shape[-1] - rotated], dim=-1)
     if interleaved:
-        cos, sin = (x[:, : x.shape[1] // 2].repeat_interleave(2, dim=1) for x in (cos, sin))
-        sign[::2] = -1
+        partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        sign[: len(sign) // 2] = -1
-    return torch.stack((cos.float(), sin.float() * sign), dim=1).contiguous()
-
-
-def _see(model: Any, decoder: Decoder) -> _Seen:
-    base = model.base_model
-    vocabulary = _find(base, decoder.embedding).weight.shape[0]
-    seen = _Seen((torch.arange(_TOKENS) * 7919 % vocabulary)[None])
-    calls: list[tuple[Any, tuple[Any, ...]]] = []  # what rotary gave, and what for
-    handles = []
-
-    def rotary_called(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls.append((output, (*args[2:], *(v for k, v in kwargs.items() if k == "layer_type"))))
-
-    def attention_called(module: nn.Module, _: Any, kwargs: Any) -> None:
-        given = kwargs.get("position_embeddings")
-        for output, key in calls:
-            if given is output or (given is not None and given[0] is output[0]):
-                seen.positions[module] = key
-
-    def block_called(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.inputs.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
-        seen.outputs.append((output[0] if isinstance(output, tuple) else output).detach().clone())
-
-    rotary = _find(base, decoder.rotary, optional=True)
-    if rotary is not None:
-        handles.append(rotary.register_forward_hook(rotary_called, with_kwargs=True))
-    for block in _find(base, decoder.blocks):
-        attention = _find(block, decoder.attention)
-        handles.append(attention.register_forward_pre_hook(attention_called, with_kwargs=True))
-        handles.append(block.register_forward_hook(block_called, with_kwargs=True))
-    try:
-        with attention_calls(model, lambda module, kwargs: seen.options.update({module: kwargs})):
-            base(input_ids=seen.ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    rows = _find(base, decoder.embedding).weight.detach()[seen.ids[0]].float()
-    first = seen.inputs[0][0].float()
-    seen.multiplier = float((first * rows).sum() / (rows * rows).sum())
-    if not torch.allclose(first, rows * seen.multiplier, rtol=1e-2, atol=1e-6):
-        raise SqCpuError("what enters the first block is not the embedding alone")
-    return seen
-
-
-def _prove(model: Any, decoder: Decoder, norm_offset: float, seen: _Seen) -> None:
-    """Raise `SqCpuError` for a block whose stages do something else than the block did.
-
-    Each runs alone on the input that the block had: as if that were the embedding of tokens 0, 1, 2
-    and so on. Linears are the same in both but for a few codes that an ulp turns over; attention is
-    int8 in the one alone.
-    """
-    count = seen.ids.shape[1]
-    at = torch.arange(count, device="cpu")
-    rows = BatchRows([count], [count], [range(-(-count // PAGE_TOKENS))])
-    for index, (x, y) in enumerate(zip(seen.inputs, seen.outputs, strict=True)):
-        alone = DecoderProgram(model, decoder, norm_offset, seen, [index], x[0])
-        caches = [KvPages(1, *shape) for shape in alone.cache_shapes]
-        update, wanted = (z.float() - x[0].float() for z in (alone.run(at, at, rows, caches, at), y[0]))
-        error = float((update - wanted).norm() / wanted.norm())
-        print(index, error)
-        if not error <= _MOST_ERROR:
-            raise SqCpuError(
-                f"{decoder.blocks}.{index} does something else than its row says: what its stages "
-                f"add to the residual is {100 * error:.0f} % off"
-            )
-
-
-@torch.no_grad()
-def compile_program(model: Any) -> DecoderProgram:
-    """Lower a quantized decoder of transformers to a program.
-
-    Raises
-    ------
-    SqCpuError
-        That says why it cannot be: no row for its family, a linear that is not in int8, a block
-        that does something else than its row says.
-    """
-    if not is_transformers(model):
-        raise SqCpuError(f"no program for a {type(model).__name__}: not a model of transformers")
-    family = family_of(model)
-    if family is None or family.decoder is None:
-        raise SqCpuError(f"no program for {model.config.model_type}: its family has no decoder row")
-    offset = family.stacks[0].norm_offset
-    with evaluating(model):
-        try:
-            seen = _see(model, family.decoder)
-            _prove(model, family.decoder, offset, seen)
-            return DecoderProgram(model, family.decoder, offset, seen)
-        except SqCpuError as error:
-            raise SqCpuError(f"no program for {model.config.model_type}: {error}") from error
+        partner = turned.roll(rotated // 2, dims=-1)
+    return torch.cat((turned * table[:, 0] + partner * table[:, 1], rest), dim=-1)

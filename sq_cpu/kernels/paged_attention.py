@@ -112,6 +112,11 @@ class KvPages:
         )
 
     @property
+    def tensor(self) -> Tensor:
+        """Return the pages themselves, uint8 [count, kv_heads, bytes of a page]."""
+        return self._pages
+
+    @property
     def count(self) -> int:
         """Return how many pages there are."""
         return len(self._pages)
