@@ -61,7 +61,7 @@ struct ProjectedLinear {
   Buffer other = kNoBuffer;  // multiplied, column `column`: an earlier linear of this stage writes
                              // it, of the same shape
   bool accumulate = false;   // y is added to what out holds
-  FloatColumns float_columns;
+  FloatColumns float_columns = {};
 };
 
 constexpr int kMostLinears = 8;  // of a stage
