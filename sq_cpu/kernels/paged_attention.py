@@ -173,10 +173,8 @@ class KvPages:
             options.causal,
             options.window,
             options.softcap,
-            *(
-                None if x is None else _dense(name, x).contiguous()
-                for name, x in (("slopes", options.slopes), ("sinks", options.sinks))
-            ),
+            None if options.slopes is None else _dense("slopes", options.slopes).contiguous(),
+            None if options.sinks is None else _dense("sinks", options.sinks).contiguous(),
             y,
         )
         return y
