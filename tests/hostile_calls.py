@@ -198,6 +198,7 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "KvPages.read": {"table": lambda: TABLES[0], "length": lambda: 66},
     "KvPages.copy_page": {"source": lambda: 0, "target": lambda: 3},
+    "KvPages.grow": {"count": lambda: 7},
     "torch.ops.linear": {
         "scale": lambda: 0.1,
         "zero_point": lambda: 128,
@@ -334,7 +335,7 @@ def doors() -> dict[str, Door]:
 
 
 METHODS = ("forward", "forward_int8", "quantize_input", "count_saturation")
-PAGES_METHODS = ("append", "attend", "read", "copy_page")
+PAGES_METHODS = ("append", "attend", "read", "copy_page", "grow")
 # Plain torch, and no kernel: a reference, and torch.empty of any size that it is asked for.
 PLAIN = {"attention.matmul_reference", "ops.empty", "paged_attention.attend_reference"}
 

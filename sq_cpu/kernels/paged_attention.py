@@ -225,6 +225,14 @@ class KvPages:
         self._check((source, target))
         self._pages[target] = self._pages[source]
 
+    def grow(self, count: int) -> None:
+        """Make it `count` pages, the present ones first; `SqCpuError` for fewer or no memory."""
+        if count < self.count:
+            raise SqCpuError(f"{count} pages are fewer than the {self.count} that there are")
+        pages = empty((count, *self._pages.shape[1:]), torch.uint8)
+        pages[: self.count] = self._pages
+        self._pages = pages
+
     def _check(self, pages: Sequence[int]) -> None:
         for page in pages:
             if not 0 <= page < self.count:
