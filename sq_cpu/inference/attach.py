@@ -77,7 +77,8 @@ class _Int8Caches:
         elif cache is None and len(args) <= _POSITIONAL and not config.is_encoder_decoder:
             asked = kwargs.get("use_cache")
             made = DynamicCache(config=config)
-            wanted = getattr(config, "use_cache", False) if asked is None else asked
+            default = getattr(config.get_text_config(decoder=True), "use_cache", False)
+            wanted = default if asked is None else asked
             if wanted and replace_layers(made, config):
                 return args, kwargs | {_CACHE: made}
         return None

@@ -125,7 +125,7 @@ def _in_int8(
         return update.attend(query, options)
     if new != total or query.shape[-1] != value.shape[-1] or query.dtype not in _DTYPES:
         if pattern.causal:
-            _say("a float cache: pass past_key_values=sq_cpu.Int8Cache(model)")
+            _say("a past that does not come from an int8 cache as it is")
         return None
     return _without_past(query, key, value, pattern, options)
 
@@ -157,7 +157,7 @@ def _added(
     """Return what is added to the scores."""
     new, total = query.shape[2], key.shape[2]
     low = torch.finfo(query.dtype).min
-    if mask is None and pattern is not None and pattern.causal and new > 1:
+    if mask is None and pattern is not None and pattern.causal:
         distance = torch.arange(total) - torch.arange(total - new, total)[:, None]
         hidden = distance > 0
         if pattern.window:

@@ -259,7 +259,7 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
             Where a window no longer has what it would show.
         """
         keep = tokens_to_remove + (self._seen if tokens_to_remove <= 0 else 0)
-        if keep >= self._seen:
+        if self.pool is None or keep >= self._seen:
             return
         self._seen = max(0, keep)
         self.version += 1
