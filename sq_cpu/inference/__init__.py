@@ -1,1 +1,1 @@
-"""A decoder as it runs: its program, its cache, and generation."""
+"""What runs a model fast: a decoder's program, the int8 KV cache and int8 attention."""
