@@ -94,10 +94,14 @@ class PyProgram {
     result_ = buffer;
   }
 
-  // The pages of each cache, [pages, kv heads, bytes], with the size of its heads.
-  void set_caches(const std::vector<std::pair<py::object, int64_t>>& caches) {
+  // The pages of each cache, [pages, kv heads, bytes], with the size of its heads, and which of the
+  // page tables of a call is its.
+  void set_caches(const std::vector<std::tuple<py::object, int64_t, int64_t>>& caches) {
     std::vector<KvCache> all;
-    for (const auto& [pages, head_dim] : caches) {
+    std::vector<int64_t> groups;
+    for (const auto& [pages, head_dim, group] : caches) {
+      SQ_CHECK(group >= 0, "table ", group);
+      groups.push_back(group);
       const std::vector<int64_t> shape = shape_of("pages", pages, 3);
       SQ_CHECK(shape[2] == page_bytes(head_dim), "pages are of ", shape[2], " bytes, not ",
                page_bytes(head_dim));
@@ -106,6 +110,7 @@ class PyProgram {
                      shape[0], shape[1], head_dim});
     }
     caches_ = std::move(all);
+    groups_ = std::move(groups);
     kept_caches_ = py::cast(caches);
   }
 
@@ -128,20 +133,27 @@ class PyProgram {
            const py::object& result, int threads) {
     const Torch& torch = Torch::get();
     const int64_t rows = shape_of("ids", ids, 1)[0], wanted = shape_of("kept", kept, 1)[0];
-    const std::vector<int64_t> tables = shape_of("table", table, 2);
+    const std::vector<int64_t> shape = shape_of("table", table, 3);
+    const int64_t count = shape[1];
+    const auto* const pages = array<const int32_t>("table", table, torch.int32,
+                                                   bounded_product(shape[0], count, shape[2]));
+    std::vector<const int32_t*> tables;
+    for (const int64_t group : groups_) {
+      SQ_CHECK(group < shape[0], "a cache has table ", group, " of ", shape[0]);
+      tables.push_back(pages + group * count * shape[2]);
+    }
     SQ_CHECK(result_ != kNoBuffer, "the program has no result");
     const auto* const rows_of =
-        array<const int64_t>("first_row", first_row, torch.int64, tables[0] + 1);
-    SQ_CHECK(rows_of[tables[0]] == rows, "first_row ends with ", rows_of[tables[0]], ", not ",
-             rows);
+        array<const int64_t>("first_row", first_row, torch.int64, count + 1);
+    SQ_CHECK(rows_of[count] == rows, "first_row ends with ", rows_of[count], ", not ", rows);
     const Step step{
         array<const int64_t>("ids", ids, torch.int64, rows),
         array<const int64_t>("positions", positions, torch.int64, rows),
-        {tables[0], rows_of, array<const int64_t>("length", length, torch.int64, tables[0]),
-         array<const int32_t>("table", table, torch.int32, bounded_product(tables[0], tables[1])),
-         tables[1]},
+        {count, rows_of, array<const int64_t>("length", length, torch.int64, count), pages,
+         shape[2]},
         caches_.data(),
         static_cast<int>(caches_.size()),
+        tables.data(),
         rotaries_.data(),
         static_cast<int>(rotaries_.size()),
         array<const int64_t>("kept", kept, torch.int64, wanted),
@@ -176,6 +188,7 @@ class PyProgram {
   Buffer result_ = kNoBuffer;
   std::vector<py::object> kept_;
   std::vector<KvCache> caches_;
+  std::vector<int64_t> groups_;
   std::vector<Rotary> rotaries_;
   py::object kept_caches_, kept_rotaries_;
 };

@@ -93,6 +93,13 @@ struct Pass {
   Sequences sequences;
 };
 
+// The sequences as a cache has them.
+Sequences sequences_of(const Step& step, const Sequences& all, int cache) {
+  Sequences own = all;
+  if (step.tables != nullptr) own.table = step.tables[cache];
+  return own;
+}
+
 }  // namespace
 
 struct Program::Implementation {
@@ -243,7 +250,7 @@ class Program::Implementation::Runner {
   void run(const Attend& attend) {
     const AttendStage& stage = attend.stage;
     const KvCache& cache = shared_.step.caches[stage.cache];
-    const Sequences& sequences = shared_.pass.sequences;
+    const Sequences sequences = sequences_of(shared_.step, shared_.pass.sequences, stage.cache);
     const Rotary* const rotary = stage.rotary < 0 ? nullptr : shared_.step.rotaries + stage.rotary;
     const int64_t* const positions = shared_.step.positions + shared_.rows.begin;
     const int64_t ld = program_.ld(stage.in), head = stage.head_dim;
@@ -559,6 +566,7 @@ void Program::run(const Step& step, int threads) {
   SQ_CHECK(!all.stages.empty() && all.result != kNoBuffer, "the program has no result");
   const int64_t rows = sequences.count > 0 ? sequences.first_row[sequences.count] : 0;
   SQ_CHECK(rows == 0 || (step.ids != nullptr && step.positions != nullptr), "ids are null");
+  const int32_t* checked = nullptr;
   for (const Stage& stage : all.stages) {
     if (const auto* const embed = std::get_if<EmbedStage>(&stage)) {
       for (int64_t row = 0; row < rows; ++row) {
@@ -572,7 +580,10 @@ void Program::run(const Step& step, int threads) {
       SQ_CHECK(cache.kv_heads == wanted.kv_heads && cache.head_dim == wanted.head_dim, "cache ",
                wanted.cache, " has ", cache.kv_heads, " heads of ", cache.head_dim, ", not ",
                wanted.kv_heads, " of ", wanted.head_dim);
-      check_cache(cache, sequences);
+      const Sequences own = sequences_of(step, sequences, wanted.cache);
+      check_cache(cache, own);
+      if (own.table != checked) check_written_once(own);
+      checked = own.table;
       if (wanted.rotary < 0) continue;
       SQ_CHECK(wanted.rotary < step.rotary_count, "the step has ", step.rotary_count,
                " rotary tables");
@@ -593,7 +604,6 @@ void Program::run(const Step& step, int threads) {
              "kept row ", step.kept[i], " of ", rows, ", which must ascend");
   }
   if (rows == 0) return;
-  if (!all.plan_keys.empty()) check_written_once(sequences);
   SQ_CHECK(!all.running.exchange(true), "the program runs already, in another thread");
   struct Stop {
     std::atomic<bool>& running;

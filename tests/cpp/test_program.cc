@@ -193,19 +193,24 @@ struct Caches {
       memory.emplace_back(sequences * pages_each * s.kv_heads * page_bytes(s.head_dim));
       caches.push_back({memory.back().data(), sequences * pages_each, s.kv_heads, s.head_dim});
     }
-    table.resize(sequences * pages_each);
-    std::iota(table.rbegin(), table.rend(), 0);
+    // Pages of odd layers ascend.
+    for (int64_t i = 0; i < s.layers; ++i) {
+      tables.emplace_back(sequences * pages_each);
+      std::iota(tables[i].begin(), tables[i].end(), 0);
+      if (i % 2 == 0) std::reverse(tables[i].begin(), tables[i].end());
+    }
   }
   std::deque<Aligned> memory;
   std::vector<KvCache> caches;
-  std::vector<int32_t> table;
+  std::vector<std::vector<int32_t>> tables;
   int64_t stride;
 };
 
 // New tokens of some sequences.
 struct Call {
+  explicit Call(const Caches& caches) : tables(caches.tables.size()) {}
   std::vector<int64_t> ids, positions, first_row{0}, length, kept;
-  std::vector<int32_t> table;
+  std::vector<std::vector<int32_t>> tables;
   void add(const Caches& caches, int64_t sequence, const std::vector<int64_t>& tokens,
            int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -215,12 +220,14 @@ struct Call {
     }
     first_row.push_back(static_cast<int64_t>(ids.size()));
     length.push_back(end);
-    const auto row = caches.table.begin() + sequence * caches.stride;
-    table.insert(table.end(), row, row + caches.stride);
+    for (size_t i = 0; i < tables.size(); ++i) {
+      const auto row = caches.tables[i].begin() + sequence * caches.stride;
+      tables[i].insert(tables[i].end(), row, row + caches.stride);
+    }
   }
-  Sequences sequences(const Caches& caches) const {
-    return {static_cast<int64_t>(length.size()), first_row.data(), length.data(), table.data(),
-            caches.stride};
+  Sequences sequences(const Caches& caches, int64_t layer) const {
+    return {static_cast<int64_t>(length.size()), first_row.data(), length.data(),
+            tables[layer].data(), caches.stride};
   }
 };
 
@@ -299,7 +306,7 @@ Floats reference(const Model& model, const Call& call, Caches& caches) {
     transform(q, s.heads(), layer.norms[1]);
     transform(k, s.kv_heads, layer.norms[2]);
     const int64_t kv = s.kv_heads * s.head_dim, width = s.heads() * s.head_dim;
-    const Sequences sequences = call.sequences(caches);
+    const Sequences sequences = call.sequences(caches, i);
     append(caches.caches[i], sequences, {k.data(), DType::kFloat32, kv, s.head_dim},
            {v.data(), DType::kFloat32, kv, s.head_dim});
     Floats o(m * width);
@@ -379,10 +386,13 @@ void build(const Model& model, Program& program) {
 Floats run(const Model& model, Program& program, const Call& call, Caches& caches, int threads) {
   const int64_t width = model.s.head ? model.s.vocabulary : model.s.width;
   Floats result(call.kept.size() * width);
-  program.run({call.ids.data(), call.positions.data(), call.sequences(caches), caches.caches.data(),
-               static_cast<int>(caches.caches.size()), &model.rotary, 1, call.kept.data(),
-               static_cast<int64_t>(call.kept.size()), result.data()},
-              threads);
+  std::vector<const int32_t*> tables;
+  for (const auto& table : call.tables) tables.push_back(table.data());
+  program.run(
+      {call.ids.data(), call.positions.data(), call.sequences(caches, 0), caches.caches.data(),
+       static_cast<int>(caches.caches.size()), tables.data(), &model.rotary, 1, call.kept.data(),
+       static_cast<int64_t>(call.kept.size()), result.data()},
+      threads);
   return result;
 }
 
@@ -400,7 +410,7 @@ Floats test_shape(const Shape& shape) {
   std::vector<std::vector<int64_t>> tokens;
   for (int64_t length : lengths) tokens.push_back(random_tokens(length, shape, rng));
   Caches caches(shape, 4, 5);
-  Call call;
+  Call call(caches);
   for (int i = 0; i < 4; ++i) call.add(caches, i, tokens[i], 0, lengths[i]);
   const Floats wanted = reference(model, call, caches);
   Program program;
@@ -423,7 +433,7 @@ Floats test_shape(const Shape& shape) {
         continue;
       }
       for (int64_t begin = 0; begin < lengths[i]; begin += piece) {
-        Call some;
+        Call some(fresh);
         some.add(fresh, i, tokens[i], begin, std::min(begin + piece, lengths[i]));
         const Floats y = run(model, program, some, fresh, 0);
         found.insert(found.end(), y.begin(), y.end());
@@ -458,7 +468,7 @@ void test_kept_rows() {
     const Model model(shape, rng);
     const std::vector<int64_t> tokens = random_tokens(310, shape, rng);
     Caches caches(shape, 1, 5);
-    Call call;
+    Call call(caches);
     call.add(caches, 0, tokens, 0, 310);
     Program program;
     build(model, program);
@@ -513,7 +523,7 @@ void test_refusals() {
   Program whole;
   build(model, whole);
   Caches caches(shape, 1, 1);
-  Call call;
+  Call call(caches);
   call.add(caches, 0, {1, 2, 3}, 0, 3);
   const auto refused = [&](const char* message, Call changed) {
     check_refused(message, [&] { run(model, whole, changed, caches, 0); });
@@ -534,7 +544,7 @@ void test_refusals() {
   changed.length[0] = 65;
   refused("only 1 pages", changed);
   changed = call;
-  changed.table[0] = 1;
+  changed.tables[1][0] = 1;
   refused("page 1 of a cache of 1", changed);
   check(run(model, whole, call, caches, 0) == reference(model, call, caches), "after refusals");
 }

@@ -107,6 +107,7 @@ struct Step {
   Sequences sequences;       // rows are their new tokens
   const KvCache* caches;
   int cache_count;
+  const int32_t* const* tables;  // [cache_count]: each cache's; null: sequences.table
   const Rotary* rotaries;
   int rotary_count;
   const int64_t* kept;  // [kept_count], ascending: rows whose result is wanted
