@@ -7,7 +7,7 @@ they stand for, any other operation gets them dequantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from sq_cpu.inference.lazy import LazyTensor
 from sq_cpu.inference.pages import CallRows, PageTable
 from sq_cpu.kernels.paged_attention import AttentionOptions, KvPages
 
-__all__ = ["Int8Cache", "Int8Layer", "Update", "replace_layers", "update_of"]
+__all__ = ["Int8Cache", "Int8Layer", "Update", "prepare_layers", "replace_layers", "update_of"]
 
 
 class Update:
@@ -200,6 +200,11 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         )
         return k, v
 
+    def grow(self, new: int) -> None:
+        """Count new positions, which somebody else has written or writes now."""
+        self._seen += new
+        self.version += 1
+
     def flush(self) -> None:
         """Write what no attention has read."""
         if self._pending is not None:
@@ -289,6 +294,52 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def prefetch(self) -> None:
         """Do nothing: the pages are in the memory of the CPU."""
+
+
+def prepare_layers(
+    layers: Sequence[Int8Layer],
+    shapes: Sequence[tuple[int, int]],
+    begins: list[int],
+    new: int,
+    dtype: torch.dtype,
+) -> list[CallRows]:
+    """Make room for new positions, which somebody writes to the pages at once.
+
+    Parameters
+    ----------
+    layers : all of a cache, with the same number of positions
+    shapes : kv heads and head size of each
+    begins : the position where each sequence begins; before it is padding
+    new : positions of the call
+    dtype : that keys and values are given in to others
+
+    Returns
+    -------
+    the rows of each table, in the order in which the layers name them
+
+    Raises
+    ------
+    SqCpuError
+        For another batch than before, and layers of different lengths.
+    """
+    if len({layer.get_seq_length() for layer in layers}) != 1:
+        raise SqCpuError("the layers of an int8 cache have different lengths")
+    for layer, (kv_heads, head_dim) in zip(layers, shapes, strict=True):
+        layer.flush()
+        if layer.pool is None:
+            layer.lazy_initialization(*[torch.empty(len(begins), kv_heads, 0, head_dim)] * 2)
+            layer.dtype = dtype
+        if layer.table.batch != len(begins):
+            raise SqCpuError(
+                f"{len(begins)} sequences for a cache of {layer.table.batch}; reset() it"
+            )
+    tables = dict.fromkeys(layer.table for layer in layers)
+    for table in tables:
+        table.set_pads(begins)
+    rows = [table.plan(layers[0].get_seq_length(), new) for table in tables]
+    for layer in layers:
+        layer.grow(new)
+    return rows
 
 
 def replace_layers(cache: Cache, config: Any) -> bool:

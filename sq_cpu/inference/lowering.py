@@ -107,7 +107,8 @@ class _Lowering:
     def program(self, table: Tensor) -> DecoderProgram:
         embed = Embed(table, self._seen.multiplier, "residual")
         stages = [embed, *(stage for block in self._blocks for stage in block)]
-        return DecoderProgram(stages, self._widths, "residual")
+        final_norm = self._norm(self._base, self._decoder.final_norm)
+        return DecoderProgram(stages, self._widths, "residual", final_norm)
 
     def prove(self) -> None:
         """Raise `SqCpuError` for a block whose stages do something else than the block does.

@@ -16,7 +16,7 @@ from transformers import masking_utils
 
 from sq_cpu.inference.lazy import LazyTensor
 
-__all__ = ["MaskPattern", "make_mask", "pattern_of"]
+__all__ = ["MaskPattern", "make_mask", "pattern_of", "token_runs"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def make_mask(
         return eager()
     begins = ends = None
     if attention_mask is not None:
-        runs = _runs(attention_mask, kv_length)
+        runs = token_runs(attention_mask, kv_length)
         if runs is None:
             return eager()
         begins, ends = runs
@@ -118,7 +118,7 @@ def _causal_kind(
     return (True, local_size) if inside and not outside else None
 
 
-def _runs(mask: Tensor, length: int) -> tuple[list[int] | None, list[int] | None] | None:
+def token_runs(mask: Tensor, length: int) -> tuple[list[int] | None, list[int] | None] | None:
     """Return where the tokens of each sequence begin and end; None where one has a gap."""
     mask = mask[:, :length].bool()
     if mask.shape[1] < length:  # transformers takes what a mask does not reach for padding

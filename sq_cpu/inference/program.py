@@ -151,6 +151,7 @@ class DecoderProgram:
     stages : in the order in which they run
     widths : of each buffer that they name, fp32 [rows, width]
     result : the buffer whose rows `run` returns
+    final_norm : what makes them the model's last hidden state
 
     Raises
     ------
@@ -158,8 +159,15 @@ class DecoderProgram:
         For stages that do not fit together, and a quantizer whose scale is of the whole batch.
     """
 
-    def __init__(self, stages: Sequence[Stage], widths: dict[str, int], result: str) -> None:
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        widths: dict[str, int],
+        result: str,
+        final_norm: Norm | None = None,
+    ) -> None:
         self.stages = tuple(stages)
+        self.final_norm = final_norm
         self.width = widths[result]
         self._program = _core.Program()
         self._buffers = {name: self._program.buffer(width) for name, width in widths.items()}
@@ -168,8 +176,7 @@ class DecoderProgram:
         """(kv heads, head size) of each layer that has a cache."""
         self._rotaries = [*dict.fromkeys(s.rotary for s in attends if s.rotary is not None)]
         self._positions = 0  # that the rotary tables have
-        self._caches: list[KvPages] = []
-        self._pages: list[Tensor] = []
+        self._caches: list[tuple[Tensor, int, int]] = []
         layer = 0
         for stage in self.stages:
             self._add(stage, layer)
@@ -237,8 +244,8 @@ class DecoderProgram:
         self,
         ids: Tensor,
         positions: Tensor,
-        rows: BatchRows,
-        caches: Sequence[KvPages],
+        rows: Sequence[BatchRows],
+        caches: Sequence[tuple[KvPages, int]],
         kept: Tensor,
         threads: int = 0,
     ) -> Tensor:
@@ -247,8 +254,8 @@ class DecoderProgram:
         Parameters
         ----------
         ids, positions : int64 [rows], one sequence after another
-        rows : which rows belong to which sequence, and in which pages that lies
-        caches : the pages of each layer
+        rows : which rows belong to which sequence; one for each page table
+        caches : the pages of each layer, and the number of its page table
         kept : int64 [kept], ascending: the rows whose result is wanted
         threads : of torch's, at most; 0: all
 
@@ -261,13 +268,18 @@ class DecoderProgram:
         SqCpuError
             For ids and positions that there are not, and for caches of other shapes.
         """
-        pages = [cache.tensor for cache in caches]
-        if len(pages) != len(self._pages) or any(map(_other, pages, self._pages)):
-            self._program.set_caches([(cache.tensor, cache.head_dim) for cache in caches])
-            self._pages = pages
+        given = [(pages.tensor, pages.head_dim, table) for pages, table in caches]
+        if len(given) != len(self._caches) or any(
+            a[0] is not b[0] or a[2] != b[2] for a, b in zip(given, self._caches, strict=True)
+        ):
+            self._program.set_caches(given)
+            self._caches = given
         self._grow(int(positions.max()) + 1 if len(positions) else 0)
+        first_row, length, _ = rows[0].tensors
+        tables = [each.tensors[2] for each in rows]
+        table = tables[0][None] if len(tables) == 1 else torch.stack(tables)
         result = torch.empty((len(kept), self.width), dtype=torch.float32, device="cpu")
-        self._program.run(ids, positions, *rows.tensors, kept, result, threads)
+        self._program.run(ids, positions, first_row, length, table, kept, result, threads)
         return result
 
     def _grow(self, positions: int) -> None:
@@ -277,10 +289,6 @@ class DecoderProgram:
         self._program.set_rotaries(
             [(rotary.table(self._positions), rotary.interleaved) for rotary in self._rotaries]
         )
-
-
-def _other(a: object, b: object) -> bool:
-    return a is not b
 
 
 def _norm(norm: Norm | None) -> tuple[object, Tensor, Tensor | None, float] | None:

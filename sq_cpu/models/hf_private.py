@@ -303,7 +303,7 @@ def attention_calls(
 
     AttentionInterface.register(_SEEN, attend)
     AttentionMaskInterface.register(_SEEN, sdpa_mask)
-    before = model.config._attn_implementation
+    before = attention_implementation(model.config)
     try:
         model.set_attn_implementation(_SEEN)
     except (ValueError, KeyError) as error:
