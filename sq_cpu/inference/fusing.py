@@ -68,8 +68,18 @@ class FusedDecoder:
         self.program: DecoderProgram = compile_program(model)
         self.base = model.base_model
         self._model = model
+        self._head = model.get_output_embeddings()
         self._plain = self.base.forward
         self.base.forward = self
+        self._head_alone = self._head is not None and self._has_plain_head()
+
+    @torch.inference_mode()
+    def _has_plain_head(self) -> bool:
+        """Whether logits are what the head gives, not scaled or capped."""
+        ids = torch.arange(4)[None]
+        states = self.base(input_ids=ids, use_cache=False).last_hidden_state
+        wanted: Tensor = self._model(input_ids=ids, use_cache=False).logits
+        return torch.equal(wanted, self._head(states))
 
     def __deepcopy__(self, memo: Mapping[int, Any]) -> Any:
         raise SqCpuError("a fused model is not copied: fuse(model, enabled=False) first")
@@ -187,6 +197,22 @@ class FusedDecoder:
             whole[rows[0].kept] = hidden
             hidden = whole
         return hidden.view(*ids.shape, -1)
+
+    def logits(self, cache: Any, ids: Tensor, positions: Tensor, begins: list[int]) -> Tensor:
+        """Return the logits of each sequence's last position, [batch, vocabulary]; as `run`."""
+        if self._head_alone:
+            hidden = self.normed(self.run(cache, ids, positions, begins, last=True))
+            return self._head(hidden)  # type: ignore[no-any-return]
+        seen = cache.get_seq_length()
+        mask = torch.arange(seen + ids.shape[1])[None] >= torch.tensor(begins)[:, None]
+        output = self._model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]  # type: ignore[no-any-return]
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Return the last hidden state of a residual, as the head takes it."""
