@@ -22,7 +22,7 @@ from sq_cpu.inference.masks import MaskPattern, make_mask, pattern_of
 from sq_cpu.inference.pages import call_rows
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS, AttentionOptions, KvPages
 
-__all__ = ["ATTENTION", "attention"]
+__all__ = ["ATTENTION", "attention", "attention_in_floats"]
 
 ATTENTION = "sq_cpu"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -103,6 +103,28 @@ def attention(
         dropout,
     )
     return y, weights if output_attentions else None
+
+
+def attention_in_floats(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return what `attention` does without dropout, exact, and its weights.
+
+    `attention_mask` is added to the scores; None: causal.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    total, new = key.shape[2], query.shape[2]
+    causal = MaskPattern(True, 0, new, total, None, None)
+    added = _added(attention_mask, causal, query, key, None)
+    return _in_floats(query, key, value, added, scale, softcap, s_aux, 0.0)
 
 
 def _in_int8(

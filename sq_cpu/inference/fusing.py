@@ -59,9 +59,12 @@ class FusedDecoder:
 
     Attributes
     ----------
+    same_function : True, which tells `save` that the model is what it was
     program : its stages
     base : the model without its head
     """
+
+    same_function = True
 
     def __init__(self, model: Any) -> None:
         """Compile, and take the place of the base model's forward."""
@@ -185,7 +188,7 @@ class FusedDecoder:
         tables = [*dict.fromkeys(layer.table for layer in layers)]
         caches = [(layer.pages, tables.index(layer.table)) for layer in layers]
         batch = [each.rows for each in rows]
-        flat, at = ids.flatten(), positions.flatten()
+        flat, at = ids.flatten().contiguous(), positions.flatten().contiguous()
         if rows[0].kept is not None:
             flat, at = flat[rows[0].kept], at[rows[0].kept]
         if last:

@@ -61,7 +61,7 @@ class Sampling:
         position : of the new token among those generated
         """
         if self.temperature == 0:
-            return logits.argmax(dim=1).tolist()  # type: ignore[no-any-return]
+            return logits.argmax(dim=1).tolist()
         logits = logits.float() / self.temperature
         if 0 < self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k, dim=1).values[:, -1:]
@@ -76,7 +76,7 @@ class Sampling:
         for row, sequence in zip(noise, sequences, strict=True):
             generator = torch.Generator().manual_seed(hash((self.seed, sequence, position)))
             row.exponential_(generator=generator)
-        return (weights / noise).argmax(dim=1).tolist()  # type: ignore[no-any-return]
+        return (weights / noise).argmax(dim=1).tolist()
 
 
 @torch.inference_mode()

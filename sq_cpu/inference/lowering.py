@@ -1,8 +1,8 @@
-"""A quantized decoder of transformers becomes a program: the row of its family says where parts are.
+"""A quantized decoder of transformers becomes a program.
 
-What attention does (scale, window, soft-cap, sinks, rotary tables) is not claimed by the row but
-seen in a call of the model. Each block is then proven: without int8 its stages compute what its
-module does.
+The row of its family says where the parts are. What attention does (scale, window, soft-cap, sinks,
+rotary tables) is not claimed by the row but seen in a call of the model. Each block is then proven:
+without int8 its stages compute what its module does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.attention import attention_in_floats
 from sq_cpu.inference.program import (
     Attend,
     DecoderProgram,
@@ -32,7 +33,7 @@ from sq_cpu.kernels.paged_attention import AttentionOptions
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder
-from sq_cpu.models.hf_private import attention_calls, is_transformers
+from sq_cpu.models.hf_private import attending_by, is_transformers
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
 
@@ -117,7 +118,7 @@ class _Lowering:
         """
         blocks = _find(self._base, self._decoder.blocks)
         at = torch.arange(self._seen.ids.shape[1], device="cpu")
-        with attention_calls(self._model, lambda *_: None):
+        with attending_by(self._model, attention_in_floats):
             for index, stages in enumerate(self._blocks):
                 args, kwargs = self._seen.calls[index]
                 x = args[0][0]
@@ -152,6 +153,10 @@ class _Lowering:
             x = args[0] if args else kwargs.pop("hidden_states")
             seen.calls.append(((x.clone(), *args[1:]), kwargs))
 
+        def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            seen.options[module] = kwargs
+            return attention_in_floats(module, *args, **kwargs)
+
         handles = []
         rotary = _find(base, decoder.rotary, optional=True)
         if rotary is not None:
@@ -161,7 +166,7 @@ class _Lowering:
             handles.append(attention.register_forward_pre_hook(attention_called, with_kwargs=True))
             handles.append(block.register_forward_pre_hook(block_called, with_kwargs=True))
         try:
-            with attention_calls(self._model, lambda at, how: seen.options.update({at: how})):
+            with attending_by(self._model, attend):
                 base(input_ids=seen.ids, use_cache=False)
         finally:
             for handle in handles:
@@ -193,13 +198,7 @@ class _Lowering:
         projected = self._buffer("qkv", sum(widths))
         attended = self._buffer("attended", out.in_features)
         columns = [sum(widths[:i]) for i in range(len(widths))]
-        gate, up = _gate_up(block, decoder.gate_up)
-        gated = self._buffer("gated", _layer(block, decoder.down).in_features)
-        raised = self._buffer("raised", self._widths[gated])
-        name = getattr(self._base.config, decoder.activation)
-        if name not in _ACTIVATIONS:
-            raise SqCpuError(f"config.{decoder.activation} is {name!r}")
-        return [
+        into_attention: list[Stage] = [
             Project(
                 "residual",
                 self._norm(block, decoder.attention_norm),
@@ -219,19 +218,40 @@ class _Lowering:
                 _options(self._seen.options[attention]),
                 attended,
             ),
-            *self._add(block, attended, out, decoder.after_attention),
-            Project(
-                "residual",
-                self._norm(block, decoder.mlp_norm),
-                (
-                    _linear(up[0], raised, rows=up[1]),
-                    _linear(
-                        gate[0], gated, rows=gate[1], activation=_ACTIVATIONS[name], other=raised
-                    ),
-                ),
-            ),
-            *self._add(block, gated, _layer(block, decoder.down), decoder.after_mlp),
         ]
+        out_of_attention = self._add(block, attended, out, decoder.after_attention)
+        into_mlp = self._into_mlp(block)
+        down = _layer(block, decoder.down)
+        out_of_mlp = self._add(block, "hidden", down, decoder.after_mlp)
+        if self._parallel():
+            return [*into_attention, into_mlp, *out_of_attention, *out_of_mlp]
+        return [*into_attention, *out_of_attention, into_mlp, *out_of_mlp]
+
+    def _into_mlp(self, block: nn.Module) -> Project:
+        decoder = self._decoder
+        hidden = self._buffer("hidden", _layer(block, decoder.down).in_features)
+        name = getattr(self._base.config, decoder.activation)
+        if name not in _ACTIVATIONS:
+            raise SqCpuError(f"config.{decoder.activation} is {name!r}")
+        activation = _ACTIVATIONS[name]
+        if decoder.gated:
+            raised = self._buffer("raised", self._widths[hidden])
+            (gate, gate_rows), (up, up_rows) = _gate_up(block, decoder.gate_up)
+            linears: tuple[Linear, ...] = (
+                _linear(up, raised, rows=up_rows),
+                _linear(gate, hidden, rows=gate_rows, activation=activation, other=raised),
+            )
+        else:
+            (path,) = decoder.gate_up
+            linears = (_linear(_layer(block, path), hidden, activation=activation),)
+        norm = self._norm(block, decoder.mlp_norm)
+        if norm is None and self._parallel():
+            norm = self._norm(block, decoder.attention_norm)
+        return Project("residual", norm, linears)
+
+    def _parallel(self) -> bool:
+        parallel = self._decoder.parallel
+        return bool(getattr(self._base.config, parallel) if isinstance(parallel, str) else parallel)
 
     def _add(
         self, block: nn.Module, source: str, layer: QuantLinear | DecomposedLinear, norm: str | None
@@ -330,9 +350,7 @@ def _linear(
         columns = layer.columns
         weight = layer.outlier_weight.detach().float()[begin:end].T.contiguous()
         layer = layer.regular
-    return Linear(
-        layer, begin, end, out, column, activation, other, accumulate, columns, weight
-    )
+    return Linear(layer, begin, end, out, column, activation, other, accumulate, columns, weight)
 
 
 def _options(given: Mapping[str, Any]) -> AttentionOptions:
@@ -392,7 +410,8 @@ def _dequantized(block: nn.Module) -> Iterator[dict[QuantLinear, Tensor]]:
                 weight = weight.index_copy(1, layer.columns, layer.outlier_weight.float())
             plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             plain.weight = nn.Parameter(weight, requires_grad=False)
-            plain.bias = None if regular.bias is None else nn.Parameter(regular.bias, False)
+            if regular.bias is not None:
+                plain.bias = nn.Parameter(regular.bias, requires_grad=False)
             replaced.append((parent, name, layer))
             setattr(parent, name, plain)
     try:

@@ -188,7 +188,9 @@ class DecoderProgram:
         if isinstance(stage, Embed):
             self._program.embed(stage.table, stage.multiplier, at[stage.out])
         elif isinstance(stage, Merge):
-            self._program.merge(at[stage.source], _norm(stage.norm), at[stage.out])
+            after = _norm(stage.norm)
+            assert after is not None
+            self._program.merge(at[stage.source], after, at[stage.out])
         elif isinstance(stage, Attend):
             kv_width = stage.kv_heads * stage.head_dim
             first_key = stage.heads * stage.head_dim
@@ -217,9 +219,7 @@ class DecoderProgram:
             if any(linear.layer._quantizer != quantizer for linear in stage.linears):
                 raise SqCpuError("linears of one input quantize it differently")
             linears = [self._linear(linear) for linear in stage.linears]
-            self._program.project(
-                at[stage.source], 0, _norm(stage.norm), quantizer, False, linears
-            )
+            self._program.project(at[stage.source], 0, _norm(stage.norm), quantizer, False, linears)
 
     def _linear(self, linear: Linear) -> tuple[object, ...]:
         layer = linear.layer
@@ -291,8 +291,12 @@ class DecoderProgram:
         )
 
 
-def _norm(norm: Norm | None) -> tuple[object, Tensor, Tensor | None, float] | None:
-    return norm and (getattr(_core.NormKind, norm.kind), norm.weight, norm.bias, norm.eps)
+def _norm(
+    norm: Norm | None,
+) -> tuple[_core.NormKind, Tensor | None, Tensor | None, float] | None:
+    if norm is None:
+        return None
+    return getattr(_core.NormKind, norm.kind), norm.weight, norm.bias, norm.eps
 
 
 def run_reference(
@@ -355,8 +359,8 @@ def _activate(activation: str | None, y: Tensor) -> Tensor:
 
 
 def _attend_reference(stage: Attend, x: Tensor) -> Tensor:
-    heads = x.double().unflatten(1, (-1, stage.head_dim))
-    q, k, v = heads.split([stage.heads, stage.kv_heads, stage.kv_heads], dim=1)
+    heads = x.double().view(len(x), -1, stage.head_dim)
+    q, k, v = torch.split(heads, [stage.heads, stage.kv_heads, stage.kv_heads], dim=1)
     q = q if stage.q_norm is None else stage.q_norm.reference(q)
     k = k if stage.k_norm is None else stage.k_norm.reference(k)
     if stage.rotary is not None:
@@ -367,9 +371,9 @@ def _attend_reference(stage: Attend, x: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
     rotated = table.shape[-1]
-    turned, rest = x.split([rotated, x.shape[-1] - rotated], dim=-1)
+    turned, rest = torch.split(x, [rotated, x.shape[-1] - rotated], dim=-1)
     if interleaved:
-        partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        partner = turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
     else:
         partner = turned.roll(rotated // 2, dims=-1)
     return torch.cat((turned * table[:, 0] + partner * table[:, 1], rest), dim=-1)

@@ -177,6 +177,17 @@ FAMILIES: list[Family] = [
         "layers",
         *_attention(_NORM_1, "mlp.fc1", names=("q_proj", "k_proj", "v_proj", "dense")),
         Group(producer="mlp.fc1", consumers=("mlp.fc2",), when={"hidden_act": "relu"}),
+        decoder=Decoder(
+            final_norm="final_layernorm",
+            q_norm="self_attn.q_layernorm",
+            k_norm="self_attn.k_layernorm",
+            attention_out="self_attn.dense",
+            mlp_norm=_NORM_1,
+            gate_up=("mlp.fc1",),
+            gated=False,
+            down="mlp.fc2",
+            parallel=True,
+        ),
     ),
     _family(
         ("phi3",),
@@ -186,7 +197,25 @@ FAMILIES: list[Family] = [
         decoder=Decoder(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
     ),
     # In both, post_attention_layernorm is the norm before the MLP.
-    _family(("glm", "glm4"), "layers", *_attention(_NORM_1), *_FUSED_GATED),
+    _family(
+        ("glm",),
+        "layers",
+        *_attention(_NORM_1),
+        *_FUSED_GATED,
+        decoder=Decoder(gate_up=("mlp.gate_up_proj",), interleaved=True),
+    ),
+    _family(
+        ("glm4",),
+        "layers",
+        *_attention(_NORM_1),
+        *_FUSED_GATED,
+        decoder=Decoder(
+            gate_up=("mlp.gate_up_proj",),
+            interleaved=True,
+            after_attention="post_self_attn_layernorm",
+            after_mlp="post_mlp_layernorm",
+        ),
+    ),
     Family(
         model_types=("gemma",),
         stacks=(
@@ -235,6 +264,7 @@ FAMILIES: list[Family] = [
             ),
             when={"use_parallel_residual": True},
         ),
+        decoder=Decoder(parallel="use_parallel_residual"),
     ),
     _family(
         ("opt",),

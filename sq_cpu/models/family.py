@@ -85,7 +85,11 @@ class Decoder:
     """The norm of what attention adds to the residual."""
     mlp_norm: str | None = "post_attention_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Two linears, or one whose output rows are gate, then up."""
+    """Two linears, or one whose output rows are gate, then up; one is all, where `gated` is not."""
+    gated: bool = True
+    """Whether the MLP is down(act(gate(x)) * up(x)); else down(act(x W))."""
+    parallel: bool | str = False
+    """Whether attention and MLP read the same residual, or the config's value that says so."""
     down: str = "mlp.down_proj"
     activation: str = "hidden_act"
     """The config's value that names the activation function of gate."""

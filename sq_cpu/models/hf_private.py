@@ -20,7 +20,7 @@ from sq_cpu.errors import SqCpuError
 __all__ = [
     "CheckpointLayout",
     "ExpertsLayout",
-    "attention_calls",
+    "attending_by",
     "attention_implementation",
     "bare_model",
     "check_version",
@@ -284,25 +284,17 @@ _SEEN = "sq_cpu_seen"
 
 
 @contextmanager
-def attention_calls(
-    model: Any, see: Callable[[nn.Module, Mapping[str, Any]], None]
-) -> Iterator[None]:
-    """Call see(attention module, its keyword arguments) whenever a layer attends.
+def attending_by(model: Any, attention: Callable[..., tuple[Tensor, Any]]) -> Iterator[None]:
+    """Have a model attend by `attention`, whose arguments are those of transformers' "eager".
 
-    That is scaled dot product attention meanwhile. Raises `SqCpuError` for a model whose attention
-    is not exchanged through transformers' interface.
+    Raises `SqCpuError` for a model whose attention is not exchanged through their interface.
     """
     check_version()
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import sdpa_mask
+    from transformers.masking_utils import eager_mask
 
-    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        see(module, kwargs)
-        return sdpa_attention_forward(module, *args, **kwargs)
-
-    AttentionInterface.register(_SEEN, attend)
-    AttentionMaskInterface.register(_SEEN, sdpa_mask)
+    AttentionInterface.register(_SEEN, attention)
+    AttentionMaskInterface.register(_SEEN, eager_mask)
     before = attention_implementation(model.config)
     try:
         model.set_attn_implementation(_SEEN)
