@@ -13,7 +13,6 @@ import os
 import types
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sq_cpu.errors import SqCpuError, first_line
@@ -21,24 +20,34 @@ from sq_cpu.errors import SqCpuError, first_line
 __all__ = ["check_fields", "parsed_json", "read_json", "record", "typed"]
 
 T = TypeVar("T")
+_LONGEST = 64 << 20  # characters: the recipe of 10^5 linears has a third of them
+# ValueError: no UTF-8, no JSON, or an integer of thousands of digits; RecursionError: brackets
+# without end.
+_NOT_JSON = (ValueError, RecursionError)
 _WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return a file's JSON; `SqCpuError` for one that is missing or holds anything else."""
+    """Return a file's JSON; `SqCpuError` for what is missing, huge or anything else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SqCpuError(f"cannot read {path}: {first_line(error)}") from error
-    return parsed_json(text, str(path))
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait
+            raise OSError("not a file")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise OSError(f"larger than {_LONGEST >> 20} MB")
+        return json.loads(text)
+    except (OSError, *_NOT_JSON) as error:
+        raise SqCpuError(
+            f"{path} cannot be read as JSON ({first_line(error)}); copy or make it again"
+        ) from error
 
 
 def parsed_json(text: str, where: str) -> Any:
     """Return the value of JSON text; `SqCpuError` names `where` it is from."""
     try:
         return json.loads(text)
-    # RecursionError: brackets without end; ValueError also for integers of thousands of digits.
-    except (ValueError, RecursionError) as error:
+    except _NOT_JSON as error:
         raise SqCpuError(f"{where} is not JSON: {first_line(error)}") from error
 
 

@@ -21,7 +21,6 @@ from sq_cpu.checkpoint.config import (
     check_dtype,
     check_files,
     check_settings,
-    read_json,
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
@@ -31,6 +30,7 @@ from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import load_again, load_nothing
 from sq_cpu.models.linears import linearized
+from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]

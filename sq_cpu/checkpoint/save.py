@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sq_cpu.checkpoint.config import (
     CONFIG,
-    FLOATS,
     FORMAT_VERSION,
     INDEX,
     QUANT_METHOD,
@@ -32,8 +31,10 @@ from sq_cpu.checkpoint.likeness import check_layers, check_likeness
 from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
+from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.parsing import read_json
 from sq_cpu.quantization.dtypes import dtypes_of
 from sq_cpu.quantization.record import QuantizationRecord
 
@@ -185,7 +186,7 @@ def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str,
         "companions": sorted(contents(folder) - {CONFIG, *files}),
     }
     settings[SETTINGS_DIGEST] = settings_digest(settings)
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    content = read_json(folder / CONFIG)
     content["quantization_config"] = settings
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.modules import module as registration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from sq_cpu.checkpoint.config import CONFIG, read_json
+from sq_cpu.checkpoint.config import CONFIG
 from sq_cpu.checkpoint.entries import unsaved_buffers
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import bare_model, check_version, from_config, hub_kernels
+from sq_cpu.parsing import read_json
 
 __all__ = ["UNTRUSTED", "check_buffers", "check_counts", "check_no_kernels", "skeleton"]
 

@@ -18,12 +18,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD, read_json
+from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.extras import require
 from sq_cpu.models.hf_private import forget_quantization
+from sq_cpu.parsing import read_json
 
 __all__ = ["check_causal", "check_float", "is_checkpoint", "load_source", "load_tokenizer"]
 
