@@ -57,10 +57,13 @@ def convert(
 ) -> QuantizedCheckpoint:
     """Calibrate, smooth, quantize and save.
 
+    What needs no ranges is calibrated, too: that shows which linears the model calls, and of which
+    its own code uses the weight.
+
     Parameters
     ----------
     batches_of : callable
-        Makes the calibration batches, of the tokenizer; called only where they are needed.
+        Makes the calibration batches, of the tokenizer.
     stream : bool, optional
         One decoder block at a time, see `quantize_checkpoint`. None: to go on with interrupted
         work, or where the float model does not fit in the memory that is available.
@@ -106,9 +109,7 @@ def _whole(
     recipe = job.recipe
     ignore = recipe.scheme.ignore
     float_bytes = linear_bytes(model, ignore)
-    calibration = None
-    if recipe.needs_calibration:
-        calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
+    calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
@@ -117,7 +118,7 @@ def _whole(
     return QuantizedCheckpoint(
         path=staging.path,
         record=made.sq_cpu_config,
-        calibration_tokens=calibration.tokens if calibration else 0,
+        calibration_tokens=calibration.tokens,
         float_bytes=float_bytes,
         int8_bytes=linear_bytes(model, ignore),
         streamed=False,
@@ -130,7 +131,7 @@ def _stream(
     folder = Path(job.source).expanduser()
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = load_tokenizer(folder, f"model folder {folder}")
-    batches = batches_of(tokenizer) if job.recipe.needs_calibration else None
+    batches = batches_of(tokenizer)
     say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:
         return streaming.stream_checkpoint(
