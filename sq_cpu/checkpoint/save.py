@@ -205,7 +205,9 @@ def _write_tensors(
                 f"{name} is {tensor.dtype}, which load does not take: make it another dtype, or a "
                 "non-persistent buffer"
             )
-    split = split_torch_state_dict_into_shards(dict(stored), max_shard_size=max_shard_size)
+    # By their own sizes: what shares memory is not kept together.
+    sizes = {name: tensor.to("meta") for name, tensor in stored.items()}
+    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
     digests = {}
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
@@ -224,8 +226,15 @@ def _write_tensors(
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file beside config.json and give its SHA-256."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.contiguous()
+        # safetensors refuses tensors that share memory.
+        if own[name].untyped_storage().data_ptr() in storages:
+            own[name] = own[name].clone()
+        storages.add(own[name].untyped_storage().data_ptr())
+    save_file(own, path, metadata={"format": "pt"})
     # safetensors makes files that only their owner can read; give them the umask's mode.
     shutil.copymode(path.parent / CONFIG, path)
     return sha256(path)
