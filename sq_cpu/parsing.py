@@ -1,7 +1,7 @@
 """JSON from files, held against the types that it is to have: the one door for what others wrote.
 
 What passes is of the types that the annotations say; which values a field can have is for the
-dataclass itself to check.
+dataclass itself to check. Numbers that a caller gives are checked here, too.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import os
 import types
 from collections.abc import Mapping
 from functools import cache
+from numbers import Integral
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sq_cpu.errors import SqCpuError, first_line
 
-__all__ = ["check_fields", "parsed_json", "read_json", "record", "typed"]
+__all__ = ["check_fields", "check_whole", "parsed_json", "read_json", "record", "typed"]
 
 T = TypeVar("T")
 _LONGEST = 64 << 20  # characters: the recipe of 10^5 linears has a third of them
@@ -59,6 +60,15 @@ def check_fields(made: Any, where: str) -> None:
     kind: Any = type(made)
     for name, hint in _hints(kind).items():
         object.__setattr__(made, name, typed(hint, getattr(made, name), f"{where}: {name}"))
+
+
+def check_whole(least: int, **numbers: object) -> None:
+    """Raise `SqCpuError` for arguments, by their names, that are no whole numbers >= `least`."""
+    for name, number in numbers.items():
+        # What numpy's integers are, too.
+        is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if not is_whole or int(number) < least:  # type: ignore[call-overload]
+            raise SqCpuError(f"{name} is {_shown(number)}, not a whole number >= {least}")
 
 
 def record(kind: type[T], values: Any, where: str) -> T:

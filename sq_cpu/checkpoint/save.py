@@ -207,7 +207,12 @@ def _write_tensors(
             )
     # By their own sizes: what shares memory is not kept together.
     sizes = {name: tensor.to("meta") for name, tensor in stored.items()}
-    split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    try:
+        split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    except (TypeError, ValueError) as error:
+        raise SqCpuError(
+            f'max_shard_size is {max_shard_size!r}; give a number of bytes, or a text as "5GB"'
+        ) from error
     digests = {}
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
