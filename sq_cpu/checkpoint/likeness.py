@@ -54,7 +54,6 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is not the layer that the model's record describes; quantize the float "
                 "model again"
             )
-    _check_lists(modules)
     for name, module in modules.items():
         is_layer = isinstance(module, QuantLinear | DecomposedLinear) and module not in inner
         if is_layer and name not in record.layers:
@@ -62,19 +61,6 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is int8, but not in the model's record (sq_cpu_config); quantize the "
                 "float model as a whole"
             )
-
-
-def _check_lists(modules: Mapping[str, nn.Module]) -> None:
-    """Refuse float linears in plain lists, from which the model still calls them."""
-    registered = set(modules.values())
-    for name, module in modules.items():
-        for key, value in vars(module).items():
-            held = value if isinstance(value, list | tuple) else ()
-            if any(isinstance(each, nn.Linear) and each not in registered for each in held):
-                raise SqCpuError(
-                    f"{key} of {name or 'the model'} is a plain list of linears, which int8 ones "
-                    "did not replace; make it an nn.ModuleList, or leave them in float (ignore)"
-                )
 
 
 def check_likeness(

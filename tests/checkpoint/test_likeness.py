@@ -207,34 +207,6 @@ def test_a_layer_that_the_record_does_not_describe(tmp_path: Path) -> None:
     fails("lm_head is int8, but not in the model's record", sq_cpu.save, model, tmp_path)
 
 
-class InLists(nn.Module):
-    """Calls its linears from a plain list, beside the modules of those names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
-        for index, layer in enumerate(self.layers):
-            self.add_module(f"layer{index}", layer)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        return x
-
-
-def test_linears_in_a_plain_list(tmp_path: Path) -> None:
-    model = InLists()
-    sq_cpu.quantize(model, smooth=False)
-    match = "layers of the model is a plain list of linears, which int8 ones"
-    fails(match, sq_cpu.save, model, tmp_path / "out")
-    kept = InLists()
-    sq_cpu.quantize(kept, scheme=sq_cpu.Scheme(ignore=("layer0",)), smooth=False)
-    kept.layers[1] = kept.layer1
-    folder = sq_cpu.save(kept, tmp_path / "out")
-    loaded: Any = sq_cpu.load(folder, model=InLists())
-    assert loaded.layers[0] is loaded.layer0
-
-
 def attention_of(model: Any) -> Any:
     return model.model.layers[0].self_attn
 
