@@ -115,13 +115,15 @@ def typed(kind: Any, value: Any, where: str) -> Any:
 
 
 def _first_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    refused = []
+    refused = ""
     for kind in kinds:
         try:
             return typed(kind, value, where)
         except SqCpuError as error:
-            refused.append(error)
-    raise refused[0]
+            # Its text alone: an error that this frame kept would keep the frame, and with it what
+            # every caller holds (a block's weights), until the collector of cycles comes by.
+            refused = refused or str(error)
+    raise SqCpuError(refused)
 
 
 def _sequence(origin: Any, parts: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ __all__ = [
     "SETTINGS_DIGEST",
     "check_dtype",
     "check_files",
+    "check_names",
     "check_settings",
     "read_config",
     "read_settings",
@@ -120,14 +121,19 @@ def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> l
     files = settings.get("files")
     if not isinstance(files, dict) or not files:
         raise SqCpuError(f"{config} lists no files; save the model again")
-    for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise SqCpuError(f"{config}: file name {name!r} leaves the folder; rename it")
-        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
-            raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
+    check_names(folder, files, config)
     for name, digest in files.items() if verify else ():
         _check_digest(folder / name, sha256(folder / name), digest)
     return list(files)
+
+
+def check_names(folder: Path, names: Iterable[str], listed: Path) -> None:
+    """Raise ``SqCpuError`` for a name, ``listed`` in a file, of no file within the folder."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise SqCpuError(f"{listed}: file name {name!r} leaves the folder; rename it")
+        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
+            raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

@@ -129,19 +129,20 @@ def staged(
     Raises `SqCpuError` for a target that cannot be replaced, or is not to be (`replace`), while
     another process is at work on it, and where it cannot be written.
     """
-    target = Path(os.path.realpath(path))
-    work = work_folder(target)
-    new = [work, *(parent for parent in target.parents if not parent.exists())]
+    path = Path(path)
     with ExitStack() as stack:
-        stack.callback(_remove_empty, new[1:])
-        # The marker goes last: without it, what is left does not tell whose the target is.
-        stack.callback(_remove_marker, work)
-        stack.callback(_remove_empty, new[:1])
-        with writing(target):
+        with writing(path):
+            target = Path(os.path.realpath(path))
+            work = work_folder(target)
+            new = [work, *(parent for parent in target.parents if not parent.exists())]
+            stack.callback(_remove_empty, new[1:])
+            # The marker goes last: without it, what is left does not tell whose the target is.
+            stack.callback(_remove_marker, work)
+            stack.callback(_remove_empty, new[:1])
             _claim(work, target, stack)
             try:
                 _settle(target, work, replace)
-                staging = _begin(Path(path), target, work, streamed)
+                staging = _begin(path, target, work, streamed)
             except BaseException:
                 _clear(work, keep_stream=True)
                 raise

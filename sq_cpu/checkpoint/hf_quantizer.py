@@ -140,7 +140,8 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         return version
 
     def _check_model(self, model: Any) -> None:
-        (architecture, *_) = model.config.architectures or ("unknown model",)
+        named = model.config.architectures
+        architecture = named[0] if isinstance(named, list) and named else "unknown model"
         if type(model).__name__ != architecture:
             raise SqCpuError(
                 f"{self._folder} holds a {architecture}, not a {type(model).__name__}; "

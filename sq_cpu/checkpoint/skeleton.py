@@ -32,6 +32,7 @@ UNTRUSTED = (
 _MODULES = re.compile(r"(layers?|depths?|blocks?|experts?|stages?)$")
 _COUNTS = re.compile(r"^(n|num)_")
 _FEW, _MANY = 1000, 1 << 20
+_LABELS = 1 << 16  # a config makes a name for each, several times: 2^20 take 11 s and 660 MB
 _SPARE = 256 << 20  # causal masks of the largest contexts
 
 
@@ -129,6 +130,7 @@ def check_counts(content: Any, tensors: int, path: Path) -> None:
         elif isinstance(value, int):
             most = _MANY if _COUNTS.search(key) else None
             most = tensors + _FEW if _MODULES.search(key) else most
+            most = _LABELS if key == "num_labels" else most
             if most is not None and value > most:
                 raise SqCpuError(
                     f"{path}: {key} is {str(value)[:20]}, but the files hold {tensors} tensors; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,7 @@ def load_source(
 def _load_source(
     source: str | Path, dtype: torch.dtype | None, trust: bool
 ) -> tuple[nn.Module, Any]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         check_causal(path)
         if is_checkpoint(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,7 @@ def _whole(
 def _stream(
     job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
 ) -> QuantizedCheckpoint:
-    folder = Path(job.source).expanduser()
+    folder = Path(os.path.expanduser(job.source))
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = load_tokenizer(folder, f"model folder {folder}")
     batches = batches_of(tokenizer)
@@ -151,7 +152,7 @@ def _stream(
 
 
 def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
-    folder = Path(job.source).expanduser()
+    folder = Path(os.path.expanduser(job.source))
     if streaming.unfinished(job.out):
         return True
     if not has_safetensors(folder):
