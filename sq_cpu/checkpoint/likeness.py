@@ -107,8 +107,8 @@ _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
 # what stays as it was where an embedding is resized. Nor are those whose names say that they are of
 # a cache, or of dropout.
 _NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
-_NOT_COMPARED |= {"is_quantized", "name_or_path", "quantization_method", "save_pretrained"}
-_NOT_COMPARED |= {"vocab_size", "warnings_issued"}
+_NOT_COMPARED |= {"is_quantized", "name_or_path", "quantization_method"}
+_NOT_COMPARED |= {"save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):
