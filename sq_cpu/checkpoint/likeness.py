@@ -103,10 +103,12 @@ def check_stored(
 _FIX = "have its config say so, or quantize a model that its config describes"
 _PLAIN = (bool, int, float, str, NoneType, torch.dtype)
 _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
-# What is compared otherwise, what is not of the model's function, and what stays as it was where an
-# embedding is resized. Nor are those whose names say that they are of a cache, or of dropout.
+# What is compared otherwise, what is not of the model's function or says how it was loaded, and
+# what stays as it was where an embedding is resized. Nor are those whose names say that they are of
+# a cache, or of dropout.
 _NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
-_NOT_COMPARED |= {"name_or_path", "save_pretrained", "vocab_size"}
+_NOT_COMPARED |= {"is_quantized", "name_or_path", "quantization_method"}
+_NOT_COMPARED |= {"save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):
