@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -232,6 +233,19 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None
     (source / "other.safetensors").write_bytes(b"\xff" * 100)
     os.mkfifo(source / "fifo.safetensors")
     sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches())
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_labels"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_counts_that_the_files_do_not_hold(
+    field: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    source = float_folder(tmp_path / "float", "qwen2")
+    config = json.loads((source / "config.json").read_text())
+    config.pop("layer_types")  # which transformers makes, one for each layer
+    (source / "config.json").write_text(json.dumps(config | {field: 10**9}))
+    with pytest.raises(SqCpuError, match=f"{field} is 1000000000, but the files hold"):
+        sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches(), dtype=dtype)
 
 
 def test_what_cannot_be_streamed_says_so(tmp_path: Path) -> None:
