@@ -208,7 +208,8 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def padded(self, x: Tensor) -> Tensor:
         """Return x with zeros for channels that only the wider of keys and values has."""
-        return functional.pad(x, (0, self.pages.head_dim - x.shape[-1]))
+        missing = self.pages.head_dim - x.shape[-1]
+        return functional.pad(x, (0, missing)) if missing else x
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of all positions, dequantized, in the dtype that they had."""

@@ -230,6 +230,20 @@ def test_beams_crops_and_selections_keep_the_bits(config: Any) -> None:
         assert torch.equal(found, run(plain, *more, None))
 
 
+@pytest.mark.parametrize("size", [32, 64, 80, 96, 128, 256])
+def test_head_sizes_and_groups(config: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(size)
+    mask = torch.ones(3, 80)
+    mask[0, :30] = 0
+    with counted(monkeypatch) as counts:
+        for kv_heads, group in ((1, 1), (1, 8), (2, 3), (4, 1)):
+            cache = Int8Cache(config)
+            heads = kv_heads * group
+            run(cache, *call(3, 70, heads, kv_heads, size), mask_of(mask[:, :70], 70))
+            run(cache, *call(3, 10, heads, kv_heads, size), mask_of(mask, 10))
+    assert counts == {"int8": 8, "floats": 0}
+
+
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("new", [1, 5])
 def test_options(config: Any, window: int, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
