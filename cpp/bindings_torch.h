@@ -3,11 +3,13 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <array>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "check.h"
 #include "sq_cpu/linear.h"
@@ -26,6 +28,7 @@ struct Torch {
   py::object uint8 = torch.attr("uint8");
   py::object int8 = torch.attr("int8");
   py::object int32 = torch.attr("int32");
+  py::object int64 = torch.attr("int64");
   py::object float32 = torch.attr("float32");
   py::object get_num_threads = torch.attr("get_num_threads");
   py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");

@@ -1,6 +1,7 @@
 // How one product is cut into tasks and blocks. Sizes only; no loop over data is here.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -32,6 +33,21 @@ constexpr int64_t row_step(const Microkernel& kernel) {
 // Groups of a block of so many rows, at most.
 constexpr int64_t most_groups(const Microkernel& kernel, int64_t rows) {
   return ceil_div(rows, row_step(kernel)) * ceil_div(row_step(kernel), kernel.rows);
+}
+
+// Calls f(group) for groups of rows that a call of the microkernel takes: near-equal parts of a
+// block of 16, or whole blocks for a kernel that takes more. A last group of a row or two would
+// wait for its own latency. `rows` begin at a multiple of row_step().
+template <typename Function>
+void for_each_group(const Microkernel& kernel, Range rows, Function f) {
+  for (int64_t row = rows.begin; row < rows.end; row += row_step(kernel)) {
+    const int64_t size = std::min(row_step(kernel), rows.end - row);
+    const int64_t parts = ceil_div(size, kernel.rows);
+    for (int64_t index = 0; index < parts; ++index) {
+      const Range group = part(size, 1, parts, index);
+      f(Range{row + group.begin, row + group.end});
+    }
+  }
 }
 
 // Rows that a panel of weights serves before it is read again. From 256 rows on, what is read for

@@ -143,21 +143,13 @@ class Worker {
     int64_t codes;  // offset of its first row's
   };
 
-  // Groups of rows: near-equal parts of a block of 16, or whole blocks for a kernel that takes
-  // more. A last group of a row or two would wait for its own latency.
   void set_groups(Range rows) {
     if (rows.begin == rows_.begin && rows.end == rows_.end) return;
     rows_ = rows;
     groups_ = 0;
-    for (int64_t row = rows.begin; row < rows.end; row += row_step(kernel_)) {
-      const int64_t size = std::min(row_step(kernel_), rows.end - row);
-      const int64_t parts = ceil_div(size, kernel_.rows);
-      for (int64_t index = 0; index < parts; ++index) {
-        const Range r = part(size, 1, parts, index);
-        group_[groups_++] = {row + r.begin, static_cast<int>(r.size()),
-                             codes_.offset(row + r.begin)};
-      }
-    }
+    for_each_group(kernel_, rows, [&](Range r) {
+      group_[groups_++] = {r.begin, static_cast<int>(r.size()), codes_.offset(r.begin)};
+    });
   }
 
   void strip_block(Range strips, int64_t last_strip) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "sq_cpu/attention.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 
@@ -147,8 +148,50 @@ struct StripArgs {
   bool column_sums;  // else zeros
 };
 
-// What is beside the product, compiled once per vector width from rows.h, count_saturated.h and
-// strips.h.
+// The softmax of some query rows over a page of keys (attention.h). `panel` columns of the sums
+// come from one call of the microkernel; those of the next are panel_stride ints on.
+struct PageWeights {
+  const int32_t* sums;  // q's codes times the keys'
+  int64_t panel;
+  int64_t panel_stride;
+  int rows;
+  const float* q_scale;  // [rows]; also turns e into 2
+  const float* key_scale;
+  const float* value_scale;
+  const int32_t* key_offset;
+  const int32_t* first;  // [rows]: the page's keys first .. last - 1 are visible
+  const int32_t* last;
+  float cap;              // 0: none
+  const float* slope;     // [rows], or null
+  const float* distance;  // [rows]: of the page's first key from the query
+  float* most;            // [rows]: m, l of the softmax so far
+  float* total;
+  float* carry;  // [rows]: what the sums of values so far are multiplied by
+  float* unit;   // [rows]: of the codes
+  uint8_t* codes;
+};
+
+struct ValueSums {
+  const int32_t* sums;  // as in PageWeights: codes times the values'
+  int64_t panel;
+  int64_t panel_stride;
+  int rows;
+  int64_t columns;
+  const float* carry;
+  const float* unit;
+  float* o;
+  int64_t ldo;
+};
+
+// m, l and o of a row.
+struct SoftmaxRow {
+  float* most;
+  float* total;
+  float* o;
+};
+
+// What is beside the product, compiled once per vector width from rows.h, count_saturated.h,
+// strips.h and softmax.h.
 struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
@@ -161,6 +204,14 @@ struct RowKernels {
   // Writes the k bytes of x, each xor `flip`, as a row of codes in tiles u_tile bytes apart.
   // Returns the union of the bits of 8 codes at a time.
   uint64_t (*arrange)(const void* x, int64_t k, uint8_t flip, uint8_t* u, int64_t u_tile);
+  // By DType of x: each `size` elements, a power of two, times the Hadamard matrix of ones and
+  // minus ones. `out` has room for whole vectors of 16.
+  void (*rotate[kDTypes])(const RowArgs&, int64_t size, float* out);
+  void (*weigh)(const PageWeights&);
+  void (*gather_values)(const ValueSums&);
+  // Joins another softmax's row; `columns` of o.
+  void (*merge)(const SoftmaxRow& to, const SoftmaxRow& from, int64_t columns);
+  void (*finish_row[kDTypes])(const SoftmaxRow&, int64_t columns, void* y);
 };
 
 // What the table says of a microkernel, for its own file to check: MR, and NR in strips.

@@ -11,6 +11,10 @@ namespace sq_cpu {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Rounds up to pairs of cache lines, as the prefetcher fetches them: one worker's memory from
+// another's.
+constexpr int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 128) * 128; }
+
 constexpr int64_t strip_count(int64_t n) { return ceil_div(n, kStripColumns); }
 
 constexpr int64_t k_block_count(int64_t k) { return ceil_div(k, kTileDepth); }

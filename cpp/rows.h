@@ -1,4 +1,5 @@
-// The float work of the linear layer: row statistics, quantization to u8, and the one epilogue.
+// The float work of the linear layer: row statistics, quantization to u8, and the one epilogue; and
+// the table of all that is compiled once per vector width.
 // Compiled once per vector width (vec.h); fp contraction is off, so every width gives the same
 // bits.
 #pragma once
@@ -8,6 +9,7 @@
 #include "activations.h"
 #include "count_saturated.h"
 #include "kernel.h"
+#include "softmax.h"
 #include "strips.h"
 #include "vec.h"
 
@@ -107,12 +109,6 @@ void quantize_row(const RowArgs& row, const RowGrid& grid, uint8_t* u, int64_t u
   for_each_vector<kType>(row, [&](uint64_t i, F32 v, auto) {
     store_bits(u + i / kTileDepth * u_tile + i % kTileDepth, code(v));
   });
-}
-
-template <typename V>
-void store_first(void* y, V value, int64_t count) {
-  if (count >= kLanes) return store_bits(y, value);
-  std::memcpy(y, &value, count * (sizeof value / kLanes));
 }
 
 F32 first(F32 v, int64_t count) {
@@ -251,6 +247,12 @@ void epilogue(const EpilogueArgs& args) {
   }
 }
 
+template <DType kType>
+void rotate(const RowArgs& row, int64_t size, float* out) {
+  for_each_vector<kType>(row, [&](int64_t i, F32 v, auto) { store_bits(out + i, v); });
+  hadamard(out, row.k, size);
+}
+
 template <int... kTypes, int... kResults>
 constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
                                       std::integer_sequence<int, kResults...>) {
@@ -260,7 +262,12 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
           count_saturated,
           pack_nk,
           pack_kn,
-          arrange};
+          arrange,
+          {rotate<static_cast<DType>(kTypes)>...},
+          weigh,
+          gather_values,
+          merge,
+          {finish_row<static_cast<DType>(kTypes)>...}};
 }
 
 // The table of one vector width; each kernel_<isa>.cc defines one from it. A function for each type

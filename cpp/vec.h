@@ -39,6 +39,13 @@ void store_bits(void* p, V v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// The first `count` elements, or all.
+template <typename V>
+void store_first(void* y, V value, int64_t count) {
+  if (count >= kLanes) return store_bits(y, value);
+  std::memcpy(y, &value, count * (sizeof value / kLanes));
+}
+
 inline F32 splat(float v) { return v - F32{}; }
 
 inline F32 fma(F32 a, F32 b, F32 c) {

@@ -179,3 +179,36 @@ def batched_matmul(
     y_type: BatchedType,
     /,
 ) -> None: ...
+
+PAGE_TOKENS: int
+
+def page_bytes(head_dim: int, /) -> int: ...
+
+# Of pages uint8 [pages, kv_heads, page_bytes], first_row int64 [sequences + 1], length int64
+# [sequences], table int32 [sequences, pages of one]; k, v, q, y [rows, heads, head_dim].
+def append(
+    pages: Tensor,
+    head_dim: int,
+    first_row: Tensor,
+    length: Tensor,
+    table: Tensor,
+    k: Tensor,
+    v: Tensor,
+    /,
+) -> None: ...
+def attention(
+    pages: Tensor,
+    head_dim: int,
+    first_row: Tensor,
+    length: Tensor,
+    table: Tensor,
+    q: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    slopes: Tensor | None,
+    sinks: Tensor | None,
+    y: Tensor,
+    /,
+) -> None: ...

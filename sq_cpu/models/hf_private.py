@@ -20,6 +20,7 @@ from sq_cpu.errors import SqCpuError
 __all__ = [
     "CheckpointLayout",
     "ExpertsLayout",
+    "attention_implementation",
     "bare_model",
     "check_version",
     "compute_buffers",
@@ -55,6 +56,13 @@ def is_transformers(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Return the name of the attention that a config's models compute with."""
+    check_version()
+    name: str | None = config._attn_implementation
+    return name
 
 
 # --- models without weights -----------------------------------------------------------------------

@@ -1,0 +1,408 @@
+// attention(). A task is a kv head of a sequence, a block of query rows, and chunks of
+// its keys. The query heads of a group are rows of one product, so a page is read once for all.
+#include "sq_cpu/attention.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "blocking.h"
+#include "check.h"
+#include "dispatch.h"
+#include "gemm.h"
+#include "kv_page.h"
+#include "operands.h"
+#include "scratch.h"
+#include "team.h"
+
+namespace sq_cpu {
+namespace {
+
+// Part of the result's bits: partial softmaxes over so many keys, at multiples of it, are merged.
+constexpr int64_t kChunkTokens = 256;
+constexpr int64_t kRowsOfTask = 32;  // two blocks of codes: what a call of AMX takes
+static_assert(kChunkTokens % kPageTokens == 0);
+constexpr double kLog2E = 1.4426950408889634;
+constexpr float kNoKey = -std::numeric_limits<float>::infinity();
+
+// The keys that a query may see.
+Range visible(const AttentionOptions& options, int64_t position, int64_t length) {
+  const int64_t end = options.causal ? position + 1 : length;
+  return {options.window > 0 ? std::max<int64_t>(0, position + 1 - options.window) : 0, end};
+}
+
+// What all tasks of a call share.
+struct Job {
+  Job(const KvCache& cache_, const Sequences& sequences_, int64_t heads, const HeadRows& q_,
+      const AttentionOptions& options_, const HeadResult& y_)
+      : cache(cache_),
+        sequences(sequences_),
+        q(q_),
+        options(options_),
+        y(y_),
+        page(cache.head_dim),
+        group(heads / cache.kv_heads),
+        columns(whole_vectors(cache.head_dim)),
+        isa(active_isa()),
+        kernels(row_kernels(isa)) {
+    const double rotated = 1.0 / rotated_block(cache.head_dim);
+    const double cap = options.softcap;
+    score = static_cast<float>(options.scale * rotated * (cap > 0 ? 2 * kLog2E / cap : kLog2E));
+    this->cap = static_cast<float>(cap * kLog2E);
+  }
+
+  int64_t first_row(int64_t sequence) const { return sequences.first_row[sequence]; }
+  int64_t new_tokens(int64_t sequence) const {
+    return first_row(sequence + 1) - first_row(sequence);
+  }
+
+  const KvCache& cache;
+  const Sequences& sequences;
+  const HeadRows& q;
+  const AttentionOptions& options;
+  const HeadResult& y;
+  const PageLayout page;
+  const int64_t group;    // query heads of a kv head
+  const int64_t columns;  // of values, in whole vectors
+  const Isa isa;
+  const RowKernels& kernels;
+  float score;
+  float cap;
+};
+
+// A block of query rows: row r of a kv head is its query head r % group of token r / group.
+struct Block {
+  int64_t sequence;
+  int64_t kv_head;
+  Range rows;
+  Range keys;  // that any of the rows sees
+};
+
+Range chunks_of(const Block& block) {
+  if (block.keys.size() <= 0) return {0, 0};
+  return {block.keys.begin / kChunkTokens, ceil_div(block.keys.end, kChunkTokens)};
+}
+
+// Softmaxes of the rows of a block over some keys.
+class Softmaxes {
+ public:
+  Softmaxes(float* memory, int64_t columns)
+      : most_(memory),
+        total_(memory + kRowsOfTask),
+        o_(memory + 2 * kRowsOfTask),
+        columns_(columns) {}
+
+  static int64_t floats(int64_t columns) { return kRowsOfTask * (columns + 2); }
+
+  void clear(int64_t rows) {
+    std::fill_n(most_, rows, kNoKey);
+    std::fill_n(total_, rows, 0.0f);
+    std::fill_n(o_, rows * columns_, 0.0f);
+  }
+  SoftmaxRow row(int64_t r) const { return {most_ + r, total_ + r, o_ + r * columns_}; }
+  void merge(const Softmaxes& from, int64_t rows, const RowKernels& kernels) {
+    for (int64_t r = 0; r < rows; ++r) kernels.merge(row(r), from.row(r), columns_);
+  }
+
+ private:
+  float* const most_;
+  float* const total_;
+  float* const o_;
+  const int64_t columns_;
+};
+
+class Worker {
+ public:
+  static int64_t bytes(const Job& job) {
+    return whole_lines(kRowsOfTask * job.page.depth_tiles * kTileDepth +    // codes of q
+                       kRowsOfTask * kPageTokens +                          // codes of p
+                       kMaxRows * std::max(job.columns, kPageTokens) * 4 +  // sums
+                       job.columns * 4 +                                    // rotated
+                       2 * Softmaxes::floats(job.columns) * 4);
+  }
+
+  Worker(const Job& job, std::byte* workspace)
+      : job_(job),
+        q_codes_(take<uint8_t>(workspace, kRowsOfTask * job.page.depth_tiles * kTileDepth)),
+        p_codes_(take<uint8_t>(workspace, kRowsOfTask * kPageTokens)),
+        sums_(take<int32_t>(workspace, kMaxRows * std::max(job.columns, kPageTokens))),
+        rotated_(take<float>(workspace, job.columns)),
+        chunk_(take<float>(workspace, Softmaxes::floats(job.columns)), job.columns),
+        all_(take<float>(workspace, Softmaxes::floats(job.columns)), job.columns) {}
+
+  // All chunks of a block, and its result.
+  void run(const Block& block) {
+    begin(block);
+    start(all_);
+    const Range chunks = chunks_of(block);
+    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      attend(chunk, chunk_);
+      all_.merge(chunk_, block.rows.size(), job_.kernels);
+    }
+    finish(all_);
+    end();
+  }
+
+  // One chunk; the last to finish a block merges what all have left in `partial`, in order.
+  void run_chunk(const Block& block, int64_t chunk, float* partial, std::atomic<int>& finished) {
+    begin(block);
+    const Range chunks = chunks_of(block);
+    const int64_t floats = Softmaxes::floats(job_.columns);
+    Softmaxes own(partial + (chunk - chunks.begin) * floats, job_.columns);
+    attend(chunk, own);
+    end();
+    if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks.size()) return;
+    start(all_);
+    for (int64_t i = 0; i < chunks.size(); ++i) {
+      all_.merge(Softmaxes(partial + i * floats, job_.columns), block.rows.size(), job_.kernels);
+    }
+    finish(all_);
+  }
+
+ private:
+  template <typename T>
+  static T* take(std::byte*& workspace, int64_t count) {
+    T* const taken = reinterpret_cast<T*>(workspace);
+    workspace += count * int64_t{sizeof(T)};
+    return taken;
+  }
+
+  void begin(const Block& block) {
+    block_ = block;
+    const int64_t rows = block.rows.size(), first = job_.first_row(block.sequence);
+    const int64_t length = job_.sequences.length[block.sequence];
+    const int64_t before = length - job_.new_tokens(block.sequence);
+    kernel_ = &choose_microkernel(job_.isa, 255, rows);
+    codes_ = CodeLayout(rows, job_.cache.head_dim);
+    const HeadCoder coder(job_.cache.head_dim, job_.kernels, rotated_);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = block.rows.begin + r;
+      const float scale = coder.rotate(job_.q, first + row / job_.group, head(row),
+                                       q_codes_ + codes_.offset(r), codes_.tile);
+      q_scale_[r] = scale * job_.score;
+      position_[r] = before + row / job_.group;
+      keys_[r] = visible(job_.options, position_[r], length);
+      if (job_.options.slopes != nullptr) {
+        slope_[r] = static_cast<float>(job_.options.slopes[head(row)] * kLog2E);
+      }
+    }
+    if (kernel_->begin != nullptr) kernel_->begin(state_);
+  }
+
+  void end() {
+    if (kernel_->end != nullptr) kernel_->end(state_);
+  }
+
+  int64_t head(int64_t row) const { return block_.kv_head * job_.group + row % job_.group; }
+
+  void start(Softmaxes& all) const {
+    all.clear(block_.rows.size());
+    if (job_.options.sinks == nullptr) return;
+    for (int64_t r = 0; r < block_.rows.size(); ++r) {
+      const SoftmaxRow row = all.row(r);
+      *row.most = static_cast<float>(job_.options.sinks[head(block_.rows.begin + r)] * kLog2E);
+      *row.total = 1.0f;
+    }
+  }
+
+  void attend(int64_t chunk, Softmaxes& to) {
+    to.clear(block_.rows.size());
+    const int64_t begin = std::max(chunk * kChunkTokens, block_.keys.begin);
+    const int64_t end = std::min((chunk + 1) * kChunkTokens, block_.keys.end);
+    for (int64_t key = begin / kPageTokens * kPageTokens; key < end; key += kPageTokens) {
+      see(key);
+      const std::byte* page =
+          page_of(job_.cache, job_.sequences, job_.page, block_.sequence, key, block_.kv_head);
+      for_each_group(*kernel_, {0, block_.rows.size()},
+                     [&](Range rows) { attend(page, rows, to); });
+    }
+  }
+
+  // What each row sees of the page that begins with `key`.
+  void see(int64_t key) {
+    for (int64_t r = 0; r < block_.rows.size(); ++r) {
+      first_[r] = static_cast<int32_t>(std::clamp<int64_t>(keys_[r].begin - key, 0, kPageTokens));
+      last_[r] = static_cast<int32_t>(std::clamp<int64_t>(keys_[r].end - key, 0, kPageTokens));
+      distance_[r] = static_cast<float>(key - position_[r]);
+    }
+  }
+
+  void attend(const std::byte* page, Range rows, Softmaxes& to) {
+    const PageLayout& layout = job_.page;
+    const int count = static_cast<int>(rows.size());
+    multiply(q_codes_ + codes_.offset(rows.begin), codes_, page, layout.key_strip,
+             layout.depth_tiles, kPageTokens / kStripColumns, count);
+    const int64_t panel = kernel_->strips * kStripColumns;
+    const SoftmaxRow first = to.row(rows.begin);
+    const bool sloped = job_.options.slopes != nullptr;
+    job_.kernels.weigh({sums_, panel, panel * count, count, q_scale_ + rows.begin,
+                        part_of<float>(page, layout.key_scale),
+                        part_of<float>(page, layout.value_scale),
+                        part_of<int32_t>(page, layout.key_offset), first_ + rows.begin,
+                        last_ + rows.begin, job_.cap, sloped ? slope_ + rows.begin : nullptr,
+                        distance_ + rows.begin, first.most, first.total, carry_, unit_, p_codes_});
+    multiply(p_codes_, CodeLayout(count, kPageTokens), page + layout.values, kTileBytes, 1,
+             layout.value_tiles, count);
+    job_.kernels.gather_values(
+        {sums_, panel, panel * count, count, job_.columns, carry_, unit_, first.o, job_.columns});
+  }
+
+  // `strips` of a right operand, in calls that each leave their sums side by side.
+  void multiply(const uint8_t* u, const CodeLayout& codes, const std::byte* strip, int64_t stride,
+                int64_t k_blocks, int64_t strips, int rows) {
+    TileArgs tile{};
+    tile.u = u;
+    tile.u_tile = codes.tile;
+    tile.u_block = codes.block;
+    tile.strip_stride = stride;
+    tile.k_blocks = k_blocks;
+    tile.rows = rows;
+    tile.state = &state_;
+    tile.c = sums_;
+    for (int64_t s = 0; s < strips; s += kernel_->strips) {
+      tile.strip = strip + s * stride;
+      tile.strips = static_cast<int>(std::min<int64_t>(kernel_->strips, strips - s));
+      kernel_->run(tile);
+      tile.c += rows * kernel_->strips * kStripColumns;
+    }
+  }
+
+  template <typename T>
+  static const T* part_of(const std::byte* page, int64_t offset) {
+    return reinterpret_cast<const T*>(page + offset);
+  }
+
+  void finish(const Softmaxes& all) const {
+    const HeadResult& y = job_.y;
+    const int64_t first = job_.first_row(block_.sequence);
+    for (int64_t r = 0; r < block_.rows.size(); ++r) {
+      const int64_t row = block_.rows.begin + r;
+      char* const out = static_cast<char*>(y.data) +
+                        ((first + row / job_.group) * y.row_stride + head(row) * y.head_stride) *
+                            bytes_of(y.type);
+      job_.kernels.finish_row[static_cast<int>(y.type)](all.row(r), job_.cache.head_dim, out);
+    }
+  }
+
+  const Job& job_;
+  uint8_t* const q_codes_;
+  uint8_t* const p_codes_;
+  int32_t* const sums_;
+  float* const rotated_;
+  Softmaxes chunk_, all_;
+  Block block_{};
+  CodeLayout codes_{0, 0};
+  const Microkernel* kernel_ = nullptr;
+  TaskState state_;
+  float q_scale_[kRowsOfTask], slope_[kRowsOfTask], distance_[kRowsOfTask];
+  int64_t position_[kRowsOfTask];
+  Range keys_[kRowsOfTask];  // that a row sees
+  int32_t first_[kRowsOfTask], last_[kRowsOfTask];
+  float carry_[kMaxRows], unit_[kMaxRows];
+};
+
+void check(const AttentionOptions& options) {
+  SQ_CHECK(std::isfinite(options.scale), "attention: scale is ", options.scale);
+  SQ_CHECK(options.softcap >= 0, "attention: softcap is ", options.softcap);
+  SQ_CHECK(options.window >= 0, "attention: window is ", options.window);
+  SQ_CHECK(options.window == 0 || options.causal, "attention: a window needs causal attention");
+}
+
+// The blocks of a call, the last rows of a sequence first: they see most.
+std::vector<Block> blocks_of(const Job& job) {
+  std::vector<Block> blocks;
+  for (int64_t sequence = 0; sequence < job.sequences.count; ++sequence) {
+    const int64_t length = job.sequences.length[sequence];
+    const int64_t rows = job.new_tokens(sequence) * job.group;
+    for (int64_t i = ceil_div(rows, kRowsOfTask) - 1; i >= 0; --i) {
+      const Range block{i * kRowsOfTask, std::min((i + 1) * kRowsOfTask, rows)};
+      const int64_t before = length - job.new_tokens(sequence);
+      const Range first = visible(job.options, before + block.begin / job.group, length);
+      const Range last = visible(job.options, before + (block.end - 1) / job.group, length);
+      for (int64_t kv_head = 0; kv_head < job.cache.kv_heads; ++kv_head) {
+        blocks.push_back({sequence, kv_head, block, {first.begin, last.end}});
+      }
+    }
+  }
+  return blocks;
+}
+
+int workers_for(const std::vector<Block>& blocks, int64_t head_dim) {
+  double products = 0;
+  for (const Block& block : blocks) products += block.rows.size() * block.keys.size();
+  const auto keys = static_cast<int64_t>(products / kRowsOfTask);
+  return worker_count(kRowsOfTask, keys, 2 * head_dim);
+}
+
+// A task for each block.
+void run_blocks(const Job& job, const std::vector<Block>& blocks, int workers) {
+  thread_local Scratch<std::byte> scratch;
+  std::byte* const workspace = scratch.get(Worker::bytes(job) * workers);
+  WorkCounter counter;
+  const auto count = static_cast<int64_t>(blocks.size());
+  run_team(workers, [&](int worker, int) {
+    Worker own(job, workspace + Worker::bytes(job) * worker);
+    for (int64_t i; (i = counter.take(count)) < count;) own.run(blocks[i]);
+  });
+}
+
+// A task for each chunk: for fewer blocks than would keep the workers busy.
+void run_chunks(const Job& job, const std::vector<Block>& blocks, int workers) {
+  struct Task {
+    const Block* block;
+    int64_t chunk;
+    int64_t partial;  // the block's first, in floats
+    std::atomic<int>* finished;
+  };
+  std::vector<std::atomic<int>> finished(blocks.size());
+  std::vector<Task> tasks;
+  int64_t floats = 0;
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    const Range chunks = chunks_of(blocks[i]);
+    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      tasks.push_back({&blocks[i], chunk, floats, &finished[i]});
+    }
+    floats += chunks.size() * Softmaxes::floats(job.columns);
+  }
+  thread_local Scratch<std::byte> scratch;
+  thread_local Scratch<float> partial_scratch;
+  std::byte* const workspace = scratch.get(Worker::bytes(job) * workers);
+  float* const partial = partial_scratch.get(floats);
+  WorkCounter counter;
+  const auto count = static_cast<int64_t>(tasks.size());
+  run_team(workers, [&](int worker, int) {
+    Worker own(job, workspace + Worker::bytes(job) * worker);
+    for (int64_t i; (i = counter.take(count)) < count;) {
+      const Task& task = tasks[i];
+      own.run_chunk(*task.block, task.chunk, partial + task.partial, *task.finished);
+    }
+  });
+}
+
+}  // namespace
+
+void attention(const KvCache& cache, const Sequences& sequences, int64_t heads, const HeadRows& q,
+               const AttentionOptions& options, const HeadResult& y) {
+  check_cache(cache, sequences);
+  check(options);
+  SQ_CHECK(heads > 0 && heads % cache.kv_heads == 0, "attention: ", heads,
+           " heads are not a multiple of ", cache.kv_heads, " kv heads");
+  const int64_t rows = row_count(sequences);
+  check_heads("q", q, rows, heads, cache.head_dim);
+  check_heads("y", {y.data, y.type, y.row_stride, y.head_stride}, rows, heads, cache.head_dim);
+  check_apart("attention", std::array<Steps, 2>{{{y.row_stride, rows}, {y.head_stride, heads}}},
+              cache.head_dim);
+  if (rows == 0) return;
+  const Job job(cache, sequences, heads, q, options, y);
+  SQ_CHECK(std::isfinite(job.score) && std::isfinite(job.cap), "attention: scale ", options.scale,
+           " and softcap ", options.softcap, " leave the range of fp32");
+  const std::vector<Block> blocks = blocks_of(job);
+  const int workers = workers_for(blocks, cache.head_dim);
+  const bool few = static_cast<int64_t>(blocks.size()) < 4 * workers;
+  (workers > 1 && few ? run_chunks : run_blocks)(job, blocks, workers);
+}
+
+}  // namespace sq_cpu
