@@ -229,7 +229,8 @@ class Trials:
         It raises what `evaluate` raises. After `KeyboardInterrupt` the configuration is tried
         again.
         """
-        raised: BaseException | None = None
+        # Its type alone: an error that this frame kept would keep the frame, and with it the model.
+        raised: type[BaseException] | None = None
         number = -1
         gave_way = False
 
@@ -245,7 +246,7 @@ class Trials:
                 trial.set_user_attr(_RESULT, found.to_dict())
                 return found.value
             except BaseException as error:
-                raised = error
+                raised = type(error)
                 raise
 
         self.recover()
@@ -253,7 +254,8 @@ class Trials:
             self._study.optimize(objective, n_trials=1)
         except Exception:
             # Another worker took this one for gone and marked the trial failed: no error of ours.
-            expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
+            lost = (UpdateFinishedTrialError, TrialPruned)
+            expected = raised is None or issubclass(raised, lost)
             if not expected or self._state(number) != TrialState.FAIL:
                 raise
             return self._lost()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -51,7 +54,6 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is not the layer that the model's record describes; quantize the float "
                 "model again"
             )
-    _check_lists(modules)
     for name, module in modules.items():
         is_layer = isinstance(module, QuantLinear | DecomposedLinear) and module not in inner
         if is_layer and name not in record.layers:
@@ -59,19 +61,6 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is int8, but not in the model's record (sq_cpu_config); quantize the "
                 "float model as a whole"
             )
-
-
-def _check_lists(modules: Mapping[str, nn.Module]) -> None:
-    """Refuse float linears in plain lists, from which the model still calls them."""
-    registered = set(modules.values())
-    for name, module in modules.items():
-        for key, value in vars(module).items():
-            held = value if isinstance(value, list | tuple) else ()
-            if any(isinstance(each, nn.Linear) and each not in registered for each in held):
-                raise SqCpuError(
-                    f"{key} of {name or 'the model'} is a plain list of linears, which int8 ones "
-                    "did not replace; make it an nn.ModuleList, or leave them in float (ignore)"
-                )
 
 
 def check_likeness(
@@ -112,11 +101,14 @@ def check_stored(
 
 
 _FIX = "have its config say so, or quantize a model that its config describes"
-_PLAIN = (bool, int, float, str)
-# What is not of the model's function, what a forward notes for itself, and what stays as it was
-# where an embedding is resized.
-_NOT_COMPARED = {"name_or_path", "training", "gradient_checkpointing"}
-_NOT_COMPARED |= {"max_seq_len_cached", "vocab_size"}
+_PLAIN = (bool, int, float, str, NoneType, torch.dtype)
+_NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
+# What is compared otherwise, what is not of the model's function or says how it was loaded, and
+# what stays as it was where an embedding is resized. Nor are those whose names say that they are of
+# a cache, or of dropout.
+_NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
+_NOT_COMPARED |= {"is_quantized", "name_or_path", "quantization_method"}
+_NOT_COMPARED |= {"save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):
@@ -156,12 +148,54 @@ def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
     replaced = "forward" in own and "forward" not in given and "_hf_hook" not in own
     if replaced and not getattr(own["forward"], "same_function", False):
         raise _UnlikeError(f"the forward of {name} was replaced, in a fresh one it is not")
-    for key, value in given.items():
-        if key.startswith("_") or key in _NOT_COMPARED or not isinstance(value, _PLAIN):
+    for key in {**given, **own}:
+        is_private = key.startswith("_") and not (key in own and key in given)
+        if key in _NOT_COMPARED or is_private or "cache" in key or "drop" in key:
             continue
-        found = own.get(key)
-        if isinstance(found, _PLAIN) and found != value:
-            raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {value!r}")
+        default = getattr(kind, key, _ABSENT)
+        found, wanted = (_described(values.get(key, default)) for values in (own, given))
+        if _OPAQUE in (found, wanted) or found == wanted:
+            continue
+        if wanted not in (None, _ABSENT) or not _sets(kind, key):
+            raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {wanted!r}")
+
+
+class _Mark:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+_ABSENT, _OPAQUE = _Mark("absent"), _Mark("no plain data")
+
+
+def _described(value: Any) -> Any:
+    """Return plain data as lists and tables, functions and classes by their names."""
+    if isinstance(value, _NAMED):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, list | tuple):  # which JSON does not tell apart
+        items = [_described(item) for item in value]
+        return _OPAQUE if _OPAQUE in items else items
+    if isinstance(value, dict):
+        values = _described(list(value.values()))
+        return _OPAQUE if values is _OPAQUE else dict(zip(map(str, value), values, strict=True))
+    return value if isinstance(value, _PLAIN) or value is _ABSENT else _OPAQUE
+
+
+def _sets(kind: type, key: str) -> bool:
+    """Say whether methods of a class, beside `__init__`, set an attribute.
+
+    So does a forward that notes for itself what was None before, or absent.
+    """
+    return any(
+        step.opname == "STORE_ATTR" and step.argval == key
+        for base in kind.__mro__
+        for name, method in vars(base).items()
+        if name != "__init__" and isinstance(method, FunctionType)
+        for step in dis.get_instructions(inspect.unwrap(method))
+    )
 
 
 def _other_buffers(mine: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

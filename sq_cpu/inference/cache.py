@@ -213,7 +213,8 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def padded(self, x: Tensor) -> Tensor:
         """Return x with zeros for channels that only the wider of keys and values has."""
-        return functional.pad(x, (0, self.pages.head_dim - x.shape[-1]))
+        missing = self.pages.head_dim - x.shape[-1]
+        return functional.pad(x, (0, missing)) if missing else x
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return keys and values of all positions, dequantized, in the dtype that they had."""
@@ -251,19 +252,21 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         self._forget()
         self.table.reset()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last positions.
 
         Parameters
         ----------
-        tokens_to_remove : minus so many; or, as transformers before 5.18 did, how many to keep
+        tokens_to_remove : minus so many; or, as transformers before 5.18 did, how many to keep. A
+            tensor of one number where assisted generation has it so
 
         Raises
         ------
         SqCpuError
             Where a window no longer has what it would show.
         """
-        keep = tokens_to_remove + (self._seen if tokens_to_remove <= 0 else 0)
+        count = int(tokens_to_remove)
+        keep = count + (self._seen if count <= 0 else 0)
         if self.pool is None or keep >= self._seen:
             return
         self._seen = max(0, keep)
