@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from traceback import clear_frames
 from typing import Any
 
 import optuna
@@ -229,7 +230,6 @@ class Trials:
         It raises what `evaluate` raises. After `KeyboardInterrupt` the configuration is tried
         again.
         """
-        # Its type alone: an error that this frame kept would keep the frame, and with it the model.
         raised: type[BaseException] | None = None
         number = -1
         gave_way = False
@@ -246,6 +246,9 @@ class Trials:
                 trial.set_user_attr(_RESULT, found.to_dict())
                 return found.value
             except BaseException as error:
+                # Optuna keeps the error in a cycle: its frames would keep the model till that is
+                # collected.
+                clear_frames(error.__traceback__)
                 raised = type(error)
                 raise
 
