@@ -17,6 +17,7 @@
 
 #include "bindings_torch.h"
 #include "check.h"
+#include "operands.h"
 #include "quantize.h"
 #include "sq_cpu/attention.h"
 #include "sq_cpu/batched_matmul.h"
@@ -117,6 +118,7 @@ struct Quantizer {
   float scale;
   int32_t zero_point;
   std::vector<float> inverse_smoothing;  // empty: none
+  int terms;
 
   sq_cpu::ActivationQuantizer view(int64_t k) const {
     const auto size = static_cast<int64_t>(inverse_smoothing.size());
@@ -128,23 +130,27 @@ struct Quantizer {
     view.reduce_range = reduce_range;
     view.scale = scale;
     view.zero_point = zero_point;
+    view.terms = terms;
     view.inverse_smoothing = size == 0 ? nullptr : inverse_smoothing.data();
     return view;
   }
   int max_code() const { return view(static_cast<int64_t>(inverse_smoothing.size())).max_code(); }
   auto key() const {
-    return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing);
+    return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing,
+                    terms);
   }
 };
 
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
-                         const py::object& zero_point, std::vector<float> inverse_smoothing) {
+                         const py::object& zero_point, std::vector<float> inverse_smoothing,
+                         int terms) {
   constexpr int64_t kNoCodes[] = {-1, 256};
   const auto given = cast<int64_t>("ActivationQuantizer", 4, zero_point.ptr());
   const auto narrow = static_cast<int32_t>(std::clamp(given, kNoCodes[0], kNoCodes[1]));
   Quantizer quantizer{granularity,  symmetric,
                       reduce_range, static_cast<float>(scale),
-                      narrow,       std::move(inverse_smoothing)};
+                      narrow,       std::move(inverse_smoothing),
+                      terms};
   sq_cpu::check_quantizer(quantizer.view(static_cast<int64_t>(quantizer.inverse_smoothing.size())));
   return quantizer;
 }
@@ -159,9 +165,9 @@ sq_cpu::PackedWeight weight(py::handle packed, int64_t n, int64_t k) {
   return {array<const std::byte>("the packed weight", packed, Torch::get().uint8, bytes), n, k};
 }
 
-// Of as many rows as zero_point has elements. scale: None where it is not read.
+// Of as many rows of codes as zero_point has elements. scale: None where it is not read.
 sq_cpu::QuantizedActivation quantized(py::handle codes, py::handle scale, py::handle zero_point,
-                                      int64_t k, int max_code) {
+                                      int64_t k, int max_code, int terms = 1) {
   const Torch& torch = Torch::get();
   const int64_t m = count(zero_point);
   return {array<uint8_t>("codes", codes, torch.uint8, sq_cpu::codes_bytes(m, k)),
@@ -169,7 +175,14 @@ sq_cpu::QuantizedActivation quantized(py::handle codes, py::handle scale, py::ha
           array<int32_t>("zero_point", zero_point, torch.int32, m),
           m,
           k,
-          max_code};
+          max_code,
+          terms};
+}
+
+// The rows of x that codes stand for.
+int64_t rows_of(const sq_cpu::QuantizedActivation& x) {
+  sq_cpu::check_activation("x", x);
+  return x.m / x.terms;
 }
 
 // The input of a layer: floats, rows of k.
@@ -234,6 +247,21 @@ void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py
   sq_cpu::unpack_weight(from, w, scales, biases);
 }
 
+void gather_rows(py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
+                 py::handle ids, py::handle y) {
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const int64_t rows = count(ids);
+  auto* const from = array<const int64_t>("ids", ids, Torch::get().int64, rows);
+  SQ_CHECK(is_tensor(y), "y is ", describe(y), ", not a tensor");
+  const std::optional<DType> type = float_type(y);
+  SQ_CHECK(type.has_value(), "y is ", describe(y), "; use float32, bfloat16 or float16");
+  auto* const out =
+      array<void>("y", y, get(y, Torch::get().dtype), sq_cpu::bounded_product(rows, k));
+  const sq_cpu::ActivationQuantizer view = quantizer.view(k);
+  const Door door;
+  sq_cpu::gather_rows(w, from, rows, view.inverse_smoothing, out, *type, k);
+}
+
 void linear(py::handle x, py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
             py::handle y, Activation activation, py::handle other, py::handle residual) {
   const sq_cpu::PackedWeight w = weight(packed, n, k);
@@ -249,38 +277,40 @@ void quantize_activations(py::handle x, int64_t k, const Quantizer& quantizer, p
                           py::handle scale, py::handle zero_point) {
   const Input in = input(x, k);
   const sq_cpu::ActivationQuantizer view = quantizer.view(k);
-  const sq_cpu::QuantizedActivation out = quantized(codes, scale, zero_point, k, view.max_code());
-  SQ_CHECK(out.m == in.m, "zero_point has ", out.m, " elements, x ", in.m, " rows");
+  const sq_cpu::QuantizedActivation out =
+      quantized(codes, scale, zero_point, k, view.max_code(), view.terms);
+  SQ_CHECK(rows_of(out) == in.m, "zero_point has ", out.m, " elements, x ", in.m, " rows");
   const Door door;
   sq_cpu::quantize_activations(in.data, in.type, k, view, out);
 }
 
 void linear_quantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
-                      py::handle packed, int64_t n, int64_t k, py::handle y, Activation activation,
-                      py::handle other, py::handle residual) {
+                      int terms, py::handle packed, int64_t n, int64_t k, py::handle y,
+                      Activation activation, py::handle other, py::handle residual) {
   const sq_cpu::PackedWeight w = weight(packed, n, k);
-  const sq_cpu::QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code);
+  const sq_cpu::QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code, terms);
+  const int64_t m = rows_of(in);
   SQ_CHECK(is_tensor(y), "y is ", describe(y), ", not a tensor");
   const std::optional<DType> type = float_type(y);
   SQ_CHECK(type.has_value(), "y is ", describe(y), "; use float32, bfloat16 or float16");
-  const sq_cpu::Epilogue steps = epilogue(activation, other, residual, in.m, n, *type);
-  auto* const out =
-      array<void>("y", y, get(y, Torch::get().dtype), sq_cpu::bounded_product(in.m, n));
+  const sq_cpu::Epilogue steps = epilogue(activation, other, residual, m, n, *type);
+  auto* const out = array<void>("y", y, get(y, Torch::get().dtype), sq_cpu::bounded_product(m, n));
   const Door door;
   sq_cpu::linear(in, w, out, *type, n, steps);
 }
 
 void linear_requantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
-                        py::handle packed, int64_t n, int64_t k, const Quantizer& y_quantizer,
-                        py::handle y_codes, py::handle y_scale, py::handle y_zero_point,
-                        DType operand_type, Activation activation, py::handle other,
-                        py::handle residual) {
+                        int terms, py::handle packed, int64_t n, int64_t k,
+                        const Quantizer& y_quantizer, py::handle y_codes, py::handle y_scale,
+                        py::handle y_zero_point, DType operand_type, Activation activation,
+                        py::handle other, py::handle residual) {
   const sq_cpu::PackedWeight w = weight(packed, n, k);
-  const sq_cpu::QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code);
+  const sq_cpu::QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code, terms);
   const sq_cpu::ActivationQuantizer view = y_quantizer.view(n);
   const sq_cpu::QuantizedActivation out =
       quantized(y_codes, y_scale, y_zero_point, n, view.max_code());
-  const sq_cpu::Epilogue steps = epilogue(activation, other, residual, in.m, n, operand_type);
+  const sq_cpu::Epilogue steps =
+      epilogue(activation, other, residual, rows_of(in), n, operand_type);
   const Door door;
   sq_cpu::linear(in, w, view, out, steps);
 }
@@ -445,14 +475,15 @@ PyMethodDef functions[] = {
     SQ_FUNCTION(codes_bytes, "m, k, "),
     SQ_FUNCTION(count_saturation, "codes, zero_point, max_code, packed, n, k, "),
     SQ_FUNCTION(gemm, "codes, zero_point, max_code, packed, n, k, y, "),
+    SQ_FUNCTION(gather_rows, "packed, n, k, quantizer, ids, y, "),
     SQ_FUNCTION(is_plain, "x, "),
     SQ_FUNCTION(linear, "x, packed, n, k, quantizer, y, activation, other, residual, "),
     SQ_FUNCTION(linear_quantized,
-                "codes, scale, zero_point, max_code, packed, n, k, y, activation, other, "
+                "codes, scale, zero_point, max_code, terms, packed, n, k, y, activation, other, "
                 "residual, "),
     SQ_FUNCTION(linear_requantized,
-                "codes, scale, zero_point, max_code, packed, n, k, y_quantizer, y_codes, y_scale, "
-                "y_zero_point, operand_type, activation, other, residual, "),
+                "codes, scale, zero_point, max_code, terms, packed, n, k, y_quantizer, y_codes, "
+                "y_scale, y_zero_point, operand_type, activation, other, residual, "),
     SQ_FUNCTION(linear_tensor, "x, packed, in_features, out_features, quantizer, "),
     SQ_FUNCTION(microkernel_name, "max_code, m, "),
     SQ_FUNCTION(pack_weight, "weight, scale, bias, out, "),
@@ -502,20 +533,21 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Quantizer>(m, "ActivationQuantizer")
       .def(py::init(&make_quantizer), py::arg("granularity"), py::arg("symmetric"),
            py::arg("reduce_range"), py::arg("scale") = 0.0, py::arg("zero_point") = 0,
-           py::arg("inverse_smoothing") = std::vector<float>())
+           py::arg("inverse_smoothing") = std::vector<float>(), py::arg("terms") = 1)
       .def_property_readonly("max_code", [](const Quantizer& q) { return q.max_code(); })
+      .def_property_readonly("terms", [](const Quantizer& q) { return q.terms; })
       .def(
           "__eq__", [](const Quantizer& a, const Quantizer& b) { return a.key() == b.key(); },
           py::is_operator())
       .def(py::pickle(
           [](const Quantizer& q) {
             return py::make_tuple(static_cast<int>(q.granularity), q.symmetric, q.reduce_range,
-                                  q.scale, q.zero_point, q.inverse_smoothing);
+                                  q.scale, q.zero_point, q.inverse_smoothing, q.terms);
           },
           [](const py::tuple& t) {
             return make_quantizer(static_cast<Granularity>(t[0].cast<int>()), t[1].cast<bool>(),
                                   t[2].cast<bool>(), t[3].cast<double>(), t[4].cast<py::object>(),
-                                  t[5].cast<std::vector<float>>());
+                                  t[5].cast<std::vector<float>>(), t[6].cast<int>());
           }));
 
   m.attr("MAX_DEPTH") = sq_cpu::kMaxDepth;
