@@ -20,6 +20,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.models.linears import linearize
 from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.embedding import QuantEmbedding
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
 
@@ -51,6 +52,7 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is not the layer that the model's record describes; quantize the float "
                 "model again"
             )
+    _check_embeddings(modules, record)
     _check_lists(modules)
     for name, module in modules.items():
         is_layer = isinstance(module, QuantLinear | DecomposedLinear) and module not in inner
@@ -58,6 +60,22 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
             raise SqCpuError(
                 f"{name} is int8, but not in the model's record (sq_cpu_config); quantize the "
                 "float model as a whole"
+            )
+
+
+def _check_embeddings(modules: Mapping[str, nn.Module], record: QuantizationRecord) -> None:
+    for name, head in record.embeddings.items():
+        module = modules.get(name)
+        if not isinstance(module, QuantEmbedding) or module.head is not modules[head]:
+            raise SqCpuError(
+                f"{name} was to read the weight of {head}, but does not now; quantize the float "
+                "model again"
+            )
+    for name, module in modules.items():
+        if isinstance(module, QuantEmbedding) and name not in record.embeddings:
+            raise SqCpuError(
+                f"{name} reads the weight of a head, but is not in the model's record "
+                "(sq_cpu_config); quantize the float model as a whole"
             )
 
 
@@ -93,7 +111,7 @@ def check_likeness(
     linearize(built)
     label = f"load could not rebuild this {type(model).__name__}"
     try:
-        _compare_modules(model, built, set(record.layers))
+        _compare_modules(model, built, set(record.layers), set(record.embeddings))
         extra = _other_buffers(mine, unsaved_buffers(built))
     except _UnlikeError as difference:
         raise SqCpuError(f"{label}: {difference}; {_FIX}") from difference
@@ -123,7 +141,9 @@ class _UnlikeError(Exception):
     """What two models differ in."""
 
 
-def _compare_modules(model: nn.Module, built: nn.Module, layers: set[str]) -> None:
+def _compare_modules(
+    model: nn.Module, built: nn.Module, layers: set[str], embeddings: set[str]
+) -> None:
     mine = dict(model.named_modules(remove_duplicate=False))
     fresh = dict(built.named_modules(remove_duplicate=False))
     first_mine, first_fresh = _first_names(mine), _first_names(fresh)
@@ -132,7 +152,9 @@ def _compare_modules(model: nn.Module, built: nn.Module, layers: set[str]) -> No
             raise _UnlikeError(f"it has no {name}, a fresh one has")
         if first_mine[name] != first_fresh[name]:
             raise _UnlikeError(f"{name} is the module {first_mine[name]}, in a fresh one it is not")
-        if first_mine[name] not in layers:
+        if first_mine[name] in embeddings:
+            _compare_attributes(name, mine[name], module)
+        elif first_mine[name] not in layers:
             _compare(name or "the model", mine[name], module)
     for name in mine:
         if name not in fresh and name.rpartition(".")[0] not in layers:
@@ -151,6 +173,10 @@ def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
         raise _UnlikeError(
             f"{name} is a {type(mine).__name__}, in a fresh one a {type(fresh).__name__}"
         )
+    _compare_attributes(name, mine, fresh)
+
+
+def _compare_attributes(name: str, mine: nn.Module, fresh: nn.Module) -> None:
     own, given = vars(mine), vars(fresh)
     # accelerate's hooks, which place and move weights, also put a forward on the instance.
     if "forward" in own and "forward" not in given and "_hf_hook" not in own:

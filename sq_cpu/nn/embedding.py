@@ -82,14 +82,17 @@ class QuantEmbedding(nn.Module):
     embed_scale: Tensor | float | None
 
     def __init__(self, head: QuantLinear, embedding: nn.Embedding) -> None:
-        """Stand for `embedding`, for which `is_lookup` holds, and whose weight the head has.
+        """Stand for `embedding`, whose weight the head has.
 
         Raises
         ------
         SqCpuError
-            When the head's weight has another shape.
+            When the head's weight has another shape, and for a module that does more than
+            `is_lookup` finds.
         """
         super().__init__()
+        if not is_lookup(embedding):
+            raise SqCpuError(f"a {type(embedding).__name__} does more than look up: keep it float")
         self.num_embeddings = embedding.num_embeddings
         self.embedding_dim = embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
@@ -105,17 +108,18 @@ class QuantEmbedding(nn.Module):
         else:
             self.embed_scale = scale
         # No submodule: the head's place in the model is another.
-        self.__dict__["head"] = head
+        self.__dict__["_head"] = head
+
+    @property
+    def head(self) -> QuantLinear:
+        """The linear whose weight this reads."""
+        head: QuantLinear = self.__dict__["_head"]
+        return head
 
     @property
     def weight(self) -> Tensor:
         """Shape and dtype of the weight, no values (see `QuantLinear.weight`)."""
-        return self._head.packed_weight.unreadable(self.dtype)
-
-    @property
-    def _head(self) -> QuantLinear:
-        head: QuantLinear = self.__dict__["head"]
-        return head
+        return self.head.packed_weight.unreadable(self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  as nn.Embedding names it
         """Return [..., embedding_dim] for ids `input`, int64 or int32 [...].
@@ -125,7 +129,7 @@ class QuantEmbedding(nn.Module):
         SqCpuError
             For an id that is out of range, and ids of another dtype or device.
         """
-        head = self._head
+        head = self.head
         rows = gather_rows(
             input,
             head.packed,
@@ -138,7 +142,7 @@ class QuantEmbedding(nn.Module):
 
     def reference(self, ids: Tensor) -> Tensor:
         """Return what `forward` returns, computed in plain torch by `embedding_reference`."""
-        head = self._head
+        head = self.head
         weight, scale = head.weight_int8(), head.weight_scale
         rows = embedding_reference(ids, weight, scale, head.smoothing, self.dtype)
         return _scaled(rows, self.embed_scale)
