@@ -10,9 +10,9 @@ A checkpoint is a folder as transformers writes it, with int8 weights where a li
 A quantized linear ``L`` of shape [N, K] is stored unpacked, so that a file serves every machine:
 ``L.weight`` int8 [N, K, 1], ``L.weight_scale`` fp32 [N], ``L.bias`` fp32 [N] if it has one, and for
 static schemes ``L.input_scale`` fp32 [] and ``L.input_zero_point`` int32 []; where the smoothing
-scale was not folded into another layer, ``L.smoothing`` fp32 [K]. An embedding that reads a linear's weight (the head's, to which it is
-tied) stores nothing. The weight's last dimension is
+scale was not folded into another layer, ``L.smoothing`` fp32 [K]. The weight's last dimension is
 there for a loader that knows no sq_cpu: it raises, where it would take codes for a float weight.
+An embedding that reads the weight of an int8 head, to which it is tied, stores nothing.
 A linear that keeps O outlier channels in float has a ``smoothing`` of 2^126 in those channels, and
 also ``L.columns`` int64 [O] and ``L.outlier_weight`` [N, O] in the model's dtype. Everything else
 is stored under its own name in its own dtype; tied weights are stored once. Buffers that no
@@ -32,10 +32,11 @@ entry, its keys sorted). All else in the folder may be edited.
 The config of a model that is not of transformers has ``architectures``, the name of its class,
 alone. All of its buffers are stored, and ``load`` fills an instance that it is given.
 
-Versions up to 5 had no ``embeddings``. Versions up to 4 had weights of [N, K], ``L.regular.weight`` and so on where L has outlier channels,
-a table of digests as ``companions``, and ``config_sha256``, of all of config.json, which is not
-looked at. Versions up to 3 had a group's ``curve`` in ``plan``, no search_curves.json, and in
-``scheme`` ``weights`` "per_group" and ``weight_group_rows`` for "per_rows" and ``rows_per_scale``.
+Versions up to 5 had no ``embeddings``. Versions up to 4 had weights of [N, K],
+``L.regular.weight`` and so on where L has outlier channels, a table of digests as ``companions``,
+and ``config_sha256``, of all of config.json, which is not looked at. Versions up to 3 had a group's
+``curve`` in ``plan``, no search_curves.json, and in ``scheme`` ``weights`` "per_group" and ``weight_group_rows`` for "per_rows" and
+``rows_per_scale``.
 Versions 1 and 2 had ``groups`` alone in ``plan``; version 1 had no ``smoothed``, ``decomposed`` and
 ``kept``, and fewer fields in ``scheme``.
 """
