@@ -35,8 +35,8 @@ alone. All of its buffers are stored, and ``load`` fills an instance that it is 
 Versions up to 5 had no ``embeddings``. Versions up to 4 had weights of [N, K],
 ``L.regular.weight`` and so on where L has outlier channels, a table of digests as ``companions``,
 and ``config_sha256``, of all of config.json, which is not looked at. Versions up to 3 had a group's
-``curve`` in ``plan``, no search_curves.json, and in ``scheme`` ``weights`` "per_group" and ``weight_group_rows`` for "per_rows" and
-``rows_per_scale``.
-Versions 1 and 2 had ``groups`` alone in ``plan``; version 1 had no ``smoothed``, ``decomposed`` and
-``kept``, and fewer fields in ``scheme``.
+``curve`` in ``plan``, no search_curves.json, and in ``scheme`` ``weights`` "per_group" and
+``weight_group_rows`` for "per_rows" and ``rows_per_scale``. Versions 1 and 2 had ``groups`` alone
+in ``plan``; version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in
+``scheme``.
 """
