@@ -17,7 +17,7 @@ import transformers
 from tiny_inputs import Inputs, Maker, tensors
 from tiny_types import ATTEMPTS, BATCH, model_classes, tiny_config, tiny_model
 from torch import Tensor, nn
-from twins import FakeTwin, FloatTwin, Reference, recording, steps_from_fake, twin
+from twins import FakeTwin, FloatTwin, NudgedTwin, Reference, recording, steps_from_fake, twin
 
 import sq_cpu
 from sq_cpu.errors import SqCpuError
@@ -44,6 +44,7 @@ FOLD_TOLERANCE = 1e-3
 # A value that lies between two codes may take either: a step of the largest input times the largest
 # weight. Of the few hundred products behind an output, few do.
 FEW_STEPS = 4.0
+NUDGES = 8
 
 
 class RefusedError(Exception):
@@ -370,7 +371,13 @@ def _quantize_and_save(
         raise FailedError(f"folding alone changes the float model's output by {row['folding']:.2g}")
     if row["reference"]:
         raise FailedError(f"the output is {row['reference']:.2g} from the plain-torch reference's")
-    if not row["error"] <= FOLD_TOLERANCE + 10 * row["fake error"]:
+    allowed = row["fake error"]
+    if not row["error"] <= FOLD_TOLERANCE + 3 * allowed:
+        # A hard decision in the model (a threshold: whether a speaker of nemo_speechlm is active)
+        # may hang on one code; then fake quantization errs as much when its input is nudged.
+        nudges = (twin(model, made, partial(NudgedTwin, seed=seed)) for seed in range(NUDGES))
+        row["nudged error"] = allowed = max(distance(run(each, inputs), exact) for each in nudges)
+    if not row["error"] <= FOLD_TOLERANCE + 3 * allowed:
         raise FailedError(
             f"int8 errs by {row['error']:.2g}, torch's fake quantization by {row['fake error']:.2g}"
         )

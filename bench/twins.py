@@ -77,6 +77,22 @@ class FakeTwin(FloatTwin):
         return fake.reshape(x.shape)
 
 
+class NudgedTwin(FakeTwin):
+    """A `FakeTwin` whose input is off by as much as fp32 sums round it, as `seed` draws it.
+
+    A value between two codes takes the other one; where the model then decides by a threshold, its
+    output jumps.
+    """
+
+    def __init__(self, made: Made, seed: int) -> None:
+        super().__init__(made)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        """Return Q(X / s) of inputs nudged by a few units in the last place."""
+        return super().quantized(x * (1 + 2**-22 * torch.randn(x.shape, generator=self.generator)))
+
+
 class Reference(nn.Linear):
     """A quantized linear in plain torch, by the definition of its result."""
 
@@ -119,14 +135,14 @@ def recording() -> Iterator[dict[int, Made]]:
         yield found
 
 
-def twin(model: Any, record: Mapping[int, Made], kind: type[nn.Linear]) -> Any:
+def twin(model: Any, record: Mapping[int, Made], kind: Callable[[Any], nn.Linear]) -> Any:
     """Return a copy of a quantized model with `kind` in the place of each int8 linear."""
     originals = dict(model.named_modules(remove_duplicate=False))
     other = copy.deepcopy(model)
     for name, layer in originals.items():
         if isinstance(layer, sq_cpu.QuantLinear):
             parent, _, key = name.rpartition(".")
-            new = kind(layer if kind is Reference else record[id(layer)])  # type: ignore[arg-type]
+            new = kind(layer if kind is Reference else record[id(layer)])
             setattr(other.get_submodule(parent), key, new.eval())
     return other
 

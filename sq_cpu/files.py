@@ -17,6 +17,7 @@ from typing import Any
 from sq_cpu.errors import SqCpuError
 
 __all__ = [
+    "absolute",
     "check_file",
     "claimed_file",
     "exchange",
@@ -25,6 +26,14 @@ __all__ = [
     "locked",
     "write_file",
 ]
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Return an absolute path, "~" expanded; `SqCpuError` where the current folder is gone."""
+    try:
+        return Path(os.path.abspath(os.path.expanduser(path)))
+    except OSError as error:
+        raise SqCpuError(f"{path}: the current folder was removed; change to another") from error
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -127,6 +136,9 @@ def _write_through(path: str | os.PathLike[str], data: bytes) -> None:
         file.write(data)
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
 @contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[tuple[int, bool]]:
     """Make a file, and hold it alone until the end of the block, which removes it.
@@ -134,7 +146,10 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[tuple[int, bool]]:
     Yields its descriptor, and whether one was there that a killed process had held. What a process
     holds ends with the process (flock), so a file that can be locked belongs to nobody.
 
-    Raises `BlockingIOError` while another process holds it, unless told to wait.
+    Raises `BlockingIOError` while another process holds it, unless told to wait, and `SqCpuError`
+    where the file system has no locks. Overlays and NFS have them, but for an NFS 3 without its
+    lock daemon and a Lustre mounted without them. To go on without would let two runs mix what they
+    write, or leave files that nobody can tell from those in use.
     """
     left = False
     while True:
@@ -144,20 +159,39 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[tuple[int, bool]]:
             left |= _removed(path, wait)
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(path, descriptor, wait=False)
         except BlockingIOError:  # another took the new file for one that was left
             os.close(descriptor)
             continue
+        except BaseException:
+            _remove(path, descriptor)
+            raise
         if _is_at(path, descriptor):
             break
         os.close(descriptor)
     try:
         yield descriptor, left
     finally:
-        with suppress(OSError):
-            if _is_at(path, descriptor):  # it may have been moved away
-                path.unlink()
-        os.close(descriptor)
+        _remove(path, descriptor)
+
+
+def _lock(path: Path, descriptor: int, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise SqCpuError(
+            f"{path.parent} is on a file system without locks (flock: {error.strerror}); mount it "
+            "with them, or choose a folder on another"
+        ) from error
+
+
+def _remove(path: Path, descriptor: int) -> None:
+    with suppress(OSError):
+        if _is_at(path, descriptor):  # it may have been moved away
+            path.unlink()
+    os.close(descriptor)
 
 
 def _removed(path: Path, wait: bool) -> bool:
@@ -167,10 +201,10 @@ def _removed(path: Path, wait: bool) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        _lock(path, descriptor, wait)
         if not _is_at(path, descriptor):
             return False
-        path.unlink()
+        path.unlink(missing_ok=True)
         return True
     finally:
         os.close(descriptor)

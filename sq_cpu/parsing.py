@@ -1,7 +1,7 @@
 """JSON from files, held against the types that it is to have: the one door for what others wrote.
 
 What passes is of the types that the annotations say; which values a field can have is for the
-dataclass itself to check.
+dataclass itself to check. Numbers that a caller gives are checked here, too.
 """
 
 from __future__ import annotations
@@ -13,32 +13,42 @@ import os
 import types
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
+from numbers import Integral
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sq_cpu.errors import SqCpuError, first_line
 
-__all__ = ["check_fields", "parsed_json", "read_json", "record", "typed"]
+__all__ = ["check_fields", "check_whole", "parsed_json", "read_json", "record", "typed"]
 
 T = TypeVar("T")
+_LONGEST = 64 << 20  # characters: the recipe of 10^5 linears has a third of them
+# ValueError: no UTF-8, no JSON, or an integer of thousands of digits; RecursionError: brackets
+# without end.
+_NOT_JSON = (ValueError, RecursionError)
 _WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text"}
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return a file's JSON; `SqCpuError` for one that is missing or holds anything else."""
+    """Return a file's JSON; `SqCpuError` for what is missing, huge or anything else."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SqCpuError(f"cannot read {path}: {first_line(error)}") from error
-    return parsed_json(text, str(path))
+        if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait
+            raise OSError("not a file")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LONGEST + 1)
+        if len(text) > _LONGEST:
+            raise OSError(f"larger than {_LONGEST >> 20} MB")
+        return json.loads(text)
+    except (OSError, *_NOT_JSON) as error:
+        raise SqCpuError(
+            f"{path} cannot be read as JSON ({first_line(error)}); copy or make it again"
+        ) from error
 
 
 def parsed_json(text: str, where: str) -> Any:
     """Return the value of JSON text; `SqCpuError` names `where` it is from."""
     try:
         return json.loads(text)
-    # RecursionError: brackets without end; ValueError also for integers of thousands of digits.
-    except (ValueError, RecursionError) as error:
+    except _NOT_JSON as error:
         raise SqCpuError(f"{where} is not JSON: {first_line(error)}") from error
 
 
@@ -50,6 +60,15 @@ def check_fields(made: Any, where: str) -> None:
     kind: Any = type(made)
     for name, hint in _hints(kind).items():
         object.__setattr__(made, name, typed(hint, getattr(made, name), f"{where}: {name}"))
+
+
+def check_whole(least: int, **numbers: object) -> None:
+    """Raise `SqCpuError` for arguments, by their names, that are no whole numbers >= `least`."""
+    for name, number in numbers.items():
+        # What numpy's integers are, too.
+        is_whole = isinstance(number, Integral) and not isinstance(number, bool)
+        if not is_whole or int(number) < least:  # type: ignore[call-overload]
+            raise SqCpuError(f"{name} is {_shown(number)}, not a whole number >= {least}")
 
 
 def record(kind: type[T], values: Any, where: str) -> T:
@@ -96,13 +115,15 @@ def typed(kind: Any, value: Any, where: str) -> Any:
 
 
 def _first_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    refused = []
+    refused = ""
     for kind in kinds:
         try:
             return typed(kind, value, where)
         except SqCpuError as error:
-            refused.append(error)
-    raise refused[0]
+            # Its text alone: an error that this frame kept would keep the frame, and with it what
+            # every caller holds (a block's weights), until the collector of cycles comes by.
+            refused = refused or str(error)
+    raise SqCpuError(refused)
 
 
 def _sequence(origin: Any, parts: tuple[Any, ...], value: Any, where: str) -> Any:

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,6 +98,8 @@ def _serve() -> None:
         for name in _STORAGE:
             setattr(storage.RDBStorage, name, _counted(getattr(storage.RDBStorage, name), event))
 
+    # Libraries keep threads that hold nothing which a child needs; torch's own are one.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     for line in sys.stdin:
         job = json.loads(line)
         with tempfile.TemporaryFile() as counter, tempfile.TemporaryFile("w+") as said:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import multiprocessing
 import os
 import stat
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from sq_cpu.checkpoint.folder import staged
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import check_file, claimed_file, exchange, locked, write_file
+from sq_cpu.files import absolute, check_file, claimed_file, exchange, locked, write_file
+from sq_cpu.streaming.streaming import unfinished
 
 
 def mode(path: Path) -> int:
@@ -161,6 +164,44 @@ def test_a_held_lock_is_waited_for_or_refused(tmp_path: Path) -> None:
     with locked(path), pytest.raises(BlockingIOError), locked(path):
         raise AssertionError
     assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("is_left", [False, True])
+def test_a_file_system_without_locks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_left: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "file"
+    path.write_text("before")
+    left = [f".file.sq_cpu.{kind}" for kind in ("tmp", "lock")] if is_left else []
+    for name in left:
+        (tmp_path / name).touch()
+    opened = len(os.listdir("/proc/self/fd"))
+    for call in (lambda: write_file(path, "after"), lambda: claimed_file(path).__enter__()):
+        with pytest.raises(SqCpuError, match=r"on a file system without locks \(flock: .*choose"):
+            call()
+    assert len(os.listdir("/proc/self/fd")) == opened
+    assert sorted(os.listdir(tmp_path)) == sorted(["file", *left])
+    assert path.read_text() == "before"
+
+
+def test_a_folder_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    with pytest.raises(SqCpuError, match="the current folder was removed"):
+        absolute("out")
+    for call in (check_file, lambda path: write_file(path, "text")):
+        with pytest.raises(SqCpuError, match="cannot write out"):
+            call("out")
+    for call in (unfinished, lambda path: staged(path).__enter__()):
+        with pytest.raises(SqCpuError, match="cannot write checkpoint out"):
+            call("out")
 
 
 def test_exchange(tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ _KINDS = {
         ["autotune", "float", "-o", "plan.json", *_SMALL, *_SHORT],
         *("plan.json", 5, (), ("plan.db",)),
     ),
+    "workers": _Kind(
+        ["autotune", "float", "-o", "plan.json", *_SMALL, *_SHORT, "--workers", "2"],
+        *("plan.json", 1, (), ("plan.db",)),
+    ),
     "report": _Kind(
         ["inspect", "float", "--report", "page.html", *_SMALL],
         *("page.html", 3, (), ("page_files",)),
@@ -95,7 +99,8 @@ def _content(path: Path) -> Any:
 def _cases() -> Iterator[Any]:
     for name in _KINDS:
         for target in _TARGETS:
-            yield pytest.param(name, target, id=f"{name}-{target}")
+            slow = (pytest.mark.slow,) if name == "workers" else ()
+            yield pytest.param(name, target, id=f"{name}-{target}", marks=slow)
 
 
 @pytest.mark.timeout(0)  # as many seconds as there are events

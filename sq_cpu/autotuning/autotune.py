@@ -28,7 +28,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.extras import require
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.models.calls import Batch
-from sq_cpu.parsing import check_fields, record
+from sq_cpu.parsing import check_fields, check_whole, record
 from sq_cpu.progress import status
 from sq_cpu.smoothing.plan import SmoothPlan
 
@@ -140,8 +140,8 @@ def autotune(
 
     space = space or SearchSpace()
     parsed = Goal.of(goal)
-    if min(trials, workers) < 1 or refine_trials < 0:
-        raise SqCpuError("autotune needs trials and workers >= 1, and refine_trials >= 0")
+    check_whole(1, trials=trials, workers=workers, tokens=tokens)
+    check_whole(0, refine_trials=refine_trials, seed=seed)
     if workers > 1 and not is_shared(storage):
         raise SqCpuError(
             "workers share a storage, which cannot be memory: pass storage='study.db', or workers=1"

@@ -23,10 +23,11 @@ from torch import nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import write_file
+from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.parsing import check_fields, read_json, record, typed
+from sq_cpu.parsing import check_fields, check_whole, read_json, record, typed
 from sq_cpu.progress import track
 from sq_cpu.scheme import Activations, Scheme
 
@@ -138,9 +139,8 @@ def measured_costs(
     SqCpuError
         For tokens < 1, another dtype, and a cache that cannot be written.
     """
-    if tokens < 1:
-        raise SqCpuError(f"tokens is {tokens}; a call has at least 1 row")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    check_whole(1, tokens=tokens)
+    if dtype not in FLOATS:
         raise SqCpuError(f"costs are measured in fp32, bf16 or fp16, not {dtype}")
     path = cache_file() if cache is None else cache
     kind = str(dtype).removeprefix("torch.")

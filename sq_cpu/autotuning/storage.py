@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -19,6 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sq_cpu.autotuning import processes
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.files import absolute
 
 _NO_SUCH_VALUE = "is not among the defined enum values"  # SQLAlchemy, of a column
 _NOT_FOUND = "Record does not exist."  # what Optuna says of a study or trial that is gone
@@ -130,7 +130,7 @@ def _url(where: str | os.PathLike[str]) -> str:
     text = os.fspath(where)
     kind, separator, rest = text.partition("://")
     if not separator:
-        return f"sqlite:///{Path(text).expanduser().absolute()}"
+        return f"sqlite:///{absolute(text)}"
     # Without a driver the name would mean psycopg2 to some SQLAlchemy releases.
     return f"postgresql+psycopg://{rest}" if kind in ("postgres", "postgresql") else text
 

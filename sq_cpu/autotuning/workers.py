@@ -9,7 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing.connection import Connection
@@ -287,10 +287,12 @@ def run_workers(
     }
     threads = max(1, torch.get_num_threads() // count)
     context = multiprocessing.get_context("spawn")  # a fork would lose OpenMP's threads
-    # A file without a name: it ends with the processes that have it open, however they end.
-    with tempfile.TemporaryFile() as file:
+    with ExitStack() as opened:
         try:
+            # A file without a name: it ends with the processes that have it open, however they end.
+            file = opened.enter_context(tempfile.TemporaryFile())
             torch.save(parts, file)
+            file.flush()
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise SqCpuError(
                 f"workers need a model and an evaluation that can be pickled: {error}; define "
@@ -299,9 +301,8 @@ def run_workers(
         except (OSError, RuntimeError) as error:
             raise SqCpuError(
                 f"cannot write the job for its workers ({first_line(error)}): free space in "
-                f"{tempfile.gettempdir()}, or set TMPDIR to another folder"
+                f"{tempfile.tempdir or 'the temporary folder'}, or set TMPDIR to another folder"
             ) from error
-        file.flush()
         # All workers map one file, so the weights are in memory once.
         path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
         pipes = []

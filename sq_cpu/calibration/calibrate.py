@@ -21,6 +21,7 @@ from sq_cpu.models.checks import check_model, check_weights, checking_ids
 from sq_cpu.models.linears import check_ignore, head_of, linearized, quantizable_linears
 from sq_cpu.models.padding import padding_of
 from sq_cpu.models.unchanged import unchanged
+from sq_cpu.parsing import check_whole
 
 __all__ = ["SAMPLED_ROWS", "TUNING_ROWS", "Calibration", "Example", "calibrate"]
 
@@ -61,9 +62,10 @@ def calibrate(
 
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
     the model's context, when the model's own forward fails, when an activation or gradient is NaN
-    or infinite, when the model has no linear, for negative `rows` or `gradient_rows`, for an entry
-    of `ignore` that matches none, and for what `check_model` and `check_weights` refuse: a model
-    that is compiled, quantized, or not in this machine's memory as fp32, bf16 or fp16.
+    or infinite, when the model has no linear, for `rows` or `gradient_rows` that are no number of
+    rows, for an entry of `ignore` that matches none, and for what `check_model` and `check_weights`
+    refuse: a model that is compiled, quantized, or not in this machine's memory as fp32, bf16 or
+    fp16.
     """
     check_model(model)
     with linearized(model):
@@ -78,8 +80,7 @@ def _calibrate(
     gradient_rows: int,
     progress: bool | None,
 ) -> Calibration:
-    if min(rows, gradient_rows) < 0:
-        raise SqCpuError(f"rows={rows}, gradient_rows={gradient_rows}: a number of rows is >= 0")
+    check_whole(0, rows=rows, gradient_rows=gradient_rows)
     check_ignore(model, ignore)
     linears = quantizable_linears(model, ignore)
     if not linears:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sq_cpu.calibration.calibration import fingerprint
@@ -47,24 +48,26 @@ _LIKE_ANOTHER = {"to", "type_as"}  # x.to(weight) is of the weight's dtype
 class WeightUses(TorchFunctionMode):
     """While it is on, notes the uses of linears' parameters outside of their owners' forwards.
 
-    An owner is a module that holds the parameter: the linear, and an embedding that is tied to it.
+    A view of a parameter counts as it, also one that the model made when it was built. An owner is
+    a module that holds the parameter: the linear, and an embedding that is tied to it.
     """
 
     def __init__(self, model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
         super().__init__()
         self._linears = linears
-        self._names = {
-            id(parameter): name
-            for name, linear in linears.items()
-            for parameter in linear.parameters()
-        }
+        # By storage: where in it each parameter is, for experts are views of one.
+        self._places: dict[int, list[tuple[range, str]]] = {}
+        for name, linear in linears.items():
+            for parameter in linear.parameters():
+                storage, place = _place(parameter)
+                self._places.setdefault(storage, []).append((place, name))
         self._before = {name: _state(linear) for name, linear in linears.items()}
         self._owners = {
             module: owned
             for module in model.modules()
-            if (owned := [id(p) for p in module._parameters.values() if id(p) in self._names])
+            if (owned := [n for p in module._parameters.values() for n in self._named(p)])
         }
-        self._running: Counter[int] = Counter()
+        self._running: Counter[str] = Counter()
         self._used: dict[str, str] = {}
 
     @contextmanager
@@ -88,10 +91,24 @@ class WeightUses(TorchFunctionMode):
         kwargs = kwargs or {}
         for position, value in enumerate((*args, *kwargs.values())):
             for each in value if isinstance(value, tuple | list) else (value,):
-                key = id(each)
-                if key in self._names and not self._running[key] and _is_use(func, position):
-                    self._used.setdefault(self._names[key], _name(func))
+                for name in self._named(each):
+                    if not self._running[name] and _is_use(func, position):
+                        self._used.setdefault(name, _name(func))
         return func(*args, **kwargs)
+
+    def _named(self, value: object) -> list[str]:
+        """Return the linears of whose parameters a value is some, or a view."""
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return []
+        try:
+            storage, place = _place(value)
+        except NotImplementedError:  # what vmap maps over has no storage
+            return []
+        return [
+            name
+            for other, name in self._places.get(storage, ())
+            if place.start < other.stop and other.start < place.stop
+        ]
 
     def found(self) -> dict[str, str]:
         """Return the linears whose parameters were used or changed, and how."""
@@ -103,6 +120,16 @@ class WeightUses(TorchFunctionMode):
             elif name in self._used:
                 found[name] = f"the model's own code uses its weight ({self._used[name]})"
         return found
+
+
+def _place(tensor: Tensor) -> tuple[int, range]:
+    """Return a tensor's storage, and the bytes of it from the first to the last element."""
+    first = tensor.storage_offset()
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = first + sum((size - 1) * stride for size, stride in steps)
+    size = tensor.element_size()
+    end = (last + 1) * size if tensor.numel() else first * size
+    return tensor.untyped_storage()._cdata, range(first * size, end)
 
 
 def _state(linear: nn.Linear) -> tuple[list[nn.Parameter], int]:

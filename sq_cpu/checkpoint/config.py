@@ -8,27 +8,28 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.kernels.ops import FLOATS
+from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
     "CONFIG",
-    "FLOATS",
     "FORMAT_VERSION",
     "INDEX",
     "QUANT_METHOD",
     "SETTINGS_DIGEST",
     "check_dtype",
     "check_files",
+    "check_names",
     "check_settings",
     "read_config",
-    "read_json",
     "read_settings",
     "record_of_settings",
     "settings_digest",
@@ -40,8 +41,6 @@ QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SETTINGS_DIGEST = "settings_sha256"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST_JSON = 64 << 20  # the recipe of 10^5 linears has a third of it
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -62,21 +61,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Read and check the ``quantization_config`` of config.json."""
     settings: dict[str, Any] = read_config(folder)["quantization_config"]
     return settings
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file of a checkpoint, or raise ``SqCpuError``."""
-    try:
-        if not path.is_file():  # opening a FIFO would wait
-            raise OSError("not a file")
-        if path.stat().st_size > _LARGEST_JSON:
-            raise OSError(f"larger than {_LARGEST_JSON >> 20} MB")
-        return json.loads(path.read_text(encoding="utf-8"))
-    # ValueError: not UTF-8 or not JSON; RecursionError: brackets without end.
-    except (OSError, ValueError, RecursionError) as error:
-        raise SqCpuError(
-            f"{path} cannot be read as JSON ({first_line(error)}); copy the checkpoint again"
-        ) from error
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:
@@ -144,14 +128,19 @@ def check_files(folder: Path, settings: Mapping[str, Any], *, verify: bool) -> l
     files = settings.get("files")
     if not isinstance(files, dict) or not files:
         raise SqCpuError(f"{config} lists no files; save the model again")
-    for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise SqCpuError(f"{config}: file name {name!r} leaves the folder; rename it")
-        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
-            raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
+    check_names(folder, files, config)
     for name, digest in files.items() if verify else ():
         _check_digest(folder / name, sha256(folder / name), digest)
     return list(files)
+
+
+def check_names(folder: Path, names: Iterable[str], listed: Path) -> None:
+    """Raise ``SqCpuError`` for a name, ``listed`` in a file, of no file within the folder."""
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise SqCpuError(f"{listed}: file name {name!r} leaves the folder; rename it")
+        if not os.path.isfile(folder / name):  # unlike Path.is_file, False for any bad name
+            raise SqCpuError(f"{folder / name} does not exist; copy the checkpoint again")
 
 
 def settings_digest(settings: Mapping[str, Any]) -> str:

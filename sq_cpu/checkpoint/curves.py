@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sq_cpu.checkpoint.config import read_json
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
+from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.smoothing.plan import SmoothPlan
 

@@ -44,12 +44,11 @@ def ties_of(model: nn.Module) -> dict[str, str]:
 def float_entries(model: nn.Module, part: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Give what ``part``, called ``prefix`` in ``model``, stores beside its quantized linears.
 
-    Tied weights are under one name only; no two of the tensors share memory.
+    Tied weights are under one name only.
     """
     ties = ties_of(model)
     parameters = dict(model.named_parameters(remove_duplicate=False)) if ties else {}
     stored: dict[str, Tensor] = {}
-    storages: set[int] = set()
     for path, module in part.named_modules(prefix=prefix):
         if isinstance(module, QuantLinear):
             continue
@@ -57,9 +56,7 @@ def float_entries(model: nn.Module, part: nn.Module, prefix: str = "") -> dict[s
             source = parameters.get(ties.get(name, ""))
             if source is not None and source is parameters.get(name):
                 continue
-            storage = tensor.untyped_storage().data_ptr()
-            stored[name] = tensor.clone() if storage in storages else tensor
-            storages.add(storage)
+            stored[name] = tensor
     return stored
 
 

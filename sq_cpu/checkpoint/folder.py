@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from sq_cpu.checkpoint.config import CONFIG, read_settings
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import exchange, keep_mode, locked
+from sq_cpu.parsing import typed
 
 __all__ = ["STATE", "Staging", "contents", "staged", "work_folder", "writing"]
 
@@ -128,19 +129,20 @@ def staged(
     Raises `SqCpuError` for a target that cannot be replaced, or is not to be (`replace`), while
     another process is at work on it, and where it cannot be written.
     """
-    target = Path(os.path.realpath(path))
-    work = work_folder(target)
-    new = [work, *(parent for parent in target.parents if not parent.exists())]
+    path = Path(path)
     with ExitStack() as stack:
-        stack.callback(_remove_empty, new[1:])
-        # The marker goes last: without it, what is left does not tell whose the target is.
-        stack.callback(_remove_marker, work)
-        stack.callback(_remove_empty, new[:1])
-        with writing(target):
+        with writing(path):
+            target = Path(os.path.realpath(path))
+            work = work_folder(target)
+            new = [work, *(parent for parent in target.parents if not parent.exists())]
+            stack.callback(_remove_empty, new[1:])
+            # The marker goes last: without it, what is left does not tell whose the target is.
+            stack.callback(_remove_marker, work)
+            stack.callback(_remove_empty, new[:1])
             _claim(work, target, stack)
             try:
                 _settle(target, work, replace)
-                staging = _begin(Path(path), target, work, streamed)
+                staging = _begin(path, target, work, streamed)
             except BaseException:
                 _clear(work, keep_stream=True)
                 raise
@@ -252,9 +254,8 @@ def _is_occupied(target: Path, work: Path) -> bool:
 def _check_ours(folder: Path, named: Path) -> None:
     """Refuse to replace anything that ``save`` did not write."""
     try:
-        settings = read_settings(folder)
-        ours = {CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
-    except (SqCpuError, TypeError) as error:
+        ours = _written(folder)
+    except SqCpuError as error:
         raise SqCpuError(
             f"{named} is not empty and is not an sq_cpu checkpoint; choose another folder"
         ) from error
@@ -268,14 +269,21 @@ def _check_ours(folder: Path, named: Path) -> None:
         )
 
 
+def _written(folder: Path) -> set[str]:
+    """Give the paths within a checkpoint's folder of what is its own, or raise `SqCpuError`."""
+    settings, where = read_settings(folder), folder / CONFIG
+    ours = {CONFIG}
+    for key in ("files", "companions"):
+        ours.update(typed(dict[str, str] | list[str], settings.get(key, []), f"{where}: {key}"))
+    return ours
+
+
 def _take_back(target: Path, folder: Path) -> None:
     """Move what a call moved out of the staging folder back into it, config.json first."""
     folder.mkdir(exist_ok=True)
     try:
-        config = folder if (folder / CONFIG).exists() else target
-        settings = read_settings(config)
-        ours = {CONFIG, *settings.get("files", ()), *settings.get("companions", ())}
-    except (SqCpuError, TypeError):
+        ours = _written(folder if (folder / CONFIG).exists() else target)
+    except SqCpuError:
         return  # it had not begun to move
     moved = [entry for entry in target.iterdir() if entry.name in {n.split("/")[0] for n in ours}]
     for entry in sorted(moved, key=_is_config, reverse=True):

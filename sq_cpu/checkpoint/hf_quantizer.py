@@ -21,7 +21,6 @@ from sq_cpu.checkpoint.config import (
     check_dtype,
     check_files,
     check_settings,
-    read_json,
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
@@ -31,6 +30,7 @@ from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import load_again, load_nothing
 from sq_cpu.models.linears import linearized
+from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
@@ -140,7 +140,8 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         return version
 
     def _check_model(self, model: Any) -> None:
-        (architecture, *_) = model.config.architectures or ("unknown model",)
+        named = model.config.architectures
+        architecture = named[0] if isinstance(named, list) and named else "unknown model"
         if type(model).__name__ != architecture:
             raise SqCpuError(
                 f"{self._folder} holds a {architecture}, not a {type(model).__name__}; "

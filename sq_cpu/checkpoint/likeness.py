@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dis
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.models.linears import linearize
 from sq_cpu.nn.decomposed import DecomposedLinear
-from sq_cpu.nn.embedding import QuantEmbedding
+from sq_cpu.nn.embedding import QuantEmbedding, is_lookup
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
 
@@ -53,7 +56,6 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 "model again"
             )
     _check_embeddings(modules, record)
-    _check_lists(modules)
     for name, module in modules.items():
         is_layer = isinstance(module, QuantLinear | DecomposedLinear) and module not in inner
         if is_layer and name not in record.layers:
@@ -77,19 +79,6 @@ def _check_embeddings(modules: Mapping[str, nn.Module], record: QuantizationReco
                 f"{name} reads the weight of a head, but is not in the model's record "
                 "(sq_cpu_config); quantize the float model as a whole"
             )
-
-
-def _check_lists(modules: Mapping[str, nn.Module]) -> None:
-    """Refuse float linears in plain lists, from which the model still calls them."""
-    registered = set(modules.values())
-    for name, module in modules.items():
-        for key, value in vars(module).items():
-            held = value if isinstance(value, list | tuple) else ()
-            if any(isinstance(each, nn.Linear) and each not in registered for each in held):
-                raise SqCpuError(
-                    f"{key} of {name or 'the model'} is a plain list of linears, which int8 ones "
-                    "did not replace; make it an nn.ModuleList, or leave them in float (ignore)"
-                )
 
 
 def check_likeness(
@@ -130,11 +119,12 @@ def check_stored(
 
 
 _FIX = "have its config say so, or quantize a model that its config describes"
-_PLAIN = (bool, int, float, str)
-# What is not of the model's function, what a forward notes for itself, and what stays as it was
-# where an embedding is resized.
-_NOT_COMPARED = {"name_or_path", "training", "gradient_checkpointing"}
-_NOT_COMPARED |= {"max_seq_len_cached", "vocab_size"}
+_PLAIN = (bool, int, float, str, NoneType, torch.dtype)
+_NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
+# What is compared otherwise, what is not of the model's function, and what stays as it was where an
+# embedding is resized. Nor are those whose names say that they are of a cache, or of dropout.
+_NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
+_NOT_COMPARED |= {"name_or_path", "save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):
@@ -153,7 +143,7 @@ def _compare_modules(
         if first_mine[name] != first_fresh[name]:
             raise _UnlikeError(f"{name} is the module {first_mine[name]}, in a fresh one it is not")
         if first_mine[name] in embeddings:
-            _compare_attributes(name, mine[name], module)
+            _compare_embedding(name, mine[name], module)
         elif first_mine[name] not in layers:
             _compare(name or "the model", mine[name], module)
     for name in mine:
@@ -173,20 +163,67 @@ def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
         raise _UnlikeError(
             f"{name} is a {type(mine).__name__}, in a fresh one a {type(fresh).__name__}"
         )
-    _compare_attributes(name, mine, fresh)
-
-
-def _compare_attributes(name: str, mine: nn.Module, fresh: nn.Module) -> None:
     own, given = vars(mine), vars(fresh)
     # accelerate's hooks, which place and move weights, also put a forward on the instance.
     if "forward" in own and "forward" not in given and "_hf_hook" not in own:
         raise _UnlikeError(f"the forward of {name} was replaced, in a fresh one it is not")
-    for key, value in given.items():
-        if key.startswith("_") or key in _NOT_COMPARED or not isinstance(value, _PLAIN):
+    for key in {**given, **own}:
+        is_private = key.startswith("_") and not (key in own and key in given)
+        if key in _NOT_COMPARED or is_private or "cache" in key or "drop" in key:
             continue
-        found = own.get(key)
-        if isinstance(found, _PLAIN) and found != value:
-            raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {value!r}")
+        default = getattr(kind, key, _ABSENT)
+        found, wanted = (_described(values.get(key, default)) for values in (own, given))
+        if _OPAQUE in (found, wanted) or found == wanted:
+            continue
+        if wanted not in (None, _ABSENT) or not _sets(kind, key):
+            raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {wanted!r}")
+
+
+def _compare_embedding(name: str, mine: nn.Module, fresh: nn.Module) -> None:
+    if not is_lookup(fresh):
+        raise _UnlikeError(f"{name} only looks up, in a fresh one it is a {type(fresh).__name__}")
+    for key in ("num_embeddings", "embedding_dim", "padding_idx", "embed_scale"):
+        found, wanted = (getattr(module, key, None) for module in (mine, fresh))
+        if not isinstance(wanted, Tensor) and found is not wanted and found != wanted:
+            raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {wanted!r}")
+
+
+class _Mark:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+_ABSENT, _OPAQUE = _Mark("absent"), _Mark("no plain data")
+
+
+def _described(value: Any) -> Any:
+    """Return plain data as lists and tables, functions and classes by their names."""
+    if isinstance(value, _NAMED):
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, list | tuple):  # which JSON does not tell apart
+        items = [_described(item) for item in value]
+        return _OPAQUE if _OPAQUE in items else items
+    if isinstance(value, dict):
+        values = _described(list(value.values()))
+        return _OPAQUE if values is _OPAQUE else dict(zip(map(str, value), values, strict=True))
+    return value if isinstance(value, _PLAIN) or value is _ABSENT else _OPAQUE
+
+
+def _sets(kind: type, key: str) -> bool:
+    """Say whether methods of a class, beside `__init__`, set an attribute.
+
+    So does a forward that notes for itself what was None before, or absent.
+    """
+    return any(
+        step.opname == "STORE_ATTR" and step.argval == key
+        for base in kind.__mro__
+        for name, method in vars(base).items()
+        if name != "__init__" and isinstance(method, FunctionType)
+        for step in dis.get_instructions(inspect.unwrap(method))
+    )
 
 
 def _other_buffers(mine: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from sq_cpu.checkpoint.config import (
     check_dtype,
     check_files,
     read_config,
-    read_json,
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
@@ -25,6 +24,7 @@ from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.parsing import read_json
 
 __all__ = ["load", "read_generation_config"]
 

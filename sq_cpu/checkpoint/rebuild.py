@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sq_cpu.checkpoint.config import FLOATS
 from sq_cpu.checkpoint.entries import own_entries, put_tensor, tie, ties_of, unsaved_buffers
 from sq_cpu.checkpoint.stored import Header, StoredTensors
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.models.hf_private import is_transformers, set_ties
 from sq_cpu.models.linears import linearize, linearized
 from sq_cpu.nn.decomposed import DecomposedLinear

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sq_cpu.checkpoint.config import (
     CONFIG,
-    FLOATS,
     FORMAT_VERSION,
     INDEX,
     QUANT_METHOD,
@@ -32,8 +31,10 @@ from sq_cpu.checkpoint.likeness import check_layers, check_likeness
 from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
+from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.parsing import read_json
 from sq_cpu.quantization.dtypes import dtypes_of
 from sq_cpu.quantization.record import QuantizationRecord
 
@@ -185,7 +186,7 @@ def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str,
         "companions": sorted(contents(folder) - {CONFIG, *files}),
     }
     settings[SETTINGS_DIGEST] = settings_digest(settings)
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    content = read_json(folder / CONFIG)
     content["quantization_config"] = settings
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 
@@ -204,7 +205,14 @@ def _write_tensors(
                 f"{name} is {tensor.dtype}, which load does not take: make it another dtype, or a "
                 "non-persistent buffer"
             )
-    split = split_torch_state_dict_into_shards(dict(stored), max_shard_size=max_shard_size)
+    # By their own sizes: what shares memory is not kept together.
+    sizes = {name: tensor.to("meta") for name, tensor in stored.items()}
+    try:
+        split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    except (TypeError, ValueError) as error:
+        raise SqCpuError(
+            f'max_shard_size is {max_shard_size!r}; give a number of bytes, or a text as "5GB"'
+        ) from error
     digests = {}
     for file, names in split.filename_to_tensors.items():
         shard: dict[str, Tensor] = {}
@@ -223,8 +231,15 @@ def _write_tensors(
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file beside config.json and give its SHA-256."""
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    own: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.contiguous()
+        # safetensors refuses tensors that share memory.
+        if own[name].untyped_storage().data_ptr() in storages:
+            own[name] = own[name].clone()
+        storages.add(own[name].untyped_storage().data_ptr())
+    save_file(own, path, metadata={"format": "pt"})
     # safetensors makes files that only their owner can read; give them the umask's mode.
     shutil.copymode(path.parent / CONFIG, path)
     return sha256(path)

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn.modules import module as registration
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from sq_cpu.checkpoint.config import CONFIG, read_json
+from sq_cpu.checkpoint.config import CONFIG
 from sq_cpu.checkpoint.entries import unsaved_buffers
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import bare_model, check_version, from_config, hub_kernels
+from sq_cpu.parsing import read_json
 
 __all__ = ["UNTRUSTED", "check_buffers", "check_counts", "check_no_kernels", "skeleton"]
 
@@ -31,6 +32,7 @@ UNTRUSTED = (
 _MODULES = re.compile(r"(layers?|depths?|blocks?|experts?|stages?)$")
 _COUNTS = re.compile(r"^(n|num)_")
 _FEW, _MANY = 1000, 1 << 20
+_LABELS = 1 << 16  # a config makes a name for each, several times: 2^20 take 11 s and 660 MB
 _SPARE = 256 << 20  # causal masks of the largest contexts
 
 
@@ -128,6 +130,7 @@ def check_counts(content: Any, tensors: int, path: Path) -> None:
         elif isinstance(value, int):
             most = _MANY if _COUNTS.search(key) else None
             most = tensors + _FEW if _MODULES.search(key) else most
+            most = _LABELS if key == "num_labels" else most
             if most is not None and value > most:
                 raise SqCpuError(
                     f"{path}: {key} is {str(value)[:20]}, but the files hold {tensors} tensors; "

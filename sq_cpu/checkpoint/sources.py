@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD, read_json
+from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.extras import require
 from sq_cpu.models.hf_private import forget_quantization
+from sq_cpu.parsing import read_json
 
 __all__ = ["check_causal", "check_float", "is_checkpoint", "load_source", "load_tokenizer"]
 
@@ -78,7 +80,7 @@ def load_source(
 def _load_source(
     source: str | Path, dtype: torch.dtype | None, trust: bool
 ) -> tuple[nn.Module, Any]:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         check_causal(path)
         if is_checkpoint(path):

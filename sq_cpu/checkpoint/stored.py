@@ -1,9 +1,13 @@
-"""The tensors of safetensors files: what their headers say, before any is read."""
+"""The tensors of safetensors files: what their headers say, before any is read.
+
+No other module reads a header.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -13,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.parsing import parsed_json
 
 __all__ = ["DTYPES", "Header", "StoredTensors"]
 
@@ -43,6 +48,12 @@ class Header(NamedTuple):
         """Return a tensor's own."""
         return cls(tuple(tensor.shape), tensor.dtype)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of such a tensor, whose dtype is known."""
+        assert self.dtype is not None
+        return prod(self.shape) * self.dtype.itemsize
+
     def __str__(self) -> str:
         dtype = "a float dtype" if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return f"{dtype} {list(self.shape)}"
@@ -56,6 +67,8 @@ class StoredTensors:
 
     def __init__(self, folder: Path, files: Iterable[str]) -> None:
         self.headers: dict[str, Header] = {}
+        self.begins: dict[str, int] = {}
+        """Where in its file a tensor's bytes begin."""
         self.nbytes = 0
         self._handles: dict[str, tuple[Path, Any]] = {}
         with ExitStack() as stack:
@@ -65,22 +78,28 @@ class StoredTensors:
 
     def _open(self, path: Path, stack: ExitStack) -> None:
         try:
+            # Checks that the header is one, and that the file holds what it says.
             handle = stack.enter_context(safe_open(path, framework="pt"))
             self.nbytes += path.stat().st_size
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                entries = parsed_json(file.read(length).decode(), str(path))
         except (OSError, SafetensorError) as error:
             raise SqCpuError(
                 f"{path} is damaged ({first_line(error)}); copy the checkpoint again"
             ) from error
-        names = handle.keys()  # a method of safe_open, which is no mapping
-        for name in names:
+        entries.pop("__metadata__", None)
+        for name, entry in entries.items():
             if name in self._handles:
                 other = self._handles[name][0].name
                 raise SqCpuError(f"tensor {name} is in both {other} and {path.name}; save again")
-            stored = handle.get_slice(name)
-            kind = stored.get_dtype()
-            if kind not in DTYPES:
-                raise SqCpuError(f"{path}: tensor {name} is {kind}, which sq_cpu does not store")
-            self.headers[name] = Header(tuple(stored.get_shape()), DTYPES[kind])
+            if entry["dtype"] not in DTYPES:
+                raise SqCpuError(
+                    f"{path}: tensor {name} is {entry['dtype']}, which sq_cpu does not read; give "
+                    "the model in fp32, bf16 or fp16"
+                )
+            self.headers[name] = Header(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            self.begins[name] = 8 + length + entry["data_offsets"][0]
             self._handles[name] = path, handle
 
     def path(self, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -223,7 +224,7 @@ def _seconds(text: str) -> float:
 
 def _place(storage: str) -> Path | str:
     """Return the file of a storage, or the URL of a database."""
-    return storage if "://" in storage else Path(storage).expanduser()
+    return storage if "://" in storage else Path(os.path.expanduser(storage))
 
 
 def _check_distinct(out: Path, where: Path | str, page: Path | None) -> None:

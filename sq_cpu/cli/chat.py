@@ -31,9 +31,8 @@ def chat_text(tokenizer: Any, question: str) -> str:
         raise SqCpuError("the model's tokenizer has no chat template; leave out --chat")
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # of a fork beside threads: none is used
+        # A fork beside threads; the child uses none.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         _render(tokenizer, question, writing)

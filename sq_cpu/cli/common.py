@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from enum import Enum
@@ -20,7 +19,7 @@ from sq_cpu import texts
 from sq_cpu.checkpoint import sources
 from sq_cpu.errors import SqCpuError, printable
 from sq_cpu.evaluation.perplexity import token_windows
-from sq_cpu.files import claimed_file
+from sq_cpu.files import absolute, claimed_file
 
 
 class Dtype(str, Enum):
@@ -83,7 +82,7 @@ def hold(ctx: typer.Context, path: Path) -> bool:
 
 def check_not_quantized(model: str) -> None:
     """Refuse a model that is quantized already, before it is loaded."""
-    if sources.is_checkpoint(Path(model).expanduser()):
+    if sources.is_checkpoint(absolute(model)):
         raise SqCpuError(f"{model} is quantized already; give the float model")
 
 
@@ -97,7 +96,7 @@ def check_finite(value: float, what: str) -> None:
 
 def model_name(model: str) -> str:
     """Return the name of a model's folder (also of "."), file or hub repository."""
-    path = Path(os.path.abspath(Path(model).expanduser()))
+    path = absolute(model)
     return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 

@@ -37,6 +37,7 @@ from sq_cpu.cli.common import (
 )
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.files import absolute
 from sq_cpu.kernels.runtime import isa
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.quantization.record import QuantizationRecord
@@ -126,7 +127,7 @@ def inspect_command(
         "--window": window,
     }
     given = {name for name, value in options.items() if value is not None}
-    is_int8 = sources.is_checkpoint(Path(model).expanduser())
+    is_int8 = sources.is_checkpoint(absolute(model))
     _check_options(
         given, is_int8=is_int8, model=model, report=report is not None, saturation=saturation
     )
@@ -196,7 +197,7 @@ def _check_options(
             raise typer.BadParameter(f"{' and '.join(useless)} {need}")
 
     if saturation and not is_int8:
-        if not Path(model).expanduser().exists():
+        if not absolute(model).exists():
             raise SqCpuError(f"{model}: no such folder; give one that sq-cpu quantize wrote")
         raise SqCpuError(
             f"{model} is not a quantized model; make one with: sq-cpu quantize {model} -o OUT"

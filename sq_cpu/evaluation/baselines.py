@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sq_cpu import files
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import Machine
+from sq_cpu.parsing import check_fields, read_json, record
 
 __all__ = ["HOW_TO_WRITE", "Baseline", "Baselines"]
 
@@ -36,26 +36,24 @@ class Baseline:
     """ISO 8601, UTC."""
     versions: Mapping[str, str]
 
-    @classmethod
-    def from_dict(cls, content: Any) -> Baseline:
-        """Return what `dataclasses.asdict` wrote; raise `ValueError` for anything else."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or content.keys() != names:
-            raise ValueError(f"an entry has not the fields {', '.join(sorted(names))}")
-        for name in ("work", "model", "config_sha256", "date"):
-            if not isinstance(content[name], str):
-                raise ValueError(f"{name} is not a text")
-        times = [content["seconds"], content["reference_seconds"]]
-        for number in (content["value"], *(seconds for seconds in times if seconds is not None)):
-            if type(number) not in (int, float) or not math.isfinite(number):
-                raise ValueError(f"{number!r} is not a finite number")
-        if not isinstance(content["versions"], dict):
-            raise ValueError("versions is not a table")
-        return cls(**content)
+    def __post_init__(self) -> None:
+        check_fields(self, "a baseline")
 
     def __str__(self) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         return f"{self.date}, {versions}, {self.model} (config {self.config_sha256[:12]})"
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The fields of the file."""
+
+    format_version: int
+    machine: dict[str, Any]
+    baselines: dict[str, Baseline]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "it")
 
 
 class Baselines:
@@ -71,26 +69,20 @@ class Baselines:
 
         Raises `SqCpuError` for a file that is damaged, newer, or another machine's.
         """
-        try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(
-                    f"format_version is {content['format_version']!r}, not {FORMAT_VERSION}"
-                )
-            if content["machine"] != asdict(self.machine):
-                raise ValueError(f"it is of another machine class, {content['machine']}")
-            return {name: Baseline.from_dict(b) for name, b in content["baselines"].items()}
-        except FileNotFoundError:
+        if not self.path.exists():
             return {}
-        except KeyError as error:
-            reason = f"{error} is missing"
-        # TypeError, AttributeError: JSON of another shape; RecursionError: brackets without end.
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            reason = first_line(error)
-        raise SqCpuError(
-            f"{self.path} is no baseline of this machine class ({reason}); restore it, or delete "
-            f"it and {HOW_TO_WRITE}"
-        )
+        try:
+            content = record(_Content, read_json(self.path), "it")
+            if (version := content.format_version) != FORMAT_VERSION:
+                raise SqCpuError(f"format_version is {version}, not {FORMAT_VERSION}")
+            if content.machine != asdict(self.machine):
+                raise SqCpuError(f"it is of another machine class, {content.machine}")
+        except SqCpuError as error:
+            raise SqCpuError(
+                f"{self.path} is no baseline of this machine class ({error}); restore it, or "
+                f"delete it and {HOW_TO_WRITE}"
+            ) from error
+        return content.baselines
 
     def write(self, name: str, baseline: Baseline) -> None:
         """Add a test's baseline, or replace it."""

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import check_length, evaluating
 from sq_cpu.models.checks import check_ids, input_embeddings
+from sq_cpu.parsing import check_whole
 from sq_cpu.progress import track
 
 __all__ = ["TextPerplexity", "perplexity", "token_windows"]
@@ -69,8 +70,8 @@ def _running(
     progress: bool | None,
 ) -> Iterator[float]:
     """Yield the perplexity after every window."""
-    check_length(model, window, "a window")
     batches = token_windows(tokenizer, text, window=window, windows=windows)
+    check_length(model, window, "a window")
     for ids in batches:
         check_ids(input_embeddings(model), "the model's embeddings", ids)
     total, targets = 0.0, 0
@@ -103,10 +104,8 @@ def token_windows(
 
     Raises `SqCpuError` when there is too little text, or a window has no token to score.
     """
-    if window < 2 or windows < 1:
-        raise SqCpuError(
-            f"need window >= 2 tokens and windows >= 1, not window={window}, windows={windows}"
-        )
+    check_whole(2, window=window)
+    check_whole(1, windows=windows)
     bos = _bos(tokenizer)
     length = window - len(bos)
     if isinstance(text, str):

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from sq_cpu import texts
+from sq_cpu import files, texts
 from sq_cpu.checkpoint.sources import load_source
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.baselines import HOW_TO_WRITE, Baseline, Baselines
@@ -139,7 +139,7 @@ class Gate:
             When the model got worse, when there is no baseline to compare with and none is
             written, and when something cannot be loaded, run or written.
         """
-        folder = Path(folder).expanduser().resolve()
+        folder = files.absolute(folder)
         digest = _config_digest(folder)
         timed = measured != "accuracy"
         limit = slower if timed else less_accurate

@@ -18,6 +18,7 @@ from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.kernels import _core
 
 __all__ = [
+    "FLOATS",
     "Activation",
     "Epilogue",
     "QuantizedActivation",
@@ -39,6 +40,8 @@ _DTYPES = {
     torch.bfloat16: _core.DType.bfloat16,
     torch.float16: _core.DType.float16,
 }
+FLOATS = tuple(_DTYPES)
+"""What int8 layers take and give; so also of what a float linear may be."""
 _ACTIVATIONS = {None: _core.Activation.none} | {
     name: getattr(_core.Activation, name) for name in get_args(Activation)
 }

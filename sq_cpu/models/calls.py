@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.models.padding import Padding
+from sq_cpu.models.padding import Padding, padding_of
 from sq_cpu.progress import track
 
 __all__ = [
@@ -41,6 +41,15 @@ def example_of(args: tuple[Any, ...], kwargs: dict[str, Any], padding: Padding) 
     """
     if padding.is_all:
         return None
+    row = padding.fullest_row()
+    rows = _rows_of_ids(args, kwargs)
+    return copied((args, kwargs) if rows is None else rows(slice(row, row + 1)))
+
+
+def _rows_of_ids(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[slice], Example] | None:
+    """Return what cuts some rows from a batch of ids with their masks and labels; None: no such."""
     leaves = tree_leaves((args, kwargs))
     ids = next((x for x in leaves if isinstance(x, Tensor) and _is_ids(x) and x.dim() == 2), None)
 
@@ -55,13 +64,12 @@ def example_of(args: tuple[Any, ...], kwargs: dict[str, Any], padding: Padding) 
             return ids is not None and value.shape == ids.shape  # a mask
         return has_rows(value) or value.dim() == 0 or (value.dim() == 2 and len(value) == 1)
 
-    row = padding.fullest_row()
-    ids_alone = all(map(belongs, leaves))
+    def cut(rows: slice) -> Example:
+        return tree_map_only(  # type: ignore[no-any-return]
+            Tensor, lambda value: value[rows] if has_rows(value) else value, (args, kwargs)
+        )
 
-    def cut(value: Tensor) -> Tensor:
-        return value[row : row + 1] if ids_alone and has_rows(value) else value
-
-    return copied(tree_map_only(Tensor, cut, (args, kwargs)))
+    return cut if ids is not None and all(map(belongs, leaves)) else None
 
 
 def _is_ids(value: Tensor) -> bool:
@@ -82,6 +90,9 @@ def model_inputs(
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Yield each batch as the model's arguments, positional and by keyword, under a progress bar.
 
+    Of ids with a mask of as many rows as tokens, the last row is yielded by itself: else nobody
+    could tell which of a tensor's axes is which in a model that works on [tokens, batch].
+
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
     the model's context; messages call it batch number so and so of `what`.
     """
@@ -96,7 +107,12 @@ def model_inputs(
         for tensor in (*args, *kwargs.values()):
             if isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tensor.dim() == 2:
                 check_length(model, tensor.shape[1], f"{what} batch {index}")
-        yield args, kwargs
+        rows = _rows_of_ids(args, kwargs)
+        if rows is not None and padding_of(model, args, kwargs).is_square:
+            yield rows(slice(-1))
+            yield rows(slice(-1, None))
+        else:
+            yield args, kwargs
     if empty:
         raise SqCpuError(f"{what} got no batches: pass at least one (a generator runs once)")
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.models.hooks import hooked
 from sq_cpu.nn.linear import QuantLinear
 
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 _OPTIMIZED = "OptimizedModule"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_model(model: object) -> None:
@@ -78,7 +78,7 @@ def check_weights(linears: Mapping[str, nn.Linear]) -> None:
                     f"{name}.{key} is a {kind.__module__}.{kind.__name__} ({parameter.layout}), no "
                     "plain tensor: load the model without what made it one, or ignore this linear"
                 )
-            if parameter.dtype not in _FLOATS:
+            if parameter.dtype not in FLOATS:
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 raise SqCpuError(
                     f"{name}.{key} is {dtype}; sq_cpu runs fp32, bf16 and fp16: model.float(), or "

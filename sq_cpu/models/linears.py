@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.checks import additions
@@ -211,13 +212,25 @@ def quantizable_linears(
 
     Left out are those that `is_ignored` says, `but` for one. Only `nn.Linear` itself: a subclass
     may compute something else, or (the output projection of `nn.MultiheadAttention`) never be
-    called.
+    called. Nor one that a plain list holds, too: the model may call it from there, where nothing
+    replaces it.
     """
+    held = _held_plainly(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and (name == but or not is_ignored(model, name, ignore))
+        if type(module) is nn.Linear
+        and module not in held
+        and (name == but or not is_ignored(model, name, ignore))
     }
+
+
+def _held_plainly(model: nn.Module) -> set[nn.Linear]:
+    """Return the linears in attributes that are no submodules: in lists, tuples and tables."""
+    submodules = vars(nn.Module()).keys()
+    values = [v for m in model.modules() for key, v in vars(m).items() if key not in submodules]
+    leaves = (leaf for value in values for leaf in tree_leaves(value))
+    return {leaf for leaf in leaves if isinstance(leaf, nn.Linear)}
 
 
 def float_linears(
@@ -229,12 +242,15 @@ def float_linears(
     what `nn.MultiheadAttention` keeps for itself.
     """
     kept = {}
+    held = _held_plainly(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, nn.Linear) and name != but and is_ignored(model, name, ignore):
             kept[name] = "ignored"
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             kept[name] = f"a {kind}, which may compute something else"
+        elif module in held:
+            kept[name] = "a plain list or table of the model holds it, too, and may call it"
         elif "Experts" in kind and any(p.dim() == 3 for p in module.parameters(recurse=False)):
             kept[name] = f"{kind} keeps its weights in a layout that sq_cpu does not know"
         elif not isinstance(module, nn.Linear | nn.Embedding):

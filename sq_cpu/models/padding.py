@@ -61,6 +61,12 @@ class Padding:
         """Whether some sequence is nothing but padding."""
         return any(s.kept is not None and not s.kept.any() for s in self._sequences.values())
 
+    @property
+    def is_square(self) -> bool:
+        """Whether a mask has as many rows as tokens: its shape does not tell which is which."""
+        masks = (s.kept for s in self._sequences.values() if s.kept is not None)
+        return any(kept.shape[0] == kept.shape[1] > 1 for kept in masks)
+
     def fullest_row(self) -> int:
         """Return the row of the batch with the least padding, of the first sequence with some."""
         masked = (s.kept for s in self._sequences.values() if s.kept is not None)
@@ -70,7 +76,8 @@ class Padding:
     def kept(self, x: Tensor) -> Tensor | None:
         """Return which rows of x [..., features] are no padding, bool [rows]; None: all.
 
-        It is known while `tracing`, of what the model makes then.
+        It is known while `tracing`, of what the model makes then. Where a mask `is_square`, rows
+        of x [tokens, batch, features] are taken for those of [batch, tokens, features].
         """
         origin = self._origins.of(x)
         if not origin:

@@ -74,9 +74,10 @@ def quantize(
     calibration be omitted. A group of which no linear is quantized is not smoothed, and not in the
     plan that is recorded. Linears that no batch reached (an expert that no token was routed to)
     stay in float, or as `scheme.unreached` says; those whose weight the model's own code uses stay
-    in float wherever a calibration found them. A linear that the
-    plan gives `outliers`, or whose smoothed input reaches `scheme.outlier_threshold` in some
-    channels, becomes a `DecomposedLinear`.
+    in float wherever a calibration found them. Without a calibration neither is known: every linear
+    is quantized blind, and a model that reads the weight of one (Mamba) fails when it runs.
+    A linear that the plan gives `outliers`, or whose smoothed input reaches
+    `scheme.outlier_threshold` in some channels, becomes a `DecomposedLinear`.
 
     `head="int8"` also quantizes the head of a model of transformers (`get_output_embeddings`),
     which schemes ignore: its activations in two int8 terms (`"per_token_x2"`), smoothed at alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,13 @@ def convert(
 ) -> QuantizedCheckpoint:
     """Calibrate, smooth, quantize and save.
 
+    What needs no ranges is calibrated, too: that shows which linears the model calls, and of which
+    its own code uses the weight.
+
     Parameters
     ----------
     batches_of : callable
-        Makes the calibration batches, of the tokenizer; called only where they are needed.
+        Makes the calibration batches, of the tokenizer.
     stream : bool, optional
         One decoder block at a time, see `quantize_checkpoint`. None: to go on with interrupted
         work, or where the float model does not fit in the memory that is available.
@@ -113,9 +117,7 @@ def _whole(
         head = find_head(model, ignore) if recipe.head == "int8" else None
     name = None if head is None or head.in_float else head.name
     float_bytes = linear_bytes(model, ignore, but=name)
-    calibration = None
-    if recipe.needs_calibration:
-        calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
+    calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
@@ -124,7 +126,7 @@ def _whole(
     return QuantizedCheckpoint(
         path=staging.path,
         record=made.sq_cpu_config,
-        calibration_tokens=calibration.tokens if calibration else 0,
+        calibration_tokens=calibration.tokens,
         float_bytes=float_bytes,
         int8_bytes=linear_bytes(model, ignore, but=name),
         streamed=False,
@@ -134,10 +136,10 @@ def _whole(
 def _stream(
     job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
 ) -> QuantizedCheckpoint:
-    folder = Path(job.source).expanduser()
+    folder = Path(os.path.expanduser(job.source))
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = load_tokenizer(folder, f"model folder {folder}")
-    batches = batches_of(tokenizer) if job.recipe.needs_calibration else None
+    batches = batches_of(tokenizer)
     say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:
         return streaming.stream_checkpoint(
@@ -157,7 +159,7 @@ def _stream(
 
 
 def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
-    folder = Path(job.source).expanduser()
+    folder = Path(os.path.expanduser(job.source))
     if streaming.unfinished(job.out):
         return True
     if not has_safetensors(folder):

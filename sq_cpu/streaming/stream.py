@@ -9,11 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
@@ -31,7 +29,7 @@ from sq_cpu.checkpoint.entries import (
 from sq_cpu.checkpoint.folder import Staging
 from sq_cpu.checkpoint.likeness import check_stored
 from sq_cpu.checkpoint.save import write_companions, write_index, write_settings, write_shard
-from sq_cpu.checkpoint.stored import Header
+from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
@@ -55,8 +53,8 @@ from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.smoothing.plan import SmoothPlan, check_groups
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
-from sq_cpu.streaming.tensors import WHOLE, copy_tensors, file_tensors
-from sq_cpu.streaming.work_folder import Part, State
+from sq_cpu.streaming.tensors import WHOLE, copy_tensors
+from sq_cpu.streaming.work_folder import OUTER, Part, State
 
 __all__ = ["Stream"]
 
@@ -175,15 +173,15 @@ class Stream:
             if name.rpartition(".")[0] in (*self.outer, *self.embeddings)
             and (name not in ties.values() or name in self.weights_of_head)
         }
-        final, floats = self.file(0), self.work / "outer.safetensors"
+        final, floats = self.file(0), self.work / OUTER
         if not self.state.parts:
             copy_tensors(final, {name: t for name, t in dtypes.items() if name not in own})
             copy_tensors(floats, {name: t for name, t in dtypes.items() if name in own})
             self.state.finish(Part(final.name, sha256(final)), [])
         for path in (final, floats):
-            file = files.enter_context(safe_open(path, framework="pt"))
-            for name in file.keys():  # noqa: SIM118  a method of safe_open, which is no mapping
-                put_tensor(self.model, name, file.get_tensor(name))
+            stored = files.enter_context(StoredTensors(path.parent, [path.name]))
+            for name in stored.headers:
+                put_tensor(self.model, name, stored.read(name))
         tie(self.model, ties)
 
     @property
@@ -383,13 +381,10 @@ class Stream:
             embeddings={name: head for part in parts for name, head in part.embeddings.items()},
         )
         record = done.record(self.scheme, self.kept)
-        file_of, size = {}, 0
-        headers = {}
-        for part in parts:
-            for name, tensor in file_tensors(folder / part.file).items():
-                file_of[name] = part.file
-                headers[name] = Header(tensor.shape, tensor.dtype)
-                size += prod(tensor.shape) * tensor.dtype.itemsize
+        with StoredTensors(folder, [part.file for part in parts]) as stored:
+            headers = stored.headers
+            file_of = {name: stored.path(name).name for name in headers}
+        size = sum(header.nbytes for header in headers.values())
         write_index(folder, file_of, {"total_size": size})
         # Again: a quantized head is no longer tied.
         write_companions(self.model, tokenizer, folder)

@@ -172,7 +172,7 @@ def stream_checkpoint(
             inputs.append(given)
     settings = {
         **{package: version(package) for package in ("sq_cpu", "torch", "transformers")},
-        "source": source_digest(folder),
+        "source": source_digest(folder, weights),
         "batches": batches_digest(inputs),
         **recipe.to_dict(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -201,8 +201,9 @@ def stream_checkpoint(
 
 def unfinished(out: str | os.PathLike[str]) -> Path | None:
     """Return the folder from which `quantize_checkpoint` would resume writing `out`, if any."""
-    work = work_folder(Path(os.path.realpath(out)))
-    return work if (work / STATE).exists() else None
+    with writing(Path(out)):
+        work = work_folder(Path(os.path.realpath(out)))
+        return work if (work / STATE).exists() else None
 
 
 def float_bytes(source: str | os.PathLike[str], dtype: torch.dtype | None) -> int:

@@ -7,7 +7,7 @@ unmapped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,18 +15,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sq_cpu.checkpoint.config import INDEX
-from sq_cpu.checkpoint.stored import DTYPES
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.checkpoint.config import INDEX, check_names
+from sq_cpu.checkpoint.stored import DTYPES, StoredTensors
+from sq_cpu.errors import SqCpuError
+from sq_cpu.parsing import read_json, typed
 
 __all__ = [
     "WHOLE",
     "LazyTensor",
     "copy_tensors",
-    "file_tensors",
     "folder_dtype",
     "folder_tensors",
     "has_safetensors",
@@ -88,53 +87,22 @@ def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
         raise SqCpuError(
             f"{folder} is not a folder; streaming reads a folder of safetensors files, {WHOLE}"
         )
-    names = [_SINGLE]
+    names: Iterable[str] = [_SINGLE]
     if (index := folder / INDEX).exists():
-        try:
-            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({str(name) for name in file_of.values()})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise SqCpuError(
-                f"{index} cannot be read ({first_line(error)}); copy the checkpoint again"
-            ) from error
-    elif not (folder / _SINGLE).exists():
+        content = typed(dict[str, Any], read_json(index), str(index))
+        file_of = typed(dict[str, str], content.get("weight_map"), f"{index}: weight_map")
+        names = sorted(set(file_of.values()))
+        check_names(folder, names, index)
+    elif not (folder / _SINGLE).is_file():
         raise SqCpuError(f"{folder} has no {_SINGLE} and no {INDEX}; {WHOLE}")
-    found: dict[str, LazyTensor] = {}
-    for name in names:
-        for key, tensor in file_tensors(folder / name).items():
-            if key in found:
-                raise SqCpuError(
-                    f"tensor {key} is in both {found[key].path.name} and {name}; save again"
-                )
-            found[key] = tensor
-    return found
+    with StoredTensors(folder, names) as stored:
+        return {name: _lazy(stored, name) for name in stored.headers}
 
 
-def file_tensors(path: Path) -> dict[str, LazyTensor]:
-    """Return every tensor of one safetensors file by its name there."""
-    if not path.is_file():
-        raise SqCpuError(f"{path} does not exist; copy the checkpoint again")
-    try:
-        with safe_open(path, framework="pt"):
-            pass  # checks header and size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (OSError, SafetensorError) as error:
-        raise SqCpuError(
-            f"{path} is damaged ({first_line(error)}); copy the checkpoint again"
-        ) from error
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise SqCpuError(
-                f"{path}: tensor {name} is {entry['dtype']}; give the model in fp32, bf16 or fp16"
-            )
-        begin = 8 + length + entry["data_offsets"][0]
-        tensors[name] = LazyTensor(path, begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
-    return tensors
+def _lazy(stored: StoredTensors, name: str) -> LazyTensor:
+    header = stored.headers[name]
+    assert header.dtype is not None
+    return LazyTensor(stored.path(name), stored.begins[name], header.shape, header.dtype)
 
 
 def folder_dtype(folder: Path, weights: Mapping[str, LazyTensor]) -> torch.dtype:

@@ -5,35 +5,39 @@
 .OUT.partial/outer.safetensors      in float, what is quantized at last
 .OUT.partial/checkpoint/            the finished files
 
-`checkpoint.folder` makes and clears it. A file counts once state.json has it.
+`checkpoint.folder` makes and clears it. A file counts once state.json has its SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sq_cpu.checkpoint.config import sha256
+from sq_cpu.checkpoint.config import CONFIG, check_names, sha256
 from sq_cpu.checkpoint.folder import STATE, Staging
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.errors import SqCpuError
 from sq_cpu.files import write_file
 from sq_cpu.models.calls import Example
+from sq_cpu.parsing import check_fields, read_json, record
+from sq_cpu.streaming.tensors import LazyTensor
 
 __all__ = [
+    "OUTER",
     "Part",
     "State",
     "batches_digest",
     "source_digest",
 ]
+
+OUTER = "outer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,26 @@ class Part:
     float_bytes: int = 0
     int8_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self, f"part {self.file}")
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """The fields of state.json."""
+
+    settings: dict[str, Any]
+    outputs: int
+    parts: list[Part]
+    digests: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the state")
+        if not 0 <= self.outputs < 100:
+            raise SqCpuError(f"no block returns {self.outputs} values")
+        if self.digests.keys() != {OUTER, _carried(len(self.parts))}:
+            raise SqCpuError("it names other files than it needs")
+
 
 @dataclass
 class State:
@@ -64,6 +88,8 @@ class State:
     """What is outside of the blocks, then the blocks."""
     outputs: int = 0
     """Length of the tuple that a block returns; 0: a tensor."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files to go on from, by their names in the work folder."""
 
     @property
     def blocks(self) -> int:
@@ -84,11 +110,15 @@ class State:
         if not path.exists():
             return cls(work, settings)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            state = cls(work, content["settings"], outputs=content["outputs"])
-            state.parts = [Part(**part) for part in content["parts"]]
-        except (ValueError, LookupError, TypeError) as error:
-            raise SqCpuError(f"{path} is damaged ({first_line(error)}); remove {work}") from error
+            stored = record(_Stored, read_json(path), "it")
+            finished = {part.file: part.sha256 for part in stored.parts}
+            check_names(staging.folder, finished, path)
+            check_names(work, stored.digests, path)
+        except SqCpuError as error:
+            raise SqCpuError(
+                f"{path} is damaged ({error}); remove {work} and start anew"
+            ) from error
+        state = cls(work, stored.settings, stored.parts, stored.outputs, stored.digests)
         changed = [key for key in settings if state.settings.get(key) != settings[key]]
         if changed and not overwrite:
             raise SqCpuError(
@@ -99,48 +129,43 @@ class State:
         if changed:
             staging.clear()
             return cls(work, settings)
-        for part in state.parts:
-            file = staging.folder / part.file
-            if not file.exists() or sha256(file) != part.sha256:
-                raise SqCpuError(f"{file} is missing or damaged; remove {work} and start anew")
+        for folder, digests in ((staging.folder, finished), (work, state.digests)):
+            for name, digest in digests.items():
+                if sha256(folder / name) != digest:
+                    raise SqCpuError(f"{folder / name} is damaged; remove {work} and start anew")
         return state
 
     def finish(self, part: Part, hidden: Sequence[Tensor]) -> None:
         """Note a finished part and the activations that the next block takes."""
-        done = len(self.parts)
-        carried = self.work / f"carried-{done}.safetensors"
-        tensors = {str(index): tensor.contiguous() for index, tensor in enumerate(hidden)}
-        save_file(tensors, carried)
+        before = self.work / _carried(len(self.parts))
         self.parts.append(part)
-        content = {
-            "settings": self.settings,
-            "outputs": self.outputs,
-            "parts": [asdict(part) for part in self.parts],
-        }
-        write_file(self.work / STATE, json.dumps(content))
-        (self.work / f"carried-{done - 1}.safetensors").unlink(missing_ok=True)
+        path = self.work / _carried(len(self.parts))
+        save_file({str(n): tensor.contiguous() for n, tensor in enumerate(hidden)}, path)
+        outer = self.digests.get(OUTER) or sha256(self.work / OUTER)
+        self.digests = {OUTER: outer, path.name: sha256(path)}
+        stored = _Stored(self.settings, self.outputs, self.parts, self.digests)
+        write_file(self.work / STATE, json.dumps(asdict(stored)))
+        before.unlink(missing_ok=True)
 
     def carried(self) -> list[Tensor]:
         """Return the activations that the first unfinished block takes."""
-        path = self.work / f"carried-{self.blocks}.safetensors"
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise SqCpuError(
-                f"{path} is missing or damaged; remove {self.work} and start anew"
-            ) from error
+        tensors = load_file(self.work / _carried(len(self.parts)))
         return [tensors[str(index)] for index in range(len(tensors))]
 
 
-def source_digest(folder: Path) -> str:
-    """Digest config.json, and of each safetensors file its name, size, time and header."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+def _carried(parts: int) -> str:
+    return f"carried-{parts - 1}.safetensors"
+
+
+def source_digest(folder: Path, weights: Mapping[str, LazyTensor]) -> str:
+    """Digest config.json, the size and time of each file of weights, and what their headers say."""
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    for path in sorted({tensor.path for tensor in weights.values()}):
         status = path.stat()
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-        digest.update(hashlib.sha256(header).digest())
+    for name, tensor in sorted(weights.items()):
+        place = tensor.path.name, tensor.begin, tensor.shape, tensor.dtype
+        digest.update(repr((name, place)).encode())
     return digest.hexdigest()
 
 

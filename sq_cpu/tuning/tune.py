@@ -24,6 +24,7 @@ from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import linearized
 from sq_cpu.models.unchanged import unchanged
+from sq_cpu.parsing import check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan, uniform_plan
@@ -118,8 +119,7 @@ def tune(
         raise SqCpuError(f'method is {method!r}; it is "offline" or "inc"')
     if sequential and method == "inc":
         raise SqCpuError('method="inc" has its own way of running the model: drop sequential')
-    if outliers < 0:
-        raise SqCpuError(f"outliers={outliers}: a number of channels is >= 0")
+    check_whole(0, outliers=outliers)
     grid = _grid(alphas)
     with linearized(model), unchanged(model):
         groups = {group.name: group for group in smoothing_groups(model)}

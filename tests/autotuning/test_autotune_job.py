@@ -1,5 +1,6 @@
 """An autotuning as a job: limited, interrupted, killed, shared, resumed."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,19 @@ def test_workers_say_what_they_need(tmp_path: Path) -> None:
             workers=2,
             storage=tmp_path / "study.db",
         )
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_workers_need_a_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: bool
+) -> None:
+    if found:  # it was there when Python looked
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    else:
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "gone")])
+    with pytest.raises(SqCpuError, match=r"cannot write the job for its workers \(.*set TMPDIR"):
+        tuned(llama(), GOAL, workers=2, storage=tmp_path / "study.db")
 
 
 def test_a_storage_of_another_job_is_refused() -> None:

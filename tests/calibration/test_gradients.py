@@ -235,7 +235,7 @@ def test_infinite_gradients_are_refused() -> None:
 
 
 def test_negative_numbers_of_rows() -> None:
-    with pytest.raises(SqCpuError, match="gradient_rows=-1"):
+    with pytest.raises(SqCpuError, match="gradient_rows is -1, not a whole number >= 0"):
         sq_cpu.calibrate(Aside(), [torch.randn(8, 4)], ignore=(), gradient_rows=-1)
 
 

@@ -82,6 +82,39 @@ _HARMLESS: dict[str, Use] = {
 }
 
 
+_VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda weight: weight[:4],
+    "transposed": lambda weight: weight.t(),
+    "data": lambda weight: weight.data,
+    "detached": lambda weight: weight.detach().reshape(-1)[3:],
+}
+
+
+@pytest.mark.parametrize("name", _VIEWS)
+def test_a_view_that_the_model_was_built_with_counts_as_its_weight(name: str) -> None:
+    model = Looking(lambda linear, x: x + vars(linear)["view"].sum())
+    model.first.view = _VIEWS[name](model.first.weight)
+    found = calibrate(model, [torch.randn(8, 6)])
+    assert found.in_float == {"first": "the model's own code uses its weight (sum)"}
+
+
+def test_other_parts_of_a_storage_are_other_tensors() -> None:
+    storage = torch.randn(100)
+    within, beside = storage[30:36], storage[72:78]
+    model = Looking(lambda _, x: x + beside)
+    model.first.weight = nn.Parameter(storage[:36].view(6, 6))
+    model.second.weight = nn.Parameter(storage[36:72].view(6, 6).T)
+    assert calibrate(model, [torch.randn(8, 6)]).in_float == {}
+    model.use = lambda _, x: x + within
+    assert calibrate(model, [torch.randn(8, 6)]).in_float.keys() == {"first"}
+
+
+def test_all_linears_of_a_tied_weight_are_named() -> None:
+    model = Looking(_READS["norm"])
+    model.second.weight = model.first.weight
+    assert calibrate(model, [torch.randn(8, 6)]).in_float.keys() == {"first", "second"}
+
+
 @pytest.mark.parametrize("gradient_rows", [0, 4])
 @pytest.mark.parametrize("name", [*_READS, *_WRITES, *_HARMLESS])
 def test_a_weight_that_the_models_code_uses_stays_in_float(name: str, gradient_rows: int) -> None:

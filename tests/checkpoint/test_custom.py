@@ -131,6 +131,34 @@ def test_a_fresh_instance_is_filled(
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
+class Sharing(nn.Module):
+    """Buffers of both kinds that share memory, with one another and with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        table = torch.randn(4, 8)
+        self.register_buffer("row", table[0], persistent=False)
+        self.register_buffer("same_row", table[0], persistent=False)
+        self.register_buffer("rest", table[1:].mT)
+        self.register_buffer("bias", self.second.bias.data, persistent=False)
+        self.register_buffer("half_bias", self.second.bias.data[:4])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x + self.row) * self.same_row)
+        return x + (x @ self.rest).sum() + self.bias + self.half_bias.sum()
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", 200])
+def test_what_shares_memory_is_stored_by_itself(tmp_path: Path, max_shard_size: Any) -> None:
+    model = sq_cpu.quantize(Sharing(), scheme=Scheme(ignore=("second",)), smooth=False)
+    folder = sq_cpu.save(model, tmp_path / "out", max_shard_size=max_shard_size)
+    loaded = sq_cpu.load(folder, model=Sharing())
+    assert digests(loaded) == digests(model)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(loaded(x), model(x))  # strides, and so sums, may differ
+
+
 def test_what_is_tied_is_stored_once_and_tied_again(tmp_path: Path) -> None:
     model: Any = sq_cpu.quantize(net(), scheme=Scheme(ignore=("head",)), smooth=False)
     folder = sq_cpu.save(model, tmp_path / "out")

@@ -134,6 +134,7 @@ COUNTS: dict[str, dict[str, Any]] = {
     "width": {"hidden_size": 2**40, "num_attention_heads": 2**20},
     "mlp": {"intermediate_size": HUGE},
     "labels": {"num_labels": HUGE},
+    "many labels": {"num_labels": 2**20},
     "positions": {"max_position_embeddings": HUGE},
     "head": {"head_dim": 2**34},
 }
@@ -149,7 +150,12 @@ CASES = {name: ("llama", change) for name, change in COUNTS.items()} | MORE
 
 
 # transformers expands the labels of a config before it asks sq_cpu.
-PAIRS = [(c, r) for c in CASES for r in READERS if (c, r) != ("labels", "from_pretrained")]
+PAIRS = [
+    (case, reader)
+    for case in CASES
+    for reader in READERS
+    if case not in ("labels", "many labels") or reader != "from_pretrained"
+]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -162,7 +168,18 @@ def test_sizes_that_the_files_do_not_hold(
     size = sum(path.stat().st_size for path in folder.iterdir())
     change_config(folder, lambda content: content.update(change))
     line = refused(lambda: READERS[reader](folder), size)
-    assert line is not None or case in ("labels", "positions")
+    assert line is not None or case == "positions"
+
+
+@pytest.mark.parametrize("named", [[], 7, "LlamaForCausalLM", {"x": 1}, [7], [[]], None])
+def test_architectures_that_are_no_names(
+    named: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoints["llama"], tmp_path / "llama"))
+    change_config(folder, lambda content: content.update(architectures=named))
+    for reader in READERS.values():
+        with pytest.raises(sq_cpu.SqCpuError):
+            reader(folder)
 
 
 @pytest.mark.filterwarnings("ignore")

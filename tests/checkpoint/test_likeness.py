@@ -17,6 +17,7 @@ from tiny_checkpoints import fails, logits, quantized, tiny_llama
 from torch import nn
 
 import sq_cpu
+from sq_cpu.checkpoint.likeness import _compare, _UnlikeError
 from sq_cpu.nn.linear import QuantLinear
 
 _SEQ2SEQ = {
@@ -206,32 +207,81 @@ def test_a_layer_that_the_record_does_not_describe(tmp_path: Path) -> None:
     fails("lm_head is int8, but not in the model's record", sq_cpu.save, model, tmp_path)
 
 
-class InLists(nn.Module):
-    """Calls its linears from a plain list, beside the modules of those names."""
+def attention_of(model: Any) -> Any:
+    return model.model.layers[0].self_attn
+
+
+ATTRIBUTES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "None before": (
+        lambda attention: setattr(attention, "sliding_window", 2),
+        "sliding_window is 2, in a fresh one None",
+    ),
+    "None now": (
+        lambda attention: setattr(attention, "layer_idx", None),
+        "layer_idx is None, in a fresh one 0",
+    ),
+    "another kind": (
+        lambda attention: setattr(attention, "scaling", torch.float16),
+        r"scaling is torch\.float16, in a fresh one 0\.\d+",
+    ),
+    "in it alone": (
+        lambda attention: setattr(attention, "logit_cap", (1.0, None)),
+        r"logit_cap is \[1\.0, None\], in a fresh one absent",
+    ),
+    "a table": (
+        lambda attention: setattr(attention, "settings", {"a": [1]}),
+        r"settings is \{'a': \[1\]\}, in a fresh one absent",
+    ),
+    "in a fresh one alone": (
+        lambda attention: delattr(attention, "is_causal"),
+        "is_causal is absent, in a fresh one True",
+    ),
+    "a function of the class": (
+        lambda attention: setattr(attention, "extra_repr", torch.nn.functional.relu),
+        r"extra_repr is 'torch\.nn\.functional\.relu', in a fresh one '\S+\.extra_repr'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_plain_attributes_that_the_config_does_not_describe(name: str, tmp_path: Path) -> None:
+    change, match = ATTRIBUTES[name]
+    model = sq_cpu.quantize(tiny_model("qwen2"), smooth=False)
+    change(attention_of(model))
+    fails(f"layers.0.self_attn: {match}; have its config", sq_cpu.save, model, tmp_path / "o")
+    assert not list(tmp_path.iterdir())
+
+
+def test_functions_are_compared_by_name(tmp_path: Path) -> None:
+    model = sq_cpu.quantize(tiny_model("bert"), smooth=False)
+    layer = model.bert.encoder.layer[0]
+    original = layer.feed_forward_chunk
+    layer.feed_forward_chunk = lambda x: original(x) * 2
+    fails("feed_forward_chunk is '.*<lambda>'", sq_cpu.save, model, tmp_path / "o")
+    layer.feed_forward_chunk = original  # the class's own method, bound
+    sq_cpu.save(model, tmp_path / "o")
+
+
+class Noting(nn.Module):
+    """Notes its input's length, and has a switch that its forward turns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = [nn.Linear(8, 8), nn.Linear(8, 8)]
-        for index, layer in enumerate(self.layers):
-            self.add_module(f"layer{index}", layer)
+        self.length: int | None = None
+        self.is_turned = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = layer(x)
+        self.length, self.dtype = len(x), x.dtype
         return x
 
 
-def test_linears_in_a_plain_list(tmp_path: Path) -> None:
-    model = InLists()
-    sq_cpu.quantize(model, smooth=False)
-    match = "layers of the model is a plain list of linears, which int8 ones"
-    fails(match, sq_cpu.save, model, tmp_path / "out")
-    kept = InLists()
-    sq_cpu.quantize(kept, scheme=sq_cpu.Scheme(ignore=("layer0",)), smooth=False)
-    kept.layers[1] = kept.layer1
-    folder = sq_cpu.save(kept, tmp_path / "out")
-    loaded: Any = sq_cpu.load(folder, model=InLists())
-    assert loaded.layers[0] is loaded.layer0
+def test_what_a_forward_notes_for_itself_is_not_compared() -> None:
+    fresh, used = Noting(), Noting()
+    used(torch.ones(3))
+    _compare("it", used, fresh)
+    used.is_turned = True
+    with pytest.raises(_UnlikeError, match="is_turned is True, in a fresh one False"):
+        _compare("it", used, fresh)
 
 
 def dropped(model: Any) -> None:

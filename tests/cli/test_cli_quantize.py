@@ -8,6 +8,7 @@ import pytest
 import torch
 from byte_models import byte_model, byte_tokenizer
 from command_line import TEXT, error_of, json_of, run, small
+from other_models import other_model
 from sameness import assert_same_model
 from typer.testing import CliRunner
 
@@ -112,14 +113,24 @@ def test_reduce_range_auto_is_decided(folder: Path, tmp_path: Path) -> None:
     assert made["scheme"]["reduce_range"] is (not sq_cpu.isa()["vnni"])
 
 
-def test_naive_dynamic_needs_no_calibration(folder: Path, tmp_path: Path) -> None:
-    made = json_of("quantize", folder, "-o", tmp_path / "out", "--no-smooth")
-    assert made["calibration_tokens"] == 0
-    assert made["alpha"] is None
-    assert (
-        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["plan"]
-        is None
-    )
+@pytest.mark.parametrize(
+    ("name", "stream"),
+    [("mamba", "--no-stream"), ("mamba", "--stream"), ("jamba", "--no-stream")],
+)
+def test_what_needs_no_ranges_is_not_quantized_blind(
+    tmp_path: Path, name: str, stream: str
+) -> None:
+    source, out = tmp_path / "float", tmp_path / "out"
+    other_model(name, vocab_size=259).save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    made = json_of("quantize", source, "-o", out, "--no-smooth", stream, *small())
+    assert (made["calibration_tokens"], made["alpha"]) == (4 * 64, None)
+    settings = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert settings["plan"] is None
+    of_dt_proj = {why for linear, why in settings["kept"].items() if "dt_proj" in linear}
+    assert len(of_dt_proj) == 1
+    assert "the model's own code uses its weight" in of_dt_proj.pop()
+    assert logits(sq_cpu.load(out)).isfinite().all()
 
 
 def test_streaming_equals_quantizing_in_memory(folder: Path, tmp_path: Path) -> None:

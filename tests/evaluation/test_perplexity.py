@@ -83,8 +83,8 @@ def test_bos_leads_every_window_only_if_the_tokenizer_adds_it() -> None:
         ("", 8, 4, "has 0 tokens"),
         (["1 2 3 4", "1 2"], 3, 4, "document 1 has 2 tokens and a window takes 3"),
         ([], 3, 4, "list of documents is empty"),
-        (numbers(9), 1, 4, "need window >= 2"),
-        (numbers(9), 4, 0, "windows >= 1"),
+        (numbers(9), 1, 4, "window is 1, not a whole number >= 2"),
+        (numbers(9), 4, 0, "windows is 0, not a whole number >= 1"),
     ],
 )
 def test_too_little_text_is_refused(text: Any, window: int, windows: int, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -249,11 +250,13 @@ def test_another_machine_class_has_baselines_of_its_own(
     [
         (lambda text: text[: len(text) // 2], "*"),
         (lambda _: "[]", "*"),
-        (lambda _: '{"format_version": 1}', "'machine' is missing"),
+        (lambda _: "[" * 100_000, "*recursion*"),
+        (lambda _: '{"format_version": 1}', "it lacks machine"),
         (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "*is 2, not 1"),
         (lambda text: text.replace('"threads": ', '"threads": 1'), "it is of another machine *"),
-        (lambda text: text.replace('"value": ', '"value": -Infinity, "was": '), "*not the fields*"),
-        (lambda text: text.replace('"work": "', '"work": 1, "model2": "'), "*not the fields*"),
+        (lambda text: text.replace('"value": ', '"value": -Infinity, "was": '), "*unknown field*"),
+        (lambda text: re.sub('"value": [^,]*', '"value": 1e999', text), "*not a finite number"),
+        (lambda text: text.replace('"work": "', '"work": 1, "model": "'), "*work is 1, not a text"),
     ],
 )
 def test_corrupt_baselines(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from other_models import ids, images, other_model
 from tiny import VOCABULARY, batches, inputs, tiny_model
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sq_cpu.calibration.calibrate import calibrate
+from sq_cpu.checkpoint.load import load
+from sq_cpu.checkpoint.save import save
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.linears import check_ignore, is_ignored, linearized, quantizable_linears
 from sq_cpu.quantization.quantize import quantize
@@ -107,3 +112,35 @@ def test_the_default_is_also_the_path_of_a_head_with_linears_of_its_own() -> Non
     model = tiny_model("roberta")
     found = calibrate(model, batches())
     assert not any("lm_head" in name for name in found.channel_min)
+
+
+class Held(nn.Module):
+    """Calls a linear from a plain container, beside the module of its name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.plain, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+        kinds: dict[str, Any] = {
+            "list": [self.plain, nn.ReLU()],
+            "tuple": (self.plain,),
+            "table": {"first": self.plain},
+            "nested": [{"first": (self.plain, 1)}],
+        }
+        self.held = kinds[kind]
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.other(tree_leaves(self.held)[0](x))
+        return found
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "table", "nested"])
+def test_a_linear_that_a_plain_container_holds_stays_in_float(kind: str, tmp_path: Path) -> None:
+    model, x = Held(kind), torch.randn(3, 4)
+    quantize(model, calibrate(model, [x]))
+    record: Any = model.sq_cpu_config
+    assert record.layers == ("other",)
+    assert record.kept == {
+        "plain": "a plain list or table of the model holds it, too, and may call it"
+    }
+    loaded = load(save(model, tmp_path / "out"), model=Held(kind))
+    assert torch.equal(loaded(x), model(x))

@@ -293,9 +293,26 @@ class Transposed(nn.Module):
         return y.transpose(0, 1)
 
 
-def test_tokens_may_come_first() -> None:
-    model, mask = Transposed(), mask_of("left", 16, 9, 4)
-    found = sq_cpu.calibrate(model, [(ids_of(1), mask)], rows=100)
-    assert found.rows_seen == {"linear": 29}
-    expected = model.embed(ids_of(1))[mask.bool()]
+@pytest.mark.parametrize("batch", [3, LENGTH])  # as many rows as tokens: which axis is which?
+def test_tokens_may_come_first(batch: int) -> None:
+    lengths = [9, 4, 2, *(1 for _ in range(3, batch))]
+    model, mask, ids = Transposed(), mask_of("left", *lengths), ids_of(1, batch)
+    found = sq_cpu.calibrate(model, [(ids, mask)], rows=1000)
+    assert found.rows_seen == {"linear": sum(lengths)}
+    expected = model.embed(ids)[mask.bool()]
     assert torch.equal(found.channel_max["linear"], expected.amax(dim=0))
+    assert torch.equal(found.channel_min["linear"], expected.amin(dim=0))
+
+
+def test_as_many_rows_as_tokens_in_xlnet() -> None:
+    torch.manual_seed(0)
+    settings = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": VOCABULARY}
+    model = transformers.XLNetModel(AutoConfig.for_model("xlnet", **settings)).eval()
+    ids, mask = ids_of(1, LENGTH), mask_of("right", *range(1, LENGTH + 1))
+    given = [{"input_ids": ids, "attention_mask": mask}]
+    found = sq_cpu.calibrate(model, given, rows=1000)
+    parts = [{name: each[rows] for name, each in given[0].items()} for rows in ([0], range(1, 16))]
+    expected = sq_cpu.calibrate(model, parts, rows=1000)
+    assert found.rows_seen == expected.rows_seen
+    for name, high in expected.channel_max.items():
+        torch.testing.assert_close(found.channel_max[name], high, rtol=1e-4, atol=1e-5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,8 @@ def test_other_settings_do_not_resume(
 
 
 @pytest.mark.parametrize(
-    "file", ["carried-2.safetensors", "checkpoint/model-00002-of-00004.safetensors"]
+    "file",
+    ["carried-2.safetensors", "outer.safetensors", "checkpoint/model-00002-of-00004.safetensors"],
 )
 def test_damaged_work_is_refused(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +139,54 @@ def test_damaged_work_is_refused(
     damaged = tmp_path / ".out.partial" / file
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(SqCpuError, match=r"damaged; remove .* and start anew"):
+        sq_cpu.quantize_checkpoint(source, out, batches())
+
+
+def _deep(state: dict[str, Any]) -> str:
+    return "[" * 100_000
+
+
+def _set(*keys: Any, to: Any) -> Callable[[dict[str, Any]], str]:
+    def change(state: dict[str, Any]) -> str:
+        holder: Any = state
+        for key in keys[:-1]:
+            holder = holder[key]
+        holder[keys[-1]] = to
+        return json.dumps(state)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _deep,
+        lambda _: "[]",
+        _set("x", to=1),
+        _set("outputs", to=10**12),
+        _set("settings", to=None),
+        _set("parts", to={}),
+        _set("parts", to=[]),
+        _set("parts", 1, to="x"),
+        _set("parts", 1, "tokens", to="x"),
+        _set("parts", 1, "file", to=7),
+        _set("parts", 1, "file", to="../state.json"),
+        _set("parts", 1, "file", to="/dev/zero"),
+        _set("parts", 1, "file", to="none"),
+        _set("digests", "../x", to="x"),
+        _set("digests", to={}),
+    ],
+)
+def test_a_damaged_state_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[dict[str, Any]], str]
+) -> None:
+    source, out = float_folder(tmp_path / "float"), tmp_path / "out"
+    stop_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        sq_cpu.quantize_checkpoint(source, out, batches())
+    state = tmp_path / ".out.partial" / "state.json"
+    state.write_text(change(json.loads(state.read_text())))
+    with pytest.raises(SqCpuError, match=r"state\.json is damaged \(.*; remove .* and start anew"):
         sq_cpu.quantize_checkpoint(source, out, batches())
 
 
