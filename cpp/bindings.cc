@@ -141,16 +141,23 @@ struct Quantizer {
   }
 };
 
+// An argument of ActivationQuantizer; any outside of [low, high] becomes the nearer end.
+int32_t bounded(size_t index, const py::object& argument, int64_t low, int64_t high) {
+  const auto given = cast<int64_t>("ActivationQuantizer", index, argument.ptr());
+  return static_cast<int32_t>(std::clamp(given, low, high));
+}
+
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
                          const py::object& zero_point, std::vector<float> inverse_smoothing,
-                         int terms) {
-  constexpr int64_t kNoCodes[] = {-1, 256};
-  const auto given = cast<int64_t>("ActivationQuantizer", 4, zero_point.ptr());
-  const auto narrow = static_cast<int32_t>(std::clamp(given, kNoCodes[0], kNoCodes[1]));
-  Quantizer quantizer{granularity,  symmetric,
-                      reduce_range, static_cast<float>(scale),
-                      narrow,       std::move(inverse_smoothing),
-                      terms};
+                         const py::object& terms) {
+  // The ends are no codes, and no numbers of terms.
+  Quantizer quantizer{granularity,
+                      symmetric,
+                      reduce_range,
+                      static_cast<float>(scale),
+                      bounded(4, zero_point, -1, 256),
+                      std::move(inverse_smoothing),
+                      bounded(6, terms, 0, 3)};
   sq_cpu::check_quantizer(quantizer.view(static_cast<int64_t>(quantizer.inverse_smoothing.size())));
   return quantizer;
 }
@@ -547,7 +554,7 @@ PYBIND11_MODULE(_core, m) {
           [](const py::tuple& t) {
             return make_quantizer(static_cast<Granularity>(t[0].cast<int>()), t[1].cast<bool>(),
                                   t[2].cast<bool>(), t[3].cast<double>(), t[4].cast<py::object>(),
-                                  t[5].cast<std::vector<float>>(), t[6].cast<int>());
+                                  t[5].cast<std::vector<float>>(), t[6].cast<py::object>());
           }));
 
   m.attr("MAX_DEPTH") = sq_cpu::kMaxDepth;
