@@ -124,7 +124,7 @@ _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
 # What is compared otherwise, what is not of the model's function, and what stays as it was where an
 # embedding is resized. Nor are those whose names say that they are of a cache, or of dropout.
 _NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
-_NOT_COMPARED |= {"name_or_path", "save_pretrained", "vocab_size"}
+_NOT_COMPARED |= {"all_tied_weights_keys", "name_or_path", "save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):
