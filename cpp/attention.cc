@@ -1,20 +1,21 @@
-// append() and attention(). A task is a kv head of a sequence, a block of query rows, and chunks of
+// attention(). A task is a kv head of a sequence, a block of query rows, and chunks of
 // its keys. The query heads of a group are rows of one product, so a page is read once for all.
 #include "sq_cpu/attention.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <vector>
 
+#include "attend.h"
 #include "blocking.h"
 #include "check.h"
 #include "dispatch.h"
 #include "gemm.h"
-#include "layout.h"
-#include "quantize.h"
+#include "kv_page.h"
+#include "operands.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -27,106 +28,6 @@ constexpr int64_t kRowsOfTask = 32;  // two blocks of codes: what a call of AMX 
 static_assert(kChunkTokens % kPageTokens == 0);
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kNoKey = -std::numeric_limits<float>::infinity();
-constexpr ActivationQuantizer kQuantizer;  // per row, symmetric
-
-// Where the parts of a page lie.
-struct PageLayout {
-  explicit PageLayout(int64_t head_dim)
-      : depth_tiles(k_block_count(head_dim)),
-        value_tiles(strip_count(head_dim)),
-        key_strip(depth_tiles * kTileBytes),
-        values(kPageTokens / kStripColumns * key_strip),
-        key_scale(values + value_tiles * kTileBytes),
-        value_scale(key_scale + kPageTokens * int64_t{sizeof(float)}),
-        key_offset(value_scale + kPageTokens * int64_t{sizeof(float)}),
-        bytes(key_offset + kPageTokens * int64_t{sizeof(int32_t)}) {}
-  const int64_t depth_tiles;
-  const int64_t value_tiles;
-  const int64_t key_strip;                                   // bytes of a strip of keys
-  const int64_t values, key_scale, value_scale, key_offset;  // offsets
-  const int64_t bytes;
-};
-
-// The largest power of two that divides the head: blocks of the rotation.
-int64_t rotated_block(int64_t head_dim) { return head_dim & -head_dim; }
-
-int64_t whole_vectors(int64_t count) { return ceil_div(count, kStripColumns) * kStripColumns; }
-
-int64_t bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
-
-RowArgs head_row(const HeadRows& x, int64_t row, int64_t head, int64_t head_dim) {
-  return {static_cast<const char*>(x.data) +
-              (row * x.row_stride + head * x.head_stride) * bytes_of(x.type),
-          nullptr, head_dim};
-}
-
-// Rows of heads as codes, of which 128 is 0.
-class HeadCoder {
- public:
-  HeadCoder(int64_t head_dim, const RowKernels& kernels, float* rotated)
-      : head_dim_(head_dim), kernels_(kernels), rotated_(rotated) {}
-
-  // Returns the scale of the codes of `rows`' row, rotated.
-  float rotate(const HeadRows& rows, int64_t row, int64_t head, uint8_t* u, int64_t u_tile) const {
-    kernels_.rotate[static_cast<int>(rows.type)](head_row(rows, row, head, head_dim_),
-                                                 rotated_block(head_dim_), rotated_);
-    return code(DType::kFloat32, {rotated_, nullptr, head_dim_}, u, u_tile);
-  }
-
-  float keep(const HeadRows& rows, int64_t row, int64_t head, uint8_t* u) const {
-    return code(rows.type, head_row(rows, row, head, head_dim_), u, kTileDepth);
-  }
-
- private:
-  float code(DType type, const RowArgs& row, uint8_t* u, int64_t u_tile) const {
-    const RowCode code = make_code(kQuantizer, kernels_.stats[static_cast<int>(type)](row));
-    kernels_.quantize[static_cast<int>(type)](row, code.grid, u, u_tile);
-    return code.scale;
-  }
-
-  const int64_t head_dim_;
-  const RowKernels& kernels_;
-  float* const rotated_;  // whole_vectors(head_dim)
-};
-
-std::byte* page_of(const KvCache& cache, const Sequences& sequences, const PageLayout& layout,
-                   int64_t sequence, int64_t token, int64_t kv_head) {
-  const int64_t page = sequences.table[sequence * sequences.table_stride + token / kPageTokens];
-  return cache.pages + (page * cache.kv_heads + kv_head) * layout.bytes;
-}
-
-template <typename T>
-void put(std::byte* page, int64_t offset, int64_t index, T value) {
-  std::memcpy(page + offset + index * int64_t{sizeof(T)}, &value, sizeof value);
-}
-
-// Codes of which 128 is 0 become s8; what pads the depth is 0.
-void put_key(std::byte* page, const PageLayout& layout, int64_t slot, uint8_t* u, int64_t head_dim,
-             float scale) {
-  const int64_t depth = layout.depth_tiles * kTileDepth;
-  std::memset(u + head_dim, 0x80, depth - head_dim);
-  int32_t sum = 0;
-  for (int64_t c = 0; c < depth; ++c) {
-    u[c] ^= 0x80;
-    sum += static_cast<int8_t>(u[c]);
-  }
-  std::byte* const column =
-      page + slot / kStripColumns * layout.key_strip + slot % kStripColumns * 4;
-  for (int64_t c = 0; c < depth; c += 4) std::memcpy(column + c * kStripColumns, u + c, 4);
-  put(page, layout.key_scale, slot, scale);
-  put(page, layout.key_offset, slot, 128 * sum);
-}
-
-void put_value(std::byte* page, const PageLayout& layout, int64_t slot, const uint8_t* u,
-               int64_t head_dim, float scale) {
-  std::byte* tile = page + layout.values + slot / 4 * 64 + slot % 4;
-  for (int64_t c = 0; c < head_dim; tile += kTileBytes) {
-    for (const int64_t end = std::min(c + kStripColumns, head_dim); c < end; ++c) {
-      tile[c % kStripColumns * 4] = std::byte(u[c] ^ 0x80);
-    }
-  }
-  put(page, layout.value_scale, slot, scale);
-}
 
 // The keys that a query may see.
 Range visible(const AttentionOptions& options, int64_t position, int64_t length) {
@@ -134,36 +35,39 @@ Range visible(const AttentionOptions& options, int64_t position, int64_t length)
   return {options.window > 0 ? std::max<int64_t>(0, position + 1 - options.window) : 0, end};
 }
 
+// What a sum of products is multiplied by, with the query's and the key's scales, to give a score
+// in base 2 before its cap; and that cap.
+struct Scores {
+  Scores(const AttentionOptions& options, int64_t head_dim) {
+    const double rotated = 1.0 / rotated_block(head_dim);
+    const double soft = options.softcap;
+    scale = static_cast<float>(options.scale * rotated * (soft > 0 ? 2 * kLog2E / soft : kLog2E));
+    cap = static_cast<float>(soft * kLog2E);
+  }
+  float scale, cap;
+};
+
 // What all tasks of a call share.
 struct Job {
-  Job(const KvCache& cache_, const Sequences& sequences_, int64_t heads, const HeadRows& q_,
-      const AttentionOptions& options_, const HeadResult& y_)
-      : cache(cache_),
-        sequences(sequences_),
-        q(q_),
-        options(options_),
-        y(y_),
+  Job(const AttentionArgs& args_, Isa isa_)
+      : args(args_),
+        cache(args_.cache),
+        sequences(args_.sequences),
+        options(args_.options),
         page(cache.head_dim),
-        group(heads / cache.kv_heads),
+        group(args.heads / cache.kv_heads),
         columns(whole_vectors(cache.head_dim)),
-        isa(active_isa()),
+        isa(isa_),
         kernels(row_kernels(isa)) {
-    const double rotated = 1.0 / rotated_block(cache.head_dim);
-    const double cap = options.softcap;
-    score = static_cast<float>(options.scale * rotated * (cap > 0 ? 2 * kLog2E / cap : kLog2E));
-    this->cap = static_cast<float>(cap * kLog2E);
+    const Scores factors(options, cache.head_dim);
+    score = factors.scale;
+    cap = factors.cap;
   }
 
-  int64_t first_row(int64_t sequence) const { return sequences.first_row[sequence]; }
-  int64_t new_tokens(int64_t sequence) const {
-    return first_row(sequence + 1) - first_row(sequence);
-  }
-
+  const AttentionArgs& args;
   const KvCache& cache;
   const Sequences& sequences;
-  const HeadRows& q;
   const AttentionOptions& options;
-  const HeadResult& y;
   const PageLayout page;
   const int64_t group;    // query heads of a kv head
   const int64_t columns;  // of values, in whole vectors
@@ -173,13 +77,7 @@ struct Job {
   float cap;
 };
 
-// A block of query rows: row r of a kv head is its query head r % group of token r / group.
-struct Block {
-  int64_t sequence;
-  int64_t kv_head;
-  Range rows;
-  Range keys;  // that any of the rows sees
-};
+using Block = AttentionBlock;
 
 Range chunks_of(const Block& block) {
   if (block.keys.size() <= 0) return {0, 0};
@@ -216,12 +114,12 @@ class Softmaxes {
 
 class Worker {
  public:
-  static int64_t bytes(const Job& job) {
-    return whole_lines(kRowsOfTask * job.page.depth_tiles * kTileDepth +    // codes of q
-                       kRowsOfTask * kPageTokens +                          // codes of p
-                       kMaxRows * std::max(job.columns, kPageTokens) * 4 +  // sums
-                       job.columns * 4 +                                    // rotated
-                       2 * Softmaxes::floats(job.columns) * 4);
+  static int64_t bytes(int64_t head_dim) {
+    const int64_t depth = k_block_count(head_dim) * kTileDepth, columns = whole_vectors(head_dim);
+    return whole_lines(kRowsOfTask * depth +                            // codes of q
+                       kRowsOfTask * kPageTokens +                      // codes of p
+                       kMaxRows * std::max(columns, kPageTokens) * 4 +  // sums
+                       head_floats(head_dim) * 4 + 2 * Softmaxes::floats(columns) * 4);
   }
 
   Worker(const Job& job, std::byte* workspace)
@@ -229,7 +127,7 @@ class Worker {
         q_codes_(take<uint8_t>(workspace, kRowsOfTask * job.page.depth_tiles * kTileDepth)),
         p_codes_(take<uint8_t>(workspace, kRowsOfTask * kPageTokens)),
         sums_(take<int32_t>(workspace, kMaxRows * std::max(job.columns, kPageTokens))),
-        rotated_(take<float>(workspace, job.columns)),
+        head_(take<float>(workspace, head_floats(job.cache.head_dim))),
         chunk_(take<float>(workspace, Softmaxes::floats(job.columns)), job.columns),
         all_(take<float>(workspace, Softmaxes::floats(job.columns)), job.columns) {}
 
@@ -255,6 +153,7 @@ class Worker {
     attend(chunk, own);
     end();
     if (finished.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks.size()) return;
+    finished.store(0, std::memory_order_relaxed);  // for the next attention
     start(all_);
     for (int64_t i = 0; i < chunks.size(); ++i) {
       all_.merge(Softmaxes(partial + i * floats, job_.columns), block.rows.size(), job_.kernels);
@@ -272,16 +171,16 @@ class Worker {
 
   void begin(const Block& block) {
     block_ = block;
-    const int64_t rows = block.rows.size(), first = job_.first_row(block.sequence);
+    const int64_t rows = block.rows.size(), first = job_.sequences.first_row[block.sequence];
     const int64_t length = job_.sequences.length[block.sequence];
-    const int64_t before = length - job_.new_tokens(block.sequence);
+    const int64_t before = length - new_tokens(job_.sequences, block.sequence);
     kernel_ = &choose_microkernel(job_.isa, 255, rows);
     codes_ = CodeLayout(rows, job_.cache.head_dim);
-    const HeadCoder coder(job_.cache.head_dim, job_.kernels, rotated_);
+    const HeadCoder coder(job_.cache.head_dim, job_.kernels, head_);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = block.rows.begin + r;
-      const float scale = coder.rotate(job_.q, first + row / job_.group, head(row),
-                                       q_codes_ + codes_.offset(r), codes_.tile);
+      const float scale = coder.rotate(job_.args.q, job_.args.transform, first + row / job_.group,
+                                       head(row), q_codes_ + codes_.offset(r), codes_.tile);
       q_scale_[r] = scale * job_.score;
       position_[r] = before + row / job_.group;
       keys_[r] = visible(job_.options, position_[r], length);
@@ -376,8 +275,8 @@ class Worker {
   }
 
   void finish(const Softmaxes& all) const {
-    const HeadResult& y = job_.y;
-    const int64_t first = job_.first_row(block_.sequence);
+    const HeadResult& y = job_.args.y;
+    const int64_t first = job_.sequences.first_row[block_.sequence];
     for (int64_t r = 0; r < block_.rows.size(); ++r) {
       const int64_t row = block_.rows.begin + r;
       char* const out = static_cast<char*>(y.data) +
@@ -391,7 +290,7 @@ class Worker {
   uint8_t* const q_codes_;
   uint8_t* const p_codes_;
   int32_t* const sums_;
-  float* const rotated_;
+  float* const head_;
   Softmaxes chunk_, all_;
   Block block_{};
   CodeLayout codes_{0, 0};
@@ -404,175 +303,93 @@ class Worker {
   float carry_[kMaxRows], unit_[kMaxRows];
 };
 
-void check(const KvCache& cache, const Sequences& sequences) {
-  SQ_CHECK(cache.kv_heads > 0, "the cache has ", cache.kv_heads, " kv heads");
-  page_bytes(cache.head_dim);  // checks it
-  SQ_CHECK(sequences.count >= 0, sequences.count, " sequences");
-  if (sequences.count == 0) return;
-  SQ_CHECK(sequences.first_row != nullptr && sequences.length != nullptr,
-           "sequences.first_row or .length is null");
-  SQ_CHECK(sequences.first_row[0] == 0, "the first sequence begins with row ",
-           sequences.first_row[0]);
-  for (int64_t i = 0; i < sequences.count; ++i) {
-    const int64_t rows = sequences.first_row[i + 1] - sequences.first_row[i];
-    const int64_t length = sequences.length[i], pages = ceil_div(length, kPageTokens);
-    SQ_CHECK(rows >= 0 && rows <= length, "sequence ", i, " of ", length, " tokens has ", rows,
-             " new ones");
-    SQ_CHECK(pages <= sequences.table_stride, "sequence ", i, " of ", length, " tokens has only ",
-             sequences.table_stride, " pages");
-    SQ_CHECK(pages == 0 || (sequences.table != nullptr && cache.pages != nullptr),
-             "sequences.table or cache.pages is null");
-    for (int64_t j = 0; j < pages; ++j) {
-      const int64_t page = sequences.table[i * sequences.table_stride + j];
-      SQ_CHECK(page >= 0 && page < cache.page_count, "sequence ", i, " has page ", page,
-               " of a cache of ", cache.page_count);
-    }
-  }
-}
-
-int64_t row_count(const Sequences& sequences) {
-  return sequences.count == 0 ? 0 : sequences.first_row[sequences.count];
-}
-
-void check(const AttentionOptions& options) {
-  SQ_CHECK(std::isfinite(options.scale), "attention: scale is ", options.scale);
-  SQ_CHECK(options.softcap >= 0 && std::isfinite(options.softcap), "attention: softcap is ",
-           options.softcap);
-  SQ_CHECK(options.window >= 0, "attention: window is ", options.window);
-  SQ_CHECK(options.window == 0 || options.causal, "attention: a window needs causal attention");
-}
-
-// The blocks of a call, the last rows of a sequence first: they see most.
-std::vector<Block> blocks_of(const Job& job) {
-  std::vector<Block> blocks;
-  for (int64_t sequence = 0; sequence < job.sequences.count; ++sequence) {
-    const int64_t length = job.sequences.length[sequence];
-    const int64_t rows = job.new_tokens(sequence) * job.group;
-    for (int64_t i = ceil_div(rows, kRowsOfTask) - 1; i >= 0; --i) {
-      const Range block{i * kRowsOfTask, std::min((i + 1) * kRowsOfTask, rows)};
-      const int64_t before = length - job.new_tokens(sequence);
-      const Range first = visible(job.options, before + block.begin / job.group, length);
-      const Range last = visible(job.options, before + (block.end - 1) / job.group, length);
-      for (int64_t kv_head = 0; kv_head < job.cache.kv_heads; ++kv_head) {
-        blocks.push_back({sequence, kv_head, block, {first.begin, last.end}});
-      }
-    }
-  }
-  return blocks;
-}
-
-int workers_for(const std::vector<Block>& blocks, int64_t head_dim) {
-  double products = 0;
-  for (const Block& block : blocks) products += block.rows.size() * block.keys.size();
-  const auto keys = static_cast<int64_t>(products / kRowsOfTask);
-  return worker_count(kRowsOfTask, keys, 2 * head_dim);
-}
-
-// A task for each block.
-void run_blocks(const Job& job, const std::vector<Block>& blocks, int workers) {
-  thread_local Scratch<std::byte> scratch;
-  std::byte* const workspace = scratch.get(Worker::bytes(job) * workers);
-  WorkCounter counter;
-  const auto count = static_cast<int64_t>(blocks.size());
-  run_team(workers, [&](int worker, int) {
-    Worker own(job, workspace + Worker::bytes(job) * worker);
-    for (int64_t i; (i = counter.take(count)) < count;) own.run(blocks[i]);
-  });
-}
-
-// A task for each chunk: for fewer blocks than would keep the workers busy.
-void run_chunks(const Job& job, const std::vector<Block>& blocks, int workers) {
-  struct Task {
-    const Block* block;
-    int64_t chunk;
-    int64_t partial;  // the block's first, in floats
-    std::atomic<int>* finished;
-  };
-  std::vector<std::atomic<int>> finished(blocks.size());
-  std::vector<Task> tasks;
-  int64_t floats = 0;
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const Range chunks = chunks_of(blocks[i]);
-    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
-      tasks.push_back({&blocks[i], chunk, floats, &finished[i]});
-    }
-    floats += chunks.size() * Softmaxes::floats(job.columns);
-  }
-  thread_local Scratch<std::byte> scratch;
-  thread_local Scratch<float> partial_scratch;
-  std::byte* const workspace = scratch.get(Worker::bytes(job) * workers);
-  float* const partial = partial_scratch.get(floats);
-  WorkCounter counter;
-  const auto count = static_cast<int64_t>(tasks.size());
-  run_team(workers, [&](int worker, int) {
-    Worker own(job, workspace + Worker::bytes(job) * worker);
-    for (int64_t i; (i = counter.take(count)) < count;) {
-      const Task& task = tasks[i];
-      own.run_chunk(*task.block, task.chunk, partial + task.partial, *task.finished);
-    }
-  });
-}
-
 }  // namespace
 
-int64_t page_bytes(int64_t head_dim) {
-  SQ_CHECK(head_dim > 0 && head_dim <= kMaxHeadDim, "a head of ", head_dim, "; it has 1 .. ",
-           kMaxHeadDim);
-  return PageLayout(head_dim).bytes;
+void check_options(const AttentionOptions& options, int64_t head_dim) {
+  SQ_CHECK(std::isfinite(options.scale), "attention: scale is ", options.scale);
+  SQ_CHECK(options.softcap >= 0, "attention: softcap is ", options.softcap);
+  SQ_CHECK(options.window >= 0, "attention: window is ", options.window);
+  SQ_CHECK(options.window == 0 || options.causal, "attention: a window needs causal attention");
+  const Scores scores(options, head_dim);
+  SQ_CHECK(std::isfinite(scores.scale) && std::isfinite(scores.cap), "attention: scale ",
+           options.scale, " and softcap ", options.softcap, " leave the range of fp32");
 }
 
-void append(const KvCache& cache, const Sequences& sequences, const HeadRows& k,
-            const HeadRows& v) {
-  check(cache, sequences);
-  const int64_t rows = row_count(sequences);
-  SQ_CHECK(rows == 0 || (k.data != nullptr && v.data != nullptr), "append: k or v is null");
-  if (rows == 0) return;
-  const PageLayout layout(cache.head_dim);
-  const RowKernels& kernels = row_kernels(active_isa());
-  const int64_t own_bytes = whole_lines(layout.depth_tiles * kTileDepth * 5);
-  const int workers = worker_count(rows, cache.kv_heads, 8 * cache.head_dim);
-  thread_local Scratch<std::byte> scratch;
-  std::byte* const workspace = scratch.get(own_bytes * workers);
-  run_team(workers, [&](int worker, int count) {
-    auto* const rotated = reinterpret_cast<float*>(workspace + own_bytes * worker);
-    auto* const u = reinterpret_cast<uint8_t*>(rotated + layout.depth_tiles * kTileDepth);
-    const HeadCoder coder(cache.head_dim, kernels, rotated);
-    int64_t turn = 0;  // by whole pages: no two threads write into one
-    for (int64_t i = 0; i < sequences.count; ++i) {
-      const int64_t end = sequences.length[i];
-      const int64_t begin = end - (sequences.first_row[i + 1] - sequences.first_row[i]);
-      for (int64_t page = begin / kPageTokens; page * kPageTokens < end && begin < end; ++page) {
-        for (int64_t head = 0; head < cache.kv_heads; ++head) {
-          if (turn++ % count != worker) continue;
-          std::byte* const at = page_of(cache, sequences, layout, i, page * kPageTokens, head);
-          const int64_t last = std::min((page + 1) * kPageTokens, end);
-          for (int64_t token = std::max(begin, page * kPageTokens); token < last; ++token) {
-            const int64_t row = sequences.first_row[i] + token - begin;
-            const float key_scale = coder.rotate(k, row, head, u, kTileDepth);
-            put_key(at, layout, token % kPageTokens, u, cache.head_dim, key_scale);
-            const float value_scale = coder.keep(v, row, head, u);
-            put_value(at, layout, token % kPageTokens, u, cache.head_dim, value_scale);
-          }
-        }
+AttentionPlan::AttentionPlan(const Sequences& sequences, int64_t heads, int64_t kv_heads,
+                             int64_t head_dim, const AttentionOptions& options, int available)
+    : head_dim_(head_dim) {
+  const int64_t group = heads / kv_heads;
+  double products = 0;
+  for (int64_t sequence = 0; sequence < sequences.count; ++sequence) {
+    const int64_t length = sequences.length[sequence];
+    const int64_t before = length - new_tokens(sequences, sequence);
+    const int64_t rows = new_tokens(sequences, sequence) * group;
+    // The last rows of a sequence first: they see most.
+    for (int64_t i = ceil_div(rows, kRowsOfTask) - 1; i >= 0; --i) {
+      const Range block{i * kRowsOfTask, std::min((i + 1) * kRowsOfTask, rows)};
+      const Range first = visible(options, before + block.begin / group, length);
+      const Range last = visible(options, before + (block.end - 1) / group, length);
+      const Range keys{first.begin, last.end};
+      products += static_cast<double>(block.size()) * keys.size() * kv_heads;
+      for (int64_t kv_head = 0; kv_head < kv_heads; ++kv_head) {
+        blocks_.push_back({sequence, kv_head, block, keys});
       }
     }
-  });
+  }
+  workers_ = useful_threads(kRowsOfTask, static_cast<int64_t>(products / kRowsOfTask), 2 * head_dim,
+                            available);
+  if (workers_ == 1 || blocks() >= 4 * workers_) return;
+  // Too few blocks to keep the workers busy: a task for each chunk.
+  for (int64_t i = 0; i < blocks(); ++i) {
+    const Range chunks = chunks_of(blocks_[i]);
+    for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+      tasks_.push_back({i, chunk, partials_});
+    }
+    partials_ += chunks.size() * Softmaxes::floats(whole_vectors(head_dim));
+  }
+}
+
+int64_t AttentionPlan::workspace() const { return Worker::bytes(head_dim_); }
+
+void AttentionPlan::run(const AttentionArgs& args, Isa isa, WorkCounter& counter,
+                        std::atomic<int>* finished, std::byte* workspace, float* partials) const {
+  const Job job(args, isa);
+  Worker own(job, workspace);
+  const auto count = static_cast<int64_t>(tasks_.empty() ? blocks_.size() : tasks_.size());
+  for (int64_t i; (i = counter.take(count)) < count;) {
+    if (tasks_.empty()) {
+      own.run(blocks_[i]);
+    } else {
+      const Task& task = tasks_[i];
+      own.run_chunk(blocks_[task.block], task.chunk, partials + task.partial, finished[task.block]);
+    }
+  }
 }
 
 void attention(const KvCache& cache, const Sequences& sequences, int64_t heads, const HeadRows& q,
                const AttentionOptions& options, const HeadResult& y) {
-  check(cache, sequences);
-  check(options);
+  check_cache(cache, sequences);
+  check_options(options, cache.head_dim);
   SQ_CHECK(heads > 0 && heads % cache.kv_heads == 0, "attention: ", heads,
            " heads are not a multiple of ", cache.kv_heads, " kv heads");
   const int64_t rows = row_count(sequences);
-  SQ_CHECK(rows == 0 || (q.data != nullptr && y.data != nullptr), "attention: q or y is null");
+  check_heads("q", q, rows, heads, cache.head_dim);
+  check_heads("y", {y.data, y.type, y.row_stride, y.head_stride}, rows, heads, cache.head_dim);
+  check_apart("attention", std::array<Steps, 2>{{{y.row_stride, rows}, {y.head_stride, heads}}},
+              cache.head_dim);
   if (rows == 0) return;
-  const Job job(cache, sequences, heads, q, options, y);
-  const std::vector<Block> blocks = blocks_of(job);
-  const int workers = workers_for(blocks, cache.head_dim);
-  const bool few = static_cast<int64_t>(blocks.size()) < 4 * workers;
-  (workers > 1 && few ? run_chunks : run_blocks)(job, blocks, workers);
+  const AttentionArgs args{cache, sequences, heads, q, {}, options, y};
+  const AttentionPlan plan(sequences, heads, cache.kv_heads, cache.head_dim, options, pool_size());
+  std::vector<std::atomic<int>> finished(plan.blocks());
+  thread_local Scratch<std::byte> scratch;
+  thread_local Scratch<float> partial_scratch;
+  std::byte* const workspace = scratch.get(plan.workspace() * plan.workers());
+  float* const partials = partial_scratch.get(plan.partials());
+  WorkCounter counter;
+  const Isa isa = active_isa();
+  run_team(plan.workers(), [&](int worker, int) {
+    plan.run(args, isa, counter, finished.data(), workspace + plan.workspace() * worker, partials);
+  });
 }
 
 }  // namespace sq_cpu

@@ -7,15 +7,14 @@
 #include <array>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <utility>
 
 #include "blocking.h"
 #include "check.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "layout.h"
+#include "operands.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -220,7 +219,7 @@ class Task {
              (offset(job_.y.strides, block_.begin) + columns.begin) * element_bytes(args.output);
     args.ldy = job_.ldy;
     WorkCounter counter;  // the blocking is for one thread: it has one task
-    run_tasks(args, job_.kernel, job_.rows, job_.blocking, &counter, sums_, 0);
+    run_tasks(&args, 1, job_.kernel, job_.rows, job_.blocking, &counter, sums_, 0);
   }
 
   const Job& job_;
@@ -232,32 +231,10 @@ class Task {
   uint64_t bits_ = 0;
 };
 
-using Counts = std::array<int64_t, 3>;  // of batches, heads, rows
+constexpr const char* kFunction = "batched matmul";
 
-Counts values(const BatchedStrides& strides) { return {strides.batch, strides.head, strides.row}; }
-
-// Strides of which so many steps stay within any machine's memory.
-void check_reach(const char* name, const BatchedStrides& strides, const Counts& counts) {
-  for (size_t i = 0; i < counts.size(); ++i) {
-    const int64_t stride = values(strides)[i];
-    const bool fits = stride >= -kMostBytes && stride <= kMostBytes &&
-                      bounded_product(counts[i], std::abs(stride)) <= kMostBytes;
-    SQ_CHECK(counts[i] <= 1 || fits, "batched matmul: ", counts[i], " strides of ", stride, " in ",
-             name, " are more than any machine has");
-  }
-}
-
-// Rows of `width` elements that do not overlap: each stride clears what the smaller ones reach.
-void check_apart(const BatchedStrides& strides, const Counts& counts, int64_t width) {
-  std::array<std::pair<int64_t, int64_t>, 3> steps;
-  for (size_t i = 0; i < counts.size(); ++i) steps[i] = {values(strides)[i], counts[i]};
-  std::sort(steps.begin(), steps.end());
-  for (const auto& [stride, count] : steps) {
-    if (count <= 1) continue;
-    SQ_CHECK(stride >= width, "batched matmul: y overlaps itself: ", count, " strides of ", stride,
-             " over ", width, " elements each");
-    width += stride * (count - 1);
-  }
+std::array<Steps, 3> steps(const BatchedStrides& s, int64_t batch, int64_t heads, int64_t rows) {
+  return {{{s.batch, batch}, {s.head, heads}, {s.row, rows}}};
 }
 
 void check(const BatchedShape& s, const BatchedLeft& a, const BatchedRight& b, float alpha,
@@ -284,10 +261,10 @@ void check(const BatchedShape& s, const BatchedLeft& a, const BatchedRight& b, f
   SQ_CHECK(a.data != nullptr || !left || s.k == 0, "batched matmul: a.data is null");
   SQ_CHECK(b.data != nullptr || !right || s.k == 0, "batched matmul: b.data is null");
   SQ_CHECK(y.data != nullptr || !left || !right, "batched matmul: y.data is null");
-  check_reach("a", a.strides, {s.batch, s.heads, s.m});
-  check_reach("b", b.strides, {s.batch, s.kv_heads, b.rows_are_n ? s.n : s.k});
-  check_reach("y", y.strides, {s.batch, s.heads, s.m});
-  if (left && right) check_apart(y.strides, {s.batch, s.heads, s.m}, s.n);
+  check_reach(kFunction, "a", steps(a.strides, s.batch, s.heads, s.m));
+  check_reach(kFunction, "b", steps(b.strides, s.batch, s.kv_heads, b.rows_are_n ? s.n : s.k));
+  check_reach(kFunction, "y", steps(y.strides, s.batch, s.heads, s.m));
+  if (left && right) check_apart(kFunction, steps(y.strides, s.batch, s.heads, s.m), s.n);
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Tensors to the arguments of attention.h.
-#include "bindings_torch.h"
+// Tensors to the arguments of attention.h and batched_matmul.h.
+#include "bindings.h"
 #include "sq_cpu/attention.h"
 
 namespace sq_cpu::bindings {
@@ -62,6 +62,22 @@ struct Call {
   Sequences sequences;
 };
 
+// A tensor [batch, heads, rows, columns] whose rows are contiguous.
+struct Matrices {
+  void* data;
+  std::array<int64_t, 4> shape;
+  BatchedStrides strides;
+};
+
+Matrices matrices(const char* name, py::handle x, const py::object& dtype) {
+  void* const data = memory(name, x, dtype);
+  const auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
+  const auto strides = invoke(Torch::get().stride, x).cast<std::vector<int64_t>>();
+  SQ_CHECK(shape.size() == 4 && (strides[3] == 1 || shape[3] <= 1), name, " is ", describe(x),
+           ", not [batch, heads, rows, columns] with contiguous rows");
+  return {data, {shape[0], shape[1], shape[2], shape[3]}, {strides[0], strides[1], strides[2]}};
+}
+
 }  // namespace
 
 void append(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
@@ -90,6 +106,32 @@ void attention(py::handle pages, int64_t head_dim, py::handle first_row, py::han
       optional_array<const float>("sinks", sinks, torch.float32, heads)};
   const Door door;
   sq_cpu::attention(call.cache, call.sequences, heads, queries.rows(), options, result.result());
+}
+
+void batched_matmul(py::handle a, py::handle b, bool transposed, double alpha, py::handle a_scale,
+                    py::handle b_scale, py::handle y, BatchedType y_type) {
+  const Torch& torch = Torch::get();
+  const bool is_signed = !is_tensor(a) || !get(a, torch.dtype).is(torch.uint8);
+  const Matrices left = matrices("a", a, is_signed ? torch.int8 : torch.uint8);
+  const Matrices right = matrices("b", b, torch.int8);
+  const py::object* const y_types[] = {&torch.float32, &torch.dtypes[1].first,
+                                       &torch.dtypes[2].first, &torch.int32, &torch.int8};
+  SQ_CHECK(is_one_of(y_type, BatchedType::kInt8), "unknown BatchedType ", static_cast<int>(y_type));
+  const Matrices result = matrices("y", y, *y_types[static_cast<int>(y_type)]);
+  const auto [batch, query_heads, m, k] = left.shape;
+  const int64_t kv_heads = right.shape[1], n = right.shape[transposed ? 2 : 3];
+  SQ_CHECK(right.shape[0] == batch && right.shape[transposed ? 3 : 2] == k &&
+               (result.shape == std::array<int64_t, 4>{batch, query_heads, m, n}),
+           "a is ", describe(a), ", b ", describe(b), ", y ", describe(y), ": they do not fit");
+  auto* const a_scales = optional_array<const float>("a_scale", a_scale, torch.float32,
+                                                     bounded_product(batch, query_heads, m));
+  auto* const b_scales = optional_array<const float>("b_scale", b_scale, torch.float32,
+                                                     bounded_product(batch, kv_heads, n));
+  const Door door;
+  sq_cpu::batched_matmul(
+      {batch, query_heads, kv_heads, m, n, k}, {left.data, is_signed, left.strides, a_scales},
+      {static_cast<const int8_t*>(right.data), transposed, right.strides, b_scales},
+      static_cast<float>(alpha), {result.data, y_type, result.strides});
 }
 
 }  // namespace sq_cpu::bindings

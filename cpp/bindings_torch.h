@@ -149,11 +149,4 @@ struct Door {
   py::gil_scoped_release release;
 };
 
-// bindings_attention.cc
-void append(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
-            py::handle table, py::handle k, py::handle v);
-void attention(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
-               py::handle table, py::handle q, double scale, bool causal, int64_t window,
-               double softcap, py::handle slopes, py::handle sinks, py::handle y);
-
 }  // namespace sq_cpu::bindings

@@ -107,10 +107,10 @@ class DeferredEpilogue {
 
 class Worker {
  public:
+  // `args`: of any of the products.
   Worker(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
          const Blocking& blocking, int32_t* sums)
-      : args_(args),
-        kernel_(kernel),
+      : kernel_(kernel),
         epilogue_(rows.epilogue[static_cast<int>(args.output)]),
         deferred_(epilogue_),
         blocking_(blocking),
@@ -124,7 +124,8 @@ class Worker {
   }
 
   // A unit of work: the rows of one block, some of the strips of a task.
-  void run(Range rows, Range strips, int64_t last_strip) {
+  void run(const GemmArgs& args, Range rows, Range strips, int64_t last_strip) {
+    args_ = &args;
     set_groups(rows);
     for (int64_t s = strips.begin; s < strips.end; s += blocking_.strips) {
       strip_block({s, std::min(s + blocking_.strips, strips.end)}, last_strip);
@@ -150,7 +151,7 @@ class Worker {
     const auto add = [&](Range r) {
       group_[groups_++] = {r.begin, static_cast<int>(r.size()), codes_.offset(r.begin)};
     };
-    for_each_group(kernel_, rows, add, args_.x.terms);
+    for_each_group(kernel_, rows, add, args_->x.terms);
   }
 
   void strip_block(Range strips, int64_t last_strip) {
@@ -170,7 +171,7 @@ class Worker {
       sums_.rewind(cuts > 1);
       for (int64_t s = strips.begin; s < strips.end; s += blocking_.panel_strips) {
         const int width = static_cast<int>(std::min(blocking_.panel_strips, strips.end - s));
-        tile.strip = args_.weight.data + s * stride_ + k0 * kTileBytes;
+        tile.strip = args_->weight.data + s * stride_ + k0 * kTileBytes;
         tile.strips = width;
         if (!one_panel && cuts > 1) {
           ahead = s + width < strips.end ? slice(s + width, strips.end, k0)
@@ -182,7 +183,7 @@ class Worker {
         }
         for (int64_t index = 0; index < groups_; ++index) {
           const Group& group = group_[index];
-          tile.u = args_.x.codes + group.codes + k0 * codes_.tile;
+          tile.u = args_->x.codes + group.codes + k0 * codes_.tile;
           tile.rows = group.rows;
           tile.c = sums_.now();
           tile.waiting = deferred_.waiting();
@@ -190,7 +191,7 @@ class Worker {
           kernel_.run(tile);
           deferred_.finish();
           if (cut + 1 == cuts) {
-            deferred_.defer(epilogue_of(group, s, width), args_.steps, group.row / args_.x.terms);
+            deferred_.defer(epilogue_of(group, s, width), args_->steps, group.row / args_->x.terms);
           }
           if (!kernel_.overlaps_epilogue) deferred_.finish();
           sums_.next();
@@ -204,14 +205,14 @@ class Worker {
   Prefetch panel(int64_t s, int64_t end) const {
     const int64_t width = std::min(blocking_.panel_strips, end - s);
     if (width <= 0) return {};
-    return {args_.weight.data + s * stride_, width * stride_ / 64, 0, 1};
+    return {args_->weight.data + s * stride_, width * stride_ / 64, 0, 1};
   }
 
   // The same of a panel cut in k: a piece of each strip.
   Prefetch slice(int64_t s, int64_t end, int64_t k0) const {
     const int64_t depth = std::min(blocking_.k_blocks, k_blocks_ - k0);
     if (depth <= 0) return {};
-    return {args_.weight.data + s * stride_ + k0 * kTileBytes, depth * kTileBytes / 64, stride_,
+    return {args_->weight.data + s * stride_ + k0 * kTileBytes, depth * kTileBytes / 64, stride_,
             std::min(blocking_.panel_strips, end - s)};
   }
 
@@ -222,28 +223,28 @@ class Worker {
     e.ldc = width * kStripColumns;
     e.row = 0;
     e.rows = group.rows;
-    e.terms = args_.x.terms;
-    e.row_scale = args_.x.scale == nullptr ? nullptr : args_.x.scale + group.row;  // kInt32
-    e.row_zero_point = args_.x.zero_point + group.row;
-    e.trailer = args_.weight.data + s * stride_ + k_blocks_ * kTileBytes;
+    e.terms = args_->x.terms;
+    e.row_scale = args_->x.scale == nullptr ? nullptr : args_->x.scale + group.row;  // kInt32
+    e.row_zero_point = args_->x.zero_point + group.row;
+    e.trailer = args_->weight.data + s * stride_ + k_blocks_ * kTileBytes;
     e.strip_stride = stride_;
-    e.ldy = args_.ldy;
+    e.ldy = args_->ldy;
     e.column = s * kStripColumns;
-    e.columns = std::min(width * kStripColumns, args_.weight.n - e.column);
-    auto* y = static_cast<char*>(args_.y);
+    e.columns = std::min(width * kStripColumns, args_->weight.n - e.column);
+    auto* y = static_cast<char*>(args_->y);
     // The integers are of each row of codes.
-    const int64_t y_row = args_.output == Output::kInt32 ? group.row : group.row / args_.x.terms;
-    if (args_.output == Output::kCode) {
-      const CodeLayout layout(args_.x.m / args_.x.terms, args_.weight.n);
+    const int64_t y_row = args_->output == Output::kInt32 ? group.row : group.row / args_->x.terms;
+    if (args_->output == Output::kCode) {
+      const CodeLayout layout(args_->x.m / args_->x.terms, args_->weight.n);
       e.y = y + layout.offset(y_row);
       e.y_block = layout.block;
     } else {
-      e.y = y + y_row * args_.ldy * element_bytes(args_.output);
+      e.y = y + y_row * args_->ldy * element_bytes(args_->output);
     }
     return e;
   }
 
-  const GemmArgs& args_;
+  const GemmArgs* args_ = nullptr;  // of the unit
   const Microkernel& kernel_;
   void (*const epilogue_)(const EpilogueArgs&);
   DeferredEpilogue deferred_;
@@ -277,8 +278,10 @@ void advance(EpilogueSteps& steps, int64_t rows) {
   if (steps.code_scale != nullptr) steps.code_scale += rows;
 }
 
-void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
-               const Blocking& blocking, WorkCounter* counters, int32_t* sums, int thread) {
+void run_tasks(const GemmArgs* products, int count, const Microkernel& kernel,
+               const RowKernels& rows, const Blocking& blocking, WorkCounter* counters,
+               int32_t* sums, int thread) {
+  const GemmArgs& args = *products;
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
   Worker worker(args, kernel, rows, blocking, sums);
   worker.begin();
@@ -293,8 +296,10 @@ void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels
     for (int64_t unit; (unit = counters[task].take(units)) < units;) {
       const int64_t row = r.begin + unit / across * blocking.rows;
       const int64_t strip = s.begin + unit % across * blocking.unit_strips;
-      worker.run({row, std::min(row + blocking.rows, r.end)},
-                 {strip, std::min(strip + blocking.unit_strips, s.end)}, s.end);
+      for (int product = 0; product < count; ++product) {
+        worker.run(products[product], {row, std::min(row + blocking.rows, r.end)},
+                   {strip, std::min(strip + blocking.unit_strips, s.end)}, s.end);
+      }
     }
   }
   worker.end();

@@ -35,12 +35,15 @@ struct alignas(64) WorkCounter {
   }
 };
 
-// This thread's part of the whole product: the units of its own task, so that it reads the same
+// This thread's part of the whole product, or of `count` products of one x whose weights are of one
+// shape: each unit of the one is followed by the same unit of the next, which may read what that
+// wrote. The units of its own task, so that it reads the same
 // weights at every call, then what the others have left. Cores are not equally fast: hyperthreads
 // and virtual machines see to that. `counters`: one for each task of the blocking, all 0 at first;
 // `sums`: workspace_sums() ints of this thread's own, 64-byte aligned. Never throws, never
 // allocates.
-void run_tasks(const GemmArgs& args, const Microkernel& kernel, const RowKernels& rows,
-               const Blocking& blocking, WorkCounter* counters, int32_t* sums, int thread);
+void run_tasks(const GemmArgs* products, int count, const Microkernel& kernel,
+               const RowKernels& rows, const Blocking& blocking, WorkCounter* counters,
+               int32_t* sums, int thread);
 
 }  // namespace sq_cpu

@@ -197,6 +197,38 @@ struct SoftmaxRow {
   float* o;
 };
 
+// program.h defines these.
+struct NormArgs {
+  const float* x;  // [k]
+  int64_t k;
+  const float* weight;  // [k], or null
+  const float* bias;    // [k], or null
+  bool centred;         // a layer norm
+  float eps;
+  bool sum;  // the result is added to what y holds
+  float* y;
+};
+
+struct RopeArgs {
+  const float* x;  // [k]; may be y
+  int64_t k;
+  const float* table;  // cos [rotated], sin [rotated]
+  int64_t rotated;
+  bool interleaved;
+  float* y;
+};
+
+struct ColumnArgs {
+  const float* x;
+  const int64_t* columns;  // [count]
+  int64_t count;
+  const float* weight;  // [count, n], rows ldw apart
+  int64_t ldw;
+  int64_t n;
+  bool accumulate;
+  float* y;
+};
+
 // A row of packed weights: column `column` of a strip.
 struct WeightRow {
   const std::byte* strip;
@@ -207,7 +239,7 @@ struct WeightRow {
 };
 
 // What is beside the product, compiled once per vector width from rows.h, count_saturated.h,
-// strips.h and softmax.h.
+// strips.h, softmax.h and norm.h.
 struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
@@ -232,6 +264,10 @@ struct RowKernels {
   // Joins another softmax's row; `columns` of o.
   void (*merge)(const SoftmaxRow& to, const SoftmaxRow& from, int64_t columns);
   void (*finish_row[kDTypes])(const SoftmaxRow&, int64_t columns, void* y);
+  void (*normalize)(const NormArgs&);
+  void (*rotate_positions)(const RopeArgs&);
+  void (*add_columns)(const ColumnArgs&);
+  void (*widen_row[kDTypes])(const void* x, int64_t k, float multiplier, float* y);
 };
 
 // What the table says of a microkernel, for its own file to check: MR, and NR in strips.

@@ -1,7 +1,10 @@
 // Checks of the operands that the public functions share.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstdlib>
 
 #include "check.h"
 #include "sq_cpu/linear.h"
@@ -49,6 +52,36 @@ inline void check_product(const QuantizedActivation& x, const PackedWeight& weig
 
 inline void check_scale(const char* name, const QuantizedActivation& x) {
   SQ_CHECK(x.scale != nullptr || x.m == 0, name, ".scale is null");
+}
+
+// So many strides along a dimension of an operand.
+struct Steps {
+  int64_t stride;
+  int64_t count;
+};
+
+// Steps that stay within any machine's memory.
+template <size_t kSteps>
+void check_reach(const char* function, const char* name, const std::array<Steps, kSteps>& steps) {
+  for (const auto& [stride, count] : steps) {
+    const bool fits = stride >= -kMostBytes && stride <= kMostBytes &&
+                      bounded_product(count, std::abs(stride)) <= kMostBytes;
+    SQ_CHECK(count <= 1 || fits, function, ": ", count, " strides of ", stride, " in ", name,
+             " are more than any machine has");
+  }
+}
+
+// Rows of `width` elements that do not overlap: each stride clears what the smaller ones reach.
+template <size_t kSteps>
+void check_apart(const char* function, std::array<Steps, kSteps> steps, int64_t width) {
+  std::sort(steps.begin(), steps.end(),
+            [](const Steps& a, const Steps& b) { return a.stride < b.stride; });
+  for (const auto& [stride, count] : steps) {
+    if (count <= 1) continue;
+    SQ_CHECK(stride >= width, function, ": y overlaps itself: ", count, " strides of ", stride,
+             " over ", width, " elements each");
+    width += stride * (count - 1);
+  }
 }
 
 }  // namespace sq_cpu

@@ -9,6 +9,7 @@
 #include "activations.h"
 #include "count_saturated.h"
 #include "kernel.h"
+#include "norm.h"
 #include "softmax.h"
 #include "strips.h"
 #include "vec.h"
@@ -319,7 +320,11 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
           weigh,
           gather_values,
           merge,
-          {finish_row<static_cast<DType>(kTypes)>...}};
+          {finish_row<static_cast<DType>(kTypes)>...},
+          normalize,
+          rotate_positions,
+          add_columns,
+          {widen_row<static_cast<DType>(kTypes)>...}};
 }
 
 // The table of one vector width; each kernel_<isa>.cc defines one from it. A function for each type

@@ -3,8 +3,8 @@
 calibrate -> smooth -> tune -> quantize -> save -> load -> run; the README shows the whole way.
 
 `__init__.pyi` lists the public names; each is imported when it is first used (PEP 562). What other
-libraries look up by name is registered at once: the torch operator `sq_cpu::linear`, and the
-quantization method "sq_cpu" with transformers.
+libraries look up by name is registered at once: the torch operator `sq_cpu::linear`, and with
+transformers the quantization method and the attention "sq_cpu".
 """
 
 from importlib.metadata import version as _version

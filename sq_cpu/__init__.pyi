@@ -17,6 +17,8 @@ from .evaluation.lm_eval import lm_eval_accuracy as lm_eval_accuracy
 from .evaluation.perplexity import TextPerplexity as TextPerplexity
 from .evaluation.perplexity import perplexity as perplexity
 from .evaluation.perplexity import token_windows as token_windows
+from .inference.attach import use_int8_attention as use_int8_attention
+from .inference.cache import Int8Cache as Int8Cache
 from .kernels import attention as attention
 from .kernels.ops import QuantizedActivation as QuantizedActivation
 from .kernels.runtime import isa as isa

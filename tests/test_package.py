@@ -21,6 +21,7 @@ PUBLIC = [
     "Family",
     "Group",
     "GroupPlan",
+    "Int8Cache",
     "LayerPlan",
     "QuantLinear",
     "QuantizedActivation",
@@ -50,6 +51,7 @@ PUBLIC = [
     "texts",
     "token_windows",
     "tune",
+    "use_int8_attention",
 ]
 
 
@@ -90,11 +92,13 @@ def test_importing_it_imports_little_and_the_torch_operator() -> None:
         "sq_cpu, transformers.modeling_utils",
     ],
 )
-def test_transformers_knows_the_method_whichever_is_imported_first(imports: str) -> None:
-    registry = "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING"
-    assert python(f"import {imports}\n{registry}\nprint('sq_cpu' in AUTO_QUANTIZER_MAPPING)") == (
-        "True"
-    )
+def test_transformers_knows_our_names_whichever_is_imported_first(imports: str) -> None:
+    program = f"""import {imports}
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+registries = AUTO_QUANTIZER_MAPPING, AttentionInterface(), AttentionMaskInterface()
+print(["sq_cpu" in registry for registry in registries])"""
+    assert python(program) == "[True, True, True]"
 
 
 def test_a_missing_optional_dependency_is_named_with_its_extra(

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from traceback import clear_frames
 from typing import Any
 
 import optuna
@@ -229,7 +230,7 @@ class Trials:
         It raises what `evaluate` raises. After `KeyboardInterrupt` the configuration is tried
         again.
         """
-        raised: BaseException | None = None
+        raised: type[BaseException] | None = None
         number = -1
         gave_way = False
 
@@ -245,7 +246,10 @@ class Trials:
                 trial.set_user_attr(_RESULT, found.to_dict())
                 return found.value
             except BaseException as error:
-                raised = error
+                # Optuna keeps the error in a cycle: its frames would keep the model till that is
+                # collected.
+                clear_frames(error.__traceback__)
+                raised = type(error)
                 raise
 
         self.recover()
@@ -253,7 +257,8 @@ class Trials:
             self._study.optimize(objective, n_trials=1)
         except Exception:
             # Another worker took this one for gone and marked the trial failed: no error of ours.
-            expected = raised is None or isinstance(raised, UpdateFinishedTrialError | TrialPruned)
+            lost = (UpdateFinishedTrialError, TrialPruned)
+            expected = raised is None or issubclass(raised, lost)
             if not expected or self._state(number) != TrialState.FAIL:
                 raise
             return self._lost()

@@ -121,10 +121,12 @@ def check_stored(
 _FIX = "have its config say so, or quantize a model that its config describes"
 _PLAIN = (bool, int, float, str, NoneType, torch.dtype)
 _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
-# What is compared otherwise, what is not of the model's function, and what stays as it was where an
-# embedding is resized. Nor are those whose names say that they are of a cache, or of dropout.
+# What is compared otherwise, what is not of the model's function or says how it was loaded, and
+# what stays as it was where an embedding is resized. Nor are those whose names say that they are of
+# a cache, or of dropout.
 _NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
-_NOT_COMPARED |= {"all_tied_weights_keys", "name_or_path", "save_pretrained", "vocab_size"}
+_NOT_COMPARED |= {"is_quantized", "name_or_path", "quantization_method"}
+_NOT_COMPARED |= {"all_tied_weights_keys", "save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):
@@ -165,7 +167,8 @@ def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
         )
     own, given = vars(mine), vars(fresh)
     # accelerate's hooks, which place and move weights, also put a forward on the instance.
-    if "forward" in own and "forward" not in given and "_hf_hook" not in own:
+    replaced = "forward" in own and "forward" not in given and "_hf_hook" not in own
+    if replaced and not getattr(own["forward"], "same_function", False):
         raise _UnlikeError(f"the forward of {name} was replaced, in a fresh one it is not")
     for key in {**given, **own}:
         is_private = key.startswith("_") and not (key in own and key in given)

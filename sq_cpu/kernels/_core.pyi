@@ -61,6 +61,66 @@ class BatchedType(_Enum):
     int32: ClassVar[BatchedType]
     int8: ClassVar[BatchedType]
 
+class NormKind(_Enum):
+    rms: ClassVar[NormKind]
+    layer: ClassVar[NormKind]
+
+_Norm = tuple[NormKind, Tensor | None, Tensor | None, float]
+
+# cpp/include/sq_cpu/program.h; buffers are numbers that buffer() gave. It keeps its tensors.
+class Program:
+    def __init__(self) -> None: ...
+    def buffer(self, width: int) -> int: ...
+    def embed(self, table: Tensor, multiplier: float, out: int) -> None: ...
+    # linears: packed, n, k, out, column, activation, other, accumulate, columns, column weight
+    def project(
+        self,
+        in_buffer: int,
+        column: int,
+        norm: _Norm | None,
+        quantizer: ActivationQuantizer,
+        kept_rows: bool,
+        linears: Sequence[tuple[Any, ...]],
+    ) -> None: ...
+    def attend(
+        self,
+        in_buffer: int,
+        q: int,
+        k: int,
+        v: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        q_norm: _Norm | None,
+        k_norm: _Norm | None,
+        rotary: int,
+        cache: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        slopes: Tensor | None,
+        sinks: Tensor | None,
+        out: int,
+    ) -> None: ...
+    def merge(self, in_buffer: int, norm: _Norm, out: int) -> None: ...
+    def result(self, buffer: int) -> None: ...
+    # Pages, size of a head, number of the page table of a call.
+    def set_caches(self, caches: Sequence[tuple[Tensor, int, int]]) -> None: ...
+    # Tables [positions, 2, channels], and whether pairs are interleaved.
+    def set_rotaries(self, rotaries: Sequence[tuple[Tensor, bool]]) -> None: ...
+    # table: int32 [tables, sequences, pages]; result: fp32 [kept, width].
+    def run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        first_row: Tensor,
+        length: Tensor,
+        table: Tensor,
+        kept: Tensor,
+        result: Tensor,
+        threads: int,
+    ) -> None: ...
+
 # Blind to torch.compile's tracer; see ops.is_plain.
 def is_plain(x: object, /) -> bool: ...
 def isa() -> dict[str, Any]: ...

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
+from sq_cpu.kernels.ops import empty, is_dense
 
 __all__ = ["PAGE_TOKENS", "AttentionOptions", "BatchRows", "KvPages", "attend_reference"]
 
@@ -54,8 +55,8 @@ class BatchRows:
     Raises
     ------
     SqCpuError
-        For lists of different lengths, and a sequence with fewer tokens than new ones or fewer
-        pages than tokens.
+        For lists of different lengths, a sequence with fewer tokens than new ones or fewer pages
+        than tokens, and a page that no cache has.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class BatchRows:
                     f"sequence {i} has {length} tokens, {count} of them new, in {len(table)} pages "
                     f"of {PAGE_TOKENS}"
                 )
+            if table and not 0 <= min(table) <= max(table) < 2**31:
+                raise SqCpuError(f"sequence {i} has page {min(table)} or {max(table)}")
         self.rows = sum(new)
         stride = max(map(len, tables), default=0)
         self.tensors = (
@@ -96,7 +99,8 @@ class KvPages:
     Raises
     ------
     SqCpuError
-        For a number that is not positive, and a head of more than 1024 channels.
+        For a number that is not positive, a head of more than 1024 channels, and more pages than
+        there is memory for.
     """
 
     def __init__(self, count: int, kv_heads: int, head_dim: int) -> None:
@@ -107,9 +111,12 @@ class KvPages:
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         # Not zeroed: the operating system gives a page of memory when it is first written.
-        self._pages = torch.empty(
-            (count, kv_heads, _core.page_bytes(head_dim)), dtype=torch.uint8, device="cpu"
-        )
+        self._pages = empty((count, kv_heads, _core.page_bytes(head_dim)), torch.uint8)
+
+    @property
+    def tensor(self) -> Tensor:
+        """Return the pages themselves, uint8 [count, kv_heads, bytes of a page]."""
+        return self._pages
 
     @property
     def count(self) -> int:
@@ -134,7 +141,7 @@ class KvPages:
         SqCpuError
             For other shapes, dtypes and devices, and a page that there is not.
         """
-        _core.append(self._pages, self.head_dim, *rows.tensors, _plain(k), _plain(v))
+        _core.append(self._pages, self.head_dim, *rows.tensors, _dense("k", k), _dense("v", v))
 
     def attend(self, rows: BatchRows, q: Tensor, options: AttentionOptions) -> Tensor:
         """Return the attention of the new tokens over all tokens of their sequences.
@@ -155,18 +162,24 @@ class KvPages:
             For other shapes, dtypes and devices, options that are not finite, and a page that there
             is not.
         """
-        y = torch.empty(q.shape, dtype=q.dtype, device="cpu")
+        q = _dense("q", q)
+        if not q.is_cpu or q.dim() != 3 or q.shape[0] != rows.rows or q.shape[2] != self.head_dim:
+            raise SqCpuError(
+                f"paged attention: q is {list(q.shape)} on {q.device}, "
+                f"not [{rows.rows}, heads, {self.head_dim}] on cpu"
+            )
+        y = empty(tuple(q.shape), q.dtype)
         _core.attention(
             self._pages,
             self.head_dim,
             *rows.tensors,
-            _plain(q),
+            q,
             options.scale,
             options.causal,
             options.window,
             options.softcap,
-            options.slopes,
-            options.sinks,
+            None if options.slopes is None else _dense("slopes", options.slopes).contiguous(),
+            None if options.sinks is None else _dense("sinks", options.sinks).contiguous(),
             y,
         )
         return y
@@ -182,7 +195,15 @@ class KvPages:
         Returns
         -------
         fp32 [kv_heads, length, head_dim] each; the keys rotated back
+
+        Raises
+        ------
+        SqCpuError
+            For a page that there is not, and fewer pages than tokens.
         """
+        self._check(table)
+        if not 0 <= length <= len(table) * PAGE_TOKENS:
+            raise SqCpuError(f"{length} tokens in {len(table)} pages of {PAGE_TOKENS}")
         pages = self._pages[torch.tensor(table, dtype=torch.int64)]  # [pages, kv_heads, bytes]
         depth = math.ceil(self.head_dim / 64) * 64
         width = math.ceil(self.head_dim / 16) * 16
@@ -205,8 +226,22 @@ class KvPages:
         )
 
     def copy_page(self, source: int, target: int) -> None:
-        """Make page `target` equal to page `source`."""
+        """Make page `target` equal to page `source`; `SqCpuError` where there is no such page."""
+        self._check((source, target))
         self._pages[target] = self._pages[source]
+
+    def grow(self, count: int) -> None:
+        """Make it `count` pages, the present ones first; `SqCpuError` for fewer or no memory."""
+        if count < self.count:
+            raise SqCpuError(f"{count} pages are fewer than the {self.count} that there are")
+        pages = empty((count, *self._pages.shape[1:]), torch.uint8)
+        pages[: self.count] = self._pages
+        self._pages = pages
+
+    def _check(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            if not 0 <= page < self.count:
+                raise SqCpuError(f"page {page} of {self.count}")
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -217,7 +252,7 @@ def hadamard(x: Tensor) -> Tensor:
     size = _block(x.shape[-1])
     shape, half = x.shape, 1
     while half < size:
-        a, b = x.reshape(*shape[:-1], -1, 2, half).unbind(-2)
+        a, b = x.reshape(*shape[:-1], shape[-1] // (2 * half), 2, half).unbind(-2)
         x = torch.stack((a + b, a - b), dim=-2).reshape(shape)
         half *= 2
     return x
@@ -261,7 +296,9 @@ def attend_reference(
     return (weights @ v).transpose(0, 1)
 
 
-def _plain(x: Tensor) -> Tensor:
+def _dense(name: str, x: Tensor) -> Tensor:
+    if not is_dense(x):
+        raise SqCpuError(f"paged attention: {name} is sparse or nested; use a dense tensor")
     if x.requires_grad and torch.is_grad_enabled():
         raise SqCpuError("paged attention has no gradient: call it under torch.no_grad()")
     return x.resolve_neg()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.family import Family, Group, Rows, Stack
+from sq_cpu.models.family import Decoder, Family, Group, Rows, Stack
 
 __all__ = ["FAMILIES", "family_of", "register_family"]
 
@@ -128,17 +128,22 @@ _OPT = {"do_layer_norm_before": True}
 _BLOOM = {"apply_residual_connection_post_layernorm": False}
 
 
-def _family(model_types: tuple[str, ...], blocks: str, *groups: Group) -> Family:
-    return Family(model_types=model_types, stacks=(Stack(blocks=blocks, groups=groups),))
+def _family(
+    model_types: tuple[str, ...], blocks: str, *groups: Group, decoder: Decoder | None = None
+) -> Family:
+    stack = Stack(blocks=blocks, groups=groups)
+    return Family(model_types=model_types, stacks=(stack,), decoder=decoder)
 
 
 FAMILIES: list[Family] = [
     _family(
-        ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"),
+        ("llama", "mistral", "qwen2", "qwen3", "smollm3"),
         "layers",
         *_attention(_NORM_1),
         *_gated(_NORM_2),
+        decoder=Decoder(),
     ),
+    _family(("granite",), "layers", *_attention(_NORM_1), *_gated(_NORM_2)),
     _family(("mixtral",), "layers", *_attention(_NORM_1), *_EXPERTS),
     _family(
         ("qwen2_moe", "qwen3_moe"),
@@ -172,15 +177,45 @@ FAMILIES: list[Family] = [
         "layers",
         *_attention(_NORM_1, "mlp.fc1", names=("q_proj", "k_proj", "v_proj", "dense")),
         Group(producer="mlp.fc1", consumers=("mlp.fc2",), when={"hidden_act": "relu"}),
+        decoder=Decoder(
+            final_norm="final_layernorm",
+            q_norm="self_attn.q_layernorm",
+            k_norm="self_attn.k_layernorm",
+            attention_out="self_attn.dense",
+            mlp_norm=_NORM_1,
+            gate_up=("mlp.fc1",),
+            gated=False,
+            down="mlp.fc2",
+            parallel=True,
+        ),
     ),
     _family(
         ("phi3",),
         "layers",
         *_fused_attention(_NORM_1, "self_attn.qkv_proj", "self_attn.o_proj", "qkv"),
         *_FUSED_GATED,
+        decoder=Decoder(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
     ),
     # In both, post_attention_layernorm is the norm before the MLP.
-    _family(("glm", "glm4"), "layers", *_attention(_NORM_1), *_FUSED_GATED),
+    _family(
+        ("glm",),
+        "layers",
+        *_attention(_NORM_1),
+        *_FUSED_GATED,
+        decoder=Decoder(gate_up=("mlp.gate_up_proj",), interleaved=True),
+    ),
+    _family(
+        ("glm4",),
+        "layers",
+        *_attention(_NORM_1),
+        *_FUSED_GATED,
+        decoder=Decoder(
+            gate_up=("mlp.gate_up_proj",),
+            interleaved=True,
+            after_attention="post_self_attn_layernorm",
+            after_mlp="post_mlp_layernorm",
+        ),
+    ),
     Family(
         model_types=("gemma",),
         stacks=(
@@ -190,10 +225,21 @@ FAMILIES: list[Family] = [
                 norm_offset=1.0,
             ),
         ),
+        decoder=Decoder(),
     ),
     # Here post_attention_layernorm normalises attention's output, which goes to the residual.
     Family(
-        model_types=("gemma2", "gemma3_text", "gemma3"),
+        model_types=("gemma2", "gemma3_text"),
+        stacks=(Stack(blocks="layers", groups=_GEMMA_2, norm_offset=1.0),),
+        decoder=Decoder(
+            after_attention=_NORM_2,
+            mlp_norm="pre_feedforward_layernorm",
+            after_mlp="post_feedforward_layernorm",
+            activation="hidden_activation",
+        ),
+    ),
+    Family(
+        model_types=("gemma3",),
         stacks=(
             Stack(blocks="layers", groups=_GEMMA_2, norm_offset=1.0),
             Stack(blocks="language_model.layers", groups=_GEMMA_2, norm_offset=1.0),
@@ -218,6 +264,7 @@ FAMILIES: list[Family] = [
             ),
             when={"use_parallel_residual": True},
         ),
+        decoder=Decoder(parallel="use_parallel_residual"),
     ),
     _family(
         ("opt",),

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from sq_cpu.errors import SqCpuError
 
-__all__ = ["Family", "Group", "Rows", "Stack"]
+__all__ = ["Decoder", "Family", "Group", "Rows", "Stack"]
 
 
 Rows = Literal["all", "second_half", "value", "qkv", "qkv_by_head", "last_of_head"]
@@ -61,9 +61,51 @@ class Stack:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Where the parts of a decoder are, so that its forward can run as one program.
+
+    Paths are relative to the block, but for those that say otherwise. What attention does beside
+    them (scale, window, soft-cap, sinks, rotary tables) is seen when the model runs.
+    """
+
+    blocks: str = "layers"
+    """From the base model, as the next three."""
+    embedding: str = "embed_tokens"
+    final_norm: str = "norm"
+    rotary: str = "rotary_emb"
+    attention: str = "self_attn"
+    attention_norm: str | None = "input_layernorm"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Three linears, or one whose output rows are q, then k, then v."""
+    q_norm: str = "self_attn.q_norm"
+    """Over each head, where a block has it; so is k_norm."""
+    k_norm: str = "self_attn.k_norm"
+    attention_out: str = "self_attn.o_proj"
+    after_attention: str | None = None
+    """The norm of what attention adds to the residual."""
+    mlp_norm: str | None = "post_attention_layernorm"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Two linears, or one whose output rows are gate, then up; one is all, where `gated` is not."""
+    gated: bool = True
+    """Whether the MLP is down(act(gate(x)) * up(x)); else down(act(x W))."""
+    parallel: bool | str = False
+    """Whether attention and MLP read the same residual, or the config's value that says so."""
+    down: str = "mlp.down_proj"
+    activation: str = "hidden_act"
+    """The config's value that names the activation function of gate."""
+    after_mlp: str | None = None
+    """The norm of what the MLP adds to the residual."""
+    interleaved: bool = False
+    """Whether rotary pairs are neighbours; else half a head apart."""
+    uses_rotary: str = "self_attn.use_rope"
+    """What says whether a block has positions, where blocks differ."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """One row: where the blocks are, and what is folded in each."""
+    """One row: where the blocks are, what is folded in each, and its program if it has one."""
 
     model_types: tuple[str, ...]
     """`config.model_type` of transformers' models, or the names of other models' classes."""
     stacks: tuple[Stack, ...]
+    decoder: Decoder | None = None

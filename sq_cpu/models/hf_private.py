@@ -20,6 +20,8 @@ from sq_cpu.errors import SqCpuError
 __all__ = [
     "CheckpointLayout",
     "ExpertsLayout",
+    "attending_by",
+    "attention_implementation",
     "bare_model",
     "check_version",
     "compute_buffers",
@@ -55,6 +57,13 @@ def is_transformers(model: nn.Module) -> bool:
     from transformers import PreTrainedModel
 
     return isinstance(model, PreTrainedModel)
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Return the name of the attention that a config's models compute with."""
+    check_version()
+    name: str | None = config._attn_implementation
+    return name
 
 
 # --- models without weights -----------------------------------------------------------------------
@@ -267,3 +276,31 @@ def _quietly_on_this_thread() -> Iterator[None]:
         logging.disable_progress_bar()
         os.environ[_ONE_THREAD] = "1"
         yield
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+_SEEN = "sq_cpu_seen"
+
+
+@contextmanager
+def attending_by(model: Any, attention: Callable[..., tuple[Tensor, Any]]) -> Iterator[None]:
+    """Have a model attend by `attention`, whose arguments are those of transformers' "eager".
+
+    Raises `SqCpuError` for a model whose attention is not exchanged through their interface.
+    """
+    check_version()
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(_SEEN, attention)
+    AttentionMaskInterface.register(_SEEN, eager_mask)
+    before = attention_implementation(model.config)
+    try:
+        model.set_attn_implementation(_SEEN)
+    except (ValueError, KeyError) as error:
+        raise SqCpuError(f"its attention cannot be exchanged: {error}") from error
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

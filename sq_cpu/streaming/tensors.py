@@ -17,7 +17,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from sq_cpu.checkpoint.config import INDEX, check_names
+from sq_cpu.checkpoint.config import CONFIG, INDEX, check_names
+from sq_cpu.checkpoint.skeleton import check_counts
 from sq_cpu.checkpoint.stored import DTYPES, StoredTensors
 from sq_cpu.errors import SqCpuError
 from sq_cpu.parsing import read_json, typed
@@ -107,6 +108,10 @@ def _lazy(stored: StoredTensors, name: str) -> LazyTensor:
 
 def folder_dtype(folder: Path, weights: Mapping[str, LazyTensor]) -> torch.dtype:
     """Return the dtype that from_pretrained takes for "auto"."""
+    path = folder / CONFIG
+    check_counts(
+        read_json(path), len(weights), path
+    )  # transformers follows them, whatever they are
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

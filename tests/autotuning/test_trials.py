@@ -1,7 +1,9 @@
 """Trials in a shared storage: each configuration once, whoever dies."""
 
+import gc
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import optuna
 import postgres
 import pytest
+import torch
 import trial_worker
 from optuna.storages import InMemoryStorage
 from optuna.trial import Trial, TrialState
@@ -202,6 +205,23 @@ def test_a_later_trial_gives_way_and_an_earlier_one_does_not() -> None:
         return worth(configuration)
 
     assert first.run(lambda _: A, evaluate)
+
+
+def test_a_pruned_trial_keeps_no_model_alive() -> None:
+    mine = Trials(InMemoryStorage(), "test")
+    made = []
+
+    def evaluate(_: Trial, configuration: Configuration) -> EvaluatedConfiguration:
+        model = torch.nn.Linear(1, 1)
+        made.append(weakref.ref(model))
+        raise optuna.TrialPruned
+
+    gc.disable()
+    try:
+        mine.run(lambda _: A, evaluate)
+        assert [one() for one in made] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_trial_that_others_took_for_dead_is_not_told() -> None:

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "harness.h"
+#include "sq_cpu/attention.h"
 #include "sq_cpu/batched_matmul.h"
 #include "sq_cpu/saturation.h"
 
@@ -70,6 +71,11 @@ void spoil(BatchedStrides& s, Rng& rng);
 void spoil(BatchedLeft& a, Rng& rng);
 void spoil(BatchedRight& b, Rng& rng);
 void spoil(BatchedResult& y, Rng& rng);
+void spoil(KvCache& cache, Rng& rng);
+void spoil(Sequences& s, Rng& rng);
+void spoil(HeadRows& x, Rng& rng);
+void spoil(HeadResult& y, Rng& rng);
+void spoil(AttentionOptions& options, Rng& rng);
 
 // One of several values, of any types.
 template <typename... Values>
@@ -100,6 +106,51 @@ void spoil(BatchedLeft& a, Rng& rng) {
 }
 void spoil(BatchedRight& b, Rng& rng) { spoil_one(rng, b.data, b.strides, b.scale); }
 void spoil(BatchedResult& y, Rng& rng) { spoil_one(rng, y.data, y.strides); }
+
+// Three sequences, of 66 tokens (2 new), none, and 3 (all new); the pages of the first and last.
+constexpr int64_t kLow = std::numeric_limits<int64_t>::min(), kHigh = -(kLow + 1);
+constexpr int32_t kNoPage = std::numeric_limits<int32_t>::max();
+constexpr int64_t kSequences = 3, kPagesOfOne = 2, kPages = 4;
+using Rows = std::array<int64_t, kSequences + 1>;
+using Lengths = std::array<int64_t, kSequences>;
+using Table = std::array<int32_t, kSequences * kPagesOfOne>;
+constexpr Rows kRows{0, 2, 2, 5};
+constexpr Lengths kLengths{66, 0, 3};
+constexpr Table kTable{3, 0, kNoPage, kNoPage, 2, kNoPage};
+constexpr Rows kWrongRows[] = {{1, 2, 2, 5},        {0, 3, 2, 5},         {0, -1, 2, 5},
+                               {0, kHigh, kLow, 5}, {0, 2, 2, kHigh},     {kLow, 0, 0, 5},
+                               {0, kHigh, 2, 5},    {0, 0, kHigh, kHigh}, {kHigh, kHigh, kHigh, 5}};
+constexpr Lengths kWrongLengths[] = {{kHigh, 0, 3}, {kLow, 0, 3}, {66, -1, 3},        {66, 0, 129},
+                                     {1, 0, 3},     {66, 1, 3},   {kMostBytes, 0, 3}, {66, 0, 2}};
+constexpr Table kWrongTables[] = {{3, 4, 0, 0, 2, 0},
+                                  {3, -1, 0, 0, 2, 0},
+                                  {kNoPage, 0, 0, 0, 2, 0},
+                                  {3, 0, 0, 0, -kNoPage - 1, 0},
+                                  {3, 2, 0, 0, 2, 0}};  // a page that two write
+
+void spoil(KvCache& cache, Rng& rng) {
+  spoil_one(rng, cache.pages, cache.page_count, cache.kv_heads, cache.head_dim);
+}
+void spoil(Sequences& s, Rng& rng) {
+  switch (rng.below(4)) {
+    case 0:
+      s.first_row = kWrongRows[rng.below(std::size(kWrongRows))].data();
+      return;
+    case 1:
+      s.length = kWrongLengths[rng.below(std::size(kWrongLengths))].data();
+      return;
+    case 2:
+      s.table = kWrongTables[rng.below(std::size(kWrongTables))].data();
+      return;
+    default:
+      spoil_one(rng, s.count, s.first_row, s.length, s.table, s.table_stride);
+  }
+}
+void spoil(HeadRows& x, Rng& rng) { spoil_one(rng, x.data, x.type, x.row_stride, x.head_stride); }
+void spoil(HeadResult& y, Rng& rng) { spoil_one(rng, y.data, y.type, y.row_stride, y.head_stride); }
+void spoil(AttentionOptions& o, Rng& rng) {
+  spoil_one(rng, o.scale, o.causal, o.window, o.softcap, o.slopes, o.sinks);
+}
 
 // ---------------------------------------------------------------------------------------- calls
 
@@ -140,7 +191,7 @@ class Attack {
 };
 
 constexpr int64_t kM = 5, kN = 33, kK = 130, kHeads = 4, kKvHeads = 2, kBatch = 2;
-constexpr int64_t kBefore = kBatch + kHeads + kN;
+constexpr int64_t kBefore = kBatch + kHeads + kN, kHeadDim = 20;
 
 // Buffers of exactly what a good call takes, each an allocation of its own.
 struct Buffers {
@@ -162,6 +213,12 @@ struct Buffers {
   std::vector<float> a_scale = std::vector<float>(kBatch * kHeads * kM, 1.0f);
   std::vector<float> b_scale = std::vector<float>(kBatch * kKvHeads * kN, 1.0f);
   std::vector<float> result = std::vector<float>(kBatch * kHeads * kM * kN);
+  std::vector<float> q = std::vector<float>(kBefore + kM * kHeads * kHeadDim, 0.5f), attended = q;
+  std::vector<float> kv = std::vector<float>(kBefore + kM * kKvHeads * kHeadDim, 0.5f);
+  std::vector<float> slopes = std::vector<float>(kHeads, 0.5f);
+  Guarded page_memory;
+  std::byte* pages =
+      page_memory.place_filled<std::byte>(kPages * kKvHeads * page_bytes(kHeadDim), true);
 };
 
 using LinearOfFloats = void (*)(const void*, DType, int64_t, int64_t, const PackedWeight&,
@@ -205,6 +262,15 @@ void attack_all(Attack attack) {
          BatchedLeft{o.a.data() + kBefore, true, a_strides, o.a_scale.data()},
          BatchedRight{o.b.data() + kBefore, true, b_strides, o.b_scale.data()}, 0.5f,
          BatchedResult{o.result.data(), BatchedType::kFloat32, {kHeads * kM * kN, kM * kN, kN}});
+  const KvCache cache{o.pages, kPages, kKvHeads, kHeadDim};
+  const Sequences sequences{kSequences, kRows.data(), kLengths.data(), kTable.data(), kPagesOfOne};
+  const HeadRows kv{o.kv.data() + kBefore, fp32, kKvHeads * kHeadDim, kHeadDim};
+  attack("page_bytes", &page_bytes, kHeadDim);
+  attack("append", &append, cache, sequences, kv, kv);
+  attack("attention", &attention, cache, sequences, kHeads,
+         HeadRows{o.q.data() + kBefore, fp32, kHeads * kHeadDim, kHeadDim},
+         AttentionOptions{0.5f, true, 3, 2.0f, o.slopes.data(), o.slopes.data()},
+         HeadResult{o.attended.data(), fp32, kHeads * kHeadDim, kHeadDim});
   attack("isa_name", &isa_name, active_isa());
   const std::vector<int64_t> ids(kM, kN - 1);
   attack("gather_rows", &gather_rows, weight, ids.data(), kM, o.smoothing.data(), o.x.data(), fp32,

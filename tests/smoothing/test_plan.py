@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import batches, mixed_plan, tiny_model
 
 from sq_cpu import GroupPlan, LayerPlan, Scheme, SmoothPlan, SqCpuError
@@ -180,3 +183,18 @@ def test_why_linears_stay_in_float() -> None:
     )
     expected = {"a": "reverted", "b": "the plan keeps it in float"}
     assert SmoothPlan((), layers).in_float == expected
+
+
+def test_making_a_plan_keeps_no_frame_alive() -> None:
+    """The float weights that a caller holds go when it ends, not when cycles are collected."""
+
+    def caller() -> weakref.ref[Any]:
+        weight = torch.ones(1)
+        SmoothPlan((), (LayerPlan(name="lm_head"),)).layer("x")
+        return weakref.ref(weight)
+
+    gc.disable()
+    try:
+        assert caller()() is None
+    finally:
+        gc.enable()

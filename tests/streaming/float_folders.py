@@ -57,7 +57,7 @@ def float_folder(folder: Path, model_type: str = "llama", **config: Any) -> Path
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    settings |= CONFIGS[model_type] | config
+    settings |= CONFIGS.get(model_type, _GATED) | config
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
     with torch.no_grad():
         for parameter in model.parameters():

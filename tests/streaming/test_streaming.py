@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -236,6 +237,19 @@ def test_files_that_the_index_does_not_name_are_not_read(tmp_path: Path) -> None
     sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches())
 
 
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_labels"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_counts_that_the_files_do_not_hold(
+    field: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    source = float_folder(tmp_path / "float", "qwen2")
+    config = json.loads((source / "config.json").read_text())
+    config.pop("layer_types")  # which transformers makes, one for each layer
+    (source / "config.json").write_text(json.dumps(config | {field: 10**9}))
+    with pytest.raises(SqCpuError, match=f"{field} is 1000000000, but the files hold"):
+        sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches(), dtype=dtype)
+
+
 def test_what_cannot_be_streamed_says_so(tmp_path: Path) -> None:
     with pytest.raises(SqCpuError, match=r"is not a folder; .* without streaming"):
         sq_cpu.quantize_checkpoint(tmp_path / "none", tmp_path / "out", batches())
@@ -321,6 +335,6 @@ def test_memory_is_bounded_by_the_block(dtype: str, tmp_path: Path) -> None:
     script = _MEASURED.format(**values, out=str(tmp_path / "out"), dtype=dtype)
     output = subprocess.check_output([sys.executable, "-c", script], text=True)
     # 64 MB beside: code that is loaded on the way, what the allocator keeps, activations (1 MB).
-    # PEAKS
+    # In 16 runs, idle and at a load of 15, the peak was 67 to 73 MB for bf16 and 85 to 95 for fp32.
     # The whole model takes 233 MB in bf16 and twice that in fp32.
     assert int(output) < 3 * block + (64 << 20)

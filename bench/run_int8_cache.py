@@ -1,0 +1,150 @@
+"""Int8 attention and KV cache of one quantized model, beside float ones on the same int8 weights.
+
+What they cost: the perplexity of a text, and the divergence of each token's distribution. What they
+gain: the time of a prompt, and of each token that `generate` adds after a context.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import machine
+import torch
+import typer
+from harness import Candidate, interleave
+from rich.table import Table
+from torch import Tensor, nn
+
+import sq_cpu
+from sq_cpu.calibration.calibrate import calibrate
+from sq_cpu.checkpoint.sources import load_source
+from sq_cpu.progress import track
+
+INT8, FLOAT = "int8", "float"
+
+
+def switch(model: nn.Module, kind: str) -> None:
+    """Have the model compute attention in int8, or in floats."""
+    sq_cpu.use_int8_attention(model, enabled=kind == INT8)
+
+
+def quantized(folder: str) -> tuple[Any, Any]:
+    """Return a model with int8 linears as `quantize` makes them, and its tokenizer."""
+    model, tokenizer = load_source(folder)
+    ids = [
+        tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :512]
+        for text in sq_cpu.texts.calibration()
+    ]
+    sq_cpu.quantize(model, calibrate(model, ids))
+    return model.eval(), tokenizer
+
+
+def accuracy(model: Any, windows: list[Tensor]) -> dict[str, float]:
+    """Compare int8 attention with float attention on windows of ids [1, tokens]."""
+    divergences, likelihoods, same = [], {INT8: 0.0, FLOAT: 0.0}, 0
+    for ids in track(windows, "scoring"):
+        logs = {}
+        for kind in (FLOAT, INT8):
+            switch(model, kind)
+            with torch.inference_mode():
+                logs[kind] = model(ids).logits[0].float().log_softmax(dim=1)
+            next_ids = ids[0, 1:, None]
+            likelihoods[kind] += float(logs[kind][:-1].gather(1, next_ids).double().sum())
+        divergences.append((logs[FLOAT].exp() * (logs[FLOAT] - logs[INT8])).sum(dim=1))
+        same += int((logs[FLOAT].argmax(1) == logs[INT8].argmax(1)).sum())
+    kl = torch.cat(divergences)
+    scored = len(kl) - len(windows)
+    perplexities = {kind: math.exp(-total / scored) for kind, total in likelihoods.items()}
+    return {
+        "tokens": len(windows[0][0]),
+        "windows": len(windows),
+        "float_perplexity": perplexities[FLOAT],
+        "int8_perplexity": perplexities[INT8],
+        "percent": 100 * (perplexities[INT8] / perplexities[FLOAT] - 1),
+        "kl_mean": float(kl.mean()),
+        "kl_median": float(kl.median()),
+        "kl_p99": float(kl.quantile(0.99)),
+        "same_top_1": same / len(kl),
+    }
+
+
+def speed(
+    model: Any, ids: Tensor, rows: int, context: int, new: int, budget: float
+) -> dict[str, Any]:
+    """Time a prompt of `context` tokens, and each of `new` tokens after it, medians in seconds.
+
+    `generate` is timed whole; its tokens' time is what it takes beyond the prompt and one token.
+    """
+    prompt = torch.stack([ids[i * context : (i + 1) * context] for i in range(rows)])
+
+    def run(kind: str, tokens: int) -> Callable[[int], object]:
+        def call(_: int) -> object:
+            switch(model, kind)
+            return model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                min_new_tokens=tokens,
+                max_new_tokens=tokens,
+                do_sample=False,
+            )
+
+        return call
+
+    times = interleave(
+        {
+            f"{kind} {tokens}": Candidate(run(kind, tokens))
+            for tokens in (1, new + 1)
+            for kind in (INT8, FLOAT)
+        },
+        warm=False,
+        budget=budget,
+    )
+    found: dict[str, Any] = {"rows": rows, "context": context}
+    for kind in (INT8, FLOAT):
+        first, all_of_them = (times[f"{kind} {tokens}"].median for tokens in (1, new + 1))
+        found[f"{kind} prompt"] = first
+        found[f"{kind} token"] = (all_of_them - first) / new
+    return found
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Folder of a causal LM in float.")],
+    windows: Annotated[str, typer.Option(help="COUNTxTOKENS, several by commas.")] = "20x512",
+    rows: Annotated[str, typer.Option(help="Sequences of a batch.")] = "1",
+    contexts: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128,1024",
+    new: Annotated[int, typer.Option(help="Tokens that are timed after it.")] = 32,
+    budget: Annotated[float, typer.Option(help="Seconds for each speed.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print what int8 attention costs and gains."""
+    subject, tokenizer = quantized(model)
+    text = "\n".join(sq_cpu.texts.evaluation())
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    scores = []
+    for word in filter(None, windows.split(",")):
+        count, tokens = map(int, word.split("x"))
+        starts = [k * ((len(ids) - tokens) // count) for k in range(count)]
+        scores.append(accuracy(subject, [ids[None, s : s + tokens] for s in starts]))
+    speeds = [
+        speed(subject, ids, batch, context, new, budget)
+        for batch in machine.numbers(rows)
+        for context in machine.numbers(contexts)
+    ]
+    found = {"machine": machine.facts(), "accuracy": scores, "speed": speeds}
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    print(machine.headline())
+    for title, lines in (("accuracy", scores), ("seconds", speeds)):
+        if lines:
+            table = Table(*lines[0], title=title)
+            for line in lines:
+                table.add_row(*(f"{value:.4g}" for value in line.values()))
+            machine.make_console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""What runs a model fast: a decoder's program, the int8 KV cache and int8 attention."""

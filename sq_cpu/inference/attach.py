@@ -1,0 +1,84 @@
+"""Int8 attention and int8 caches for a model, with its calls as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.attention import ATTENTION
+from sq_cpu.inference.cache import replace_layers
+from sq_cpu.models.hf_private import attention_implementation, is_transformers
+
+__all__ = ["use_int8_attention"]
+
+_CACHE = "past_key_values"
+_POSITIONAL = 3
+"""Ids, mask, positions: a call with more positional arguments may have named its cache so."""
+
+
+def use_int8_attention(model: nn.Module, enabled: bool = True) -> None:
+    """Have a model of transformers compute attention in int8, over int8 keys and values.
+
+    Its calls and its `generate` stay as they are. A call without a cache, where the model would
+    make one, gets an `Int8Cache`; an empty `DynamicCache` gets int8 layers. Other caches stay what
+    they are, and attention over them is computed in floats, as under enabled gradients.
+
+    Parameters
+    ----------
+    model : a model of transformers with attention functions to choose from
+    enabled : False undoes it
+
+    Raises
+    ------
+    SqCpuError
+        For another model, and one that computes attention in code of its own.
+    """
+    if not is_transformers(model):
+        raise SqCpuError(f"{type(model).__name__} is no model of transformers")
+    given: Any = model
+    hooks = given._forward_pre_hooks
+    ours = next((key for key, hook in hooks.items() if isinstance(hook, _Int8Caches)), None)
+    if not enabled:
+        if ours is not None:
+            given.set_attn_implementation(hooks.pop(ours).before)
+            given._forward_pre_hooks_with_kwargs.pop(ours)
+        return
+    before = attention_implementation(given.config)
+    given.set_attn_implementation(ATTENTION)
+    if attention_implementation(given.config) != ATTENTION:
+        raise SqCpuError(
+            f"{type(model).__name__} computes attention in code of its own: it takes no "
+            "attn_implementation"
+        )
+    if ours is None:
+        model.register_forward_pre_hook(_Int8Caches(before), with_kwargs=True)
+
+
+class _Int8Caches:
+    """Sees to it that a call's cache, where it is empty, is an int8 one."""
+
+    def __init__(self, before: str | None) -> None:
+        self.before = before
+        """The attention that the model had."""
+
+    def __call__(
+        self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        config = model.config
+        if torch.is_grad_enabled() or attention_implementation(config) != ATTENTION:
+            return None
+        cache = kwargs.get(_CACHE)
+        if type(cache) is DynamicCache:
+            replace_layers(cache, config)
+        elif cache is None and len(args) <= _POSITIONAL and not config.is_encoder_decoder:
+            asked = kwargs.get("use_cache")
+            made = DynamicCache(config=config)
+            default = getattr(config.get_text_config(decoder=True), "use_cache", False)
+            wanted = default if asked is None else asked
+            if wanted and replace_layers(made, config):
+                return args, kwargs | {_CACHE: made}
+        return None

@@ -1,0 +1,199 @@
+"""Fused decoders: their calls, and `generate` in all of its modes, against the plain model's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_lowering import PROGRAMS, quantized
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import sq_cpu
+from sq_cpu import Int8Cache, SqCpuError
+from sq_cpu.inference.fusing import fuse, fused_of
+
+NEW = 20
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+
+
+def prompt(batch: int = 1, length: int = 30, seed: int = 5) -> Tensor:
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def fused(name: str, **options: Any) -> Any:
+    model = quantized(name, **options)
+    fuse(model)
+    return model
+
+
+@pytest.fixture(params=["llama", "gemma3_text", "mistral", "phi"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return fused(request.param, sliding_window=20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PROGRAMS)
+@torch.no_grad()
+def test_close_to_the_plain_model(name: str, dtype: torch.dtype) -> None:
+    model = quantized(name, dtype=dtype)
+    plain = model(prompt(2, 50)).logits
+    fuse(model)
+    made = model(prompt(2, 50)).logits
+    assert made.dtype == dtype
+    assert made.shape == plain.shape
+    # Int8 keys and values, and codes that they turn over in each layer: up to 4 % here.
+    assert (made - plain).float().norm() / plain.float().norm() < 0.08
+    fuse(model, enabled=False)
+    assert torch.equal(model(prompt(2, 50)).logits, plain)
+
+
+@torch.no_grad()
+def test_batches_and_cuts_have_the_same_bits(model: Any) -> None:
+    ids = prompt(3, 50)
+    mask = torch.ones_like(ids)
+    pads = (0, 11, 37)
+    for i, count in enumerate(pads):
+        mask[i, :count] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    base = model.base_model  # a float head multiplies otherwise where there are other rows
+    together = base(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    for i, count in enumerate(pads):
+        row = ids[i : i + 1, count:]
+        alone = base(row).last_hidden_state
+        assert torch.equal(together[i, count:], alone[0])
+        cache = DynamicCache(config=model.config)
+        parts = [base(part, past_key_values=cache).last_hidden_state for part in row.split(7, 1)]
+        assert torch.equal(torch.cat(parts, dim=1), alone)
+        assert cache.get_seq_length() == row.shape[1]
+
+
+@torch.no_grad()
+def test_threads_give_the_same_bits() -> None:
+    model = fused("qwen3")
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(model(prompt(2, 70)).logits)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def step_by_step(model: Any, ids: Tensor, count: int = NEW) -> Tensor:
+    cache = Int8Cache(model)
+    new = ids
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(new, past_key_values=cache).logits[:, -1]
+            new = logits.argmax(dim=1, keepdim=True)
+            ids = torch.cat((ids, new), dim=1)
+    return ids
+
+
+def test_greedy(model: Any) -> None:
+    ids = prompt(2)
+    expected = step_by_step(model, ids)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+    again = model.generate(ids, **GREEDY, past_key_values=Int8Cache(model))
+    assert torch.equal(again, expected)
+
+
+def test_padded_generate(model: Any) -> None:
+    ids = prompt(3)
+    mask = torch.ones_like(ids)
+    for i, count in enumerate((0, 11, 29)):
+        mask[i, :count] = 0
+    together = model.generate(ids.masked_fill(mask == 0, 0), attention_mask=mask, **GREEDY)
+    for i, count in enumerate((0, 11, 29)):
+        alone = model.generate(ids[i : i + 1, count:], **GREEDY)
+        assert torch.equal(together[i, 30:], alone[0, 30 - count :])
+
+
+def test_beams_and_drafts(model: Any) -> None:
+    ids = prompt()
+    expected = model.generate(ids, **GREEDY)
+    assert torch.equal(model.generate(ids, **GREEDY, prompt_lookup_num_tokens=3), expected)
+    beams = model.generate(ids, **GREEDY, num_beams=3, num_return_sequences=3)
+    assert beams.shape == (3, 30 + NEW)
+    # The same search over each beam as a sequence of its own, without reordered caches.
+    assert torch.equal(beams, model.generate(ids, **GREEDY, num_beams=3, num_return_sequences=3))
+    plain_cache = model.generate(
+        ids, **GREEDY, num_beams=3, num_return_sequences=3, use_cache=False
+    )
+    assert torch.equal(beams, plain_cache)
+
+
+@pytest.mark.parametrize("what", ["embeddings", "states", "mask", "cache", "gradient", "hole"])
+def test_what_it_does_not_serve_runs_as_before(what: str) -> None:
+    model = quantized("llama")
+    ids = prompt(2, 12)
+
+    def call() -> Any:
+        if what == "gradient":
+            return model(ids).logits.detach()
+        with torch.no_grad():
+            if what == "embeddings":
+                return model(inputs_embeds=model.model.embed_tokens(ids)).logits
+            if what == "states":
+                return torch.stack(model(ids, output_hidden_states=True).hidden_states)
+            if what == "mask":
+                full = torch.full((12, 12), -torch.inf).triu(1)
+                return model(ids, attention_mask=full.expand(2, 1, 12, 12)).logits
+            if what == "hole":
+                mask = torch.ones_like(ids)
+                mask[1, 5] = 0
+                return model(ids, attention_mask=mask).logits
+            cache = StaticCache(config=model.config, max_cache_len=16)
+            return model(ids, past_key_values=cache).logits
+
+    expected = call()
+    fuse(model)
+    assert torch.equal(call(), expected)
+
+
+def test_undone_and_copied() -> None:
+    model = fused("llama")
+    fuse(model)  # once is enough
+    assert fused_of(model) is not None
+    with pytest.raises(SqCpuError, match="not copied"):
+        copy.deepcopy(model)
+    fuse(model, enabled=False)
+    fuse(model, enabled=False)
+    assert fused_of(model) is None
+    copy.deepcopy(model)
+    with pytest.raises(SqCpuError, match="no program for gpt2"):
+        fuse(quantized("gpt2"))
+
+
+def test_other_batch_than_the_cache() -> None:
+    model = fused("llama")
+    cache = Int8Cache(model)
+    with torch.no_grad():
+        model(prompt(2), past_key_values=cache)
+        with pytest.raises(SqCpuError, match="3 sequences for a cache of 2"):
+            model(prompt(3), past_key_values=cache)
+
+
+def test_ids_beyond_the_vocabulary() -> None:
+    model = fused("llama")
+    with (
+        pytest.raises(SqCpuError, match="token 64 is not in the vocabulary of 64"),
+        torch.no_grad(),
+    ):
+        model(torch.tensor([[1, 64]]))
+
+
+def test_saved_while_fused(tmp_path: Any) -> None:
+    model = fused("llama")
+    with torch.no_grad():
+        expected = model(prompt()).logits
+    sq_cpu.save(model, tmp_path / "out")
+    loaded = sq_cpu.load(tmp_path / "out")
+    fuse(loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(prompt()).logits, expected)

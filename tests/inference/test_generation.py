@@ -1,0 +1,97 @@
+"""`sq_cpu.generate`: the same tokens as step by step, whatever else is in the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_fusing import fused
+from test_lowering import quantized
+
+from sq_cpu import SqCpuError
+from sq_cpu.inference.generation import Sampling, generate
+
+NEW = 24
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "mistral"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return fused(request.param, sliding_window=20)
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return [
+        torch.randint(3, 64, (length,), generator=generator).tolist() for length in (1, 30, 7, 2)
+    ]
+
+
+def test_greedy(model: Any) -> None:
+    made = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[])
+    for prompt, new in zip(prompts(), made, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None
+        )
+        assert [*prompt, *new] == expected[0].tolist()
+
+
+def test_stops(model: Any) -> None:
+    whole = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[])
+    stops = [whole[1][5], whole[2][9]]
+    seen: list[tuple[int, int]] = []
+    made = generate(
+        model,
+        prompts(),
+        max_new_tokens=NEW,
+        stop_tokens=stops,
+        on_token=lambda sequence, token: seen.append((sequence, token)),
+    )
+    for i, (new, all_of_it) in enumerate(zip(made, whole, strict=True)):
+        ends = [at + 1 for at, token in enumerate(all_of_it) if token in stops]
+        assert new == all_of_it[: min(ends, default=NEW)]
+        assert new == [token for sequence, token in seen if sequence == i]
+    assert len(made[1]) <= 6
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7}, {"top_k": 9, "top_p": 0.5}])
+def test_samples_do_not_depend_on_the_batch(model: Any, options: dict[str, Any]) -> None:
+    sampling = Sampling(temperature=1.3, seed=7, **options)
+    made = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[], sampling=sampling)
+    again = generate(model, prompts()[:1], max_new_tokens=NEW, stop_tokens=[], sampling=sampling)
+    assert made[0] == again[0]
+    other = Sampling(temperature=1.3, seed=8, **options)
+    changed = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[], sampling=other)
+    assert changed != made
+
+
+def test_chosen_by_their_weights() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4000, 1)
+    for options, left in (({}, 4), ({"top_k": 2}, 2), ({"top_p": 0.6}, 1), ({"top_p": 0.9}, 2)):
+        sampling = Sampling(temperature=0.5, **options)
+        found = torch.tensor(sampling.choose(logits, range(4000), 0))
+        weights = (logits[0] / 0.5).softmax(0)
+        kept = weights.sort(descending=True).indices[:left]
+        expected = torch.zeros(4).scatter(0, kept, weights[kept] / weights[kept].sum())
+        shares = torch.bincount(found, minlength=4) / 4000
+        # Four standard deviations of a share among 4000.
+        assert ((shares - expected).abs() <= 4 * (0.25 / 4000) ** 0.5).all()
+        assert (shares[expected == 0] == 0).all()
+
+
+def test_refusals(model: Any) -> None:
+    def refused(message: str, given: Any = None, **options: Any) -> None:
+        with pytest.raises(SqCpuError, match=message):
+            generate(model, given or prompts(), **{"max_new_tokens": 4} | options)
+
+    refused("max_new_tokens is 0", max_new_tokens=0)
+    refused("prompt 1 is empty", [[3], []])
+    refused("prompt 0 has ids from 3 to 64", [[3, 64]])
+    refused("prompt 0 has ids from -1 to 3", [[3, -1]])
+    refused("61 tokens of prompt 0 and 4 new ones exceed the model's 64", [[3] * 61])
+    with pytest.raises(SqCpuError, match="not fused"):
+        generate(quantized("llama"), prompts(), max_new_tokens=4)
+    for options in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"seed": 2**63}):
+        with pytest.raises(SqCpuError):
+            Sampling(**options)
+    assert generate(model, [], max_new_tokens=4) == []
