@@ -204,6 +204,8 @@ void define_program(py::module_& m) {
       .def(py::init<>())
       .def("buffer", &PyProgram::buffer, py::arg("width"))
       .def("embed", &PyProgram::embed, py::arg("table"), py::arg("multiplier"), py::arg("out"))
+      .def("embed_packed", &PyProgram::embed_packed, py::arg("packed"), py::arg("n"), py::arg("k"),
+           py::arg("quantizer"), py::arg("multiplier"), py::arg("out"))
       .def("project", &PyProgram::project, py::arg("in_buffer"), py::arg("column"), py::arg("norm"),
            py::arg("quantizer"), py::arg("kept_rows"), py::arg("linears"))
       .def("attend", &PyProgram::attend, py::arg("in_buffer"), py::arg("q"), py::arg("k"),

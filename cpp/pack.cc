@@ -1,3 +1,5 @@
+#include "pack.h"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -90,15 +92,11 @@ void gather_rows(const PackedWeight& weight, const int64_t* ids, int64_t count,
   }
   const auto weight_row = row_kernels(active_isa()).weight_row[static_cast<int>(y_type)];
   const int64_t row_bytes = ldy * (y_type == DType::kFloat32 ? 4 : 2);
-  const int64_t tiles = k_block_count(weight.k) * kTileBytes;
   // A row brings its strip's whole lines in: those of 16.
   run_team(worker_count(count, kStripColumns, weight.k), [&](int worker, int workers) {
     const Range mine = part(count, 1, workers, worker);
     for (int64_t i = mine.begin; i < mine.end; ++i) {
-      const std::byte* strip = weight.data + ids[i] / kStripColumns * strip_bytes(weight.k);
-      WeightRow row{strip, ids[i] % kStripColumns, weight.k, 0.0f, inverse_smoothing};
-      std::memcpy(&row.scale, strip + tiles + 4 * (kStripColumns + row.column), sizeof row.scale);
-      weight_row(row, static_cast<char*>(y) + i * row_bytes);
+      weight_row(row_of(weight, ids[i], inverse_smoothing), static_cast<char*>(y) + i * row_bytes);
     }
   });
 }

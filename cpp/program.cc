@@ -16,6 +16,7 @@
 #include "gemm.h"
 #include "layout.h"
 #include "operands.h"
+#include "pack.h"
 #include "quantize.h"
 #include "scratch.h"
 #include "team.h"
@@ -47,7 +48,7 @@ struct Attend {
   size_t plan;
 };
 
-using Stage = std::variant<EmbedStage, Project, Attend, MergeStage>;
+using Stage = std::variant<EmbedStage, PackedEmbedStage, Project, Attend, MergeStage>;
 
 // Layers that are alike here share a plan.
 struct PlanKey {
@@ -63,6 +64,13 @@ struct ProductPlan {
   const Microkernel* kernel;
   Blocking blocking;
 };
+
+// Of an embedding; 0 for other stages.
+int64_t vocabulary_of(const Stage& stage) {
+  if (const auto* const embed = std::get_if<EmbedStage>(&stage)) return embed->vocabulary;
+  const auto* const packed = std::get_if<PackedEmbedStage>(&stage);
+  return packed != nullptr ? packed->weight.n : 0;
+}
 
 void check_norm(const Norm& norm) {
   SQ_CHECK(is_one_of(norm.kind, Norm::Kind::kLayer), "unknown norm ", static_cast<int>(norm.kind));
@@ -156,7 +164,7 @@ void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
   for (const Stage& stage : stages) {
     const auto* const project = std::get_if<Project>(&stage);
     if (project == nullptr) continue;
-    const int64_t m = project->stage.kept_rows ? kept : rows;
+    const int64_t m = (project->stage.kept_rows ? kept : rows) * project->stage.quantizer.terms;
     for (const Product& product : project->products) {
       const PackedWeight& weight = project->linears[product.first].weight;
       const Microkernel& kernel = choose_microkernel(isa, project->stage.quantizer.max_code(), m);
@@ -239,6 +247,18 @@ class Program::Implementation::Runner {
     }
   }
 
+  void run(const PackedEmbedStage& stage) {
+    const Range rows = mine(shared_.rows.size());
+    const int64_t width = program_.widths[stage.out];
+    constexpr auto kFloats = static_cast<int>(DType::kFloat32);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t id = shared_.step.ids[shared_.rows.begin + row];
+      float* const x = at(stage.out, row, 0);
+      kernels_.weight_row[kFloats](row_of(stage.weight, id, stage.inverse_smoothing), x);
+      if (stage.multiplier != 1.0f) kernels_.widen_row[kFloats](x, width, stage.multiplier, x);
+    }
+  }
+
   void run(const MergeStage& stage) {
     const Range rows = mine(shared_.rows.size());
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -283,8 +303,10 @@ class Program::Implementation::Runner {
     }
     const int64_t k = project.linears[0].weight.k;
     thread_local OwnCodes own;
-    QuantizedActivation x{own.codes, own.scale, own.zero_point, m, k, stage.quantizer.max_code()};
-    const bool alone = OwnCodes::hold(m, k);
+    const int terms = stage.quantizer.terms;
+    QuantizedActivation x{
+        own.codes, own.scale, own.zero_point, m * terms, k, stage.quantizer.max_code(), terms};
+    const bool alone = OwnCodes::hold(x.m, k);
     if (!alone) {
       x.codes = program_.codes.get(0);
       x.scale = program_.scales.get(0);
@@ -318,7 +340,8 @@ class Program::Implementation::Runner {
       normalize(stage.norm, source, x.k, row_, false);
       source = row_;
     }
-    const Activations only{source, DType::kFloat32, x.m, x.k, 0, stage.quantizer.inverse_smoothing};
+    const Activations only{
+        source, DType::kFloat32, x.m / x.terms, x.k, 0, stage.quantizer.inverse_smoothing};
     quantize_rows(only, {row, row + 1}, stage.quantizer, {}, kernels_, x);
     if (!project.float_columns) return;
     for (const ProjectedLinear& linear : project.linears) {
@@ -402,13 +425,16 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
   }
   // Memory: nothing is allocated inside the region.
   int64_t floats = 0, depth = 0, codes_size = 0, own = sums_bytes, part_floats = 0, blocks = 0;
+  int64_t rows_of_codes = 0;
   for (size_t i = 0; i < widths.size(); ++i) floats += m * ld(static_cast<Buffer>(i));
   int64_t most_products = 1;
   for (const Stage& stage : stages) {
     if (const auto* const project = std::get_if<Project>(&stage)) {
       const int64_t k = project->linears[0].weight.k;
       depth = std::max(depth, k);
-      codes_size = std::max(codes_size, codes_bytes(m, k));
+      const int64_t coded = m * project->stage.quantizer.terms;
+      codes_size = std::max(codes_size, codes_bytes(coded, k));
+      rows_of_codes = std::max(rows_of_codes, coded);
       most_products = std::max<int64_t>(most_products, project->products.size());
     } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
       own = std::max(own, append_workspace(attend->stage.head_dim));
@@ -426,8 +452,8 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
     memory += m * ld(static_cast<Buffer>(i));
   }
   codes.get(codes_size);
-  scales.get(m);
-  zero_points.get(m);
+  scales.get(rows_of_codes);
+  zero_points.get(rows_of_codes);
   partials.get(part_floats);
   if (blocks > finished_count) {
     finished.reset(new std::atomic<int>[blocks] {});
@@ -466,6 +492,15 @@ void Program::add(const EmbedStage& stage) {
   all.check_columns("embed", stage.out, 0, 0);
   check_dtype("the embedding", stage.type);
   SQ_CHECK(stage.table != nullptr && stage.vocabulary > 0, "the embedding has no rows");
+  all.stages.emplace_back(stage);
+}
+
+void Program::add(const PackedEmbedStage& stage) {
+  Implementation& all = *implementation_;
+  check_weight(stage.weight);
+  all.check_columns("embed", stage.out, 0, stage.weight.k);
+  SQ_CHECK(stage.weight.n > 0 && stage.weight.k == all.widths[stage.out], "the embedding is [",
+           stage.weight.n, ", ", stage.weight.k, "], not of ", all.widths[stage.out], " columns");
   all.stages.emplace_back(stage);
 }
 
@@ -569,10 +604,10 @@ void Program::run(const Step& step, int threads) {
   SQ_CHECK(rows == 0 || (step.ids != nullptr && step.positions != nullptr), "ids are null");
   const int32_t* checked = nullptr;
   for (const Stage& stage : all.stages) {
-    if (const auto* const embed = std::get_if<EmbedStage>(&stage)) {
+    if (const int64_t vocabulary = vocabulary_of(stage); vocabulary > 0) {
       for (int64_t row = 0; row < rows; ++row) {
-        SQ_CHECK(step.ids[row] >= 0 && step.ids[row] < embed->vocabulary, "token ", step.ids[row],
-                 " is not in the vocabulary of ", embed->vocabulary);
+        SQ_CHECK(step.ids[row] >= 0 && step.ids[row] < vocabulary, "token ", step.ids[row],
+                 " is not in the vocabulary of ", vocabulary);
       }
     } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
       const AttendStage& wanted = attend->stage;

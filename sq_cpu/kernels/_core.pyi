@@ -72,6 +72,16 @@ class Program:
     def __init__(self) -> None: ...
     def buffer(self, width: int) -> int: ...
     def embed(self, table: Tensor, multiplier: float, out: int) -> None: ...
+    # Rows of a packed weight [n, k], times the quantizer's 1 / s.
+    def embed_packed(
+        self,
+        packed: Tensor,
+        n: int,
+        k: int,
+        quantizer: ActivationQuantizer,
+        multiplier: float,
+        out: int,
+    ) -> None: ...
     # linears: packed, n, k, out, column, activation, other, accumulate, columns, column weight
     def project(
         self,

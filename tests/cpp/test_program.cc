@@ -31,7 +31,7 @@ struct Shape {
   int64_t layers = 2, rotated = 16, window = 0, float_columns = 0;
   Norm::Kind norm = Norm::Kind::kRms;
   bool interleaved = false, head_norms = false, sandwich = false, head = false;
-  bool smoothed = false;
+  bool smoothed = false, tied = false;
   Granularity granularity = Granularity::kPerToken;
   Activation activation = Activation::kSilu;
 
@@ -99,6 +99,9 @@ struct Model {
     for (int64_t i = 0; i < s.layers; ++i) layers.push_back(make_layer());
     final_norm = make_norm(s.width);
     head = make_linear(s.vocabulary, s.width);
+    head_quantizer = make_quantizer(s.width);
+    head_quantizer.granularity = Granularity::kPerToken;
+    head_quantizer.terms = s.tied ? 2 : 1;
     rotary_table = random_floats(kPositions * 2 * std::max<int64_t>(s.rotated, 1), rng);
     rotary = {rotary_table.data(), kPositions, s.rotated, s.interleaved};
   }
@@ -180,6 +183,7 @@ struct Model {
   std::vector<Layer> layers;
   Norm final_norm;
   Linear head;
+  ActivationQuantizer head_quantizer;
   Rotary rotary;
   std::deque<Floats> kept;
   std::deque<Aligned> packed;
@@ -274,7 +278,12 @@ Floats reference(const Model& model, const Call& call, Caches& caches) {
   const auto m = static_cast<int64_t>(call.ids.size());
   Floats x;
   for (int64_t id : call.ids) {
-    for (int64_t i = 0; i < s.width; ++i) x.push_back(model.table[id * s.width + i] * 1.5f);
+    Floats row(model.table.begin() + id * s.width, model.table.begin() + (id + 1) * s.width);
+    if (s.tied) {
+      gather_rows(model.head.weight, &id, 1, model.head_quantizer.inverse_smoothing, row.data(),
+                  DType::kFloat32, s.width);
+    }
+    for (const float v : row) x.push_back(v * 1.5f);
   }
   const auto residual = [&] {
     Epilogue e;
@@ -327,7 +336,7 @@ Floats reference(const Model& model, const Call& call, Caches& caches) {
   for (int64_t row : call.kept) {
     const Floats one(x.begin() + row * s.width, x.begin() + (row + 1) * s.width);
     const Floats y =
-        s.head ? multiply(normalized(model.final_norm, one), 1, model.head, ActivationQuantizer())
+        s.head ? multiply(normalized(model.final_norm, one), 1, model.head, model.head_quantizer)
                : one;
     result.insert(result.end(), y.begin(), y.end());
   }
@@ -352,7 +361,12 @@ void build(const Model& model, Program& program) {
   const Buffer x = program.buffer(s.width), qkv = program.buffer(q + 2 * kv);
   const Buffer o = program.buffer(q), up = program.buffer(s.ffn), gated = program.buffer(s.ffn);
   const Buffer apart = program.buffer(s.width), logits = program.buffer(s.vocabulary);
-  program.add(EmbedStage{model.table.data(), DType::kFloat32, s.vocabulary, 1.5f, x});
+  if (s.tied) {
+    program.add(
+        PackedEmbedStage{model.head.weight, model.head_quantizer.inverse_smoothing, 1.5f, x});
+  } else {
+    program.add(EmbedStage{model.table.data(), DType::kFloat32, s.vocabulary, 1.5f, x});
+  }
   const auto add = [&](Buffer in, const Model::Linear& linear, const ActivationQuantizer& quantizer,
                        const Norm& after) {
     ProjectedLinear projected = part(linear, s.sandwich ? apart : x);
@@ -376,7 +390,7 @@ void build(const Model& model, Program& program) {
   }
   if (s.head) {
     const std::vector<ProjectedLinear> head{part(model.head, logits)};
-    ProjectStage stage = project(x, model.final_norm, {}, head);
+    ProjectStage stage = project(x, model.final_norm, model.head_quantizer, head);
     stage.kept_rows = true;
     program.add(stage);
   }
@@ -446,7 +460,7 @@ Floats test_shape(const Shape& shape) {
 }
 
 std::vector<Shape> shapes() {
-  std::vector<Shape> all(9);
+  std::vector<Shape> all(11);
   all[1].width = 100, all[1].head_dim = 20, all[1].rotated = 12, all[1].ffn = 52;
   all[2].interleaved = true, all[2].norm = Norm::Kind::kLayer, all[2].rotated = 6;
   all[3].head_norms = true, all[3].head_dim = 64, all[3].rotated = 64, all[3].kv_heads = 1;
@@ -456,6 +470,9 @@ std::vector<Shape> shapes() {
   all[7].granularity = Granularity::kStatic, all[7].rotated = 0;
   // Codes of 16 rows that a worker does not make for itself.
   all[8].width = 1200, all[8].ffn = 1100, all[8].layers = 1, all[8].float_columns = 2;
+  all[9].tied = true, all[9].head = true, all[9].smoothed = true, all[9].vocabulary = 77;
+  // Two terms of more rows than a worker quantizes for itself.
+  all[10].tied = true, all[10].head = true, all[10].width = 600, all[10].layers = 1;
   return all;
 }
 
@@ -517,6 +534,8 @@ void test_refusals() {
     program.add(stage);
   });
   check_refused("no rows", [&] { program.add(EmbedStage{nullptr, DType::kFloat32, 1, 1.0f, x}); });
+  check_refused("not of 48 columns",
+                [&] { program.add(PackedEmbedStage{layer.out.weight, nullptr, 1.0f, x}); });
   check_refused("needs a norm", [&] { program.add(MergeStage{x, {}, y}); });
   check_refused("no result", [&] { program.run({}); });
 

@@ -1,6 +1,6 @@
 // A decoder's forward as data: stages that run one after another in one parallel region.
 //
-//   embed     x[m, d] = table[id] * multiplier
+//   embed     x[m, d] = table[id] * multiplier, or that row of a packed weight (gather_rows())
 //   project   codes = quantize(norm(x)), once for all of its linears; each of them
 //             y[m, column ..] (+)= activation(codes W^T + bias) * other
 //   attend    q and k of a projection: norm per head, rotary embedding, append() to the cache;
@@ -41,6 +41,13 @@ struct EmbedStage {
   const void* table;  // [vocabulary, width of out]
   DType type;
   int64_t vocabulary;
+  float multiplier;
+  Buffer out;
+};
+
+struct PackedEmbedStage {
+  PackedWeight weight;
+  const float* inverse_smoothing;  // [width of out], or null
   float multiplier;
   Buffer out;
 };
@@ -125,6 +132,7 @@ class Program {
 
   Buffer buffer(int64_t width);
   void add(const EmbedStage& stage);
+  void add(const PackedEmbedStage& stage);
   void add(const ProjectStage& stage);
   void add(const AttendStage& stage);
   void add(const MergeStage& stage);
