@@ -140,14 +140,15 @@ PyMethodDef functions[] = {
     SQ_FUNCTION(codes_bytes, "m, k, "),
     SQ_FUNCTION(count_saturation, "codes, zero_point, max_code, packed, n, k, "),
     SQ_FUNCTION(gemm, "codes, zero_point, max_code, packed, n, k, y, "),
+    SQ_FUNCTION(gather_rows, "packed, n, k, quantizer, ids, y, "),
     SQ_FUNCTION(is_plain, "x, "),
     SQ_FUNCTION(linear, "x, packed, n, k, quantizer, y, activation, other, residual, "),
     SQ_FUNCTION(linear_quantized,
-                "codes, scale, zero_point, max_code, packed, n, k, y, activation, other, "
+                "codes, scale, zero_point, max_code, terms, packed, n, k, y, activation, other, "
                 "residual, "),
     SQ_FUNCTION(linear_requantized,
-                "codes, scale, zero_point, max_code, packed, n, k, y_quantizer, y_codes, y_scale, "
-                "y_zero_point, operand_type, activation, other, residual, "),
+                "codes, scale, zero_point, max_code, terms, packed, n, k, y_quantizer, y_codes, "
+                "y_scale, y_zero_point, operand_type, activation, other, residual, "),
     SQ_FUNCTION(linear_tensor, "x, packed, in_features, out_features, quantizer, "),
     SQ_FUNCTION(microkernel_name, "max_code, m, "),
     SQ_FUNCTION(pack_weight, "weight, scale, bias, out, "),
@@ -197,20 +198,21 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Quantizer>(m, "ActivationQuantizer")
       .def(py::init(&make_quantizer), py::arg("granularity"), py::arg("symmetric"),
            py::arg("reduce_range"), py::arg("scale") = 0.0, py::arg("zero_point") = 0,
-           py::arg("inverse_smoothing") = std::vector<float>())
+           py::arg("inverse_smoothing") = std::vector<float>(), py::arg("terms") = 1)
       .def_property_readonly("max_code", [](const Quantizer& q) { return q.max_code(); })
+      .def_property_readonly("terms", [](const Quantizer& q) { return q.terms; })
       .def(
           "__eq__", [](const Quantizer& a, const Quantizer& b) { return a.key() == b.key(); },
           py::is_operator())
       .def(py::pickle(
           [](const Quantizer& q) {
             return py::make_tuple(static_cast<int>(q.granularity), q.symmetric, q.reduce_range,
-                                  q.scale, q.zero_point, q.inverse_smoothing);
+                                  q.scale, q.zero_point, q.inverse_smoothing, q.terms);
           },
           [](const py::tuple& t) {
             return make_quantizer(static_cast<Granularity>(t[0].cast<int>()), t[1].cast<bool>(),
                                   t[2].cast<bool>(), t[3].cast<double>(), t[4].cast<py::object>(),
-                                  t[5].cast<std::vector<float>>());
+                                  t[5].cast<std::vector<float>>(), t[6].cast<py::object>());
           }));
 
   define_program(m);

@@ -38,6 +38,7 @@ struct Quantizer {
   float scale;
   int32_t zero_point;
   std::vector<float> inverse_smoothing;  // empty: none
+  int terms;
 
   ActivationQuantizer view(int64_t k) const {
     const auto size = static_cast<int64_t>(inverse_smoothing.size());
@@ -49,33 +50,38 @@ struct Quantizer {
     view.reduce_range = reduce_range;
     view.scale = scale;
     view.zero_point = zero_point;
+    view.terms = terms;
     view.inverse_smoothing = size == 0 ? nullptr : inverse_smoothing.data();
     return view;
   }
   int max_code() const { return view(static_cast<int64_t>(inverse_smoothing.size())).max_code(); }
   auto key() const {
-    return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing);
+    return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing,
+                    terms);
   }
 };
 
 // bindings_linear.cc
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
-                         const py::object& zero_point, std::vector<float> inverse_smoothing);
+                         const py::object& zero_point, std::vector<float> inverse_smoothing,
+                         const py::object& terms);
 void pack_weight(py::handle codes, py::handle scale, py::handle bias, py::handle out);
 void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py::handle scale,
                    py::handle bias);
+void gather_rows(py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
+                 py::handle ids, py::handle y);
 void linear(py::handle x, py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
             py::handle y, Activation activation, py::handle other, py::handle residual);
 void quantize_activations(py::handle x, int64_t k, const Quantizer& quantizer, py::handle codes,
                           py::handle scale, py::handle zero_point);
 void linear_quantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
-                      py::handle packed, int64_t n, int64_t k, py::handle y, Activation activation,
-                      py::handle other, py::handle residual);
+                      int terms, py::handle packed, int64_t n, int64_t k, py::handle y,
+                      Activation activation, py::handle other, py::handle residual);
 void linear_requantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
-                        py::handle packed, int64_t n, int64_t k, const Quantizer& y_quantizer,
-                        py::handle y_codes, py::handle y_scale, py::handle y_zero_point,
-                        DType operand_type, Activation activation, py::handle other,
-                        py::handle residual);
+                        int terms, py::handle packed, int64_t n, int64_t k,
+                        const Quantizer& y_quantizer, py::handle y_codes, py::handle y_scale,
+                        py::handle y_zero_point, DType operand_type, Activation activation,
+                        py::handle other, py::handle residual);
 bool is_plain(py::handle x);
 py::object linear_tensor(py::handle x, py::handle packed, int64_t k, int64_t n,
                          const Quantizer& quantizer);

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "bindings.h"
+#include "operands.h"
 #include "quantize.h"
 #include "sq_cpu/saturation.h"
 
@@ -20,9 +21,9 @@ PackedWeight weight(py::handle packed, int64_t n, int64_t k) {
   return {array<const std::byte>("the packed weight", packed, Torch::get().uint8, bytes), n, k};
 }
 
-// Of as many rows as zero_point has elements. scale: None where it is not read.
+// Of as many rows of codes as zero_point has elements. scale: None where it is not read.
 QuantizedActivation quantized(py::handle codes, py::handle scale, py::handle zero_point, int64_t k,
-                              int max_code) {
+                              int max_code, int terms = 1) {
   const Torch& torch = Torch::get();
   const int64_t m = count(zero_point);
   return {array<uint8_t>("codes", codes, torch.uint8, codes_bytes(m, k)),
@@ -30,7 +31,14 @@ QuantizedActivation quantized(py::handle codes, py::handle scale, py::handle zer
           array<int32_t>("zero_point", zero_point, torch.int32, m),
           m,
           k,
-          max_code};
+          max_code,
+          terms};
+}
+
+// The rows of x that codes stand for.
+int64_t rows_of(const sq_cpu::QuantizedActivation& x) {
+  sq_cpu::check_activation("x", x);
+  return x.m / x.terms;
 }
 
 // The input of a layer: floats, rows of k.
@@ -67,16 +75,25 @@ Epilogue epilogue(Activation activation, py::handle other, py::handle residual, 
       n,          type};
 }
 
+// An argument of ActivationQuantizer; any outside of [low, high] becomes the nearer end.
+int32_t bounded(size_t index, const py::object& argument, int64_t low, int64_t high) {
+  const auto given = cast<int64_t>("ActivationQuantizer", index, argument.ptr());
+  return static_cast<int32_t>(std::clamp(given, low, high));
+}
+
 }  // namespace
 
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
-                         const py::object& zero_point, std::vector<float> inverse_smoothing) {
-  constexpr int64_t kNoCodes[] = {-1, 256};
-  const auto given = cast<int64_t>("ActivationQuantizer", 4, zero_point.ptr());
-  const auto narrow = static_cast<int32_t>(std::clamp(given, kNoCodes[0], kNoCodes[1]));
-  Quantizer quantizer{granularity,  symmetric,
-                      reduce_range, static_cast<float>(scale),
-                      narrow,       std::move(inverse_smoothing)};
+                         const py::object& zero_point, std::vector<float> inverse_smoothing,
+                         const py::object& terms) {
+  // The ends are no codes, and no numbers of terms.
+  Quantizer quantizer{granularity,
+                      symmetric,
+                      reduce_range,
+                      static_cast<float>(scale),
+                      bounded(4, zero_point, -1, 256),
+                      std::move(inverse_smoothing),
+                      bounded(6, terms, 0, 3)};
   check_quantizer(quantizer.view(static_cast<int64_t>(quantizer.inverse_smoothing.size())));
   return quantizer;
 }
@@ -106,6 +123,21 @@ void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py
   sq_cpu::unpack_weight(from, w, scales, biases);
 }
 
+void gather_rows(py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
+                 py::handle ids, py::handle y) {
+  const sq_cpu::PackedWeight w = weight(packed, n, k);
+  const int64_t rows = count(ids);
+  auto* const from = array<const int64_t>("ids", ids, Torch::get().int64, rows);
+  SQ_CHECK(is_tensor(y), "y is ", describe(y), ", not a tensor");
+  const std::optional<DType> type = float_type(y);
+  SQ_CHECK(type.has_value(), "y is ", describe(y), "; use float32, bfloat16 or float16");
+  auto* const out =
+      array<void>("y", y, get(y, Torch::get().dtype), sq_cpu::bounded_product(rows, k));
+  const sq_cpu::ActivationQuantizer view = quantizer.view(k);
+  const Door door;
+  sq_cpu::gather_rows(w, from, rows, view.inverse_smoothing, out, *type, k);
+}
+
 void linear(py::handle x, py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
             py::handle y, Activation activation, py::handle other, py::handle residual) {
   const PackedWeight w = weight(packed, n, k);
@@ -121,36 +153,38 @@ void quantize_activations(py::handle x, int64_t k, const Quantizer& quantizer, p
                           py::handle scale, py::handle zero_point) {
   const Input in = input(x, k);
   const ActivationQuantizer view = quantizer.view(k);
-  const QuantizedActivation out = quantized(codes, scale, zero_point, k, view.max_code());
-  SQ_CHECK(out.m == in.m, "zero_point has ", out.m, " elements, x ", in.m, " rows");
+  const QuantizedActivation out =
+      quantized(codes, scale, zero_point, k, view.max_code(), view.terms);
+  SQ_CHECK(rows_of(out) == in.m, "zero_point has ", out.m, " elements, x ", in.m, " rows");
   const Door door;
   sq_cpu::quantize_activations(in.data, in.type, k, view, out);
 }
 
 void linear_quantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
-                      py::handle packed, int64_t n, int64_t k, py::handle y, Activation activation,
-                      py::handle other, py::handle residual) {
+                      int terms, py::handle packed, int64_t n, int64_t k, py::handle y,
+                      Activation activation, py::handle other, py::handle residual) {
   const PackedWeight w = weight(packed, n, k);
-  const QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code);
+  const QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code, terms);
+  const int64_t m = rows_of(in);
   SQ_CHECK(is_tensor(y), "y is ", describe(y), ", not a tensor");
   const std::optional<DType> type = float_type(y);
   SQ_CHECK(type.has_value(), "y is ", describe(y), "; use float32, bfloat16 or float16");
-  const Epilogue steps = epilogue(activation, other, residual, in.m, n, *type);
-  auto* const out = array<void>("y", y, get(y, Torch::get().dtype), bounded_product(in.m, n));
+  const Epilogue steps = epilogue(activation, other, residual, m, n, *type);
+  auto* const out = array<void>("y", y, get(y, Torch::get().dtype), bounded_product(m, n));
   const Door door;
   sq_cpu::linear(in, w, out, *type, n, steps);
 }
 
 void linear_requantized(py::handle codes, py::handle scale, py::handle zero_point, int max_code,
-                        py::handle packed, int64_t n, int64_t k, const Quantizer& y_quantizer,
-                        py::handle y_codes, py::handle y_scale, py::handle y_zero_point,
-                        DType operand_type, Activation activation, py::handle other,
-                        py::handle residual) {
+                        int terms, py::handle packed, int64_t n, int64_t k,
+                        const Quantizer& y_quantizer, py::handle y_codes, py::handle y_scale,
+                        py::handle y_zero_point, DType operand_type, Activation activation,
+                        py::handle other, py::handle residual) {
   const PackedWeight w = weight(packed, n, k);
-  const QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code);
+  const QuantizedActivation in = quantized(codes, scale, zero_point, k, max_code, terms);
   const ActivationQuantizer view = y_quantizer.view(n);
   const QuantizedActivation out = quantized(y_codes, y_scale, y_zero_point, n, view.max_code());
-  const Epilogue steps = epilogue(activation, other, residual, in.m, n, operand_type);
+  const Epilogue steps = epilogue(activation, other, residual, rows_of(in), n, operand_type);
   const Door door;
   sq_cpu::linear(in, w, view, out, steps);
 }

@@ -36,15 +36,15 @@ constexpr int64_t most_groups(const Microkernel& kernel, int64_t rows) {
 }
 
 // Calls f(group) for groups of rows that a call of the microkernel takes: near-equal parts of a
-// block of 16, or whole blocks for a kernel that takes more. A last group of a row or two would
-// wait for its own latency. `rows` begin at a multiple of row_step().
+// block of 16, cut at multiples of `step`, or whole blocks for a kernel that takes more. A last
+// group of a row or two would wait for its own latency. `rows` begin at a multiple of row_step().
 template <typename Function>
-void for_each_group(const Microkernel& kernel, Range rows, Function f) {
+void for_each_group(const Microkernel& kernel, Range rows, Function f, int64_t step = 1) {
   for (int64_t row = rows.begin; row < rows.end; row += row_step(kernel)) {
     const int64_t size = std::min(row_step(kernel), rows.end - row);
     const int64_t parts = ceil_div(size, kernel.rows);
     for (int64_t index = 0; index < parts; ++index) {
-      const Range group = part(size, 1, parts, index);
+      const Range group = part(size, step, parts, index);
       f(Range{row + group.begin, row + group.end});
     }
   }

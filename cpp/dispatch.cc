@@ -28,6 +28,9 @@ constexpr bool keeps_to_blocks(const Microkernel& kernel) {
   return kernel.rows <= kBlockRows || kernel.rows % kBlockRows == 0;
 }
 
+// A group may hold whole pairs of rows, the two terms of a row of x.
+constexpr bool takes_pairs(const Microkernel& kernel) { return kernel.rows % 2 == 0; }
+
 // A product asks for codes up to 127 or up to 255.
 constexpr bool can_be_chosen(const Microkernel& kernel) {
   return (kernel.max_code == 127 || kernel.max_code == 255) && kernel.from_m >= 1;
@@ -52,6 +55,7 @@ constexpr bool worst_first() {
 static_assert(all_rows(fits), "kernels.inc: a microkernel exceeds kMaxRows or kMaxColumns");
 static_assert(all_rows(keeps_to_blocks),
               "kernels.inc: rows beyond a block of codes must be blocks");
+static_assert(all_rows(takes_pairs), "kernels.inc: rows must be even");
 static_assert(all_rows(can_be_chosen), "kernels.inc: codes are up to 127 or 255, from_m 1 or more");
 static_assert(all_rows([](const Microkernel& k) { return kMostRows % row_step(k) == 0; }),
               "kernels.inc: kMostRows must be whole groups of every microkernel");

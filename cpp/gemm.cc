@@ -148,9 +148,10 @@ class Worker {
     if (rows.begin == rows_.begin && rows.end == rows_.end) return;
     rows_ = rows;
     groups_ = 0;
-    for_each_group(kernel_, rows, [&](Range r) {
+    const auto add = [&](Range r) {
       group_[groups_++] = {r.begin, static_cast<int>(r.size()), codes_.offset(r.begin)};
-    });
+    };
+    for_each_group(kernel_, rows, add, args_->x.terms);
   }
 
   void strip_block(Range strips, int64_t last_strip) {
@@ -190,7 +191,7 @@ class Worker {
           kernel_.run(tile);
           deferred_.finish();
           if (cut + 1 == cuts) {
-            deferred_.defer(epilogue_of(group, s, width), args_->steps, group.row);
+            deferred_.defer(epilogue_of(group, s, width), args_->steps, group.row / args_->x.terms);
           }
           if (!kernel_.overlaps_epilogue) deferred_.finish();
           sums_.next();
@@ -222,6 +223,7 @@ class Worker {
     e.ldc = width * kStripColumns;
     e.row = 0;
     e.rows = group.rows;
+    e.terms = args_->x.terms;
     e.row_scale = args_->x.scale == nullptr ? nullptr : args_->x.scale + group.row;  // kInt32
     e.row_zero_point = args_->x.zero_point + group.row;
     e.trailer = args_->weight.data + s * stride_ + k_blocks_ * kTileBytes;
@@ -230,12 +232,14 @@ class Worker {
     e.column = s * kStripColumns;
     e.columns = std::min(width * kStripColumns, args_->weight.n - e.column);
     auto* y = static_cast<char*>(args_->y);
+    // The integers are of each row of codes.
+    const int64_t y_row = args_->output == Output::kInt32 ? group.row : group.row / args_->x.terms;
     if (args_->output == Output::kCode) {
-      const CodeLayout layout(args_->x.m, args_->weight.n);
-      e.y = y + layout.offset(group.row);
+      const CodeLayout layout(args_->x.m / args_->x.terms, args_->weight.n);
+      e.y = y + layout.offset(y_row);
       e.y_block = layout.block;
     } else {
-      e.y = y + group.row * args_->ldy * element_bytes(args_->output);
+      e.y = y + y_row * args_->ldy * element_bytes(args_->output);
     }
     return e;
   }

@@ -53,6 +53,12 @@ static_assert(static_cast<int>(Output::kFloat32) == static_cast<int>(DType::kFlo
                   static_cast<int>(Output::kFloat16) == static_cast<int>(DType::kFloat16),
               "a DType becomes an Output by its number");
 
+// What a row of codes leaves over, x - scale * (u - zero_point), becomes the codes of a second row.
+struct ResidualGrid {
+  float scale;  // of the first row
+  RowGrid grid;
+};
+
 // The optional steps of an epilogue; operands point to the group's first row, column 0.
 struct EpilogueSteps {
   Activation activation;
@@ -65,13 +71,14 @@ struct EpilogueSteps {
   float* code_scale;  // turns NaN where v is not finite
 };
 
-// Rows row .. rows - 1, columns column .. column + columns - 1 of y, from c[rows, ldc]; nothing
-// else is stored.
+// From rows row .. rows - 1 of the sums c[rows, ldc], of which each `terms` add up to a row of y:
+// its columns column .. column + columns - 1. Nothing else is stored.
 struct EpilogueArgs {
   const int32_t* c;
   int64_t ldc;
-  int row;
+  int row;  // a multiple of terms, as is rows
   int rows;
+  int terms;  // 1 or 2
   const float* row_scale;
   const int32_t* row_zero_point;
   const std::byte* trailer;  // of the first strip
@@ -222,17 +229,30 @@ struct ColumnArgs {
   float* y;
 };
 
+// A row of packed weights: column `column` of a strip.
+struct WeightRow {
+  const std::byte* strip;
+  int64_t column;
+  int64_t k;
+  float scale;
+  const float* inverse_smoothing;  // [k], or null
+};
+
 // What is beside the product, compiled once per vector width from rows.h, count_saturated.h,
 // strips.h, softmax.h and norm.h.
 struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
   void (*quantize[kDTypes])(const RowArgs&, const RowGrid&, uint8_t* u, int64_t u_tile);
+  // The same with the codes of a second term, which are the next row of the block.
+  void (*quantize_twice[kDTypes])(const RowArgs&, const RowGrid&, const ResidualGrid&, uint8_t* u,
+                                  int64_t u_tile);
   void (*epilogue[kOutputs])(const EpilogueArgs&);
   // The pairs of all products whose sum leaves int16.
   int64_t (*count_saturated)(const PairArgs&);
-  void (*pack_nk)(const StripArgs&);  // w is [n, k]
-  void (*pack_kn)(const StripArgs&);  // w is [k, n]
+  void (*pack_nk)(const StripArgs&);                       // w is [n, k]
+  void (*pack_kn)(const StripArgs&);                       // w is [k, n]
+  void (*weight_row[kDTypes])(const WeightRow&, void* y);  // by DType of y
   // Writes the k bytes of x, each xor `flip`, as a row of codes in tiles u_tile bytes apart.
   // Returns the union of the bits of 8 codes at a time.
   uint64_t (*arrange)(const void* x, int64_t k, uint8_t flip, uint8_t* u, int64_t u_tile);

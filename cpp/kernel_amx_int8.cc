@@ -56,7 +56,7 @@ void fetch_tile(const void* tile) {
 // Part `step` of `steps` of an epilogue: vector work, while the tile unit is busy.
 void work_on(const TileArgs& t, int64_t step, int64_t steps) {
   EpilogueArgs part = *t.waiting;
-  part.rows = static_cast<int>(t.waiting->rows * step / steps);
+  part.rows = static_cast<int>(t.waiting->rows * step / steps) / part.terms * part.terms;
   if (part.rows <= part.row) return;
   t.epilogue(part);
   t.waiting->row = part.rows;

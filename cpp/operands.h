@@ -25,6 +25,10 @@ inline void check_dtype(const char* name, DType type) {
            static_cast<int>(type));
 }
 
+inline void check_terms(const char* name, int terms) {
+  SQ_CHECK(terms == 1 || terms == 2, name, ".terms is ", terms, "; it is 1 or 2");
+}
+
 inline void check_weight(const PackedWeight& weight) {
   const int64_t bytes = packed_bytes(weight.n, weight.k);  // checks the shape
   SQ_CHECK(weight.data != nullptr || bytes == 0, "the packed weight is null");
@@ -36,6 +40,8 @@ inline void check_activation(const char* name, const QuantizedActivation& x) {
   SQ_CHECK(x.zero_point != nullptr || x.m == 0, name, ".zero_point is null");
   SQ_CHECK(x.max_code == 127 || x.max_code == 255, name, ".max_code is ", x.max_code,
            "; codes reach 127 or 255");
+  check_terms(name, x.terms);
+  SQ_CHECK(x.m % x.terms == 0, name, " has ", x.m, " rows of codes, which are no pairs");
 }
 
 inline void check_product(const QuantizedActivation& x, const PackedWeight& weight) {

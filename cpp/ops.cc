@@ -79,7 +79,7 @@ void run_product(const GemmArgs& args) {
 void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuantizer& quantizer,
                 const RowStats& whole) {
   const RowKernels& rows = row_kernels(active_isa());
-  if (OwnCodes::hold(x.m, x.k)) {
+  if (OwnCodes::hold(args.x.m, x.k)) {
     // Not in the lambda's own frame: the codes must outlive it.
     thread_local OwnCodes storage;
     run_product(args, [&](GemmArgs& own, int, int) {
@@ -117,29 +117,32 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
   if (quantizer.granularity == Granularity::kPerTensor) {
     whole = tensor_stats(part_x, row_kernels(active_isa()));
   }
-  const int64_t pass = rows_per_pass(m, weight.k);
+  const int terms = quantizer.terms;
+  const int64_t pass = rows_per_pass(m * terms, weight.k) / terms;
   thread_local Scratch<uint8_t> codes;
   thread_local Scratch<float> scales;
   thread_local Scratch<int32_t> zero_points;
   GemmArgs args{};
   args.x.k = weight.k;
   args.x.max_code = quantizer.max_code();
+  args.x.terms = terms;
   args.weight = weight;
   args.y = y;
   args.output = static_cast<Output>(y_type);
   args.ldy = ldy;
   args.steps = given;
-  if (!OwnCodes::hold(pass, weight.k)) {
-    args.x.codes = codes.get(codes_bytes(pass, weight.k));
-    args.x.scale = scales.get(pass);
-    args.x.zero_point = zero_points.get(pass);
+  if (!OwnCodes::hold(pass * terms, weight.k)) {
+    args.x.codes = codes.get(codes_bytes(pass * terms, weight.k));
+    args.x.scale = scales.get(pass * terms);
+    args.x.zero_point = zero_points.get(pass * terms);
   }
   for (int64_t m0 = 0; m0 < m; m0 += pass) {
-    args.x.m = part_x.m = std::min(pass, m - m0);
+    part_x.m = std::min(pass, m - m0);
+    args.x.m = part_x.m * terms;
     run_linear(args, part_x, quantizer, whole);
-    part_x.x = part_x.row(args.x.m).x;
-    args.y = static_cast<char*>(args.y) + args.x.m * ldy * element_bytes(args.output);
-    advance(steps, args.x.m);
+    part_x.x = part_x.row(part_x.m).x;
+    args.y = static_cast<char*>(args.y) + part_x.m * ldy * element_bytes(args.output);
+    advance(steps, part_x.m);
   }
 }
 
@@ -148,9 +151,9 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, D
   check_product(x, weight);
   check_scale("x", x);
   check_dtype("y", y_type);
-  check_matrix("y", y, x.m, weight.n, ldy);
+  check_matrix("y", y, x.m / x.terms, weight.n, ldy);
   EpilogueSteps steps;
-  const EpilogueSteps* const given = make_steps(epilogue, x.m, weight.n, steps);
+  const EpilogueSteps* const given = make_steps(epilogue, x.m / x.terms, weight.n, steps);
   if (x.m == 0 || weight.n == 0) return;
   run_product({x, weight, y, static_cast<Output>(y_type), ldy, given});
 }
@@ -161,17 +164,18 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight,
   check_product(x, weight);
   check_scale("x", x);
   check_quantizer(y_quantizer);
-  SQ_CHECK(
-      y_quantizer.granularity == Granularity::kStatic && y_quantizer.inverse_smoothing == nullptr,
-      "int8 out needs a static quantizer without smoothing");
+  SQ_CHECK(y_quantizer.granularity == Granularity::kStatic &&
+               y_quantizer.inverse_smoothing == nullptr && y_quantizer.terms == 1 && y.terms == 1,
+           "int8 out needs a static quantizer of one term, without smoothing");
   check_activation("y", y);
   check_scale("y", y);
-  SQ_CHECK(y.m == x.m && y.k == weight.n, "y is [", y.m, ", ", y.k, "], the product [", x.m, ", ",
+  const int64_t m = x.m / x.terms;
+  SQ_CHECK(y.m == m && y.k == weight.n, "y is [", y.m, ", ", y.k, "], the product [", m, ", ",
            weight.n, "]");
   SQ_CHECK(y.max_code == y_quantizer.max_code(), "y.max_code is ", y.max_code,
            ", its quantizer's is ", y_quantizer.max_code());
   EpilogueSteps steps;
-  make_steps(epilogue, x.m, weight.n, steps);
+  make_steps(epilogue, m, weight.n, steps);
   const RowCode code = make_code(y_quantizer, {0.0f, 0.0f, true});
   steps.grid = code.grid;
   steps.code_scale = y.scale;

@@ -7,6 +7,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "layout.h"
+#include "operands.h"
 #include "sq_cpu/isa.h"
 #include "sq_cpu/linear.h"
 #include "team.h"
@@ -73,6 +74,31 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
       std::byte* strip = packed + s * strip_bytes(k);
       pack_strips({weight + n0 * k, k, columns, k, strip, true});
       write_scale_and_bias(scale + n0, bias == nullptr ? nullptr : bias + n0, columns, k, strip);
+    }
+  });
+}
+
+void gather_rows(const PackedWeight& weight, const int64_t* ids, int64_t count,
+                 const float* inverse_smoothing, void* y, DType y_type, int64_t ldy) {
+  check_weight(weight);
+  check_dtype("y", y_type);
+  check_matrix("y", y, count, weight.k, ldy);
+  SQ_CHECK(count <= kMostBytes && (ids != nullptr || count == 0), "ids is null");
+  for (int64_t i = 0; i < count; ++i) {
+    SQ_CHECK(ids[i] >= 0 && ids[i] < weight.n, "id ", ids[i], " is none of the ", weight.n,
+             " rows of the weight");
+  }
+  const auto weight_row = row_kernels(active_isa()).weight_row[static_cast<int>(y_type)];
+  const int64_t row_bytes = ldy * (y_type == DType::kFloat32 ? 4 : 2);
+  const int64_t tiles = k_block_count(weight.k) * kTileBytes;
+  // A row brings its strip's whole lines in: those of 16.
+  run_team(worker_count(count, kStripColumns, weight.k), [&](int worker, int workers) {
+    const Range mine = part(count, 1, workers, worker);
+    for (int64_t i = mine.begin; i < mine.end; ++i) {
+      const std::byte* strip = weight.data + ids[i] / kStripColumns * strip_bytes(weight.k);
+      WeightRow row{strip, ids[i] % kStripColumns, weight.k, 0.0f, inverse_smoothing};
+      std::memcpy(&row.scale, strip + tiles + 4 * (kStripColumns + row.column), sizeof row.scale);
+      weight_row(row, static_cast<char*>(y) + i * row_bytes);
     }
   });
 }

@@ -20,6 +20,7 @@ constexpr double kFloor = 1e-30;  // of an absolute maximum: keeps 127 / absmax 
 void check_quantizer(const ActivationQuantizer& q) {
   SQ_CHECK(is_one_of(q.granularity, Granularity::kStatic), "the quantizer has the unknown ",
            "Granularity ", static_cast<int>(q.granularity));
+  check_terms("the quantizer", q.terms);
   if (q.granularity != Granularity::kStatic) return;
   SQ_CHECK(q.scale > 0.0f && std::isfinite(q.scale) && std::isfinite(1.0f / q.scale),
            "static activation scale is ", q.scale,
@@ -61,6 +62,18 @@ RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
   return code;
 }
 
+RowCode residual_code(const ActivationQuantizer& q, const RowCode& code) {
+  const int absmax_code = q.max_code() / 2;
+  const double steps = 2.0 * absmax_code;
+  RowCode residual;
+  residual.scale = static_cast<float>(code.scale / steps);
+  residual.grid.inv_scale = static_cast<float>(steps / code.scale);
+  residual.grid.zero_point = absmax_code + 1;
+  residual.grid.low = static_cast<float>(-absmax_code);
+  residual.grid.high = static_cast<float>(absmax_code);
+  return residual;
+}
+
 RowStats tensor_stats(const Activations& x, const RowKernels& kernels) {
   const auto stats = kernels.stats[static_cast<int>(x.type)];
   RowStats whole{0.0f, 0.0f, true};
@@ -87,14 +100,24 @@ void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& 
                    const QuantizedActivation& out) {
   const auto stats = kernels.stats[static_cast<int>(x.type)];
   const auto quantize = kernels.quantize[static_cast<int>(x.type)];
+  const auto quantize_twice = kernels.quantize_twice[static_cast<int>(x.type)];
   const CodeLayout layout(out.m, out.k);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const RowStats own = stats(x.row(row));
     const bool shared = q.granularity == Granularity::kPerTensor;
     const RowCode code = make_code(q, shared ? RowStats{whole.min, whole.max, own.finite} : own);
-    quantize(x.row(row), code.grid, out.codes + layout.offset(row), layout.tile);
-    out.scale[row] = code.scale;
-    out.zero_point[row] = code.grid.zero_point;
+    const int64_t first = row * q.terms;  // of the rows of codes
+    uint8_t* const codes = out.codes + layout.offset(first);
+    out.scale[first] = code.scale;
+    out.zero_point[first] = code.grid.zero_point;
+    if (q.terms == 1) {
+      quantize(x.row(row), code.grid, codes, layout.tile);
+      continue;
+    }
+    const RowCode residual = residual_code(q, code);
+    quantize_twice(x.row(row), code.grid, {code.scale, residual.grid}, codes, layout.tile);
+    out.scale[first + 1] = residual.scale;
+    out.zero_point[first + 1] = residual.grid.zero_point;
   }
 }
 
@@ -114,15 +137,18 @@ void quantize_activations(const void* x, DType x_type, int64_t ldx,
   check_activation("out", out);
   check_scale("out", out);
   check_dtype("x", x_type);
-  check_matrix("x", x, out.m, out.k, ldx);
   SQ_CHECK(out.max_code == quantizer.max_code(), "out.max_code is ", out.max_code,
            ", the quantizer's is ", quantizer.max_code());
+  SQ_CHECK(out.terms == quantizer.terms, "out.terms is ", out.terms, ", the quantizer's is ",
+           quantizer.terms);
+  const int64_t m = out.m / out.terms;
+  check_matrix("x", x, m, out.k, ldx);
   const RowKernels& rows = row_kernels(active_isa());
-  const Activations all{x, x_type, out.m, out.k, ldx, quantizer.inverse_smoothing};
+  const Activations all{x, x_type, m, out.k, ldx, quantizer.inverse_smoothing};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows);
   run_team(worker_count(out.m, out.k, 1), [&](int worker, int workers) {
-    quantize_rows(all, part(out.m, 1, workers, worker), quantizer, whole, rows, out);
+    quantize_rows(all, part(m, 1, workers, worker), quantizer, whole, rows, out);
   });
 }
 

@@ -20,6 +20,9 @@ struct RowCode {  // how the rows that share statistics become u8
 // Of rows with these statistics, which a static quantizer does not read but for `finite`.
 RowCode make_code(const ActivationQuantizer& q, const RowStats& stats);
 
+// Of what those codes leave over: at most half a step, which becomes 127 (63) steps.
+RowCode residual_code(const ActivationQuantizer& q, const RowCode& code);
+
 struct Activations {
   const void* x;
   DType type;
@@ -35,7 +38,8 @@ struct Activations {
 // Statistics over all finite rows, for a per-tensor scale. Opens a region of its own.
 RowStats tensor_stats(const Activations& x, const RowKernels& kernels);
 
-// Rows of x, by one thread; `whole` is what tensor_stats() gave, read for a per-tensor scale only.
+// Rows of x, by one thread, to `out`, where each is q.terms rows; `whole` is what tensor_stats()
+// gave, read for a per-tensor scale only.
 void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
                    const RowStats& whole, const RowKernels& kernels,
                    const QuantizedActivation& out);

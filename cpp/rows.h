@@ -94,11 +94,14 @@ struct Coder {
         low(splat(grid.low)),
         high(splat(grid.high)),
         bias(0x4b400000u - static_cast<uint32_t>(grid.zero_point)) {}
-  U8 operator()(F32 v) const {
+  U8 operator()(F32 v) const { return narrowed(biased(v)); }
+  // rne(v) without the zero point, + 1.5 * 2^23.
+  F32 biased(F32 v) const {
     v *= inv_scale;
     v = min(max(v, low), high);  // NaN becomes low; its row's scale is NaN
-    return narrow((U32)(v + 0x1.8p23f) - bias);
+    return v + 0x1.8p23f;
   }
+  U8 narrowed(F32 biased) const { return narrow((U32)biased - bias); }
   float inv_scale;
   F32 low, high;
   uint32_t bias;
@@ -109,6 +112,19 @@ void quantize_row(const RowArgs& row, const RowGrid& grid, uint8_t* u, int64_t u
   const Coder code(grid);
   for_each_vector<kType>(row, [&](uint64_t i, F32 v, auto) {
     store_bits(u + i / kTileDepth * u_tile + i % kTileDepth, code(v));
+  });
+}
+
+template <DType kType>
+void quantize_row_twice(const RowArgs& row, const RowGrid& grid, const ResidualGrid& residual,
+                        uint8_t* u, int64_t u_tile) {
+  const Coder code(grid), rest(residual.grid);
+  const F32 minus_scale = splat(-residual.scale);
+  for_each_vector<kType>(row, [&](uint64_t i, F32 v, auto) {
+    uint8_t* const to = u + i / kTileDepth * u_tile + i % kTileDepth;
+    const F32 biased = code.biased(v);
+    store_bits(to, code.narrowed(biased));
+    store_bits(to + kTileDepth, rest(fma(biased - 0x1.8p23f, minus_scale, v)));
   });
 }
 
@@ -172,7 +188,7 @@ F32 apply(const EpilogueSteps& steps, F32 v, int64_t row, int64_t column, int64_
 // One vector of columns of a panel.
 struct Columns {
   const std::byte* trailer;  // its part of the strip's
-  U32 correction;            // zero point * colsum
+  U32 correction[2];         // zero point of each term * colsum
   int64_t y;                 // bytes from the row's start
 
   U32 colsum() const { return load_bits<U32>(trailer); }
@@ -181,7 +197,7 @@ struct Columns {
 };
 
 // Row by row, so that whole cache lines of y are written at once.
-template <Output kOutput, bool kSteps>
+template <Output kOutput, bool kSteps, int kTerms>
 void epilogue(const EpilogueArgs& args) {
   constexpr bool kHalf = kOutput == Output::kBFloat16 || kOutput == Output::kFloat16;
   constexpr int64_t kBytes = kOutput == Output::kInt8 ? 1 : kHalf ? 2 : 4;
@@ -196,32 +212,41 @@ void epilogue(const EpilogueArgs& args) {
                                             : column * kBytes;
   }
   [[maybe_unused]] F32 poison[kMaxRows] = {};  // of each row; NaN once any v * 0 is not 0
-  for (int row = args.row; row < args.rows; ++row) {
+  for (int row = args.row; row < args.rows; row += kTerms) {
     // A group of more than one block begins with one; of fewer rows, it never leaves its own.
-    char* const y =
-        static_cast<char*>(args.y) +
-        (kOutput == Output::kCode ? row / kBlockRows * args.y_block + row % kBlockRows * kTileDepth
-                                  : row * args.ldy * kBytes);
-    const int32_t zero_point = args.row_zero_point[row];
-    if (row == args.row || zero_point != args.row_zero_point[row - 1]) {
-      for (int v = 0; v < vectors; ++v) {
-        columns[v].correction = columns[v].colsum() * static_cast<uint32_t>(zero_point);
+    const int y_row = row / kTerms;
+    char* const y = static_cast<char*>(args.y) +
+                    (kOutput == Output::kCode
+                         ? y_row / kBlockRows * args.y_block + y_row % kBlockRows * kTileDepth
+                         : y_row * args.ldy * kBytes);
+    for (int term = 0; term < kTerms; ++term) {
+      const int32_t* const zero_point = args.row_zero_point + row + term;
+      if (row == args.row || zero_point[0] != zero_point[-kTerms]) {
+        for (int v = 0; v < vectors; ++v) {
+          columns[v].correction[term] = columns[v].colsum() * static_cast<uint32_t>(*zero_point);
+        }
       }
     }
-    const int32_t* c = args.c + row * args.ldc;
     const auto one = [&](int index, int64_t count) {
       const Columns& at = columns[index];
-      const I32 t = (I32)(load_bits<U32>(c + index * kLanes) - at.correction);
+      const auto sum = [&](int term) {
+        const int32_t* const c = args.c + (row + term) * args.ldc + index * kLanes;
+        return (I32)(load_bits<U32>(c) - at.correction[term]);
+      };
       if constexpr (kOutput == Output::kInt32) {
-        store_first(y + at.y, t, count);
+        store_first(y + at.y, sum(0), count);
       } else {
-        F32 v = fma(__builtin_convertvector(t, F32), at.scale() * args.row_scale[row], at.bias());
+        F32 v = at.bias();
+        for (int term = kTerms - 1; term >= 0; --term) {
+          const F32 scale = at.scale() * args.row_scale[row + term];
+          v = fma(__builtin_convertvector(sum(term), F32), scale, v);
+        }
         if constexpr (kSteps) {
-          v = apply(*args.steps, v, row, args.column + index * kLanes, count);
+          v = apply(*args.steps, v, y_row, args.column + index * kLanes, count);
         }
         if constexpr (kOutput == Output::kCode) {
           store_first(y + at.y, Coder(args.steps->grid)(v), count);
-          poison[row] += (count < kLanes ? first(v, count) : v) * 0.0f;
+          poison[y_row] += (count < kLanes ? first(v, count) : v) * 0.0f;
         } else if constexpr (kOutput == Output::kInt8) {
           store_first(y + at.y, Coder({1.0f, -127.0f, 127.0f, 0})(v), count);
         } else {
@@ -233,18 +258,43 @@ void epilogue(const EpilogueArgs& args) {
     if (whole < vectors) one(whole, args.columns - whole * kLanes);
   }
   if constexpr (kOutput == Output::kCode) {
-    for (int row = args.row; row < args.rows; ++row) {
+    for (int row = args.row / kTerms; row < args.rows / kTerms; ++row) {
       if (!all_zero(poison[row])) store_nan(args.steps->code_scale + row);
     }
   }
 }
 
+template <Output kOutput, int kTerms>
+void epilogue(const EpilogueArgs& args) {
+  args.steps == nullptr ? epilogue<kOutput, false, kTerms>(args)
+                        : epilogue<kOutput, true, kTerms>(args);
+}
+
 template <Output kOutput>
 void epilogue(const EpilogueArgs& args) {
   if constexpr (kOutput == Output::kInt32) {
-    epilogue<kOutput, false>(args);
+    epilogue<kOutput, false, 1>(args);
   } else {
-    args.steps == nullptr ? epilogue<kOutput, false>(args) : epilogue<kOutput, true>(args);
+    args.terms == 1 ? epilogue<kOutput, 1>(args) : epilogue<kOutput, 2>(args);
+  }
+}
+
+template <DType kType>
+void weight_row(const WeightRow& row, void* y) {
+  using Codes = int8_t __attribute__((vector_size(kLanes)));
+  const std::byte* const first_group = row.strip + 4 * row.column;
+  for (int64_t i = 0; i < row.k; i += kLanes) {  // weights beyond k are there, and zero
+    char groups[kLanes];
+    for (int64_t group = 0; group < kLanes / 4; ++group) {
+      std::memcpy(groups + 4 * group, first_group + (i / 4 + group) * 4 * kStripColumns, 4);
+    }
+    const int64_t count = row.k - i;
+    F32 v = __builtin_convertvector(load_bits<Codes>(groups), F32) * row.scale;
+    if (row.inverse_smoothing != nullptr) {
+      v *= load_operand(DType::kFloat32, row.inverse_smoothing, i, count);
+    }
+    store_first(static_cast<char*>(y) + i * Element<kType>::kBytes, Element<kType>::round(v),
+                count);
   }
 }
 
@@ -259,10 +309,12 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
                                       std::integer_sequence<int, kResults...>) {
   return {{row_stats<static_cast<DType>(kTypes)>...},
           {quantize_row<static_cast<DType>(kTypes)>...},
+          {quantize_row_twice<static_cast<DType>(kTypes)>...},
           {epilogue<static_cast<Output>(kResults)>...},
           count_saturated,
           pack_nk,
           pack_kn,
+          {weight_row<static_cast<DType>(kTypes)>...},
           arrange,
           {rotate<static_cast<DType>(kTypes)>...},
           weigh,

@@ -11,7 +11,7 @@ from sq_cpu.errors import SqCpuError
 
 __all__ = ["Activations", "Scheme"]
 
-Activations = Literal["per_token", "per_tensor", "static"]
+Activations = Literal["per_token", "per_token_x2", "per_tensor", "static"]
 Weights = Literal["per_channel", "per_tensor", "per_rows"]
 StaticRange = Literal["minmax", "percentile", "mse"]
 Unreached = Literal["float", "quantize"]
@@ -32,7 +32,8 @@ class Scheme:
 
     activations: Activations = "per_token"
     """Granularity of the activation scale: one per row or one per call (both found while running),
-    or one per layer, fixed by calibration."""
+    or one per layer, fixed by calibration. `"per_token_x2"` adds a second int8 term, the codes of
+    what the first leaves over: 15 bits for twice the products, as bf16x2 does it for fp32."""
     weights: Weights = "per_channel"
     """Granularity of the weight scale: one per output channel, one per weight matrix, or one per
     so many consecutive output channels (the groups of ZeroQuant, arXiv 2206.01861)."""
@@ -191,6 +192,11 @@ class Scheme:
     def zero_point(self) -> int:
         """What is added to a symmetric activation code to store it as u8: 128 or 64."""
         return self.qmax + 1
+
+    @property
+    def terms(self) -> int:
+        """Rows of codes that add up to a row of activations: 1, or 2 for `"per_token_x2"`."""
+        return 2 if self.activations == "per_token_x2" else 1
 
     @property
     def _reduced(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu import QuantLinear, Scheme
-from sq_cpu.kernels import _core, attention, ops, paged_attention, runtime
+from sq_cpu.kernels import _core, attention, embedding, ops, paged_attention, runtime
 from sq_cpu.kernels.ops import Epilogue, QuantizedActivation
 from sq_cpu.kernels.paged_attention import AttentionOptions, BatchRows, KvPages
 from sq_cpu.nn.packed_weight import PackedWeight
@@ -60,6 +60,8 @@ def good() -> dict[str, Any]:
         "scale": q.scale,
         "zero_point": q.zero_point,
         "max_code": 255,
+        "terms": 1,
+        "ids": torch.randint(0, N, (2, M)),
         "y_quantizer": layers()["next"]._quantizer,
         "y_codes": static.codes,
         "y_scale": static.scale,
@@ -130,6 +132,7 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         "y": lambda: torch.empty(2, 4, M, N),
         "y_type": lambda: _core.BatchedType.float32,
     },
+    "_core.gather_rows": {"y": lambda: torch.empty(2, M, K)},
     "_core.gemm": {"y": lambda: torch.empty(M, N, dtype=torch.int32)},
     "_core.pack_weight": {
         "weight": lambda: torch.ones(N, K, dtype=torch.int8),
@@ -247,7 +250,7 @@ def schema(operator: Any) -> dict[str, str]:
     found = {a.name: str(a.type) for a in operator._schema.arguments}
     found = {name: kinds.get(kind, kind) for name, kind in found.items()}
     # custom_op's schema has numbers for dtypes
-    return found | ({"out_dtype": "torch.dtype"} if "out_dtype" in found else {})
+    return found | {n: "torch.dtype" for n in ("dtype", "out_dtype") if n in found}
 
 
 @dataclasses.dataclass
@@ -308,13 +311,13 @@ def doors() -> dict[str, Door]:
     found["_core.use_isa"].call = emulated_no_more
     name = "ActivationQuantizer"
     found[f"_core.{name}"] = Door(_core.ActivationQuantizer, stub[name])
-    for module in (ops, attention, paged_attention, runtime):
+    for module in (ops, embedding, attention, paged_attention, runtime):
         for name in module.__all__:
             value = getattr(module, name)
             if inspect.isfunction(value):
                 label = f"{module.__name__.rpartition('.')[2]}.{name}"
                 found[label] = Door(value, annotations(value))
-    for name in ("linear", "batched_matmul"):
+    for name in ("linear", "gather_rows", "batched_matmul"):
         operator = getattr(torch.ops.sq_cpu, name).default
         found[f"torch.ops.{name}"] = Door(operator, schema(operator))
     found["QuantLinear"] = Door(QuantLinear, annotations(QuantLinear.__init__))

@@ -219,6 +219,7 @@ def scheme_text(scheme: Scheme) -> str:
     """Say in words what a scheme does."""
     activations = {
         "per_token": "one activation scale per token",
+        "per_token_x2": "one activation scale per token and two int8 terms",
         "per_tensor": "one activation scale per call",
         "static": "one static activation scale per layer",
     }[scheme.activations]

@@ -33,9 +33,9 @@ from sq_cpu.scheme import Activations, Scheme
 
 __all__ = ["PRECISIONS", "Costs", "Precision", "cache_file", "machine", "measured_costs"]
 
-Precision = Literal["static", "per_token", "per_tensor", "float"]
+Precision = Literal["static", "per_token", "per_token_x2", "per_tensor", "float"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-"""How a linear can run: int8 with one of three kinds of activation scales, or float."""
+"""How a linear can run: int8 with one of four kinds of activations, or float."""
 
 _ROUNDS = 9
 # Written between two calls, so that a linear's weights have left the caches, as in a model.

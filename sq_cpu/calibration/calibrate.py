@@ -18,7 +18,7 @@ from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Batch, Example, called, evaluating, example_of, model_inputs
 from sq_cpu.models.checks import check_model, check_weights, checking_ids
-from sq_cpu.models.linears import check_ignore, linearized, quantizable_linears
+from sq_cpu.models.linears import check_ignore, head_of, linearized, quantizable_linears
 from sq_cpu.models.padding import padding_of
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.parsing import check_whole
@@ -51,7 +51,8 @@ def calibrate(
     none.
 
     Linears whose weight the model's own code reads or changes are found, too
-    (`Calibration.in_float`); they have no ranges.
+    (`Calibration.in_float`); they have no ranges. The head of a model of transformers is observed
+    also where `ignore` has it ("lm_head"), without gradients: `Calibration.head`.
 
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that are padding by the `attention_mask`
@@ -85,7 +86,8 @@ def _calibrate(
     if not linears:
         raise SqCpuError(f"nothing to calibrate: no Linear in the model beside {ignore}")
     check_weights(linears)
-    ranges = InputRanges(model, linears, rows, gradient_rows)
+    head = {name: each for name, each in _head(model).items() if name not in linears}
+    ranges = InputRanges(model, linears | head, rows, gradient_rows)
     example: Example | None = None
     labels = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
@@ -102,4 +104,16 @@ def _calibrate(
                 outputs = called(model, (args, kwargs), f"calibration batch {ranges.batches}")
                 if gradient_rows:
                     torch.autograd.backward(sampled_loss(outputs, padding, labels))
-    return ranges.calibration(example)
+    calibration = ranges.calibration(example)
+    return calibration.with_head_apart(*head) if head else calibration
+
+
+def _head(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return the model's head by full name, if it is a linear that could be int8."""
+    head = head_of(model)
+    found = {n: m for n, m in model.named_modules() if m is head and type(m) is nn.Linear}
+    try:
+        check_weights(found)
+    except SqCpuError:  # ignored, it may be anything
+        return {}
+    return found

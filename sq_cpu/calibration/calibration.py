@@ -39,6 +39,7 @@ TENSORS = (
     "fold_min",
     "fold_max",
 )
+_TABLES = (*TENSORS, "fingerprints", "rows_seen", "in_float")
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -84,6 +85,30 @@ class Calibration:
     fold_min: dict[str, Tensor] = field(default_factory=dict)
     fold_max: dict[str, Tensor] = field(default_factory=dict)
     """Range of every input channel in each fold, fp32 [FOLDS, in_features]; min > max: no rows."""
+    head: Calibration | None = None
+    """The same of the model's head alone, where `ignore` keeps it out of the rest; None: it does
+    not, or there is none."""
+
+    def with_head(self) -> Calibration:
+        """Return this calibration with the head as one of its linears."""
+        if self.head is None:
+            return self
+        tables = {table: getattr(self, table) | getattr(self.head, table) for table in _TABLES}
+        unreached = self.unreached + self.head.unreached
+        return replace(self, unreached=unreached, head=None, **tables)
+
+    def with_head_apart(self, name: str) -> Calibration:
+        """Return this calibration with one of its linears as `head`: undo `with_head`."""
+
+        def part(*, head: bool) -> Calibration:
+            tables: dict[str, Any] = {
+                table: {n: v for n, v in getattr(self, table).items() if (n == name) == head}
+                for table in _TABLES
+            }
+            unreached = tuple(n for n in self.unreached if (n == name) == head)
+            return replace(self, unreached=unreached, **tables)
+
+        return replace(part(head=False), head=part(head=True))
 
     def absmax(self, name: str) -> Tensor:
         """Return max|X_j| of a linear's input, fp32 [in_features]."""
@@ -172,10 +197,11 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file; it appears whole or not at all."""
+        whole = self.with_head()
         tensors = {
             f"{kind}.{name}": value.contiguous()
             for kind in TENSORS
-            for name, value in getattr(self, kind).items()
+            for name, value in getattr(whole, kind).items()
         }
         given, plain = _split_example(self.example)
         tensors |= {f"example.{key}": value for key, value in given.items()}
@@ -184,12 +210,16 @@ class Calibration:
             "format_version": _VERSION,
             "tokens": self.tokens,
             "batches": self.batches,
-            "unreached": list(self.unreached),
-            "in_float": self.in_float,
-            "fingerprints": self.fingerprints,
-            "rows_seen": self.rows_seen,
+            "unreached": list(whole.unreached),
+            "in_float": whole.in_float,
+            "fingerprints": whole.fingerprints,
+            "rows_seen": whole.rows_seen,
             "example": plain,
         }
+        if self.head is not None:
+            header["head"] = next(
+                iter((*self.head.rows_seen, *self.head.unreached, *self.head.in_float))
+            )
         write_file(path, safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
         return Path(path)
 
@@ -205,7 +235,7 @@ class Calibration:
         header = parsed_json(text, f"the header of {path}")
         if not isinstance(header, dict):
             raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
-        kinds: dict[str, dict[str, Tensor]] = {kind: {} for kind in (*TENSORS, "example")}
+        kinds: dict[str, Any] = {kind: {} for kind in (*TENSORS, "example")}
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             kinds.setdefault(kind, {})[name] = tensor
@@ -224,6 +254,10 @@ class Calibration:
             fingerprints = typed(counts, header["fingerprints"], "fingerprints")
             rows_seen = typed(counts, header.get("rows_seen", {}), "rows_seen")
             in_float = typed(dict[str, str], header.get("in_float", {}), "in_float")
+            head = typed(str, header.get("head", ""), "head")
+            known = (*kinds["channel_min"], *unreached, *in_float)
+            if head and head not in known:
+                raise SqCpuError(f"head is {head}, of which there is nothing")
             example = _join_example(given, header.get("example"))
             check_tensors(kinds)
             if kinds["channel_min"] and min(tokens, batches) < 1:
@@ -232,7 +266,7 @@ class Calibration:
             raise SqCpuError(
                 f"{path} is not one that sq_cpu writes ({first_line(error)}): calibrate again"
             ) from error
-        return cls(
+        whole = cls(
             fingerprints=fingerprints,
             rows_seen=rows_seen,
             tokens=tokens,
@@ -242,6 +276,7 @@ class Calibration:
             example=example,
             **{kind: kinds[kind] for kind in TENSORS},
         )
+        return whole.with_head_apart(head) if head else whole
 
 
 def check_is_calibration(calibration: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -198,7 +199,7 @@ class InputRanges:
         in_float = self._uses.found()
         observers = {n: each for n, each in self._observers.items() if n not in in_float}
         reached = {name: observer for name, observer in observers.items() if observer.rows}
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in TENSORS}
+        tensors: dict[str, Any] = {kind: {} for kind in TENSORS}
         for name, observer in reached.items():
             found = observer.ranges() | observer.sampled() | observer.gradients()
             for kind, tensor in found.items():

@@ -36,7 +36,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -98,6 +98,13 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
             type(count) is int and count > 0 for count in decomposed.values()
         ):
             raise SqCpuError("decomposed is not a table of layers and positive counts")
+        embeddings = settings.get("embeddings", {})
+        if not isinstance(embeddings, dict) or not set(embeddings.values()) <= set(
+            settings["layers"]
+        ):
+            raise SqCpuError("embeddings is not a table of modules and layers")
+        if set(embeddings.values()) & set(decomposed):
+            raise SqCpuError("embeddings names a layer with channels in float")
         for key in ("smoothed", "decomposed"):
             if unknown := sorted(set(settings.get(key, ())) - set(settings["layers"])):
                 raise SqCpuError(f"{key} names {unknown[0]}, which is not one of layers")

@@ -23,6 +23,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.models.linears import linearize
 from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.embedding import QuantEmbedding, is_lookup
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
 
@@ -54,12 +55,29 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
                 f"{name} is not the layer that the model's record describes; quantize the float "
                 "model again"
             )
+    _check_embeddings(modules, record)
     for name, module in modules.items():
         is_layer = isinstance(module, QuantLinear | DecomposedLinear) and module not in inner
         if is_layer and name not in record.layers:
             raise SqCpuError(
                 f"{name} is int8, but not in the model's record (sq_cpu_config); quantize the "
                 "float model as a whole"
+            )
+
+
+def _check_embeddings(modules: Mapping[str, nn.Module], record: QuantizationRecord) -> None:
+    for name, head in record.embeddings.items():
+        module = modules.get(name)
+        if not isinstance(module, QuantEmbedding) or module.head is not modules[head]:
+            raise SqCpuError(
+                f"{name} was to read the weight of {head}, but does not now; quantize the float "
+                "model again"
+            )
+    for name, module in modules.items():
+        if isinstance(module, QuantEmbedding) and name not in record.embeddings:
+            raise SqCpuError(
+                f"{name} reads the weight of a head, but is not in the model's record "
+                "(sq_cpu_config); quantize the float model as a whole"
             )
 
 
@@ -82,7 +100,7 @@ def check_likeness(
     linearize(built)
     label = f"load could not rebuild this {type(model).__name__}"
     try:
-        _compare_modules(model, built, set(record.layers))
+        _compare_modules(model, built, set(record.layers), set(record.embeddings))
         extra = _other_buffers(mine, unsaved_buffers(built))
     except _UnlikeError as difference:
         raise SqCpuError(f"{label}: {difference}; {_FIX}") from difference
@@ -108,14 +126,16 @@ _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
 # a cache, or of dropout.
 _NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
 _NOT_COMPARED |= {"is_quantized", "name_or_path", "quantization_method"}
-_NOT_COMPARED |= {"save_pretrained", "vocab_size"}
+_NOT_COMPARED |= {"all_tied_weights_keys", "save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):
     """What two models differ in."""
 
 
-def _compare_modules(model: nn.Module, built: nn.Module, layers: set[str]) -> None:
+def _compare_modules(
+    model: nn.Module, built: nn.Module, layers: set[str], embeddings: set[str]
+) -> None:
     mine = dict(model.named_modules(remove_duplicate=False))
     fresh = dict(built.named_modules(remove_duplicate=False))
     first_mine, first_fresh = _first_names(mine), _first_names(fresh)
@@ -124,7 +144,9 @@ def _compare_modules(model: nn.Module, built: nn.Module, layers: set[str]) -> No
             raise _UnlikeError(f"it has no {name}, a fresh one has")
         if first_mine[name] != first_fresh[name]:
             raise _UnlikeError(f"{name} is the module {first_mine[name]}, in a fresh one it is not")
-        if first_mine[name] not in layers:
+        if first_mine[name] in embeddings:
+            _compare_embedding(name, mine[name], module)
+        elif first_mine[name] not in layers:
             _compare(name or "the model", mine[name], module)
     for name in mine:
         if name not in fresh and name.rpartition(".")[0] not in layers:
@@ -157,6 +179,15 @@ def _compare(name: str, mine: nn.Module, fresh: nn.Module) -> None:
         if _OPAQUE in (found, wanted) or found == wanted:
             continue
         if wanted not in (None, _ABSENT) or not _sets(kind, key):
+            raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {wanted!r}")
+
+
+def _compare_embedding(name: str, mine: nn.Module, fresh: nn.Module) -> None:
+    if not is_lookup(fresh):
+        raise _UnlikeError(f"{name} only looks up, in a fresh one it is a {type(fresh).__name__}")
+    for key in ("num_embeddings", "embedding_dim", "padding_idx", "embed_scale"):
+        found, wanted = (getattr(module, key, None) for module in (mine, fresh))
+        if not isinstance(wanted, Tensor) and found is not wanted and found != wanted:
             raise _UnlikeError(f"{name}: {key} is {found!r}, in a fresh one {wanted!r}")
 
 

@@ -21,6 +21,7 @@ from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.models.hf_private import is_transformers, set_ties
 from sq_cpu.models.linears import linearize, linearized
 from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.embedding import QuantEmbedding
 from sq_cpu.nn.entries import linear_entries
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.dtypes import set_dtypes
@@ -85,10 +86,13 @@ def fit(
                 header._replace(shape=(*header.shape, 1)) if is_weight else header
             )
     int8 = set(expected)
+    _check_embeddings(modules, record, f"{where}: ", fix)
+    read_elsewhere = {f"{name}.weight" for name in record.embeddings}
     for prefix, module in modules.items():
         if prefix not in layers:
             for name, tensor in own_entries(module, prefix).items():
-                expected[name] = _header(tensor)
+                if name not in read_elsewhere:
+                    expected[name] = _header(tensor)
     tied = _tied(model, expected.keys() - int8 - headers.keys(), headers.keys() - int8)
     if missing := sorted(expected.keys() - headers.keys() - tied.keys()):
         raise SqCpuError(f"{where}: {_listed(missing)} missing; {fix}")
@@ -122,6 +126,21 @@ def _layer_headers(linear: nn.Linear, name: str, record: QuantizationRecord) -> 
         "columns": Header((outliers,), torch.int64),
         "outlier_weight": Header((linear.out_features, outliers), None),
     }
+
+
+def _check_embeddings(
+    modules: Mapping[str, nn.Module], record: QuantizationRecord, where: str, fix: str
+) -> None:
+    for name, head in record.embeddings.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Embedding):
+            raise SqCpuError(
+                f"{where}{name}, which is to read the weight of {head}, is no embedding; {fix}"
+            )
+        if module.weight.shape != modules[head].get_parameter("weight").shape:
+            raise SqCpuError(
+                f"{where}{name} is {list(module.weight.shape)}, unlike the weight of {head}; {fix}"
+            )
 
 
 def _stored_name(layer: str, key: str, version: int) -> str:
@@ -165,9 +184,13 @@ def restore(
         found = fit(model, record, stored.headers, version, folder, stored.path)
     prepare()  # what it calls of transformers expects the model's own modules
     linearize(model)
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     replace_linears(
         model, {name: _empty_layer(modules[name], name, record, folder) for name in record.layers}
+    )
+    heads: Any = {name: model.get_submodule(head) for name, head in record.embeddings.items()}
+    replace_linears(
+        model, {name: QuantEmbedding(head, modules[name]) for name, head in heads.items()}
     )
     for name, keys in found.layers.items():
         _fill_layer(model.get_submodule(name), keys, stored, dtype, f"{folder}: layer {name}")
@@ -185,7 +208,8 @@ def restore(
                 f"{folder} does not store the buffer {name}, which is on the meta device; give "
                 "the model with its buffers in memory"
             )
-    set_dtypes(model, record.layers, record.dtypes if dtype is None else {})
+    int8 = (*record.layers, *record.embeddings)
+    set_dtypes(model, int8, record.dtypes if dtype is None else {})
     mark_quantized(model, record)
 
 

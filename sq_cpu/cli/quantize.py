@@ -44,6 +44,10 @@ class _Unreached(str, Enum):
     float, quantize = "float", "quantize"
 
 
+class _Head(str, Enum):
+    int8, float = "int8", "float"
+
+
 class _Rule(str, Enum):
     smoothquant, spiq = "smoothquant", "spiq"
     outlier_suppression, aqas = "outlier_suppression", "aqas"
@@ -115,6 +119,13 @@ def quantize_command(
             "[default: lm_head]"
         ),
     ] = None,
+    head: Annotated[
+        _Head,
+        typer.Option(
+            help="The output head, with the embeddings that are tied to it: int8 with 15-bit "
+            "activations, or float."
+        ),
+    ] = _Head.float,
     unreached: Annotated[
         _Unreached, typer.Option(help="Linears that no calibration window reaches.")
     ] = _Unreached.float,
@@ -169,6 +180,7 @@ def quantize_command(
         smooth=smooth,
         alpha=Recipe.alpha if alpha is None else alpha,
         rule=Recipe.rule if rule is None else rule.value,
+        head=head.value,
     )
     check_not_quantized(model)
     calibration_texts = read_all(calib or [])
@@ -199,6 +211,7 @@ def quantize_command(
         "plan": None if plan is None else str(plan),
         "rule": recipe.rule if recipe.is_uniform else None,
         "alpha": recipe.alpha if recipe.is_uniform and recipe.rule == "smoothquant" else None,
+        "head": head.value,
         "layers": len(record.layers),
         "groups": {
             "folded": sum(folded.values()),

@@ -35,6 +35,7 @@ from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder
 from sq_cpu.models.hf_private import attending_by, is_transformers
 from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.embedding import QuantEmbedding
 from sq_cpu.nn.linear import QuantLinear
 
 __all__ = ["compile_program"]
@@ -67,6 +68,11 @@ def compile_program(model: Any) -> DecoderProgram:
     family = family_of(model)
     if family is None or family.decoder is None:
         raise SqCpuError(f"no program for {model.config.model_type}: its family has no decoder row")
+    if isinstance(_find(model.base_model, family.decoder.embedding), QuantEmbedding):
+        raise SqCpuError(
+            f"no program for {model.config.model_type}: its embedding reads the int8 weight of "
+            "the head, which no stage does"
+        )
     try:
         with evaluating(model), _in_float32(model):
             lowering = _Lowering(model, family.decoder, family.stacks[0].norm_offset)
@@ -318,6 +324,8 @@ def _layer(block: nn.Module, path: str) -> QuantLinear | DecomposedLinear:
         raise SqCpuError(f"{path} is a {type(layer).__name__}, not in int8")
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
         raise SqCpuError(f"{path} has hooks, or a forward of its own")
+    if getattr(layer, "regular", layer).scheme.terms != 1:
+        raise SqCpuError(f"{path} has two terms of activations, which no stage has")
     return layer  # type: ignore[no-any-return]
 
 

@@ -47,9 +47,12 @@ class ActivationQuantizer:
         scale: float = 0.0,
         zero_point: int = 0,
         inverse_smoothing: Sequence[float] = (),
+        terms: int = 1,
     ) -> None: ...
     @property
     def max_code(self) -> int: ...
+    @property
+    def terms(self) -> int: ...
 
 class BatchedType(_Enum):
     float32: ClassVar[BatchedType]
@@ -140,6 +143,11 @@ def unpack_weight(
     /,
 ) -> None: ...
 
+# Of ids int64 [...]; y [..., k].
+def gather_rows(
+    packed: Tensor, n: int, k: int, quantizer: ActivationQuantizer, ids: Tensor, y: Tensor, /
+) -> None: ...
+
 # Of x [..., k]; y, other and residual [..., n] are of its dtype.
 def linear(
     x: Tensor,
@@ -173,12 +181,13 @@ def quantize_activations(
     /,
 ) -> None: ...
 
-# Of as many rows as zero_point has elements.
+# Of as many rows of codes as zero_point has elements; each `terms` add up to one of y.
 def linear_quantized(
     codes: Tensor,
     scale: Tensor,
     zero_point: Tensor,
     max_code: int,
+    terms: int,
     packed: Tensor,
     n: int,
     k: int,
@@ -193,6 +202,7 @@ def linear_requantized(
     scale: Tensor,
     zero_point: Tensor,
     max_code: int,
+    terms: int,
     packed: Tensor,
     n: int,
     k: int,

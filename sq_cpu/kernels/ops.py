@@ -45,8 +45,12 @@ FLOATS = tuple(_DTYPES)
 _ACTIVATIONS = {None: _core.Activation.none} | {
     name: getattr(_core.Activation, name) for name in get_args(Activation)
 }
-_GRANULARITIES = {
-    name: getattr(_core.Granularity, name) for name in ("per_token", "per_tensor", "static")
+# Granularity of the scale, and terms.
+_ACTIVATION_KINDS = {
+    "per_token": (_core.Granularity.per_token, 1),
+    "per_token_x2": (_core.Granularity.per_token, 2),
+    "per_tensor": (_core.Granularity.per_tensor, 1),
+    "static": (_core.Granularity.static, 1),
 }
 _NO_STEPS = (_core.Activation.none, None, None)
 
@@ -57,7 +61,8 @@ _NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad(
 class QuantizedActivation:
     """Activations [*leading, in_features] as u8 codes, ready for several int8 linears.
 
-    Row i of the m rows stands for (codes - zero_point[i]) * scale[i].
+    Row i of the m rows of codes stands for (codes - zero_point[i]) * scale[i]. Where the quantizer
+    has two terms, each two rows add up to one of the activations.
     """
 
     codes: Tensor
@@ -67,7 +72,7 @@ class QuantizedActivation:
     zero_point: Tensor
     """int32 [m]."""
     leading: tuple[int, ...]
-    """The shape without the last dimension; m is its product."""
+    """The shape without the last dimension; m is its product times the quantizer's terms."""
     in_features: int
     dtype: torch.dtype
     """What it was quantized from, and what a linear makes of it: fp32, bf16 or fp16."""
@@ -78,7 +83,7 @@ class QuantizedActivation:
         """Raise `SqCpuError` for parts that are not of one m."""
         if not all(isinstance(size, int) and size >= 0 for size in self.leading):
             raise SqCpuError(f"quantized activations: leading is {self.leading}, not a shape")
-        m = math.prod(self.leading)
+        m = math.prod(self.leading) * self.terms
         for name, dtype, size in (
             ("codes", torch.uint8, _core.codes_bytes(m, self.in_features)),
             ("scale", torch.float32, m),
@@ -101,6 +106,11 @@ class QuantizedActivation:
         """The largest code there is: 255, or 127 with `reduce_range`."""
         return self.quantizer.max_code
 
+    @property
+    def terms(self) -> int:
+        """Rows of codes that add up to one row: 1, or 2."""
+        return self.quantizer.terms
+
     def rows(self) -> Tensor:
         """Return the codes in row-major order, uint8 [m, in_features]."""
         m, k = len(self.scale), self.in_features
@@ -114,8 +124,8 @@ class QuantizedActivation:
         They are those that were quantized, thus divided by the smoothing scale if there was one.
         """
         centred = self.rows().int() - self.zero_point[:, None]
-        x = (centred * self.scale[:, None]).to(self.dtype)
-        return x.view(*self.leading, self.in_features)
+        terms = (centred * self.scale[:, None]).view(-1, self.terms, self.in_features)
+        return terms.sum(dim=1).to(self.dtype).view(*self.leading, self.in_features)
 
 
 # Per smoothing tensor, as long as it lives: its version, and the quantizers made of that.
@@ -143,24 +153,25 @@ def make_quantizer(
         When s or 1 / s is not positive and finite, and for a static scale or zero point that no
         grid has.
     """
-    if activations not in _GRANULARITIES:
+    if activations not in _ACTIVATION_KINDS:
         raise SqCpuError(
-            f"activations are quantized {', '.join(_GRANULARITIES)}; not {activations!r}"
+            f"activations are quantized {', '.join(_ACTIVATION_KINDS)}; not {activations!r}"
         )
     if not -(2**63) <= zero_point < 2**63:
         raise SqCpuError(f"static zero point is {zero_point}; codes are 0 .. 255")
-    settings = (_GRANULARITIES[activations], symmetric, reduce_range, scale, zero_point)
+    granularity, terms = _ACTIVATION_KINDS[activations]
+    settings = (granularity, symmetric, reduce_range, scale, zero_point)
     if smoothing is None:
-        return _core.ActivationQuantizer(*settings)
+        return _core.ActivationQuantizer(*settings, terms=terms)
     if smoothing.is_inference():  # such a tensor does not tell when it is changed
-        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing))
+        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms)
     version, made = _quantizers.get(smoothing, (None, {}))
     if version != smoothing._version:
         made = {}
         _quantizers[smoothing] = smoothing._version, made
     key = (activations, *settings[1:])
     if key not in made:
-        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing))
+        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms)
     return made[key]
 
 
@@ -295,7 +306,7 @@ def _empty_codes(
     dtype: torch.dtype,
     quantizer: _core.ActivationQuantizer,
 ) -> QuantizedActivation:
-    m = math.prod(leading)
+    m = math.prod(leading) * quantizer.terms
     codes, scale, zero_point = (
         empty((size,), kind)
         for size, kind in (
@@ -329,6 +340,7 @@ def linear_quantized(
         x.scale,
         x.zero_point,
         x.max_code,
+        x.terms,
         packed,
         out_features,
         x.in_features,
@@ -353,6 +365,7 @@ def linear_requantized(
         x.scale,
         x.zero_point,
         x.max_code,
+        x.terms,
         packed,
         out_features,
         x.in_features,

@@ -32,6 +32,7 @@ __all__ = [
     "contiguous_linears",
     "float_linears",
     "free_experts",
+    "head_of",
     "is_ignored",
     "linearize",
     "linearized",
@@ -204,18 +205,23 @@ def contiguous_linears(model: nn.Module) -> None:
             linear.weight = nn.Parameter(linear.weight.detach().contiguous(), requires_grad=False)
 
 
-def quantizable_linears(model: nn.Module, ignore: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
+def quantizable_linears(
+    model: nn.Module, ignore: tuple[str, ...] = (), but: str | None = None
+) -> dict[str, nn.Linear]:
     """Return the linears of a linearized model by full name; one held twice, by its first name.
 
-    Left out are those that `is_ignored` says. Only `nn.Linear` itself: a subclass may compute
-    something else, or (the output projection of `nn.MultiheadAttention`) never be called. Nor one
-    that a plain list holds, too: the model may call it from there, where nothing replaces it.
+    Left out are those that `is_ignored` says, `but` for one. Only `nn.Linear` itself: a subclass
+    may compute something else, or (the output projection of `nn.MultiheadAttention`) never be
+    called. Nor one that a plain list holds, too: the model may call it from there, where nothing
+    replaces it.
     """
     held = _held_plainly(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is nn.Linear and module not in held and not is_ignored(model, name, ignore)
+        if type(module) is nn.Linear
+        and module not in held
+        and (name == but or not is_ignored(model, name, ignore))
     }
 
 
@@ -227,7 +233,9 @@ def _held_plainly(model: nn.Module) -> set[nn.Linear]:
     return {leaf for leaf in leaves if isinstance(leaf, nn.Linear)}
 
 
-def float_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, str]:
+def float_linears(
+    model: nn.Module, ignore: tuple[str, ...], but: str | None = None
+) -> dict[str, str]:
     """Return, of a linearized model, what `quantizable_linears` leaves out: name -> reason.
 
     That is linears, and matrices that are the parameters of other modules: routers of mixtures, and
@@ -237,7 +245,7 @@ def float_linears(model: nn.Module, ignore: tuple[str, ...]) -> dict[str, str]:
     held = _held_plainly(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, nn.Linear) and is_ignored(model, name, ignore):
+        if isinstance(module, nn.Linear) and name != but and is_ignored(model, name, ignore):
             kept[name] = "ignored"
         elif isinstance(module, nn.Linear) and type(module) is not nn.Linear:
             kept[name] = f"a {kind}, which may compute something else"
@@ -285,10 +293,11 @@ def is_ignored(model: nn.Module, name: str, ignore: tuple[str, ...]) -> bool:
     """
     if any(f".{entry}." in f".{name}." for entry in ignore):
         return True
-    return "lm_head" in ignore and model.get_submodule(name) is _head(model)
+    return "lm_head" in ignore and model.get_submodule(name) is head_of(model)
 
 
-def _head(model: Any) -> nn.Module | None:
+def head_of(model: Any) -> nn.Module | None:
+    """Return what makes logits of hidden states, of a model of transformers; None: unknown."""
     try:
         head: nn.Module | None = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):

@@ -64,9 +64,12 @@ def linear_reference(
     codes, row_scale, zero_point = quantize_rows(rows, scheme, static)
     # Integers up to 2^31 and their products are exact in fp64.
     total = (codes.double() - zero_point.double()[:, None]) @ weight.double().T
-    scale = (row_scale[:, None] * weight_scale).double()
-    y = total.float().double() * scale + (0.0 if bias is None else bias.double())
-    y = y.float().reshape(*x.shape[:-1], weight.shape[0])
+    product = total.float().double() * (row_scale[:, None] * weight_scale).double()
+    terms = product.reshape(len(rows), scheme.terms, len(weight))
+    y = torch.zeros_like(weight_scale) if bias is None else bias
+    for term in reversed(terms.unbind(dim=1)):  # the last and least one first
+        y = (term + y.double()).float()
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
     if activation is not None:
         y = _ACTIVATIONS[activation](y.double()).float()
     if other is not None:

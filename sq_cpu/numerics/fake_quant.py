@@ -172,6 +172,7 @@ class FakeQuantizedLinear:
             static = static_code(self.scheme, *self.range)
         codes, row_scale, zero_point = quantize_rows(self.smoothed(rows), self.scheme, static)
         made = (codes.float() - zero_point[:, None]) * row_scale[:, None]
+        made = made.view(len(rows), self.scheme.terms, rows.shape[-1]).sum(dim=1)
         return torch.where(self.outliers, rows.float() / self.s, made)
 
     def __call__(self, rows: Tensor) -> Tensor:

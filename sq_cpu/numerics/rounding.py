@@ -89,7 +89,9 @@ def quantize_rows(
     Returns
     -------
     codes u8 [m, k], row scales fp32 [m] (NaN where a row is not finite), zero points int32 [m];
-    a row stands for (codes - zero point) * scale
+    a row stands for (codes - zero point) * scale. With activations "per_token_x2" there are two
+    rows for each of x, [2m, k], which add up: the second has the codes of what the first leaves
+    over, symmetric, of scale / 254 (126 with `reduce_range`).
     """
     finite = torch.isfinite(x).all(dim=1)
     clean = torch.where(finite[:, None], x, 0.0).double()
@@ -113,5 +115,21 @@ def quantize_rows(
     smallest = -centre if not scheme.symmetric else torch.full_like(centre, -scheme.qmax)
     largest = scheme.levels - centre if not scheme.symmetric else -smallest
     q = torch.round(clean.float() * inverse.float()[:, None]).double().clamp(smallest, largest)
-    row_scale = torch.where(finite, scale, float("nan")).float()
-    return (q + centre).to(torch.uint8), row_scale, zero_point.to(torch.int32)
+    scale = scale.float()
+    rows = [((q + centre).to(torch.uint8), scale, zero_point.to(torch.int32))]
+    if scheme.terms == 2:
+        rows.append(_residual_rows(clean - scale.double()[:, None] * q, scale, scheme))
+    codes, scales, zero_points = (
+        torch.stack(each, 1).flatten(0, 1) for each in zip(*rows, strict=True)
+    )
+    scales = scales.masked_fill(~finite.repeat_interleave(len(rows)), torch.nan)
+    return codes, scales, zero_points
+
+
+def _residual_rows(left: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    # Exact until now, so that this is a fused multiply-add's one rounding.
+    steps = 2 * scheme.qmax
+    inverse = (steps / scale.double()).float()
+    q = torch.round(left.float() * inverse[:, None]).clamp(-scheme.qmax, scheme.qmax)
+    zero_point = torch.full_like(scale, scheme.zero_point, dtype=torch.int32)
+    return (q + scheme.zero_point).to(torch.uint8), (scale.double() / steps).float(), zero_point

@@ -78,13 +78,16 @@ def check_layers(linears: Mapping[str, nn.Linear], plan: SmoothPlan | None) -> N
 
 
 def check_replaceable(
-    model: nn.Module, ignore: tuple[str, ...], in_float: Mapping[str, str]
+    model: nn.Module,
+    ignore: tuple[str, ...],
+    in_float: Mapping[str, str],
+    but: str | None = None,
 ) -> None:
     """Raise `SqCpuError` for a linear to quantize that does more than its class."""
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or is_ignored(model, name, ignore):
+        if not isinstance(module, nn.Linear) or name in in_float:
             continue
-        if name in in_float:
+        if name != but and is_ignored(model, name, ignore):
             continue
         if added := additions(module):
             raise SqCpuError(f"{name} {added}, or ignore it")

@@ -12,7 +12,7 @@ __all__ = ["dtypes_of", "set_dtypes"]
 
 
 def dtypes_of(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
-    """Return the dtypes of those int8 layers whose dtype is not the model's, by full name."""
+    """Return the dtypes of those int8 modules whose dtype is not the model's, by full name."""
     usual = _usual(model)
     found = {name: model.get_submodule(name).weight.dtype for name in layers}
     return {n: str(dtype).removeprefix("torch.") for n, dtype in found.items() if dtype != usual}

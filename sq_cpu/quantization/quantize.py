@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from sq_cpu.models.linears import (
 )
 from sq_cpu.models.padding import Padding
 from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.nn.embedding import QuantEmbedding
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
 from sq_cpu.progress import track
@@ -35,8 +37,9 @@ from sq_cpu.quantization.checks import (
     check_replaceable,
 )
 from sq_cpu.quantization.dtypes import dtypes_of
+from sq_cpu.quantization.head import Head, find_head, plan_head, plan_head_group
 from sq_cpu.quantization.kept import kept_linears
-from sq_cpu.quantization.recipe import Recipe
+from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
@@ -60,6 +63,7 @@ def quantize(
     *,
     scheme: str | Scheme | None = None,
     smooth: bool = True,
+    head: HeadKind = "float",
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
@@ -75,6 +79,11 @@ def quantize(
     A linear that the plan gives `outliers`, or whose smoothed input reaches
     `scheme.outlier_threshold` in some channels, becomes a `DecomposedLinear`.
 
+    `head="int8"` also quantizes the head of a model of transformers (`get_output_embeddings`),
+    which schemes ignore: its activations in two int8 terms (`"per_token_x2"`), smoothed at alpha
+    0.15. An embedding that is tied to it becomes a `QuantEmbedding`, which reads the head's weight:
+    the model holds one copy. A head that cannot be int8 stays in float, and the record says why.
+
     Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
     as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
     why. transformers' Conv1D, FalconLinear and 3-D experts are then linears of their own (see
@@ -86,7 +95,7 @@ def quantize(
     weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
     older than the weights, not finite, or without the rows that the scheme's range needs.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth)
+    recipe = Recipe.of(scheme, plan, smooth=smooth, head=head)
     return carry_out(model, calibration, recipe, progress=progress)
 
 
@@ -111,22 +120,29 @@ def carry_out(
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)
-        linears = quantizable_linears(model, scheme.ignore)
+        head = _head(model, recipe, calibration)
+        name = None if head is None or head.in_float else head.name
+        linears = quantizable_linears(model, scheme.ignore, but=name)
         check_layers(linears, plan)
+        if name is not None:
+            plan = plan_head(plan, name)
+            calibration = None if calibration is None else calibration.with_head()
         in_float = kept_linears(linears, calibration, scheme, plan)
         if calibration is not None and recipe.needs_calibration:
             check_reached(not linears or bool(linears.keys() - set(calibration.unreached)))
-        for name in in_float:
-            del linears[name]
-        kept = float_linears(model, scheme.ignore) | in_float
-        check_replaceable(model, scheme.ignore, in_float)
+        for each in in_float:
+            del linears[each]
+        kept = float_linears(model, scheme.ignore, but=name) | in_float
+        if head is not None and head.in_float:
+            kept[head.name] = head.in_float
+        check_replaceable(model, scheme.ignore, in_float, but=name)
         check_quantizes(linears, kept)
 
         def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
             example = None if calibration is None else calibration.example
             return proof or prove_with(model, groups, example)
 
-        prepared = _prepare(model, linears, calibration, recipe, None, prove, weights)
+        prepared = _prepare(model, linears, calibration, recipe, None, prove, weights, head=head)
     except BaseException:
         restore_modules(replaced)
         raise
@@ -152,12 +168,27 @@ def quantize_part(
     and returns its outputs, and `padding` is of that call. `linears` is emptied, so that each can
     be freed.
     """
-    kept = kept_linears(linears, calibration, recipe.scheme, recipe.plan)
+    head = _head(model, recipe, calibration)
+    plan = recipe.plan
+    if head is not None and head.name in linears:
+        plan = plan_head(plan, head.name)
+    kept = kept_linears(linears, calibration, recipe.scheme, plan)
     for name in kept:
         del linears[name]
     prove = partial(prove_folds, model, run=run, padding=padding)
-    prepared = _prepare(model, linears, calibration, recipe, groups, prove)
+    prepared = _prepare(model, linears, calibration, recipe, groups, prove, head=head)
     return replace(_swap(model, linears, prepared, progress=False), kept=kept)
+
+
+def _head(model: nn.Module, recipe: Recipe, calibration: Calibration | None) -> Head | None:
+    """Return the head if it is to be int8; with the reason, where it cannot."""
+    head = find_head(model, recipe.scheme.ignore) if recipe.head == "int8" else None
+    if head is None or head.in_float or calibration is None or not recipe.smooth:
+        return head
+    seen = calibration.with_head()
+    if head.name in {*seen.channel_min, *seen.unreached, *seen.in_float}:
+        return head
+    return replace(head, in_float="the calibration does not cover it: calibrate again")
 
 
 _Ranges = dict[str, tuple[float, float]]
@@ -173,6 +204,8 @@ class _Prepared:
     at_run_time: frozenset[str]
     ranges: _Ranges
     outliers: Mapping[str, Tensor]
+    embeddings: Mapping[str, str]
+    """Those that will read the weight of a quantized linear: full name -> the linear's."""
 
 
 def _prepare(
@@ -183,6 +216,8 @@ def _prepare(
     groups: Sequence[SmoothingGroup] | None,
     prove: Callable[[Iterable[SmoothingGroup]], FoldProof],
     weights: WeightStatistics | None = None,
+    *,
+    head: Head | None,
 ) -> _Prepared:
     """Check, find all scales, and fold last: what raises leaves the weights as they were."""
     scheme, plan = recipe.scheme, recipe.plan
@@ -190,11 +225,18 @@ def _prepare(
     check_calibration(linears, calibration, recipe.needs_calibration)
     if groups is None:
         groups = smoothing_groups(model) if recipe.smooth else ()
+    if head is not None and (head.name not in linears or head.in_float):
+        head = None
     if recipe.is_uniform:
         assert calibration is not None  # check_calibration raised otherwise
+        ignore = scheme.ignore if head is None else (*scheme.ignore, head.name)
         plan = uniform_plan(
-            model, groups, calibration, recipe.alpha, rule=recipe.rule, ignore=scheme.ignore
+            model, groups, calibration, recipe.alpha, rule=recipe.rule, ignore=ignore
         )
+    if head is not None:
+        plan = plan_head(plan, head.name)
+        if recipe.smooth and calibration is not None:
+            plan = plan_head_group(plan, head.name, groups)
     scales: dict[SmoothingGroup, Tensor] = {}
     schemes = dict.fromkeys(linears, scheme)
     clips: dict[str, float] = {}
@@ -214,7 +256,10 @@ def _prepare(
         proof = prove(scales).without(calibration.in_float)
         smoothed = fold_scales(model, plan, scales, proof)
         plan, at_run_time = smoothed.plan, smoothed.at_run_time
-    return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers)
+    embeddings = {}
+    if head is not None and head.name not in outliers:
+        embeddings = dict.fromkeys(head.embeddings, head.name)
+    return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers, embeddings)
 
 
 def _of_quantized(
@@ -234,6 +279,8 @@ def _swap(
     ranges, outliers, schemes = prepared.ranges, prepared.outliers, prepared.schemes
     layers = tuple(linears)
     places = places_of(model, linears)
+    tied: dict[str, Any] = {name: model.get_submodule(name) for name in prepared.embeddings}
+    places_of_tied = places_of(model, tied)
     for name in track(layers, "quantizing", progress):
         # One at a time, so that each float weight is freed before the next int8 one is made.
         linear = linears.pop(name)
@@ -254,13 +301,17 @@ def _swap(
                 linear, schemes[name], ranges.get(name), smoothing=s, weight_clip=clip
             )
         put(layer, places[name])
+        if isinstance(layer, QuantLinear):
+            for each in [each for each, head in prepared.embeddings.items() if head == name]:
+                put(QuantEmbedding(layer, tied.pop(each)), places_of_tied[each])
     at_run_time = prepared.at_run_time.difference(outliers)
     return QuantizedPart(
         plan=prepared.plan,
         layers=layers,
         smoothed=tuple(name for name in layers if name in at_run_time),
         decomposed={name: len(outliers[name]) for name in layers if name in outliers},
-        dtypes=dtypes_of(model, layers),
+        dtypes=dtypes_of(model, (*layers, *prepared.embeddings)),
+        embeddings=prepared.embeddings,
     )
 
 

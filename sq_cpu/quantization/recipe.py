@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
@@ -11,7 +11,9 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
 from sq_cpu.smoothing.rules import check_rule
 
-__all__ = ["Recipe"]
+__all__ = ["HeadKind", "Recipe"]
+
+HeadKind = Literal["int8", "float"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,9 @@ class Recipe:
     """Migration strength of every group, in [0, 1] (SmoothQuant, arXiv 2211.10438, eq. 4)."""
     rule: str = "smoothquant"
     """Smoothing rule of every group, a key of `rules.RULES`."""
+    head: HeadKind = "float"
+    """"int8": the head of a model of transformers with two terms of activations, and the embeddings
+    that are tied to it, although the scheme ignores it. "float": as the scheme says."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme) or self.scheme.reduce_range == "auto":
@@ -45,6 +50,8 @@ class Recipe:
         if not is_number or not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"alpha is {self.alpha!r}; the migration strength lies in [0, 1]")
         check_rule(self.rule)
+        if self.head not in get_args(HeadKind):
+            raise SqCpuError(f"head is {self.head!r}; it is {' or '.join(get_args(HeadKind))}")
 
     @classmethod
     def of(
@@ -55,6 +62,7 @@ class Recipe:
         smooth: bool = True,
         alpha: float = 0.5,
         rule: str = "smoothquant",
+        head: HeadKind = "float",
     ) -> Recipe:
         """Return the recipe of these arguments, `reduce_range="auto"` decided for this machine.
 
@@ -62,7 +70,7 @@ class Recipe:
         """
         _check_plan(plan)
         resolved = scheme_of(scheme, plan).resolve(has_vnni())
-        return cls(scheme=resolved, plan=plan, smooth=smooth, alpha=alpha, rule=rule)
+        return cls(scheme=resolved, plan=plan, smooth=smooth, alpha=alpha, rule=rule, head=head)
 
     @property
     def is_uniform(self) -> bool:
@@ -84,6 +92,7 @@ class Recipe:
             "alpha": self.alpha if self.is_uniform else None,
             "rule": self.rule if self.is_uniform else None,
             "smooth": self.smooth,
+            "head": self.head,
         }
 
 

@@ -34,19 +34,22 @@ class QuantizationRecord:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     """What the model computes in around those quantized linears where that is not its own dtype, by
     full name (T5 has some in fp32)."""
+    embeddings: Mapping[str, str] = field(default_factory=dict)
+    """Embeddings that read the weight of a quantized linear, the head: full name -> the head's."""
 
     def layer_scheme(self, name: str) -> Scheme:
         """Return the scheme of a quantized linear."""
         return self.scheme if self.plan is None else self.plan.layer_scheme(self.scheme, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types; the last four only where there are such layers."""
+        """Return the record as JSON types; the last five only where there are such layers."""
         plan = None if self.plan is None else self.plan.to_dict()
         tables: dict[str, Any] = {
             "smoothed": list(self.smoothed),
             "decomposed": dict(self.decomposed),
             "kept": dict(self.kept),
             "dtypes": dict(self.dtypes),
+            "embeddings": dict(self.embeddings),
         }
         return {
             "scheme": self.scheme.to_dict(),
@@ -76,6 +79,7 @@ class QuantizationRecord:
             decomposed=dict(values.get("decomposed", {})),
             kept=dict(values.get("kept", {})),
             dtypes=dtypes,
+            embeddings=dict(values.get("embeddings", {})),
         )
 
 
@@ -90,6 +94,7 @@ class QuantizedPart:
     kept: Mapping[str, str] = field(default_factory=dict)
     """Those that stay in float for what the calibration says, and why."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    embeddings: Mapping[str, str] = field(default_factory=dict)
 
     def record(self, scheme: Scheme, kept: Mapping[str, str]) -> QuantizationRecord:
         """Return the record of a model of which this is all; `kept` are the others in float."""
@@ -101,4 +106,5 @@ class QuantizedPart:
             decomposed=self.decomposed,
             kept={**kept, **self.kept},
             dtypes=self.dtypes,
+            embeddings=self.embeddings,
         )

@@ -20,6 +20,7 @@ from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.head import find_head
 from sq_cpu.quantization.quantize import carry_out
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.streaming import streaming
@@ -89,14 +90,17 @@ def convert(
         return work(job, staging, batches_of, say)
 
 
-def linear_bytes(model: nn.Module, ignore: tuple[str, ...]) -> int:
-    """Return the resident bytes of a model's linears, int8 or float, biases and scales included."""
+def linear_bytes(model: nn.Module, ignore: tuple[str, ...], but: str | None = None) -> int:
+    """Return the resident bytes of a model's linears, int8 or float, biases and scales included.
+
+    Float ones that `ignore` has, `but` for one, are left out.
+    """
     total = sum(m.nbytes for m in model.modules() if isinstance(m, QuantLinear))
     for module in model.modules():
         if isinstance(module, DecomposedLinear):
             total += module.columns.nbytes + module.outlier_weight.nbytes
     with linearized(model):
-        for linear in quantizable_linears(model, ignore).values():
+        for linear in quantizable_linears(model, ignore, but=but).values():
             total += sum(parameter.nbytes for parameter in linear.parameters())
     return total
 
@@ -109,7 +113,10 @@ def _whole(
     )
     recipe = job.recipe
     ignore = recipe.scheme.ignore
-    float_bytes = linear_bytes(model, ignore)
+    with linearized(model):
+        head = find_head(model, ignore) if recipe.head == "int8" else None
+    name = None if head is None or head.in_float else head.name
+    float_bytes = linear_bytes(model, ignore, but=name)
     calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
@@ -121,7 +128,7 @@ def _whole(
         record=made.sq_cpu_config,
         calibration_tokens=calibration.tokens,
         float_bytes=float_bytes,
-        int8_bytes=linear_bytes(model, ignore),
+        int8_bytes=linear_bytes(model, ignore, but=name),
         streamed=False,
     )
 

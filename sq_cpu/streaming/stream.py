@@ -24,6 +24,7 @@ from sq_cpu.checkpoint.entries import (
     layer_tensors,
     put_tensor,
     tie,
+    ties_of,
 )
 from sq_cpu.checkpoint.folder import Staging
 from sq_cpu.checkpoint.likeness import check_stored
@@ -45,6 +46,7 @@ from sq_cpu.models.padding import Padding, padding_of
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import check_layers, check_quantizes, check_reached
+from sq_cpu.quantization.head import find_head
 from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
@@ -98,12 +100,18 @@ class Stream:
         self.recipe = recipe
         self.scheme = scheme = recipe.scheme
         self.plan = plan = recipe.plan
+        tie(model, ties_of(model))  # as far as is known before the weights are
         with linearized(model):
             check_ignore(model, scheme.ignore)
-            linears = quantizable_linears(model, scheme.ignore)
+            head = find_head(model, scheme.ignore) if recipe.head == "int8" else None
+            self.head = None if head is None or head.in_float else head
+            but = None if self.head is None else self.head.name
+            linears = quantizable_linears(model, scheme.ignore, but=but)
             check_layers(linears, plan)
             self.in_float = {} if plan is None else plan.in_float
-            self.kept = float_linears(model, scheme.ignore) | self.in_float
+            self.kept = float_linears(model, scheme.ignore, but=but) | self.in_float
+            if head is not None and head.in_float:
+                self.kept[head.name] = head.in_float
             self.groups = smoothing_groups(model)
         self.names = [name for name in linears if name not in self.in_float]
         check_quantizes(self.names, self.kept)
@@ -157,11 +165,13 @@ class Stream:
         dtypes = {
             name: (tensor, self.loader.layout.dtype_of(name)) for name, tensor in found.items()
         }
-        # A linear that becomes int8 is in a file of its own, unless an embedding shares it.
+        # A linear that becomes int8 is in a file of its own, unless an embedding shares it that
+        # stays in float.
         own = {
             name
             for name in found
-            if name.rpartition(".")[0] in self.outer and name not in ties.values()
+            if name.rpartition(".")[0] in (*self.outer, *self.embeddings)
+            and (name not in ties.values() or name in self.weights_of_head)
         }
         final, floats = self.file(0), self.work / OUTER
         if not self.state.parts:
@@ -173,6 +183,17 @@ class Stream:
             for name in stored.headers:
                 put_tensor(self.model, name, stored.read(name))
         tie(self.model, ties)
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The embeddings that read the head's weight where that becomes int8."""
+        return () if self.head is None else self.head.embeddings
+
+    @property
+    def weights_of_head(self) -> set[str]:
+        """The names of the head's weight."""
+        names = () if self.head is None else (self.head.name, *self.head.embeddings)
+        return {f"{name}.weight" for name in names}
 
     def example(self, batches: Sequence[Example]) -> list[Example]:
         """Return the example that `calibrate` would take, if any."""
@@ -273,7 +294,8 @@ class Stream:
                 current = len(calls) - 1
                 run, padding = running(self.model, calls[-1].arguments), padding_of_call()
             index = len(self.blocks) + 1
-            return self.part(index, self.outer, linears, calibration, run, padding)
+            modules = (*self.outer, *self.embeddings)
+            return self.part(index, modules, linears, calibration, run, padding)
 
     def part(
         self,
@@ -324,6 +346,7 @@ class Stream:
             decomposed=dict(done.decomposed),
             kept=dict(done.kept),
             dtypes=dict(done.dtypes),
+            embeddings=dict(done.embeddings),
             tokens=calibration.tokens if calibration else 0,
             float_bytes=before,
             int8_bytes=after,
@@ -337,15 +360,25 @@ class Stream:
         smoothed = {name for part in parts for name in part.smoothed}
         plans = [SmoothPlan.from_dict(part.plan) for part in parts if part.plan is not None]
         groups = {group.name: group for plan in plans for group in plan.groups}
-        order = self.groups if self.plan is None else self.plan.groups
-        ordered = tuple(groups[group.name] for group in order if group.name in groups)
+        if self.plan is None:
+            head = "" if self.head is None else self.head.name  # planned last
+            order = [group.name for group in self.groups if head not in group.consumers]
+        else:
+            order = [group.name for group in self.plan.groups]
+        ordered = [groups.pop(name) for name in order if name in groups]
+        planned = self.plan or SmoothPlan(())
+        own = [layer for plan in plans for layer in plan.layers if layer not in planned.layers]
+        planned = replace(
+            planned, groups=(*ordered, *groups.values()), layers=(*planned.layers, *own)
+        )
         done = QuantizedPart(
-            plan=replace(self.plan or SmoothPlan(()), groups=ordered) if plans else None,
+            plan=planned if plans else None,
             layers=tuple(name for name in self.names if name in layers),
             smoothed=tuple(name for name in self.names if name in smoothed),
             decomposed={name: n for part in parts for name, n in part.decomposed.items()},
             kept={name: why for part in parts for name, why in part.kept.items()},
             dtypes={name: dtype for part in parts for name, dtype in part.dtypes.items()},
+            embeddings={name: head for part in parts for name, head in part.embeddings.items()},
         )
         record = done.record(self.scheme, self.kept)
         with StoredTensors(folder, [part.file for part in parts]) as stored:

@@ -33,7 +33,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockChain
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
 from sq_cpu.models.hf_private import compute_buffers
-from sq_cpu.quantization.recipe import Recipe
+from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan
@@ -80,6 +80,7 @@ def quantize_checkpoint(
     alpha: float = 0.5,
     rule: str = "smoothquant",
     smooth: bool = True,
+    head: HeadKind = "float",
     dtype: torch.dtype | None = torch.float32,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -101,7 +102,7 @@ def quantize_checkpoint(
     batches : iterable, optional
         As for `calibrate`. Needed to smooth, for static linears and an outlier threshold; given, it
         also finds what no batch reaches, and the weights that the model's own code uses.
-    scheme, plan, smooth
+    scheme, plan, smooth, head
         As for `quantize`.
     alpha, rule
         Migration strength and rule of every group, where there is no plan.
@@ -124,7 +125,7 @@ def quantize_checkpoint(
         missing or damaged one; a model whose blocks are not one stack, or that does not hand the
         hidden states alone from block to block; unfinished work of other settings.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth, alpha=alpha, rule=rule)
+    recipe = Recipe.of(scheme, plan, smooth=smooth, alpha=alpha, rule=rule, head=head)
     with staged(out, streamed=True) as staging:
         return stream_checkpoint(
             source,

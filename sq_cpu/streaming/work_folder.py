@@ -52,6 +52,7 @@ class Part:
     decomposed: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
+    embeddings: dict[str, str] = field(default_factory=dict)
     tokens: int = 0
     float_bytes: int = 0
     int8_bytes: int = 0

@@ -113,7 +113,7 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, tmp_path: Path) ->
 
 
 def test_the_latency_of_a_model_is_the_sum_of_its_linears() -> None:
-    row = {"static": 1.0, "per_token": 2.0, "per_tensor": 4.0, "float": 64.0}
+    row = {"static": 1.0, "per_token": 2.0, "per_tensor": 4.0, "per_token_x2": 16.0, "float": 64.0}
     row |= {
         f"{precision}+smoothing": row[precision] + 8
         for precision in PRECISIONS

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from byte_models import byte_model, byte_tokenizer
+from byte_models import byte_model, byte_tokenizer, save_float
 from command_line import TEXT, error_of, json_of, run, small
 from other_models import other_model
 from sameness import assert_same_model
@@ -232,3 +232,21 @@ def test_interrupted_streaming_says_how_it_is_resumed(
 def test_streaming_needs_a_folder(tmp_path: Path) -> None:
     error = error_of("quantize", "owner/name", "-o", tmp_path / "out", "--stream")
     assert "owner/name is not a folder" in error
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_the_head_in_int8(stream: str, tmp_path: Path, text: Path) -> None:
+    folder = save_float(tmp_path / "float", tie_word_embeddings=True)
+    arguments = ["quantize", folder, "-o", tmp_path / "out", "--calib", text, stream, *small()]
+    made = json_of(*arguments, "--head", "int8")
+    assert made["head"] == "int8"
+    assert "lm_head" not in made["kept"]
+    model = byte_model(tie_word_embeddings=True)
+    windows = sq_cpu.token_windows(byte_tokenizer(), TEXT, window=64, windows=4)
+    sq_cpu.quantize(model, sq_cpu.calibrate(model, windows), head="int8")
+    loaded = sq_cpu.load(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    assert made["layers"] == len(model.sq_cpu_config.layers)
+    linears = [m for m in byte_model().modules() if isinstance(m, torch.nn.Linear)]
+    parameters = [parameter for linear in linears for parameter in linear.parameters()]
+    assert made["linear_bytes"]["float"] == sum(parameter.nbytes for parameter in parameters)

@@ -124,11 +124,13 @@ struct Layer {
   PackedWeight weight;
 
   std::vector<bool> finite;    // the rows whose codes, zero points and integers mean something
-  std::vector<uint8_t> codes;  // [m, k]
+  std::vector<uint8_t> codes;  // [m * terms, k]
   std::vector<float> scale;
   std::vector<int32_t> zero_point;
-  std::vector<int32_t> t;  // [m, n]
+  std::vector<int32_t> t;  // [m * terms, n]
   std::vector<float> v;    // [m, n], before the last rounding
+
+  int64_t rows_of_codes() const { return m * quantizer.terms; }
 };
 
 struct Inputs {
@@ -219,24 +221,49 @@ void compute_plainly(Layer& layer) {
     lowest = std::min(lowest, low[row]), highest = std::max(highest, high[row]);
   }
 
-  Problem p{m, n, k, q.max_code(), std::vector<uint8_t>(m * k), std::vector<int8_t>(n * k), {}};
+  const int64_t terms = q.terms;
+  Problem p{m * terms,
+            n,
+            k,
+            q.max_code(),
+            std::vector<uint8_t>(m * terms * k),
+            std::vector<int8_t>(n * k),
+            {}};
   std::vector<float> weight_scale(n), bias(n);
   unpack_weight(layer.weight, p.w.data(), weight_scale.data(), bias.data());
-  layer.scale.resize(m), layer.v.resize(m * n);
+  layer.scale.clear(), layer.v.resize(m * n);
   for (int64_t row = 0; row < m; ++row) {
     const bool shared = q.granularity == Granularity::kPerTensor;
     const Grid grid = shared ? plain_grid(q, lowest, highest) : plain_grid(q, low[row], high[row]);
-    layer.scale[row] = layer.finite[row] ? grid.scale : std::numeric_limits<float>::quiet_NaN();
-    p.zero_point.push_back(layer.finite[row] ? grid.zero_point : 0);
-    for (int64_t i = row * k; layer.finite[row] && i < (row + 1) * k; ++i) p.u[i] = grid.code(x[i]);
+    const int most = q.max_code() / 2;
+    const double steps = 2.0 * most;
+    const Grid rest{static_cast<float>(grid.scale / steps), static_cast<float>(steps / grid.scale),
+                    most + 1, -most, most};
+    for (int64_t term = 0; term < terms; ++term) {
+      const Grid& own = term == 0 ? grid : rest;
+      layer.scale.push_back(layer.finite[row] ? own.scale
+                                              : std::numeric_limits<float>::quiet_NaN());
+      p.zero_point.push_back(layer.finite[row] ? own.zero_point : 0);
+    }
+    for (int64_t i = 0; layer.finite[row] && i < k; ++i) {
+      const float v = x[row * k + i];
+      const uint8_t code = grid.code(v);
+      p.u[row * terms * k + i] = code;
+      if (terms == 1) continue;
+      const auto q_of_code = static_cast<float>(code - grid.zero_point);
+      p.u[(row * terms + 1) * k + i] = rest.code(std::fma(-grid.scale, q_of_code, v));
+    }
   }
   const std::vector<int64_t> t = exact(p);
   layer.t.assign(t.begin(), t.end());
   const Epilogue& e = layer.epilogue;
   for (int64_t i = 0; i < m * n; ++i) {
     const int64_t row = i / n, column = i % n;
-    const float scale = layer.scale[row] * weight_scale[column];
-    float v = std::fma(static_cast<float>(layer.t[i]), scale, bias[column]);
+    float v = bias[column];
+    for (int64_t term = row * terms + terms - 1; term >= row * terms; --term) {
+      const float scale = layer.scale[term] * weight_scale[column];
+      v = std::fma(static_cast<float>(layer.t[term * n + column]), scale, v);
+    }
     v = activate_plain(e.activation, v);
     if (e.other != nullptr) v *= read(e.operand_type, e.other, row * e.ld_other + column);
     if (e.residual != nullptr) v += read(e.operand_type, e.residual, row * e.ld_residual + column);
@@ -258,6 +285,7 @@ Layer random_layer(uint64_t seed, Inputs& in, Rng& rng) {
   layer.x_type = static_cast<DType>(rng.below(3));
   layer.at_end = rng.coin();
   layer.quantizer = random_quantizer(rng);
+  layer.quantizer.terms = 1 + rng.coin();
   if (rng.coin()) {
     auto* s = in.inverse_smoothing.place<float>(layer.k, layer.at_end);
     for (int64_t i = 0; i < layer.k; ++i) s[i] = std::ldexp(1.0f + i % 7 / 7.0f, i % 5 - 2);
@@ -304,8 +332,9 @@ std::string describe(const Layer& layer) {
   return join("m=", layer.m, " n=", layer.n, " k=", layer.k, " types ",
               static_cast<int>(layer.x_type), " ", layer.to_codes ? 3 : int(layer.y_type),
               " granularity ", static_cast<int>(q.granularity), q.symmetric ? " symmetric" : "",
-              q.reduce_range ? " reduced" : "", q.inverse_smoothing != nullptr ? " smooth" : "",
-              " activation ", static_cast<int>(e.activation), e.other ? " other" : "",
+              q.reduce_range ? " reduced" : "", q.terms == 2 ? " twice" : "",
+              q.inverse_smoothing != nullptr ? " smooth" : "", " activation ",
+              static_cast<int>(e.activation), e.other ? " other" : "",
               e.residual ? " residual" : "", " operands ", static_cast<int>(e.operand_type));
 }
 
@@ -358,13 +387,15 @@ bool codes_are_right(const Layer& layer, const QuantizedActivation& y) {
 }
 
 QuantizedActivation place_activation(int64_t m, int64_t k, int max_code, Guarded& codes,
-                                     Guarded& scale, Guarded& zero_point, bool at_end) {
+                                     Guarded& scale, Guarded& zero_point, bool at_end,
+                                     int terms = 1) {
   return {codes.place_filled<uint8_t>(codes_bytes(m, k), at_end),
           scale.place_filled<float>(m, at_end),
           zero_point.place_filled<int32_t>(m, at_end),
           m,
           k,
-          max_code};
+          max_code,
+          terms};
 }
 
 }  // namespace

@@ -87,11 +87,11 @@ void spoil_one(Rng& rng, Values&... values) {
 
 void spoil(PackedWeight& w, Rng& rng) { spoil_one(rng, w.data, w.n, w.k); }
 void spoil(QuantizedActivation& x, Rng& rng) {
-  spoil_one(rng, x.codes, x.scale, x.zero_point, x.m, x.k, x.max_code);
+  spoil_one(rng, x.codes, x.scale, x.zero_point, x.m, x.k, x.max_code, x.terms);
 }
 void spoil(ActivationQuantizer& q, Rng& rng) {
   spoil_one(rng, q.granularity, q.symmetric, q.reduce_range, q.scale, q.zero_point,
-            q.inverse_smoothing);
+            q.inverse_smoothing, q.terms);
 }
 void spoil(Epilogue& e, Rng& rng) {
   // Not operand_type: a wider one than the buffers' is a lie.
@@ -272,6 +272,9 @@ void attack_all(Attack attack) {
          AttentionOptions{0.5f, true, 3, 2.0f, o.slopes.data(), o.slopes.data()},
          HeadResult{o.attended.data(), fp32, kHeads * kHeadDim, kHeadDim});
   attack("isa_name", &isa_name, active_isa());
+  const std::vector<int64_t> ids(kM, kN - 1);
+  attack("gather_rows", &gather_rows, weight, ids.data(), kM, o.smoothing.data(), o.x.data(), fp32,
+         kK);
 }
 
 }  // namespace

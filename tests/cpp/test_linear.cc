@@ -17,15 +17,16 @@ struct Outputs {
 std::vector<char> check_layer(const Layer& layer, int threads, Outputs& out,
                               const std::string& what, Rng& rng) {
   const bool at_end = layer.at_end;
-  const QuantizedActivation q = place_activation(layer.m, layer.k, layer.quantizer.max_code(),
-                                                 out.codes, out.scale, out.zero_point, at_end);
+  const QuantizedActivation q =
+      place_activation(layer.rows_of_codes(), layer.k, layer.quantizer.max_code(), out.codes,
+                       out.scale, out.zero_point, at_end, layer.quantizer.terms);
   quantize_activations(layer.x, layer.x_type, layer.ldx, layer.quantizer, q);
   check(rows_are_right(layer, layer.codes, gather_codes(q.codes, q.m, q.k).data()),
         what + ": the codes");
   check(std::equal(layer.scale.begin(), layer.scale.end(), q.scale, same), what + ": the scales");
   check(rows_are_right(layer, layer.zero_point, q.zero_point), what + ": the zero points");
 
-  auto* t = out.t.place_filled<int32_t>(layer.m * layer.n, at_end);
+  auto* t = out.t.place_filled<int32_t>(layer.rows_of_codes() * layer.n, at_end);
   gemm(q, layer.weight, t, layer.n);
   check(rows_are_right(layer, layer.t, t), what + ": gemm");
 
@@ -163,6 +164,50 @@ void test_passes(Isa isa) {
   }
 }
 
+// Rows of weights as an embedding reads them: every column of a strip, every type.
+void test_gather_rows(const std::vector<Isa>& isas, const Seeds& seeds) {
+  Part part("gathered rows");
+  Guarded memory, ids_memory, out;
+  const uint64_t cases = std::min<uint64_t>(seeds.count, 200);
+  for (uint64_t seed = seeds.first; seed < seeds.first + cases; ++seed) {
+    Rng rng(seed);
+    const int64_t n = 1 + rng.below(70), k = rng.below(140), count = rng.below(40);
+    const int64_t ldy = k + rng.below(3);
+    const auto type = static_cast<DType>(seed % 3);
+    const Problem p = make_problem(0, n, k, 255, Fill::kUniform, rng);
+    std::vector<float> scale(n), inverse(k);
+    for (auto& one : scale) one = std::ldexp(1.0f + rng.below(100) / 100.0f, -8);
+    for (auto& one : inverse) one = std::ldexp(1.0f + rng.below(100) / 100.0f, 2);
+    auto* packed = memory.place_filled<std::byte>(packed_bytes(n, k), true);
+    auto* ids = ids_memory.place_filled<int64_t>(count, true);
+    for (int64_t i = 0; i < count; ++i) ids[i] = rng.below(n);
+    const float* smoothing = rng.coin() ? inverse.data() : nullptr;
+    const int64_t bytes = count == 0 ? 0 : ((count - 1) * ldy + k) * bytes_of(type);
+    std::vector<char> expected(bytes, Guarded::kFiller);
+    for (int64_t i = 0; i < count * k; ++i) {
+      const int64_t row = ids[i / k], column = i % k;
+      float v = static_cast<float>(p.w[row * k + column]) * scale[row];
+      if (smoothing != nullptr) v *= smoothing[column];
+      write(type, expected.data(), i / k * ldy + column, v);
+    }
+    for (Isa isa : isas) {
+      use(isa);
+      pack_weight(p.w.data(), scale.data(), nullptr, n, k, packed);
+      auto* y = out.place_filled<char>(bytes, true);
+      gather_rows({packed, n, k}, ids, count, smoothing, y, type, ldy);
+      check(std::equal(expected.begin(), expected.end(), y), join("seed ", seed));
+      for (const int64_t id : {int64_t{-1}, n}) {
+        if (count == 0) continue;
+        const int64_t good = ids[count - 1];
+        ids[count - 1] = id;
+        check_refused(join("id ", id, " is none of the ", n, " rows"),
+                      [&] { gather_rows({packed, n, k}, ids, count, smoothing, y, type, ldy); });
+        ids[count - 1] = good;
+      }
+    }
+  }
+}
+
 void test_refusals() {
   Part part("refusals");
   float f[4] = {};
@@ -219,7 +264,13 @@ void test_refusals() {
   bad.scale = nullptr;
   check_refused("x.scale is null", [&] { linear(bad, weight, f, fp32, 4); });
   bad = x;
+  bad.terms = 3;
+  check_refused("x.terms is 3", [&] { gemm(bad, weight, z, 4); });
+  bad.terms = 2;
+  check_refused("x has 1 rows of codes, which are no pairs", [&] { gemm(bad, weight, z, 4); });
   bad.m = 2;
+  check_refused("out.terms is 2", [&] { quantize_activations(f, fp32, 4, fixed, bad); });
+  bad.terms = 1;
   check_refused("y is [2, 4], the product [1, 4]", [&] { linear(x, weight, fixed, bad); });
   check_refused("needs a static quantizer", [&] { linear(x, weight, {}, x); });
 }
@@ -236,6 +287,7 @@ int main(int argc, char** argv) {
     // What cuts the rows is the same on all: the quickest that is not emulated.
     test_passes(emulated(isas.back()) ? isas[isas.size() - 2] : isas.back());
   }
+  test_gather_rows(isas, fuzzed);
   fuzz(isas, fuzzed);
   return finish();
 }

@@ -1,11 +1,13 @@
 """Schemes, and layers of each."""
 
 import itertools
+from typing import get_args
 
 import torch
 from torch import nn
 
 from sq_cpu import QuantLinear, Scheme
+from sq_cpu.scheme import Activations
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -13,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES = [
     Scheme(activations=activations, symmetric=symmetric, reduce_range=reduce_range)
     for activations, symmetric, reduce_range in itertools.product(
-        ("per_token", "per_tensor", "static"), (True, False), (False, True)
+        get_args(Activations), (True, False), (False, True)
     )
 ]
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import sq_cpu
 from sq_cpu import Scheme
 from sq_cpu.models.calls import Batch
+from sq_cpu.quantization.recipe import HeadKind
 from sq_cpu.smoothing.plan import SmoothPlan
 
 _GATED = {
@@ -83,12 +84,13 @@ def in_memory(
     alpha: float = 0.5,
     rule: str = "smoothquant",
     smooth: bool = True,
+    head: HeadKind = "float",
 ) -> Any:
     """Quantize and save as a whole."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     calibration = sq_cpu.calibrate(model, batches(), ignore=scheme.ignore)
     plan = SmoothPlan.uniform(model, calibration, alpha, rule=rule) if smooth else None
-    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=smooth)
+    sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=smooth, head=head)
     sq_cpu.save(model, out)
     return model
 

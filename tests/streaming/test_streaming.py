@@ -33,8 +33,10 @@ from sq_cpu.streaming.convert import linear_bytes
         # The head too: OPT's is tied to the embedding.
         (Scheme.of("O3", ignore=(), symmetric=False), {"alpha": 0.75}),
         (Scheme.of("O1"), {"smooth": False}),
+        (Scheme.of("O3"), {"head": "int8"}),
+        (Scheme.of("O1"), {"smooth": False, "head": "int8"}),
     ],
-    ids=["O1", "O3-head", "naive"],
+    ids=["O1", "O3-head", "naive", "O3-int8_head", "naive-int8_head"],
 )
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_equals_quantizing_in_memory(

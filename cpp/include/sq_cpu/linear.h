@@ -10,6 +10,11 @@
 //   v[m,n] = fma(float(t), row_scale[m] * weight_scale[n], bias[n])                 (fp32)
 //   y[m,n] = activation(v) * other[m,n] + residual[m,n]   each step in fp32 and optional, then
 //            rounded once to y's type (RNE)
+// With two terms (ActivationQuantizer::terms) a row of x is two rows of codes, the second those of
+// what the first leaves over, and both are added up: 15 bits of x for twice the products.
+//   r[m,k] = fma(-row_scale[2m], u[2m,k] - zp, x)    quantized by row_scale[2m] / 254, or / 126
+//   v[m,n] = fma(float(t[2m,n]), row_scale[2m] * weight_scale[n],
+//                fma(float(t[2m+1,n]), row_scale[2m+1] * weight_scale[n], bias[n]))
 // A row of zeros gives v = bias. A row that holds NaN or Inf gives NaN in that row only. An
 // absolute maximum below 1e-30 counts as 1e-30.
 //
@@ -69,6 +74,13 @@ void pack_weight(const int8_t* weight, const float* scale, const float* bias, in
 // The exact inverse; null outputs are skipped.
 void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, float* bias);
 
+// Rows of W as floats, for an embedding that shares its weight with the head of a model:
+//   y[i,j] = W[ids[i], j] * scale[ids[i]] * inverse_smoothing[j]
+// each product in fp32, rounded once to y's type. inverse_smoothing: fp32 [k], or null for ones.
+// Throws for an id that is not 0 .. n - 1, with y unspecified.
+void gather_rows(const PackedWeight& weight, const int64_t* ids, int64_t count,
+                 const float* inverse_smoothing, void* y, DType y_type, int64_t ldy);
+
 // Quantized activations. Blocks of H = min(16, m) rows, each one sequential stream of tiles:
 //
 //   block r = rows Hr .. Hr+H-1; kb = ceil(k / 64) tiles of H rows x 64 bytes
@@ -84,7 +96,8 @@ struct QuantizedActivation {
   int32_t* zero_point;  // [m]; row i stands for (codes - zero_point[i]) * scale[i]
   int64_t m;
   int64_t k;
-  int max_code;  // the largest code there is: 255, or 127 with reduce_range
+  int max_code;   // the largest code there is: 255, or 127 with reduce_range
+  int terms = 1;  // 1 or 2: so many rows that follow each other add up to one of x
 };
 
 int64_t codes_bytes(int64_t m, int64_t k);
@@ -98,6 +111,7 @@ struct ActivationQuantizer {
   Granularity granularity = Granularity::kPerToken;
   bool symmetric = true;
   bool reduce_range = false;
+  int terms = 1;           // 2: a second row of symmetric codes holds what the first leaves over
   float scale = 0.0f;      // kStatic only: > 0 and finite
   int32_t zero_point = 0;  // kStatic only: within the grid
   // fp32 [k] or null. x is multiplied by it first, in fp32: 1 / s, the reciprocal of the smoothing
@@ -127,7 +141,7 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
             const Epilogue& epilogue = {});
 
 // The first half alone: one quantized activation can feed several linears (q, k, v; gate, up).
-// Writes out's three arrays; out.m, out.k and out.max_code are the caller's.
+// Writes out's three arrays; the rest is the caller's. x has out.m / out.terms rows.
 void quantize_activations(const void* x, DType x_type, int64_t ldx,
                           const ActivationQuantizer& quantizer, const QuantizedActivation& out);
 
@@ -136,13 +150,14 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, D
             int64_t ldy, const Epilogue& epilogue = {});
 
 // The second half with int8 out, so that int8 layers chain (the paper's W8A8B8O8): y becomes u8 by
-// y_quantizer, which must be kStatic and without smoothing. Writes y's three arrays; y is
-// [x.m, weight.n]. Where a row's value before quantization is not finite, y.scale is NaN.
+// y_quantizer, which must be kStatic, of one term and without smoothing. Writes y's three arrays; y
+// is [x.m / x.terms, weight.n]. Where a row's value before quantization is not finite, y.scale is
+// NaN.
 void linear(const QuantizedActivation& x, const PackedWeight& weight,
             const ActivationQuantizer& y_quantizer, const QuantizedActivation& y,
             const Epilogue& epilogue = {});
 
-// The integers t alone, [m, n]; scales are not read and x.scale may be null.
+// The integers t of each row of codes, [x.m, n]; scales are not read and x.scale may be null.
 void gemm(const QuantizedActivation& x, const PackedWeight& weight, int32_t* y, int64_t ldy);
 
 }  // namespace sq_cpu

@@ -106,16 +106,6 @@ def mixed(out: Path, name: str) -> None:
     remove(float_folder)
 
 
-def with_head(out: Path, name: str) -> None:
-    """Save a checkpoint whose head, tied to the embeddings in float, is int8; bf16, shards."""
-    float_folder = save_float(out / "float", "opt")
-    model = load_float(float_folder, torch.bfloat16)
-    scheme = Scheme.of("O1", ignore=(), symmetric=False)
-    model = sq_cpu.quantize(model, sq_cpu.calibrate(model, batches(), ignore=()), scheme=scheme)
-    sq_cpu.save(model, out / name, max_shard_size="20KB")
-    remove(float_folder)
-
-
 def remove(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -125,10 +115,8 @@ def remove(folder: Path) -> None:
 def main(out: Path) -> None:
     """Write everything into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    mixed(out, "version-4-mixed")
-    with_head(out, "version-4-head")
-    for name in ("version-4-mixed", "version-4-head"):
-        expect(out / name)
+    mixed(out, "version-5-mixed")
+    expect(out / "version-5-mixed")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Rows of a packed weight as floats: an embedding that shares its weight with a model's head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels import _core
+from sq_cpu.kernels.ops import empty, is_dense, is_plain, make_quantizer
+
+__all__ = ["gather_rows"]
+
+_IDS = (torch.int64, torch.int32)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def gather_rows(
+    ids: Tensor,
+    packed: Tensor,
+    out_features: int,
+    in_features: int,
+    smoothing: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return rows of a packed weight [out_features, in_features], divided by a smoothing scale.
+
+    Parameters
+    ----------
+    ids : int64 or int32 [...], each in [0, out_features)
+    packed : uint8, as `PackedWeight` has it
+    smoothing : s, fp32 [in_features]; None: ones
+    dtype : fp32, bf16 or fp16, of the result [..., in_features]
+
+    Raises
+    ------
+    SqCpuError
+        For ids that the weight has no row for, and for other dtypes and devices.
+    """
+    if not isinstance(ids, Tensor) or not isinstance(packed, Tensor):
+        raise SqCpuError("int8 embedding: ids and the packed weight are tensors")
+    if dtype not in _FLOATS:
+        raise SqCpuError(f"int8 embedding: dtype is {dtype}; use float32, bfloat16 or float16")
+    if not (is_dense(ids) and is_dense(packed)) or ids.dtype not in _IDS:
+        raise SqCpuError(f"int8 embedding: ids are {ids.dtype}; use int64 or int32, dense")
+    if not (ids.is_cpu and packed.is_cpu):
+        raise SqCpuError(
+            f"int8 embedding: ids are on {ids.device}, the weight on {packed.device}; "
+            "sq_cpu runs on the CPU only"
+        )
+    if not is_plain(ids):
+        if not torch.compiler.is_compiling():  # the tracer cannot follow the check
+            _check_packed(ids, packed, out_features, in_features)
+        return torch.ops.sq_cpu.gather_rows(  # type: ignore[no-any-return]
+            ids, packed, out_features, in_features, smoothing, dtype
+        )
+    return _gather(ids, packed, out_features, in_features, smoothing, dtype)
+
+
+def _gather(
+    ids: Tensor,
+    packed: Tensor,
+    out_features: int,
+    in_features: int,
+    smoothing: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if ids.dtype not in _IDS:
+        raise SqCpuError(f"int8 embedding: ids are {ids.dtype}; use int64 or int32")
+    quantizer = make_quantizer("per_token", True, False, 0.0, 0, smoothing)
+    y = empty((*ids.shape, in_features), dtype)
+    ids = ids.to(torch.int64).contiguous()
+    _core.gather_rows(packed, out_features, in_features, quantizer, ids, y)
+    return y
+
+
+@torch.library.custom_op("sq_cpu::gather_rows", mutates_args=(), device_types="cpu")
+def _gather_op(
+    ids: Tensor,
+    packed: Tensor,
+    out_features: int,
+    in_features: int,
+    smoothing: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Run the kernel where torch traces or transforms; plain calls go straight to it."""
+    return _gather(ids, packed, out_features, in_features, smoothing, dtype)
+
+
+@_gather_op.register_fake
+def _(ids: Tensor, packed: Tensor, out_features: int, in_features: int, *rest: Any) -> Tensor:
+    _check_packed(ids, packed, out_features, in_features)
+    return ids.new_empty((*ids.shape, in_features), dtype=rest[-1])
+
+
+def _check_packed(ids: Tensor, packed: Tensor, out_features: int, in_features: int) -> None:
+    if ids.device != packed.device:
+        raise SqCpuError(f"int8 embedding: ids are on {ids.device}, the weight on {packed.device}")
+    size = _core.packed_bytes(out_features, in_features)
+    if packed.dtype != torch.uint8 or packed.numel() != size:
+        raise SqCpuError(
+            f"int8 embedding: {packed.numel()} elements of {packed.dtype} are not a packed weight "
+            f"[{out_features}, {in_features}], which takes {size} of uint8"
+        )
