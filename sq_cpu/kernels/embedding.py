@@ -51,6 +51,8 @@ def gather_rows(
             "sq_cpu runs on the CPU only"
         )
     if not is_plain(ids):
+        if not torch.compiler.is_compiling():  # the tracer cannot follow the check
+            _check_packed(ids, packed, out_features, in_features)
         return torch.ops.sq_cpu.gather_rows(  # type: ignore[no-any-return]
             ids, packed, out_features, in_features, smoothing, dtype
         )
@@ -65,6 +67,8 @@ def _gather(
     smoothing: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    if ids.dtype not in _IDS:
+        raise SqCpuError(f"int8 embedding: ids are {ids.dtype}; use int64 or int32")
     quantizer = make_quantizer("per_token", True, False, 0.0, 0, smoothing)
     y = empty((*ids.shape, in_features), dtype)
     ids = ids.to(torch.int64).contiguous()
@@ -87,4 +91,16 @@ def _gather_op(
 
 @_gather_op.register_fake
 def _(ids: Tensor, packed: Tensor, out_features: int, in_features: int, *rest: Any) -> Tensor:
-    return packed.new_empty((*ids.shape, in_features), dtype=rest[-1])
+    _check_packed(ids, packed, out_features, in_features)
+    return ids.new_empty((*ids.shape, in_features), dtype=rest[-1])
+
+
+def _check_packed(ids: Tensor, packed: Tensor, out_features: int, in_features: int) -> None:
+    if ids.device != packed.device:
+        raise SqCpuError(f"int8 embedding: ids are on {ids.device}, the weight on {packed.device}")
+    size = _core.packed_bytes(out_features, in_features)
+    if packed.dtype != torch.uint8 or packed.numel() != size:
+        raise SqCpuError(
+            f"int8 embedding: {packed.numel()} elements of {packed.dtype} are not a packed weight "
+            f"[{out_features}, {in_features}], which takes {size} of uint8"
+        )
