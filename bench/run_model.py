@@ -196,6 +196,9 @@ def main(
     least_cosine: Annotated[
         float, typer.Option(help="Of a variant's logits with fp32's; one below is not reported.")
     ] = LEAST_COSINE,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Measure int8 as one native call, too.")
+    ] = False,
     label: Annotated[str | None, typer.Option(help="Of the build, for --compare.")] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file.")] = None,
     compare: Annotated[
@@ -216,6 +219,7 @@ def main(
             tokens=tokens,
             rows=tuple(machine.numbers(rows)),
             least_cosine=least_cosine,
+            fused=fused,
         )
         names = shapes.split(",") if model is None else [str(model)]
         counts = machine.numbers(threads)

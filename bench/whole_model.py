@@ -70,6 +70,8 @@ class Settings:
     """Sequences that are decoded at once."""
     least_cosine: float
     """Of a variant's logits with those of fp32."""
+    fused: bool = False
+    """Whether int8 is measured as one native call, too, with an int8 head and attention."""
 
 
 def say(line: str) -> None:
@@ -124,13 +126,20 @@ def random_ids(model: nn.Module, rows: int, tokens: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (rows, tokens), generator=generator)
 
 
-def to_int8(model: nn.Module, scheme: str) -> nn.Module:
-    """Return a quantized copy, as a user makes it: lm_head stays in float."""
+def to_int8(model: nn.Module, scheme: str, **options: Any) -> nn.Module:
+    """Return a quantized copy, as a user makes it: lm_head stays in float unless asked for."""
     model = copy.deepcopy(model)
     windows = range(CALIBRATION_WINDOWS)
     batches = [random_ids(model, 1, CALIBRATION_TOKENS, seed=1 + window) for window in windows]
     calibration = sq_cpu.calibrate(model, batches, progress=False)
-    return sq_cpu.quantize(model, calibration, scheme=scheme, progress=False)
+    return sq_cpu.quantize(model, calibration, scheme=scheme, progress=False, **options)
+
+
+def to_fused(model: nn.Module, scheme: str) -> nn.Module:
+    """Return a quantized copy, its head too, that runs as one native call."""
+    model = to_int8(model, scheme, head="int8")
+    sq_cpu.fuse(model)
+    return model
 
 
 def make_models(name: str, settings: Settings) -> Models:
@@ -145,6 +154,9 @@ def make_models(name: str, settings: Settings) -> Models:
     def add_int8(dtype: str) -> None:
         for scheme in settings.schemes:
             add(f"{scheme} {dtype}", lambda scheme=scheme: to_int8(models[dtype], scheme))
+            if settings.fused:
+                name = f"{scheme} {dtype} fused"
+                add(name, lambda scheme=scheme: to_fused(models[dtype], scheme))
 
     add(FP32, lambda: load_model(name, settings.layers))
     _check_lengths(models[FP32], settings)

@@ -35,6 +35,16 @@ class PyProgram {
     program_.add(EmbedStage{data, *type, shape[0], static_cast<float>(multiplier), out});
   }
 
+  void embed_packed(const py::object& packed, int64_t n, int64_t k, const py::object& quantizer,
+                    double multiplier, Buffer out) {
+    const PackedWeight weight{array<const std::byte>("the packed weight", keep(packed),
+                                                     Torch::get().uint8, packed_bytes(n, k)),
+                              n, k};
+    const auto& own = keep(quantizer).cast<const Quantizer&>();
+    program_.add(PackedEmbedStage{weight, own.view(k).inverse_smoothing,
+                                  static_cast<float>(multiplier), out});
+  }
+
   void project(
       Buffer in, int64_t column, const std::optional<NormOfPython>& norm,
       const py::object& quantizer, bool kept_rows,

@@ -511,7 +511,6 @@ void Program::add(const ProjectStage& stage) {
   check_quantizer(stage.quantizer);
   SQ_CHECK(stage.quantizer.granularity != Granularity::kPerTensor,
            "a scale per tensor would depend on the other rows of a batch");
-  SQ_CHECK(stage.quantizer.terms == 1, "a project stage has activations of one term");
   check_norm(stage.norm);
   Project project{stage, {stage.linears, stage.linears + stage.count}, {}, false};
   const int64_t k = stage.linears[0].weight.k;

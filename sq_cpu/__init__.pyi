@@ -19,6 +19,9 @@ from .evaluation.perplexity import perplexity as perplexity
 from .evaluation.perplexity import token_windows as token_windows
 from .inference.attach import use_int8_attention as use_int8_attention
 from .inference.cache import Int8Cache as Int8Cache
+from .inference.fusing import fuse as fuse
+from .inference.generation import Sampling as Sampling
+from .inference.generation import generate as generate
 from .kernels import attention as attention
 from .kernels.ops import QuantizedActivation as QuantizedActivation
 from .kernels.runtime import isa as isa

@@ -32,6 +32,8 @@ from sq_cpu.cli.common import (
 )
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity
+from sq_cpu.inference.fusing import fuse
+from sq_cpu.inference.generation import Sampling, generate
 from sq_cpu.kernels.runtime import isa
 
 
@@ -81,6 +83,13 @@ def generate_command(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Ask PROMPT as a chat message.")] = False,
+    fused: Annotated[
+        bool,
+        typer.Option(
+            "--fuse/--no-fuse",
+            help="Run a quantized decoder as one native call, with int8 attention, if it can be.",
+        ),
+    ] = True,
     dtype: StoredDtype = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -94,13 +103,21 @@ def generate_command(
             f"{ids.shape[1]} tokens of prompt and --max-new-tokens {max_new_tokens} exceed the "
             f"model's {positions} positions; ask for fewer"
         )
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
+    unfused = _fuse(loaded) if fused else "--no-fuse"
     start = time.perf_counter()
     with torch.inference_mode():
-        made = _new_tokens(loaded, ids, max_new_tokens, sampling)
+        if unfused is None:
+            sampling = Sampling(temperature=temperature, seed=seed)
+            prompt_ids = ids[0].tolist()
+            (made,) = generate(
+                loaded, [prompt_ids], max_new_tokens=max_new_tokens, sampling=sampling
+            )
+        else:
+            torch.manual_seed(seed)
+            chosen: dict[str, Any] = {"do_sample": False}
+            if temperature > 0:
+                chosen = {"do_sample": True, "temperature": temperature}
+            made = _new_tokens(loaded, ids, max_new_tokens, chosen)
     seconds = time.perf_counter() - start
     answer = tokenizer.decode(made, skip_special_tokens=True)
     result = {
@@ -109,6 +126,8 @@ def generate_command(
         "text": answer,
         "tokens": len(made),
         "seconds": round(seconds, 3),
+        "fused": unfused is None,
+        "not_fused": unfused,
     }
     emit(result, as_json, answer if chat else prompt + answer)
 
@@ -149,6 +168,15 @@ def demo_command(
         emit({"model": str(source), **report.to_dict(), "seconds": round(seconds, 1)}, as_json, "")
         return
     show.print_report(Path(source).name, report, seconds)
+
+
+def _fuse(model: nn.Module) -> str | None:
+    """Fuse a decoder; returns why it cannot be."""
+    try:
+        fuse(model)
+    except SqCpuError as error:
+        return str(error)
+    return None
 
 
 def _new_tokens(

@@ -15,6 +15,7 @@ from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace
 from sq_cpu.inference.lowering import compile_program
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram
+from sq_cpu.nn.linear import QuantLinear
 
 __all__ = ["FusedDecoder", "fuse", "fused_of"]
 
@@ -75,6 +76,9 @@ class FusedDecoder:
         self._plain = self.base.forward
         self.base.forward = self
         self._head_alone = self._head is not None and self._has_plain_head()
+        self._to_logits = None
+        if self._head_alone and type(self._head) is QuantLinear:
+            self._to_logits = self.program.followed_by(self._head)
 
     @torch.inference_mode()
     def _has_plain_head(self) -> bool:
@@ -166,7 +170,12 @@ class FusedDecoder:
         return past, begins, wanted
 
     def run(
-        self, cache: Any, ids: Tensor, positions: Tensor, begins: list[int], last: bool = False
+        self,
+        cache: Any,
+        ids: Tensor,
+        positions: Tensor,
+        begins: list[int],
+        last: DecoderProgram | None = None,
     ) -> Tensor:
         """Run new positions of each sequence, whose keys and values go into the cache.
 
@@ -175,12 +184,12 @@ class FusedDecoder:
         cache : whose layers are all `Int8Layer`
         ids, positions : int64 [batch, new]
         begins : the position where each sequence begins; ids before it are padding
-        last : return only the last position of each sequence
+        last : a program whose result is wanted for the last position of each sequence alone
 
         Returns
         -------
-        fp32 [batch, new, hidden_size], 0 at padding, or [batch, hidden_size]: the residual after
-        the last block
+        fp32 [batch, new, hidden_size], 0 at padding: the residual after the last block; or [batch,
+        width] of `last`
         """
         layers = cache.layers
         dtype = self._model.dtype
@@ -191,9 +200,8 @@ class FusedDecoder:
         flat, at = ids.flatten().contiguous(), positions.flatten().contiguous()
         if rows[0].kept is not None:
             flat, at = flat[rows[0].kept], at[rows[0].kept]
-        if last:
-            kept = batch[0].tensors[0][1:] - 1
-            return self.program.run(flat, at, batch, caches, kept)
+        if last is not None:
+            return last.run(flat, at, batch, caches, batch[0].tensors[0][1:] - 1)
         hidden = self.program.run(flat, at, batch, caches, torch.arange(len(flat)))
         if rows[0].kept is not None:
             whole = hidden.new_zeros(ids.numel(), hidden.shape[1])
@@ -203,8 +211,10 @@ class FusedDecoder:
 
     def logits(self, cache: Any, ids: Tensor, positions: Tensor, begins: list[int]) -> Tensor:
         """Return the logits of each sequence's last position, [batch, vocabulary]; as `run`."""
+        if self._to_logits is not None:
+            return self.run(cache, ids, positions, begins, self._to_logits)
         if self._head_alone:
-            hidden = self.normed(self.run(cache, ids, positions, begins, last=True))
+            hidden = self.normed(self.run(cache, ids, positions, begins, self.program))
             return self._head(hidden)  # type: ignore[no-any-return]
         seen = cache.get_seq_length()
         mask = torch.arange(seen + ids.shape[1])[None] >= torch.tensor(begins)[:, None]

@@ -68,16 +68,11 @@ def compile_program(model: Any) -> DecoderProgram:
     family = family_of(model)
     if family is None or family.decoder is None:
         raise SqCpuError(f"no program for {model.config.model_type}: its family has no decoder row")
-    if isinstance(_find(model.base_model, family.decoder.embedding), QuantEmbedding):
-        raise SqCpuError(
-            f"no program for {model.config.model_type}: its embedding reads the int8 weight of "
-            "the head, which no stage does"
-        )
     try:
         with evaluating(model), _in_float32(model):
             lowering = _Lowering(model, family.decoder, family.stacks[0].norm_offset)
             lowering.prove()
-        return lowering.program(_find(model.base_model, family.decoder.embedding).weight.detach())
+        return lowering.program()
     except SqCpuError as error:
         raise SqCpuError(f"no program for {model.config.model_type}: {error}") from error
 
@@ -107,12 +102,12 @@ class _Lowering:
         self._rotaries: dict[tuple[Any, ...], Rotary] = {}
         self._model = model
         self._seen = self._see()
-        table = _find(self._base, decoder.embedding).weight
-        self._buffer("residual", table.shape[1])
+        self._buffer("residual", _find(self._base, decoder.embedding).weight.shape[1])
         self._blocks = [self._stages(block) for block in _find(self._base, decoder.blocks)]
 
-    def program(self, table: Tensor) -> DecoderProgram:
-        embed = Embed(table, self._seen.multiplier, "residual")
+    def program(self) -> DecoderProgram:
+        embedding = _find(self._base, self._decoder.embedding)
+        embed = Embed(_table(embedding), self._seen.multiplier, "residual")
         stages = [embed, *(stage for block in self._blocks for stage in block)]
         final_norm = self._norm(self._base, self._decoder.final_norm)
         return DecoderProgram(stages, self._widths, "residual", final_norm)
@@ -141,8 +136,8 @@ class _Lowering:
 
     def _see(self) -> _Seen:
         decoder, base = self._decoder, self._base
-        table = _find(base, decoder.embedding).weight.detach()
-        seen = _Seen((torch.arange(_TOKENS, device="cpu") * 7919 % len(table))[None])
+        embed = Embed(_table(_find(base, decoder.embedding)), 1.0, "residual")
+        seen = _Seen((torch.arange(_TOKENS, device="cpu") * 7919 % embed.vocabulary)[None])
         tables: list[tuple[Any, tuple[Any, ...]]] = []  # what rotary gave, and for what
 
         def rotary_called(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -177,7 +172,7 @@ class _Lowering:
         finally:
             for handle in handles:
                 handle.remove()
-        first, rows = seen.calls[0][0][0][0], table[seen.ids[0]].float()
+        first, rows = seen.calls[0][0][0][0], embed.rows(seen.ids[0])
         seen.multiplier = float((first * rows).sum() / (rows * rows).sum())
         if not torch.allclose(first, rows * seen.multiplier, rtol=1e-3, atol=1e-7):
             raise SqCpuError("what enters the first block is not a token's embedding alone")
@@ -313,6 +308,14 @@ def _find(module: Any, path: str, *, optional: bool = False) -> Any:
     return module
 
 
+def _table(embedding: nn.Module) -> Tensor | QuantLinear:
+    """Return what holds the rows of an embedding."""
+    if isinstance(embedding, QuantEmbedding):
+        return embedding.head
+    weight: Tensor = embedding.weight.detach()  # type: ignore[operator]
+    return weight
+
+
 def _rope_types(rotary: Any) -> set[str]:
     kinds = getattr(rotary, "rope_type", "default")
     return set(kinds.values()) if isinstance(kinds, Mapping) else {kinds}
@@ -324,8 +327,6 @@ def _layer(block: nn.Module, path: str) -> QuantLinear | DecomposedLinear:
         raise SqCpuError(f"{path} is a {type(layer).__name__}, not in int8")
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
         raise SqCpuError(f"{path} has hooks, or a forward of its own")
-    if getattr(layer, "regular", layer).scheme.terms != 1:
-        raise SqCpuError(f"{path} has two terms of activations, which no stage has")
     return layer  # type: ignore[no-any-return]
 
 
@@ -386,7 +387,8 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
         for x in (*model.parameters(), *model.buffers())
         if x.is_floating_point() and x.dtype != torch.float32
     ]
-    layers = [(m, m.dtype) for m in model.modules() if isinstance(m, QuantLinear)]
+    kinds = (QuantLinear, QuantEmbedding)
+    layers = [(m, m.dtype) for m in model.modules() if isinstance(m, kinds)]
     for x, data in tensors:
         x.data = data.float()
     for layer, _ in layers:

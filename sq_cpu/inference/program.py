@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
+from sq_cpu.kernels.embedding import gather_rows
 from sq_cpu.kernels.paged_attention import AttentionOptions, BatchRows, KvPages, attend_reference
 from sq_cpu.nn.linear import QuantLinear
 
@@ -60,9 +61,24 @@ class Norm:
 class Embed:
     """out = table[id] * multiplier."""
 
-    table: Tensor
+    table: Tensor | QuantLinear
+    """Floating point [vocabulary, width], or the head whose weight it is."""
     multiplier: float
     out: str
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of rows."""
+        return self.table.out_features if isinstance(self.table, QuantLinear) else len(self.table)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return fp32 rows of the table, before the multiplier."""
+        if not isinstance(self.table, QuantLinear):
+            return self.table[ids].float()
+        head = self.table
+        return gather_rows(
+            ids, head.packed, head.out_features, head.in_features, head.smoothing, torch.float32
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +109,8 @@ class Project:
     source: str
     norm: Norm | None
     linears: tuple[Linear, ...]
+    kept: bool = False
+    """Of the rows alone whose result is wanted: a head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +186,8 @@ class DecoderProgram:
     ) -> None:
         self.stages = tuple(stages)
         self.final_norm = final_norm
+        self._widths = dict(widths)
+        self._result = result
         self.width = widths[result]
         self._program = _core.Program()
         self._buffers = {name: self._program.buffer(width) for name, width in widths.items()}
@@ -183,10 +203,17 @@ class DecoderProgram:
             layer += isinstance(stage, Attend)
         self._program.result(self._buffers[result])
 
+    def followed_by(self, head: QuantLinear) -> DecoderProgram:
+        """Return the program whose result is the logits that `head` gives, [kept, vocabulary]."""
+        linear = Linear(head, 0, head.out_features, "logits")
+        stage = Project(self._result, self.final_norm, (linear,), kept=True)
+        widths = self._widths | {"logits": head.out_features}
+        return DecoderProgram([*self.stages, stage], widths, "logits")
+
     def _add(self, stage: Stage, layer: int) -> None:
         at = self._buffers
         if isinstance(stage, Embed):
-            self._program.embed(stage.table, stage.multiplier, at[stage.out])
+            self._embed(stage)
         elif isinstance(stage, Merge):
             after = _norm(stage.norm)
             assert after is not None
@@ -219,7 +246,23 @@ class DecoderProgram:
             if any(linear.layer._quantizer != quantizer for linear in stage.linears):
                 raise SqCpuError("linears of one input quantize it differently")
             linears = [self._linear(linear) for linear in stage.linears]
-            self._program.project(at[stage.source], 0, _norm(stage.norm), quantizer, False, linears)
+            self._program.project(
+                at[stage.source], 0, _norm(stage.norm), quantizer, stage.kept, linears
+            )
+
+    def _embed(self, stage: Embed) -> None:
+        out, head = self._buffers[stage.out], stage.table
+        if isinstance(head, Tensor):
+            return self._program.embed(head, stage.multiplier, out)
+        self._program.embed_packed(
+            head.packed,
+            head.out_features,
+            head.in_features,
+            head._quantizer,
+            stage.multiplier,
+            out,
+        )
+        return None
 
     def _linear(self, linear: Linear) -> tuple[object, ...]:
         layer = linear.layer
@@ -316,7 +359,7 @@ def run_reference(
     buffers: dict[str, Tensor] = {}
     for stage in stages:
         if isinstance(stage, Embed):
-            buffers[stage.out] = stage.table[ids].float() * stage.multiplier
+            buffers[stage.out] = stage.rows(ids) * stage.multiplier
         elif isinstance(stage, Merge):
             buffers[stage.out] = buffers[stage.out] + stage.norm.reference(buffers[stage.source])
         elif isinstance(stage, Project):

@@ -534,7 +534,7 @@ void test_refusals() {
     program.add(stage);
   });
   check_refused("no rows", [&] { program.add(EmbedStage{nullptr, DType::kFloat32, 1, 1.0f, x}); });
-  check_refused("not of 48 columns",
+  check_refused("embed: columns 0 .. 63 of a buffer of 48",
                 [&] { program.add(PackedEmbedStage{layer.out.weight, nullptr, 1.0f, x}); });
   check_refused("needs a norm", [&] { program.add(MergeStage{x, {}, y}); });
   check_refused("no result", [&] { program.run({}); });

@@ -9,15 +9,32 @@ import torch
 from test_fusing import fused
 from test_lowering import quantized
 
-from sq_cpu import SqCpuError
+from sq_cpu import Int8Cache, SqCpuError
+from sq_cpu.inference.fusing import fused_of
 from sq_cpu.inference.generation import Sampling, generate
 
 NEW = 24
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2", "mistral"])
+# gemma2 caps its logits.
+@pytest.fixture(scope="module", params=["llama", "gemma2", "mistral", "qwen2-int8"])
 def model(request: pytest.FixtureRequest) -> Any:
-    return fused(request.param, sliding_window=20)
+    name, _, head = request.param.partition("-")
+    tied = {"head": "int8", "tie_word_embeddings": True} if head else {}
+    return fused(name, sliding_window=20, **tied)
+
+
+@torch.no_grad()
+def test_logits_of_an_int8_head() -> None:
+    """Its stage gives what the layer gives, but for the order in which the norm adds up."""
+    model = fused("llama", head="int8")
+    ids = torch.tensor([prompts()[1]])
+    positions = torch.arange(30)[None]
+    made = fused_of(model).logits(Int8Cache(model), ids, positions, [0])
+    expected = model(ids).logits[:, -1]
+    assert made.shape == expected.shape
+    # An ulp of the norm moves a code of 15 bits by one at most.
+    assert torch.allclose(made, expected, rtol=0, atol=2e-4 * float(expected.abs().max()))
 
 
 def prompts() -> list[list[int]]:

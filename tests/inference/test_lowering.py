@@ -13,7 +13,7 @@ import sq_cpu
 from sq_cpu import SqCpuError
 from sq_cpu.inference import lowering
 from sq_cpu.inference.lowering import compile_program
-from sq_cpu.inference.program import Attend, Merge, Project
+from sq_cpu.inference.program import Attend, Embed, Merge, Project
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder
 
@@ -25,10 +25,16 @@ PROGRAMS = [
 # fmt: on
 
 
-def quantized(name: str, scheme: str = "O1", dtype: Any = torch.float32, **config: Any) -> Any:
+def quantized(
+    name: str,
+    scheme: str = "O1",
+    dtype: Any = torch.float32,
+    head: Any = "float",
+    **config: Any,
+) -> Any:
     model = tiny_model(name, dtype=dtype, **config).eval()
     calibration = sq_cpu.calibrate(model, inputs(name), progress=False)
-    return sq_cpu.quantize(model, calibration, scheme=scheme, progress=False)
+    return sq_cpu.quantize(model, calibration, scheme=scheme, head=head, progress=False)
 
 
 @pytest.mark.parametrize("scheme", ["O1", "O3"])
@@ -128,6 +134,16 @@ def test_a_norms_offset_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowering, "family_of", lambda _: replace(family, stacks=(stack,)))
     with pytest.raises(SqCpuError, match="does something else"):
         compile_program(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "gemma3_text"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_heads(name: str, tied: bool) -> None:
+    model = quantized(name, head="int8", tie_word_embeddings=tied)
+    program = compile_program(model)
+    embed = program.stages[0]
+    assert isinstance(embed, Embed)
+    assert isinstance(embed.table, sq_cpu.QuantLinear) == tied
 
 
 def test_reasons() -> None:
