@@ -107,6 +107,7 @@ class PyProgram {
   // The pages of each cache, [pages, kv heads, bytes], with the size of its heads, and which of the
   // page tables of a call is its.
   void set_caches(const std::vector<std::tuple<py::object, int64_t, int64_t>>& caches) {
+    check_idle();
     std::vector<KvCache> all;
     std::vector<int64_t> groups;
     for (const auto& [pages, head_dim, group] : caches) {
@@ -126,6 +127,7 @@ class PyProgram {
 
   // Of each: [positions, 2, rotated] and whether pairs are interleaved.
   void set_rotaries(const std::vector<std::pair<py::object, bool>>& rotaries) {
+    check_idle();
     std::vector<Rotary> all;
     for (const auto& [table, interleaved] : rotaries) {
       const std::vector<int64_t> shape = shape_of("the rotary table", table, 3);
@@ -169,11 +171,22 @@ class PyProgram {
         array<const int64_t>("kept", kept, torch.int64, wanted),
         wanted,
         array<float>("result", result, torch.float32, bounded_product(wanted, width(result_)))};
+    check_idle();
+    const Running running(running_);
     const Door door;
     program_.run(step, threads);
   }
 
  private:
+  // Read and written under the GIL.
+  struct Running {
+    explicit Running(bool& flag) : flag_(flag) { flag_ = true; }
+    Running(const Running&) = delete;
+    ~Running() { flag_ = false; }
+    bool& flag_;
+  };
+  void check_idle() const { SQ_CHECK(!running_, "the program runs already, in another thread"); }
+
   const py::object& keep(const py::object& tensor) {
     kept_.push_back(tensor);
     return kept_.back();
@@ -194,6 +207,7 @@ class PyProgram {
   }
 
   Program program_;
+  bool running_ = false;
   std::vector<int64_t> widths_;
   Buffer result_ = kNoBuffer;
   std::vector<py::object> kept_;

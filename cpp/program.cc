@@ -147,7 +147,10 @@ struct Program::Implementation {
   }
 
   void plan(int64_t rows, int64_t kept, int workers);
-  void reserve(int64_t rows, int workers, const std::vector<AttentionPlan>& attention);
+  void append(Stage stage) {
+    stages.push_back(std::move(stage));
+    planned_rows = -1;
+  }
   void run(const Step& step, const Pass& pass, Range rows, int workers);
   class Runner;
 };
@@ -492,7 +495,7 @@ void Program::add(const EmbedStage& stage) {
   all.check_columns("embed", stage.out, 0, 0);
   check_dtype("the embedding", stage.type);
   SQ_CHECK(stage.table != nullptr && stage.vocabulary > 0, "the embedding has no rows");
-  all.stages.emplace_back(stage);
+  all.append(stage);
 }
 
 void Program::add(const PackedEmbedStage& stage) {
@@ -501,7 +504,7 @@ void Program::add(const PackedEmbedStage& stage) {
   all.check_columns("embed", stage.out, 0, stage.weight.k);
   SQ_CHECK(stage.weight.n > 0 && stage.weight.k == all.widths[stage.out], "the embedding is [",
            stage.weight.n, ", ", stage.weight.k, "], not of ", all.widths[stage.out], " columns");
-  all.stages.emplace_back(stage);
+  all.append(stage);
 }
 
 void Program::add(const ProjectStage& stage) {
@@ -547,6 +550,12 @@ void Program::add(const ProjectStage& stage) {
                  columns.columns[c], " of ", k);
       }
     }
+    for (int j = 0; j < i; ++j) {
+      const ProjectedLinear& before = project.linears[j];
+      SQ_CHECK(before.out != linear.out || before.column + before.weight.n <= linear.column ||
+                   linear.column + n <= before.column,
+               "project: two linears write column ", linear.column, " of buffer ", linear.out);
+    }
     if (joined) {
       ++project.products.back().count;
     } else {
@@ -554,7 +563,7 @@ void Program::add(const ProjectStage& stage) {
     }
   }
   project.stage.linears = nullptr;  // they are copied
-  all.stages.emplace_back(std::move(project));
+  all.append(std::move(project));
 }
 
 void Program::add(const AttendStage& stage) {
@@ -577,7 +586,7 @@ void Program::add(const AttendStage& stage) {
   const auto found = std::find(all.plan_keys.begin(), all.plan_keys.end(), key);
   const size_t plan = found - all.plan_keys.begin();
   if (found == all.plan_keys.end()) all.plan_keys.push_back(key);
-  all.stages.emplace_back(Attend{stage, plan});
+  all.append(Attend{stage, plan});
 }
 
 void Program::add(const MergeStage& stage) {
@@ -587,7 +596,7 @@ void Program::add(const MergeStage& stage) {
   check_norm(stage.norm);
   SQ_CHECK(stage.norm.kind != Norm::Kind::kNone && stage.in != stage.out,
            "merge: needs a norm and two buffers");
-  all.stages.emplace_back(stage);
+  all.append(stage);
 }
 
 void Program::set_result(Buffer buffer) {
@@ -599,6 +608,12 @@ void Program::run(const Step& step, int threads) {
   Implementation& all = *implementation_;
   const Sequences& sequences = step.sequences;
   SQ_CHECK(!all.stages.empty() && all.result != kNoBuffer, "the program has no result");
+  if (const auto* const last = std::get_if<Project>(&all.stages.back());
+      last != nullptr && last->stage.kept_rows) {
+    const auto writes = [&](const ProjectedLinear& linear) { return linear.out == all.result; };
+    SQ_CHECK(std::any_of(last->linears.begin(), last->linears.end(), writes),
+             "the last stage takes the kept rows alone and does not write the result");
+  }
   const int64_t rows = sequences.count > 0 ? sequences.first_row[sequences.count] : 0;
   SQ_CHECK(rows == 0 || (step.ids != nullptr && step.positions != nullptr), "ids are null");
   const int32_t* checked = nullptr;

@@ -33,7 +33,6 @@ from sq_cpu.cli.common import (
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity
 from sq_cpu.inference.fusing import fuse
-from sq_cpu.inference.generation import Sampling, generate
 from sq_cpu.kernels.runtime import isa
 
 
@@ -104,20 +103,13 @@ def generate_command(
             f"model's {positions} positions; ask for fewer"
         )
     unfused = _fuse(loaded) if fused else "--no-fuse"
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
     start = time.perf_counter()
     with torch.inference_mode():
-        if unfused is None:
-            sampling = Sampling(temperature=temperature, seed=seed)
-            prompt_ids = ids[0].tolist()
-            (made,) = generate(
-                loaded, [prompt_ids], max_new_tokens=max_new_tokens, sampling=sampling
-            )
-        else:
-            torch.manual_seed(seed)
-            chosen: dict[str, Any] = {"do_sample": False}
-            if temperature > 0:
-                chosen = {"do_sample": True, "temperature": temperature}
-            made = _new_tokens(loaded, ids, max_new_tokens, chosen)
+        made = _new_tokens(loaded, ids, max_new_tokens, sampling)
     seconds = time.perf_counter() - start
     answer = tokenizer.decode(made, skip_special_tokens=True)
     result = {

@@ -201,7 +201,7 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         return k, v
 
     def grow(self, new: int) -> None:
-        """Count new positions, which somebody else has written or writes now."""
+        """Count new positions, which somebody else has written."""
         self._seen += new
         self.version += 1
 
@@ -306,7 +306,7 @@ def prepare_layers(
     new: int,
     dtype: torch.dtype,
 ) -> list[CallRows]:
-    """Make room for new positions, which somebody writes to the pages at once.
+    """Make room for new positions, which somebody writes to the pages and then counts (`grow`).
 
     Parameters
     ----------
@@ -340,8 +340,6 @@ def prepare_layers(
     for table in tables:
         table.set_pads(begins)
     rows = [table.plan(layers[0].get_seq_length(), new) for table in tables]
-    for layer in layers:
-        layer.grow(new)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,15 +21,17 @@ from sq_cpu.nn.linear import QuantLinear
 __all__ = ["FusedDecoder", "fuse", "fused_of"]
 
 # What a call may say besides, without a word on what the decoder computes.
-_INDIFFERENT = {"cache_position", "return_dict", "logits_to_keep", "num_items_in_batch"}
+_INDIFFERENT = {"cache_position", "logits_to_keep", "num_items_in_batch"}
 
 
 def fuse(model: nn.Module, enabled: bool = True) -> None:
     """Have a quantized decoder of transformers run as one native call, with int8 attention.
 
     Its calls and its `generate` stay as they are. A call that the program does not serve runs as
-    before: with gradients or hooks, given embeddings or a mask with gaps, one that asks for hidden
-    states or weights, and one over a float cache that is not empty.
+    before: in training, with gradients, while a module has hooks, given embeddings, a mask with
+    gaps or sequences packed into one, one that asks for hidden states or weights, and one over a
+    float cache that is not empty. A model that has changed is compiled again. From two threads, one
+    call waits for the other.
 
     Parameters
     ----------
@@ -38,12 +41,12 @@ def fuse(model: nn.Module, enabled: bool = True) -> None:
     Raises
     ------
     SqCpuError
-        That says why the model has no program.
+        That says why the model has no program; the model is as it was.
     """
     fused = fused_of(model)
     if not enabled:
         if fused is not None:
-            del fused.base.forward
+            fused.undo()
         return
     if fused is None:
         FusedDecoder(model)
@@ -63,22 +66,48 @@ class FusedDecoder:
     same_function : True, which tells `save` that the model is what it was
     program : its stages
     base : the model without its head
+    has_head : whether it gives logits
     """
 
     same_function = True
 
     def __init__(self, model: Any) -> None:
         """Compile, and take the place of the base model's forward."""
-        self.program: DecoderProgram = compile_program(model)
         self.base = model.base_model
         self._model = model
-        self._head = model.get_output_embeddings()
+        self._before = self.base.__dict__.get("forward")
         self._plain = self.base.forward
+        self._compile()
         self.base.forward = self
-        self._head_alone = self._head is not None and self._has_plain_head()
+        try:
+            self._finish_head()
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Give the base model the forward that it had."""
+        del self.base.forward
+        if self._before is not None:
+            self.base.forward = self._before
+
+    def _compile(self) -> None:
+        self.program: DecoderProgram = compile_program(self._model)
+        self._state = _state_of(self._model)
+
+    def _finish_head(self) -> None:
+        self._head = self._model.get_output_embeddings()
+        self.has_head = self._head is not None
+        self._head_alone = self.has_head and self._has_plain_head()
         self._to_logits = None
         if self._head_alone and type(self._head) is QuantLinear:
             self._to_logits = self.program.followed_by(self._head)
+
+    def refresh(self) -> None:
+        """Compile again what has changed since; `SqCpuError` where it has no program any more."""
+        if _state_of(self._model) != self._state:
+            self._compile()
+            self._finish_head()
 
     @torch.inference_mode()
     def _has_plain_head(self) -> bool:
@@ -105,8 +134,11 @@ class FusedDecoder:
         **others: Any,
     ) -> Any:
         """Return what the base model does."""
-        call = self._prepare(input_ids, attention_mask, past_key_values, use_cache, others)
-        if inputs_embeds is not None or call is None or input_ids is None:
+        begins = None
+        if input_ids is not None and inputs_embeds is None and self._serves(others):
+            begins = self._begins(input_ids, attention_mask, position_ids, past_key_values)
+        cache = None if begins is None else self._cache(past_key_values)
+        if begins is None or cache is None or input_ids is None:
             return self._plain(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -116,58 +148,64 @@ class FusedDecoder:
                 use_cache=use_cache,
                 **others,
             )
-        cache, begins, wanted = call
+        self.refresh()
         batch, new = input_ids.shape
         seen = cache.get_seq_length()
         if position_ids is None:
             position_ids = torch.arange(seen, seen + new)[None]
-        hidden = self.run(cache, input_ids, position_ids.expand(batch, new), begins)
+        hidden = self.run(cache, input_ids.long(), position_ids.expand(batch, new), begins)
+        wanted = self.base.config.use_cache if use_cache is None else use_cache
         return BaseModelOutputWithPast(
-            last_hidden_state=self.normed(hidden), past_key_values=cache if wanted else None
+            last_hidden_state=self.normed(hidden),
+            past_key_values=cache if wanted or past_key_values is not None else None,
         )
 
-    def _prepare(
-        self,
-        ids: Tensor | None,
-        mask: Any,
-        past: Cache | None,
-        use_cache: bool | None,
-        others: Mapping[str, Any],
-    ) -> tuple[Cache, list[int], bool] | None:
-        """Return the cache to use, where sequences begin, and whether the caller gets the cache.
-
-        None where the program does not serve the call.
-        """
-        if ids is None or ids.dim() != 2 or not ids.shape[1] or torch.is_grad_enabled():
-            return None
-        if any(others[name] not in (None, False) for name in others.keys() - _INDIFFERENT):
-            return None
+    def _serves(self, others: Mapping[str, Any]) -> bool:
+        """Whether a call with these arguments, now, is one for the program."""
+        asked = (value for name, value in others.items() if name not in _INDIFFERENT)
         config = self.base.config
-        wanted = config.use_cache if use_cache is None else use_cache
+        return (
+            all(value is None or value is False for value in asked)
+            and not (config.output_hidden_states or config.output_attentions)
+            and not (torch.is_grad_enabled() or self.base.training or _has_hooks(self.base))
+        )
+
+    def _begins(
+        self, ids: Tensor, mask: Any, positions: Tensor | None, past: Cache | None
+    ) -> list[int] | None:
+        """Return where each sequence begins; None where the program does not serve the call."""
+        if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+            return None
+        batch, new = ids.shape
+        seen = 0 if past is None else past.get_seq_length()
+        if positions is not None and (
+            positions.dim() != 2 or positions.shape[1] != new or len(positions) not in (1, batch)
+        ):
+            return None
+        if mask is None:
+            packed = positions is not None and bool((positions.diff(dim=1) != 1).any())
+            pads = [0] * batch if past is None else _pads(past, batch)
+            return None if packed or any(pads) else pads
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != batch:
+            return None
+        runs = token_runs(mask, seen + new)
+        if runs is None or runs[1] is not None:
+            return None
+        begins = runs[0] or [0] * batch
+        return None if past is not None and seen and begins != _pads(past, batch) else begins
+
+    def _cache(self, past: Cache | None) -> Cache | None:
+        """Return the cache to use; None for one that the program cannot."""
+        config = self.base.config
         if past is None:
             past = DynamicCache(config=config)
         elif not isinstance(past, DynamicCache | Int8Cache):
             return None
         if isinstance(past, DynamicCache):
             replace_layers(past, config)
-        layers = past.layers
-        if len(layers) != len(self.program.cache_shapes) or not all(
-            isinstance(layer, Int8Layer) for layer in layers
-        ):
-            return None
-        seen = past.get_seq_length()
-        if mask is None:
-            table = layers[0].table
-            return past, table.pads if seen and table.batch == len(ids) else [0] * len(ids), wanted
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return None
-        runs = token_runs(mask, seen + ids.shape[1])
-        if runs is None or runs[1] is not None:
-            return None
-        begins = runs[0] or [0] * len(ids)
-        if seen and begins != layers[0].table.pads:
-            return None
-        return past, begins, wanted
+        fits = len(past.layers) == len(self.program.cache_shapes)
+        ours = all(isinstance(layer, Int8Layer) for layer in past.layers)
+        return past if fits and ours else None
 
     def run(
         self,
@@ -200,9 +238,15 @@ class FusedDecoder:
         flat, at = ids.flatten().contiguous(), positions.flatten().contiguous()
         if rows[0].kept is not None:
             flat, at = flat[rows[0].kept], at[rows[0].kept]
+        if last is None:
+            kept = torch.arange(len(flat))
+        else:
+            kept = batch[0].tensors[0][1:] - 1
+        hidden = (last or self.program).run(flat, at, batch, caches, kept)
+        for layer in layers:
+            layer.grow(ids.shape[1])
         if last is not None:
-            return last.run(flat, at, batch, caches, batch[0].tensors[0][1:] - 1)
-        hidden = self.program.run(flat, at, batch, caches, torch.arange(len(flat)))
+            return hidden
         if rows[0].kept is not None:
             whole = hidden.new_zeros(ids.numel(), hidden.shape[1])
             whole[rows[0].kept] = hidden
@@ -231,3 +275,28 @@ class FusedDecoder:
         """Return the last hidden state of a residual, as the head takes it."""
         norm = self.program.final_norm
         return (hidden if norm is None else norm.reference(hidden)).to(self._model.dtype)
+
+
+def _pads(past: Cache, batch: int) -> list[int]:
+    """Return the padding that an int8 cache knows of."""
+    layer = past.layers[0] if past.layers else None
+    if isinstance(layer, Int8Layer) and layer.table.batch == batch:
+        return layer.table.pads
+    return [0] * batch
+
+
+def _has_hooks(base: nn.Module) -> bool:
+    inside = itertools.islice(base.modules(), 1, None)  # its own are called around its forward
+    return any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+
+
+def _state_of(model: nn.Module) -> list[object]:
+    """Return what tells whether a model is still the one that was compiled."""
+    state: list[object] = []
+    for module in model.modules():
+        state.append(id(module))
+        for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
+            if tensor is not None:
+                version = 0 if tensor.is_inference() else tensor._version
+                state.append((id(tensor), tensor.data_ptr(), version))
+    return state

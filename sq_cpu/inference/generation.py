@@ -1,13 +1,16 @@
 """Text, token by token: a loop around a model's decoder that does nothing else.
 
-A sequence's tokens depend on its own prompt, the settings and the seed alone, not on what else is
-in the batch: a fused decoder gives a row the same bits in any batch, and what is random is drawn
-for each sequence and position.
+A sequence's tokens depend on its own prompt, the settings and the seed, not on what else is in the
+batch: a fused decoder gives a row the same bits in any batch, as does a head in int8 (a float head
+may differ in its last bits), and what is random is drawn for each prompt, each copy of it, and
+position.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,21 +51,29 @@ class Sampling:
                 f"top_k is {self.top_k} and top_p {self.top_p}; they are at least 0, and above 0 "
                 "up to 1"
             )
-        if not -(2**63) <= self.seed < 2**63:
-            raise SqCpuError(f"seed is {self.seed}; it has 64 bits")
+        if type(self.top_k) is not int or type(self.seed) is not int:
+            raise SqCpuError(f"top_k is {self.top_k!r} and seed {self.seed!r}; they are integers")
 
-    def choose(self, logits: Tensor, sequences: Sequence[int], position: int) -> list[int]:
+    def choose(self, logits: Tensor, streams: Sequence[int], position: int) -> list[int]:
         """Return the next token of each sequence.
 
         Parameters
         ----------
         logits : floating point [sequences, vocabulary]
-        sequences : their numbers, each of which draws its own
+        streams : of random numbers, one for each sequence: integers of 64 bits
         position : of the new token among those generated
+
+        Raises
+        ------
+        SqCpuError
+            For logits that are not finite.
         """
+        if not bool(logits.isfinite().all()):
+            raise SqCpuError("the model gives logits that are not finite")
         if self.temperature == 0:
             return logits.argmax(dim=1).tolist()
-        logits = logits.float() / self.temperature
+        logits = logits.double()
+        logits = (logits - logits.amax(dim=1, keepdim=True)) / self.temperature
         if 0 < self.top_k < logits.shape[1]:
             least = logits.topk(self.top_k, dim=1).values[:, -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
@@ -73,10 +84,15 @@ class Sampling:
             weights = weights.masked_fill(beyond.scatter(1, index, beyond), 0.0)
         # The least of exponential variables divided by weights is drawn by the weights.
         noise = torch.empty_like(weights)
-        for row, sequence in zip(noise, sequences, strict=True):
-            generator = torch.Generator().manual_seed(hash((self.seed, sequence, position)))
-            row.exponential_(generator=generator)
+        for row, stream in zip(noise, streams, strict=True):
+            row.exponential_(generator=torch.Generator().manual_seed(_mixed(stream, position)))
         return (weights / noise).argmax(dim=1).tolist()
+
+
+def _mixed(*values: object) -> int:
+    """Return 63 bits that any of the values changes."""
+    digest = hashlib.sha256(repr(values).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 @torch.inference_mode()
@@ -94,7 +110,7 @@ def generate(
     Parameters
     ----------
     model : a decoder with a head
-    prompts : token ids of each, of any lengths
+    prompts : token ids of each, of any lengths: lists of integers, or tensors
     max_new_tokens : for each prompt, at most
     sampling : how tokens are chosen; None: always the likeliest
     stop_tokens : what ends a sequence, and is part of it; None: those of the model's generation
@@ -108,28 +124,34 @@ def generate(
     Raises
     ------
     SqCpuError
-        For a model that is not fused, an empty prompt, ids that are not in the vocabulary, and more
-        tokens than the model has positions.
+        For a model that is not fused or has no head, an empty prompt, ids that are not in the
+        vocabulary, more tokens than the model has positions, and logits that are not finite.
     """
     fused = fused_of(model)
-    if fused is None:
-        raise SqCpuError("the model is not fused: sq_cpu.fuse(model) first")
-    sampling = sampling or Sampling()
-    _check(model, prompts, max_new_tokens)
-    stops = _stop_tokens(model) if stop_tokens is None else {*stop_tokens}
-    made: list[list[int]] = [[] for _ in prompts]
-    if not prompts:
+    if fused is None or not fused.has_head:
+        raise SqCpuError("the model is not fused, or has no head: sq_cpu.fuse(model) first")
+    sampling = Sampling() if sampling is None else sampling
+    given = [_integers(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    _check(model, given, max_new_tokens)
+    if stop_tokens is None:
+        stop_tokens = _stop_tokens(model)
+    stops = {*_integers(stop_tokens, "stop_tokens")}
+    made: list[list[int]] = [[] for _ in given]
+    if not given:
         return made
-    longest = max(map(len, prompts))
-    begins = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + [*ids] for pad, ids in zip(begins, prompts, strict=True)])
+    fused.refresh()
+    copies = [given[:i].count(prompt) for i, prompt in enumerate(given)]
+    streams = [_mixed(sampling.seed, *key) for key in zip(given, copies, strict=True)]
+    longest = max(map(len, given))
+    begins = [longest - len(prompt) for prompt in given]
+    ids = torch.tensor([[0] * pad + prompt for pad, prompt in zip(begins, given, strict=True)])
     offsets = torch.tensor(begins)[:, None]
     positions = (torch.arange(longest)[None] - offsets).clamp(min=0)
     cache = Int8Cache(model)
-    active = [*range(len(prompts))]
+    active = [*range(len(given))]
     for step in range(max_new_tokens):
         logits = fused.logits(cache, ids, positions, begins)
-        tokens = sampling.choose(logits, active, step)
+        tokens = sampling.choose(logits, [streams[i] for i in active], step)
         for sequence, token in zip(active, tokens, strict=True):
             made[sequence].append(token)
             if on_token is not None:
@@ -147,13 +169,20 @@ def generate(
     return made
 
 
+def _integers(values: Any, what: str) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except (TypeError, ValueError, RuntimeError):
+        raise SqCpuError(f"{what}: token ids are a list of integers") from None
+
+
 def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise SqCpuError(f"max_new_tokens is {max_new_tokens}; it is at least 1")
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise SqCpuError(f"max_new_tokens is {max_new_tokens!r}; it is an integer of at least 1")
     config = model.config
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     for number, prompt in enumerate(prompts):
-        if not len(prompt):
+        if not prompt:
             raise SqCpuError(f"prompt {number} is empty")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise SqCpuError(
@@ -167,6 +196,6 @@ def _check(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) ->
             )
 
 
-def _stop_tokens(model: Any) -> set[int]:
+def _stop_tokens(model: Any) -> list[int]:
     stop = getattr(model.generation_config, "eos_token_id", None)
-    return set() if stop is None else {stop} if isinstance(stop, int) else {*stop}
+    return [] if stop is None else [stop] if isinstance(stop, int) else [*stop]

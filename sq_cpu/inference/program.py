@@ -7,6 +7,7 @@ and `run_reference` says in plain torch what they compute, without int8.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -35,6 +36,7 @@ __all__ = [
 
 _STRIP = 16  # rows of a weight that are packed together
 _ROTARY_ROWS = 512  # positions that a rotary table grows by
+_MOST_POSITIONS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +198,7 @@ class DecoderProgram:
         """(kv heads, head size) of each layer that has a cache."""
         self._rotaries = [*dict.fromkeys(s.rotary for s in attends if s.rotary is not None)]
         self._positions = 0  # that the rotary tables have
+        self._lock = threading.Lock()
         self._caches: list[tuple[Tensor, int, int]] = []
         layer = 0
         for stage in self.stages:
@@ -312,26 +315,30 @@ class DecoderProgram:
             For ids and positions that there are not, and for caches of other shapes.
         """
         given = [(pages.tensor, pages.head_dim, table) for pages, table in caches]
-        if len(given) != len(self._caches) or any(
-            a[0] is not b[0] or a[2] != b[2] for a, b in zip(given, self._caches, strict=True)
-        ):
-            self._program.set_caches(given)
-            self._caches = given
-        self._grow(int(positions.max()) + 1 if len(positions) else 0)
         first_row, length, _ = rows[0].tensors
         tables = [each.tensors[2] for each in rows]
         table = tables[0][None] if len(tables) == 1 else torch.stack(tables)
         result = torch.empty((len(kept), self.width), dtype=torch.float32, device="cpu")
-        self._program.run(ids, positions, first_row, length, table, kept, result, threads)
+        with self._lock:  # from two threads, one waits
+            if len(given) != len(self._caches) or any(
+                a[0] is not b[0] or a[2] != b[2] for a, b in zip(given, self._caches, strict=True)
+            ):
+                self._program.set_caches(given)
+                self._caches = given
+            self._grow(int(positions.max()) + 1 if len(positions) else 0)
+            self._program.run(ids, positions, first_row, length, table, kept, result, threads)
         return result
 
     def _grow(self, positions: int) -> None:
-        if positions <= self._positions:
+        if positions <= self._positions or not self._rotaries:
             return
-        self._positions = -(-max(positions, 2 * self._positions) // _ROTARY_ROWS) * _ROTARY_ROWS
+        if positions > _MOST_POSITIONS:
+            raise SqCpuError(f"position {positions - 1}: positions go up to {_MOST_POSITIONS - 1}")
+        wanted = -(-max(positions, 2 * self._positions) // _ROTARY_ROWS) * _ROTARY_ROWS
         self._program.set_rotaries(
-            [(rotary.table(self._positions), rotary.interleaved) for rotary in self._rotaries]
+            [(rotary.table(wanted), rotary.interleaved) for rotary in self._rotaries]
         )
+        self._positions = wanted
 
 
 def _norm(

@@ -525,6 +525,10 @@ void test_refusals() {
   per_tensor.granularity = Granularity::kPerTensor;
   check_refused("other rows of a batch", [&] { add(x, {layer.q.weight, y}, per_tensor); });
   check_refused("1 .. 8", [&] { program.add(ProjectStage{x, 0, {}, {}, false, nullptr, 0}); });
+  check_refused("two linears write column 0", [&] {
+    const std::vector<ProjectedLinear> twice{{square.weight, y}, {square.weight, y}};
+    program.add(project(x, {}, {}, twice));
+  });
   ProjectedLinear gate{layer.k.weight, y};
   gate.other = x;
   check_refused("is not what the linear before writes", [&] { add(x, gate, {}); });
@@ -566,6 +570,18 @@ void test_refusals() {
   changed.tables[1][0] = 1;
   refused("page 1 of a cache of 1", changed);
   check(run(model, whole, call, caches, 0) == reference(model, call, caches), "after refusals");
+  // A stage that is added after a run is planned, too.
+  const Buffer apart = whole.buffer(shape.width);
+  for (int i = 0; i < 20; ++i) {
+    const std::vector<ProjectedLinear> linears{{square.weight, apart}};
+    whole.add(project(0, {}, {}, linears));
+  }
+  check(run(model, whole, call, caches, 0) == reference(model, call, caches), "after more stages");
+  const std::vector<ProjectedLinear> head{{square.weight, apart}};
+  ProjectStage stage = project(0, {}, {}, head);
+  stage.kept_rows = true;
+  whole.add(stage);
+  refused("does not write the result", call);
 }
 
 }  // namespace

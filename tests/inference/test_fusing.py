@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 
 import sq_cpu
 from sq_cpu import Int8Cache, SqCpuError
-from sq_cpu.inference.fusing import fuse, fused_of
+from sq_cpu.inference.fusing import FusedDecoder, fuse, fused_of
 
 NEW = 20
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
@@ -128,7 +129,10 @@ def test_beams_and_drafts(model: Any) -> None:
     assert torch.equal(beams, plain_cache)
 
 
-@pytest.mark.parametrize("what", ["embeddings", "states", "mask", "cache", "gradient", "hole"])
+@pytest.mark.parametrize(
+    "what",
+    ["embeddings", "states", "mask", "cache", "gradient", "hole", "packed", "hooks", "config"],
+)
 def test_what_it_does_not_serve_runs_as_before(what: str) -> None:
     model = quantized("llama")
     ids = prompt(2, 12)
@@ -137,6 +141,20 @@ def test_what_it_does_not_serve_runs_as_before(what: str) -> None:
         if what == "gradient":
             return model(ids).logits.detach()
         with torch.no_grad():
+            if what == "packed":
+                positions = torch.tensor([[*range(5), *range(7)]])
+                return model(ids, position_ids=positions, use_cache=False).logits
+            if what == "hooks":
+                seen: list[Tensor] = []
+                hook = model.model.layers[0].register_forward_hook(lambda *x: seen.append(x[2]))
+                model(ids)
+                hook.remove()
+                return seen[0]
+            if what == "config":
+                model.config.output_hidden_states = True
+                states = model(ids).hidden_states
+                model.config.output_hidden_states = False
+                return torch.stack(states)
             if what == "embeddings":
                 return model(inputs_embeds=model.model.embed_tokens(ids)).logits
             if what == "states":
@@ -147,7 +165,8 @@ def test_what_it_does_not_serve_runs_as_before(what: str) -> None:
             if what == "hole":
                 mask = torch.ones_like(ids)
                 mask[1, 5] = 0
-                return model(ids, attention_mask=mask).logits
+                cache = DynamicCache(config=model.config)
+                return model(ids, attention_mask=mask, past_key_values=cache).logits
             cache = StaticCache(config=model.config, max_cache_len=16)
             return model(ids, past_key_values=cache).logits
 
@@ -168,6 +187,74 @@ def test_undone_and_copied() -> None:
     copy.deepcopy(model)
     with pytest.raises(SqCpuError, match="no program for gpt2"):
         fuse(quantized("gpt2"))
+
+
+@torch.no_grad()
+def test_a_call_that_fails_leaves_the_cache() -> None:
+    model = fused("llama")
+    cache = Int8Cache(model)
+    model(prompt(1, 20), past_key_values=cache)
+    with pytest.raises(SqCpuError, match="vocabulary"):
+        model(torch.tensor([[1, 64]]), past_key_values=cache)
+    assert cache.get_seq_length() == 20
+    whole = model.model(prompt(1, 22)[:, :20]), model.model(prompt(1, 30)).last_hidden_state
+    again = model.model(prompt(1, 30)[:, 20:], past_key_values=cache).last_hidden_state
+    assert again.shape == whole[1][:, 20:].shape
+    with pytest.raises(SqCpuError, match="positions go up to"):
+        model(prompt(1, 2), position_ids=torch.tensor([[10**12, 10**12 + 1]]))
+    model(prompt(1, 2), position_ids=torch.tensor([[600, 601]]))
+
+
+@torch.no_grad()
+def test_a_changed_model_is_compiled_again() -> None:
+    model = fused("qwen3")
+    ids = prompt(1, 12)
+    before = model(ids).logits
+    model.model.layers[0].input_layernorm.weight.mul_(3)
+    changed = model(ids).logits
+    assert not torch.equal(changed, before)
+    fuse(model, enabled=False)
+    fuse(model)
+    assert torch.equal(model(ids).logits, changed)
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model(ids).logits, changed)
+    model.to(torch.bfloat16)
+    assert model(ids).logits.dtype == torch.bfloat16
+    model.model.layers[0].mlp = torch.nn.Identity()
+    with pytest.raises(SqCpuError, match="no program"):
+        model(ids)
+
+
+@torch.no_grad()
+def test_threads_that_call_one_model() -> None:
+    model = fused("llama")
+    inputs = [prompt(1, 20 + i, seed=i) for i in range(3)]
+    expected = [model.model(ids).last_hidden_state for ids in inputs]
+
+    def calls(number: int) -> bool:
+        with torch.no_grad():
+            return all(
+                torch.equal(model.model(inputs[number]).last_hidden_state, expected[number])
+                for _ in range(40)
+            )
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(calls, range(3)))
+
+
+def test_what_fails_while_fusing_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized("llama")
+    own = model.model.forward
+    model.model.forward = own  # somebody's own, on the instance
+    monkeypatch.setattr(FusedDecoder, "_has_plain_head", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fuse(model)
+    assert fused_of(model) is None
+    assert model.model.__dict__["forward"] is own
+    monkeypatch.undo()
+    fuse(model)
+    fuse(model, enabled=False)
+    assert model.model.__dict__["forward"] is own
 
 
 def test_other_batch_than_the_cache() -> None:

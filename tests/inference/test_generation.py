@@ -75,8 +75,11 @@ def test_stops(model: Any) -> None:
 def test_samples_do_not_depend_on_the_batch(model: Any, options: dict[str, Any]) -> None:
     sampling = Sampling(temperature=1.3, seed=7, **options)
     made = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[], sampling=sampling)
-    again = generate(model, prompts()[:1], max_new_tokens=NEW, stop_tokens=[], sampling=sampling)
-    assert made[0] == again[0]
+    for prompt, whole in zip(prompts(), made, strict=True):
+        twice = [prompt, prompt]
+        again = generate(model, twice, max_new_tokens=NEW, stop_tokens=[], sampling=sampling)
+        assert again[0] == whole
+        assert again[1] != whole  # a copy draws its own
     other = Sampling(temperature=1.3, seed=8, **options)
     changed = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[], sampling=other)
     assert changed != made
@@ -108,7 +111,21 @@ def test_refusals(model: Any) -> None:
     refused("61 tokens of prompt 0 and 4 new ones exceed the model's 64", [[3] * 61])
     with pytest.raises(SqCpuError, match="not fused"):
         generate(quantized("llama"), prompts(), max_new_tokens=4)
-    for options in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"seed": 2**63}):
+    refused("max_new_tokens is 4.5", max_new_tokens=4.5)
+    refused("prompt 0: token ids are a list of integers", [3, 4])
+    refused("prompt 0: token ids are a list of integers", ["ab"])
+    refused("stop_tokens: token ids", stop_tokens=5)
+    for options in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_k": 2.5}):
         with pytest.raises(SqCpuError):
             Sampling(**options)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(SqCpuError, match="not finite"):
+            Sampling().choose(torch.tensor([[0.0, bad]]), [0], 0)
+    tensor = torch.tensor([[3, 4], [5, 6]])
+    assert generate(model, tensor, max_new_tokens=2) == generate(
+        model, tensor.tolist(), max_new_tokens=2
+    )
+    stop = generate(model, [[3, 4]], max_new_tokens=3, stop_tokens=[])[0][0]
+    assert generate(model, [[3, 4]], max_new_tokens=3, stop_tokens=torch.tensor([stop])) == [[stop]]
+    assert Sampling(temperature=1e-40).choose(torch.tensor([[0.0, 2.0, 1.0]]), [0], 0) == [1]
     assert generate(model, [], max_new_tokens=4) == []

@@ -7,7 +7,7 @@
 //             o[m, heads * head_dim] = attention()
 //   merge     x += norm(y), where a norm follows a block (Gemma 2)
 //
-// A buffer is fp32 [rows, width]; a stage reads some and writes one. Between stages all threads
+// A buffer is fp32 [rows, width]; a stage reads some and writes others. Between stages all threads
 // wait for each other, and nowhere else but where a comment says so.
 //
 // Arithmetic: that of linear.h and attention.h, and for a row of n elements, in fp32,
