@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from sq_cpu.autotuning.configurations import Configuration
 from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
-from sq_cpu.autotuning.latency import PRECISIONS, Costs, Precision
+from sq_cpu.autotuning.latency import Costs, Precision
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
@@ -349,6 +349,6 @@ def _covers(kept: Any, linears: Iterable[str]) -> bool:
     """Return whether what a study keeps is `Errors` of all these linears; they may be infinite."""
     rows = [kept.get(name) if isinstance(kept, dict) else None for name in linears]
     return all(
-        isinstance(row, dict) and all(type(row.get(p)) in (int, float) for p in PRECISIONS)
+        isinstance(row, dict) and all(type(row.get(p)) in (int, float) for p in _BASES)
         for row in rows
     )

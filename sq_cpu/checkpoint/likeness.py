@@ -20,7 +20,7 @@ from sq_cpu.checkpoint.rebuild import fit
 from sq_cpu.checkpoint.skeleton import skeleton
 from sq_cpu.checkpoint.stored import Header
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.hf_private import compute_buffers
+from sq_cpu.models.hf_private import LOADING_NOTES, compute_buffers
 from sq_cpu.models.linears import linearize
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.embedding import QuantEmbedding, is_lookup
@@ -124,9 +124,8 @@ _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
 # What is compared otherwise, what is not of the model's function or says how it was loaded, and
 # what stays as it was where an embedding is resized. Nor are those whose names say that they are of
 # a cache, or of dropout.
-_NOT_COMPARED = {*vars(nn.Module()), "forward", "gradient_checkpointing", "hf_device_map"}
-_NOT_COMPARED |= {"is_quantized", "name_or_path", "quantization_method"}
-_NOT_COMPARED |= {"all_tied_weights_keys", "save_pretrained", "vocab_size"}
+_NOT_COMPARED = {*vars(nn.Module()), *LOADING_NOTES, "forward", "gradient_checkpointing"}
+_NOT_COMPARED |= {"name_or_path", "quantization_method", "save_pretrained", "vocab_size"}
 
 
 class _UnlikeError(Exception):

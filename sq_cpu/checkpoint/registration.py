@@ -12,11 +12,13 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from sq_cpu.models.hf_private import ATTENTION_MODULE
+
 __all__ = ["register_with_transformers"]
 
 _OURS = {
     "transformers.quantizers": "sq_cpu.checkpoint.hf_quantizer",
-    "transformers.modeling_utils": "sq_cpu.inference.attention",
+    ATTENTION_MODULE: "sq_cpu.inference.attention",
 }
 """Modules with a registry, and ours that put something into it."""
 

@@ -12,6 +12,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.attention import ATTENTION
 from sq_cpu.inference.cache import replace_layers
 from sq_cpu.models.hf_private import attention_implementation, is_transformers
+from sq_cpu.models.hooks import before_every_call
 
 __all__ = ["use_int8_attention"]
 
@@ -55,7 +56,7 @@ def use_int8_attention(model: nn.Module, enabled: bool = True) -> None:
             "attn_implementation"
         )
     if ours is None:
-        model.register_forward_pre_hook(_Int8Caches(before), with_kwargs=True)
+        before_every_call(model, _Int8Caches(before))
 
 
 class _Int8Caches:

@@ -238,10 +238,7 @@ class FusedDecoder:
         flat, at = ids.flatten().contiguous(), positions.flatten().contiguous()
         if rows[0].kept is not None:
             flat, at = flat[rows[0].kept], at[rows[0].kept]
-        if last is None:
-            kept = torch.arange(len(flat))
-        else:
-            kept = batch[0].tensors[0][1:] - 1
+        kept = torch.arange(len(flat)) if last is None else batch[0].tensors[0][1:] - 1
         hidden = (last or self.program).run(flat, at, batch, caches, kept)
         for layer in layers:
             layer.grow(ids.shape[1])

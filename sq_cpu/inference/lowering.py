@@ -34,6 +34,7 @@ from sq_cpu.models.calls import evaluating
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder
 from sq_cpu.models.hf_private import attending_by, is_transformers
+from sq_cpu.models.hooks import hooked
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.embedding import QuantEmbedding
 from sq_cpu.nn.linear import QuantLinear
@@ -151,27 +152,21 @@ class _Lowering:
                     seen.rotaries[module] = key
 
         def block_called(_: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs.pop("hidden_states")
-            seen.calls.append(((x.clone(), *args[1:]), kwargs))
+            x = args[0] if args else kwargs["hidden_states"]
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            seen.calls.append(((x.clone(), *args[1:]), rest))
 
         def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             seen.options[module] = kwargs
             return attention_in_floats(module, *args, **kwargs)
 
-        handles = []
         rotary = _find(base, decoder.rotary, optional=True)
-        if rotary is not None:
-            handles.append(rotary.register_forward_hook(rotary_called, with_kwargs=True))
-        for block in _find(base, decoder.blocks):
-            attention = _find(block, decoder.attention)
-            handles.append(attention.register_forward_pre_hook(attention_called, with_kwargs=True))
-            handles.append(block.register_forward_pre_hook(block_called, with_kwargs=True))
-        try:
-            with attending_by(self._model, attend):
-                base(input_ids=seen.ids, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        after = [] if rotary is None else [(rotary, rotary_called)]
+        blocks = _find(base, decoder.blocks)
+        before: list[tuple[nn.Module, Any]] = [(block, block_called) for block in blocks]
+        before += [(_find(block, decoder.attention), attention_called) for block in blocks]
+        with hooked(before=before, after=after), attending_by(self._model, attend):
+            base(input_ids=seen.ids, use_cache=False)
         first, rows = seen.calls[0][0][0][0], embed.rows(seen.ids[0])
         seen.multiplier = float((first * rows).sum() / (rows * rows).sum())
         if not torch.allclose(first, rows * seen.multiplier, rtol=1e-3, atol=1e-7):

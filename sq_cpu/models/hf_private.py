@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 
 __all__ = [
+    "ATTENTION_MODULE",
+    "LOADING_NOTES",
     "CheckpointLayout",
     "ExpertsLayout",
     "attending_by",
@@ -38,6 +40,10 @@ __all__ = [
 ]
 
 _MAJOR = 5
+ATTENTION_MODULE = "transformers.modeling_utils"
+"""Where attention functions are registered."""
+LOADING_NOTES = frozenset({"all_tied_weights_keys", "hf_device_map", "is_quantized"})
+"""Attributes of a model that say how it was loaded."""
 _ONE_THREAD = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers reads it at each load
 
 

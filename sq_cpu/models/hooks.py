@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["hooked", "watching_inputs"]
+__all__ = ["before_every_call", "hooked", "watching_inputs"]
 
 Hooks = Iterable[tuple[nn.Module, Callable[..., Any]]]
 
@@ -39,3 +39,8 @@ def watching_inputs(
 
     with hooked(before=[(module, hook(name)) for name, module in modules.items()]):
         yield
+
+
+def before_every_call(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Call hook(module, args, kwargs), which may return others, until it is taken away."""
+    module.register_forward_pre_hook(hook, with_kwargs=True)

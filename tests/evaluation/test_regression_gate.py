@@ -135,6 +135,7 @@ def test_worse(found: float, stored: float, higher: bool, worse: float) -> None:
 def test_entries_are_checked(fake: Fake, entries: dict[str, Any]) -> None:
     fake.check(write="all")
     entry = asdict(Baselines(fake.settings.folder, Machine.here()).read()["test"])
-    assert asdict(Baseline.from_dict(entry)) == entry
-    with pytest.raises(ValueError, match=r"is not a"):
-        Baseline.from_dict(entry | entries)
+    assert asdict(Baseline(**entry)) == entry
+    (name,) = entries
+    with pytest.raises(sq_cpu.SqCpuError, match=rf"{name}.* is "):
+        Baseline(**entry | entries)
