@@ -26,6 +26,7 @@ from .kernels import attention as attention
 from .kernels.ops import QuantizedActivation as QuantizedActivation
 from .kernels.runtime import isa as isa
 from .models.families import register_family as register_family
+from .models.family import Decoder as Decoder
 from .models.family import Family as Family
 from .models.family import Group as Group
 from .models.family import Stack as Stack

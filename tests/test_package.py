@@ -18,6 +18,7 @@ PUBLIC = [
     "Analysis",
     "Autotuned",
     "Calibration",
+    "Decoder",
     "Family",
     "Group",
     "GroupPlan",
