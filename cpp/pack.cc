@@ -90,6 +90,7 @@ void gather_rows(const PackedWeight& weight, const int64_t* ids, int64_t count,
     SQ_CHECK(ids[i] >= 0 && ids[i] < weight.n, "id ", ids[i], " is none of the ", weight.n,
              " rows of the weight");
   }
+  if (count == 0) return;  // rows of none may be any distance apart
   const auto weight_row = row_kernels(active_isa()).weight_row[static_cast<int>(y_type)];
   const int64_t row_bytes = ldy * (y_type == DType::kFloat32 ? 4 : 2);
   // A row brings its strip's whole lines in: those of 16.
