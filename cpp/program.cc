@@ -142,8 +142,8 @@ struct Program::Implementation {
   void check_columns(const char* what, Buffer buffer, int64_t column, int64_t columns) const {
     SQ_CHECK(buffer >= 0 && buffer < static_cast<Buffer>(widths.size()), what, ": no buffer ",
              buffer);
-    SQ_CHECK(column >= 0 && columns >= 0 && column <= widths[buffer] - columns, what, ": columns ",
-             column, " .. ", column + columns - 1, " of a buffer of ", widths[buffer]);
+    SQ_CHECK(column >= 0 && columns >= 0 && column <= widths[buffer] - columns, what, ": ", columns,
+             " columns from ", column, " on, of a buffer of ", widths[buffer]);
   }
 
   void plan(int64_t rows, int64_t kept, int workers);

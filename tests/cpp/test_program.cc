@@ -522,7 +522,8 @@ void test_refusals() {
   check_refused("0 columns", [&] { program.buffer(0); });
   check_refused("no buffer 9", [&] { add(9, {layer.q.weight, y}, {}); });
   check_refused("no buffer 9", [&] { add(x, {layer.q.weight, 9}, {}); });
-  check_refused("columns 0 .. 63 of a buffer of 48", [&] { add(x, {layer.q.weight, y}, {}); });
+  check_refused("64 columns from 0 on, of a buffer of 48",
+                [&] { add(x, {layer.q.weight, y}, {}); });
   check_refused("reads and writes", [&] { add(x, {square.weight, x}, {}); });
   ActivationQuantizer per_tensor;
   per_tensor.granularity = Granularity::kPerTensor;
@@ -541,7 +542,7 @@ void test_refusals() {
     program.add(stage);
   });
   check_refused("no rows", [&] { program.add(EmbedStage{nullptr, DType::kFloat32, 1, 1.0f, x}); });
-  check_refused("embed: columns 0 .. 63 of a buffer of 48",
+  check_refused("embed: 64 columns from 0 on, of a buffer of 48",
                 [&] { program.add(PackedEmbedStage{layer.out.weight, nullptr, 1.0f, x}); });
   check_refused("needs a norm", [&] { program.add(MergeStage{x, {}, y}); });
   check_refused("no result", [&] { program.run({}); });
