@@ -30,14 +30,6 @@ struct Heads {
   int64_t head_stride;
 };
 
-std::vector<int64_t> shape_of(const char* name, py::handle x, size_t dimensions) {
-  SQ_CHECK(is_tensor(x), name, " is ", describe(x));
-  auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
-  SQ_CHECK(shape.size() == dimensions, name, " is ", describe(x), " of ", shape.size(),
-           " dimensions, not ", dimensions);
-  return shape;
-}
-
 // A layer's pages, and the sequences of a call.
 struct Call {
   Call(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,

@@ -9,14 +9,6 @@ namespace {
 
 using NormOfPython = std::tuple<Norm::Kind, py::object, py::object, double>;
 
-std::vector<int64_t> shape_of(const char* name, py::handle x, size_t dimensions) {
-  SQ_CHECK(is_tensor(x), name, " is ", describe(x));
-  auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
-  SQ_CHECK(shape.size() == dimensions, name, " is ", describe(x), " of ", shape.size(),
-           " dimensions, not ", dimensions);
-  return shape;
-}
-
 class PyProgram {
  public:
   Buffer buffer(int64_t width) {

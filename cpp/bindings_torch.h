@@ -117,6 +117,15 @@ inline void* memory(const char* name, py::handle x, const py::object& dtype) {
   return data;
 }
 
+// The shape of a tensor of so many dimensions.
+inline std::vector<int64_t> shape_of(const char* name, py::handle x, size_t dimensions) {
+  SQ_CHECK(is_tensor(x), name, " is ", describe(x));
+  auto shape = get(x, Torch::get().shape).cast<std::vector<int64_t>>();
+  SQ_CHECK(shape.size() == dimensions, name, " is ", describe(x), " of ", shape.size(),
+           " dimensions, not ", dimensions);
+  return shape;
+}
+
 // The same of `count` elements, one after another.
 template <typename T>
 T* array(const char* name, py::handle x, const py::object& dtype, int64_t count) {

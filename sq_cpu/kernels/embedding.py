@@ -9,12 +9,11 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
-from sq_cpu.kernels.ops import empty, is_dense, is_plain, make_quantizer
+from sq_cpu.kernels.ops import FLOATS, empty, is_dense, is_plain, make_quantizer
 
 __all__ = ["gather_rows"]
 
 _IDS = (torch.int64, torch.int32)
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gather_rows(
@@ -41,7 +40,7 @@ def gather_rows(
     """
     if not isinstance(ids, Tensor) or not isinstance(packed, Tensor):
         raise SqCpuError("int8 embedding: ids and the packed weight are tensors")
-    if dtype not in _FLOATS:
+    if dtype not in FLOATS:
         raise SqCpuError(f"int8 embedding: dtype is {dtype}; use float32, bfloat16 or float16")
     if not (is_dense(ids) and is_dense(packed)) or ids.dtype not in _IDS:
         raise SqCpuError(f"int8 embedding: ids are {ids.dtype}; use int64 or int32, dense")

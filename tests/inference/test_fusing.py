@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_int8_generate import step_by_step
 from test_lowering import PROGRAMS, quantized
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
@@ -85,20 +86,9 @@ def test_threads_give_the_same_bits() -> None:
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def step_by_step(model: Any, ids: Tensor, count: int = NEW) -> Tensor:
-    cache = Int8Cache(model)
-    new = ids
-    with torch.no_grad():
-        for _ in range(count):
-            logits = model(new, past_key_values=cache).logits[:, -1]
-            new = logits.argmax(dim=1, keepdim=True)
-            ids = torch.cat((ids, new), dim=1)
-    return ids
-
-
 def test_greedy(model: Any) -> None:
     ids = prompt(2)
-    expected = step_by_step(model, ids)
+    expected = step_by_step(model, ids, NEW)
     assert torch.equal(model.generate(ids, **GREEDY), expected)
     again = model.generate(ids, **GREEDY, past_key_values=Int8Cache(model))
     assert torch.equal(again, expected)
