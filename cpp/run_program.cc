@@ -1,0 +1,345 @@
+// How a step runs through the stages of a program, in one region.
+#include <algorithm>
+#include <type_traits>
+
+#include "dispatch.h"
+#include "layout.h"
+#include "pack.h"
+#include "program_stages.h"
+#include "quantize.h"
+
+namespace sq_cpu {
+namespace {
+
+constexpr int64_t kPageInts = 1024;  // each worker's sums on pages of their own
+constexpr int kCounterSets = 3;      // in use, to be used next, and being cleared
+
+}  // namespace
+
+void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
+  const Isa now = active_isa();
+  if (rows == planned_rows && kept == planned_kept && workers == planned_workers && now == isa &&
+      !product_plans.empty()) {
+    return;
+  }
+  product_plans.clear();
+  isa = now;
+  int64_t sums = 0;
+  for (const Stage& stage : stages) {
+    const auto* const project = std::get_if<Project>(&stage);
+    if (project == nullptr) continue;
+    const int64_t m = (project->stage.kept_rows ? kept : rows) * project->stage.quantizer.terms;
+    for (const Product& product : project->products) {
+      const PackedWeight& weight = project->linears[product.first].weight;
+      const Microkernel& kernel = choose_microkernel(isa, project->stage.quantizer.max_code(), m);
+      const int64_t k_blocks = k_block_count(weight.k);
+      const Blocking blocking =
+          choose_blocking(kernel, m, strip_count(weight.n), k_blocks, workers);
+      product_plans.push_back({&kernel, blocking});
+      sums = std::max(sums, workspace_sums(kernel, blocking, k_blocks));
+    }
+  }
+  sums_bytes = ceil_div(sums, kPageInts) * kPageInts * int64_t{sizeof(int32_t)};
+  planned_rows = rows;
+  planned_kept = kept;
+  planned_workers = workers;
+}
+
+// One worker's way through the stages.
+class Program::Implementation::Runner {
+ public:
+  struct Shared {
+    const Step& step;
+    const Pass& pass;
+    Range rows;
+    const std::vector<AttentionPlan>& attention;
+    int64_t worker_bytes;
+    int64_t row_bytes;
+  };
+
+  Runner(Implementation& program, const Shared& shared, int worker, int workers, uint32_t turn)
+      : program_(program),
+        shared_(shared),
+        kernels_(row_kernels(program.isa)),
+        worker_(worker),
+        workers_(workers),
+        turn_(turn),
+        memory_(program.workspace.get(0) + shared.worker_bytes * worker),
+        row_(reinterpret_cast<float*>(memory_ + shared.worker_bytes - shared.row_bytes)) {}
+
+  // Returns the turns of the barrier taken.
+  uint32_t run() {
+    for (const Stage& stage : program_.stages) {
+      std::visit([this](const auto& each) { run(each); }, stage);
+      wait();
+    }
+    copy_result();
+    return turn_;
+  }
+
+ private:
+  void wait() { program_.barrier.wait(worker_, workers_, ++turn_); }
+
+  Range mine(int64_t count) const { return part(count, 1, workers_, worker_); }
+
+  float* at(Buffer buffer, int64_t row, int64_t column) const {
+    return program_.buffers[buffer] + row * program_.ld(buffer) + column;
+  }
+
+  // Counters that are 0. Those of the set before the last, which nobody uses any more, are cleared.
+  WorkCounter* counters() {
+    const int64_t count = static_cast<int64_t>(program_.counters.size()) / kCounterSets;
+    WorkCounter* const all = program_.counters.data();
+    if (worker_ == 0) {
+      WorkCounter* const next = all + (set_ + 1) % kCounterSets * count;
+      for (int64_t i = 0; i < count; ++i) next[i].taken.store(0, std::memory_order_relaxed);
+    }
+    WorkCounter* const now = all + set_ * count;
+    set_ = (set_ + 1) % kCounterSets;
+    return now;
+  }
+
+  void run(const EmbedStage& stage) {
+    const Range rows = mine(shared_.rows.size());
+    const int64_t width = program_.widths[stage.out];
+    const int64_t bytes = stage.type == DType::kFloat32 ? 4 : 2;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t id = shared_.step.ids[shared_.rows.begin + row];
+      kernels_.widen_row[static_cast<int>(stage.type)](
+          static_cast<const char*>(stage.table) + id * width * bytes, width, stage.multiplier,
+          at(stage.out, row, 0));
+    }
+  }
+
+  void run(const PackedEmbedStage& stage) {
+    const Range rows = mine(shared_.rows.size());
+    const int64_t width = program_.widths[stage.out];
+    constexpr auto kFloats = static_cast<int>(DType::kFloat32);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t id = shared_.step.ids[shared_.rows.begin + row];
+      float* const x = at(stage.out, row, 0);
+      kernels_.weight_row[kFloats](row_of(stage.weight, id, stage.inverse_smoothing), x);
+      if (stage.multiplier != 1.0f) kernels_.widen_row[kFloats](x, width, stage.multiplier, x);
+    }
+  }
+
+  void run(const MergeStage& stage) {
+    const Range rows = mine(shared_.rows.size());
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      normalize(stage.norm, at(stage.in, row, 0), program_.widths[stage.in], at(stage.out, row, 0),
+                true);
+    }
+  }
+
+  void run(const Attend& attend) {
+    const AttendStage& stage = attend.stage;
+    const KvCache& cache = shared_.step.caches[stage.cache];
+    const Sequences sequences = sequences_of(shared_.step, shared_.pass.sequences, stage.cache);
+    const Rotary* const rotary = stage.rotary < 0 ? nullptr : shared_.step.rotaries + stage.rotary;
+    const int64_t* const positions = shared_.step.positions + shared_.rows.begin;
+    const int64_t ld = program_.ld(stage.in), head = stage.head_dim;
+    const auto heads = [&](int64_t column) {
+      return HeadRows{at(stage.in, 0, column), DType::kFloat32, ld, head};
+    };
+    append_pages(
+        {cache, sequences, heads(stage.k), heads(stage.v), {stage.k_norm, rotary, positions}},
+        kernels_, memory_, worker_, workers_);
+    wait();
+    const AttentionArgs args{cache,
+                             sequences,
+                             stage.heads,
+                             heads(stage.q),
+                             {stage.q_norm, rotary, positions},
+                             stage.options,
+                             {at(stage.out, 0, 0), DType::kFloat32, program_.ld(stage.out), head}};
+    shared_.attention[attend.plan].run(args, program_.isa, *counters(), program_.finished.get(),
+                                       memory_, program_.partials.get(0));
+  }
+
+  void run(const Project& project) {
+    const ProjectStage& stage = project.stage;
+    const int64_t m =
+        stage.kept_rows ? static_cast<int64_t>(shared_.pass.kept.size()) : shared_.rows.size();
+    WorkCounter* next = counters();
+    if (m == 0) {
+      plan_ += project.products.size();
+      return;
+    }
+    const int64_t k = project.linears[0].weight.k;
+    thread_local OwnCodes own;
+    const int terms = stage.quantizer.terms;
+    QuantizedActivation x{
+        own.codes, own.scale, own.zero_point, m * terms, k, stage.quantizer.max_code(), terms};
+    const bool alone = OwnCodes::hold(x.m, k);
+    if (!alone) {
+      x.codes = program_.codes.get(0);
+      x.scale = program_.scales.get(0);
+      x.zero_point = program_.zero_points.get(0);
+    }
+    const Range rows = alone ? Range{0, m} : mine(m);
+    for (int64_t row = rows.begin; row < rows.end; ++row) quantize(project, row, x, alone);
+    if (!alone || project.float_columns) wait();
+    auto* const sums = reinterpret_cast<int32_t*>(memory_);
+    for (const Product& product : project.products) {
+      const ProductPlan& plan = program_.product_plans[plan_++];
+      GemmArgs args[kMostLinears];
+      EpilogueSteps steps[kMostLinears];
+      for (int i = 0; i < product.count; ++i) {
+        args[i] = gemm_args(stage, project.linears[product.first + i], x, steps[i]);
+      }
+      run_tasks(args, product.count, *plan.kernel, kernels_, plan.blocking, next, sums, worker_);
+      next += workers_planned();
+    }
+  }
+
+  int workers_planned() const { return program_.planned_workers; }
+
+  // A row of x into codes, and its float columns into what they are added to. `alone`: every worker
+  // does all rows, and a part of those columns.
+  void quantize(const Project& project, int64_t row, const QuantizedActivation& x, bool alone) {
+    const ProjectStage& stage = project.stage;
+    const float* source =
+        at(stage.in, stage.kept_rows ? shared_.pass.kept[row] : row, stage.column);
+    if (stage.norm.kind != Norm::Kind::kNone) {
+      normalize(stage.norm, source, x.k, row_, false);
+      source = row_;
+    }
+    const Activations only{
+        source, DType::kFloat32, x.m / x.terms, x.k, 0, stage.quantizer.inverse_smoothing};
+    quantize_rows(only, {row, row + 1}, stage.quantizer, {}, kernels_, x);
+    if (!project.float_columns) return;
+    for (const ProjectedLinear& linear : project.linears) {
+      const FloatColumns& columns = linear.float_columns;
+      if (columns.count == 0) continue;
+      const Range n = alone ? part(linear.weight.n, kStripColumns, workers_, worker_)
+                            : Range{0, linear.weight.n};
+      kernels_.add_columns({source, columns.columns, columns.count, columns.weight + n.begin,
+                            linear.weight.n, n.size(), linear.accumulate,
+                            output(stage, linear, row) + n.begin});
+    }
+  }
+
+  float* output(const ProjectStage& stage, const ProjectedLinear& linear, int64_t row) const {
+    if (!stage.kept_rows || linear.out != program_.result) {
+      return at(linear.out, row, linear.column);
+    }
+    return shared_.step.result + (shared_.pass.first_kept + row) * program_.widths[linear.out] +
+           linear.column;
+  }
+
+  GemmArgs gemm_args(const ProjectStage& stage, const ProjectedLinear& linear,
+                     const QuantizedActivation& x, EpilogueSteps& steps) const {
+    const bool result = stage.kept_rows && linear.out == program_.result;
+    const int64_t ldy = result ? program_.widths[linear.out] : program_.ld(linear.out);
+    float* const y = output(stage, linear, 0);
+    steps = {};
+    steps.activation = linear.activation;
+    steps.operand_type = DType::kFloat32;
+    if (linear.other != kNoBuffer) {
+      steps.other = at(linear.other, 0, linear.column);
+      steps.ld_other = program_.ld(linear.other);
+    }
+    if (linear.accumulate || linear.float_columns.count > 0) {
+      steps.residual = y;
+      steps.ld_residual = ldy;
+    }
+    const bool any = steps.activation != Activation::kNone || steps.other != nullptr ||
+                     steps.residual != nullptr;
+    return {x, linear.weight, y, Output::kFloat32, ldy, any ? &steps : nullptr};
+  }
+
+  void normalize(const Norm& norm, const float* x, int64_t k, float* y, bool sum) const {
+    kernels_.normalize(
+        {x, k, norm.weight, norm.bias, norm.kind == Norm::Kind::kLayer, norm.eps, sum, y});
+  }
+
+  // Where no stage wrote the result itself.
+  void copy_result() const {
+    const auto* const last = std::get_if<Project>(&program_.stages.back());
+    if (last != nullptr && last->stage.kept_rows) return;
+    const Range kept = mine(shared_.pass.kept.size());
+    const int64_t width = program_.widths[program_.result];
+    for (int64_t i = kept.begin; i < kept.end; ++i) {
+      std::copy_n(at(program_.result, shared_.pass.kept[i], 0), width,
+                  shared_.step.result + (shared_.pass.first_kept + i) * width);
+    }
+  }
+
+  Implementation& program_;
+  const Shared& shared_;
+  const RowKernels& kernels_;
+  const int worker_, workers_;
+  uint32_t turn_;
+  std::byte* const memory_;
+  float* const row_;
+  int64_t set_ = 0;
+  size_t plan_ = 0;
+};
+
+void Program::Implementation::run(const Step& step, const Pass& pass, Range rows, int workers) {
+  const int64_t m = rows.size();
+  plan(m, pass.kept.size(), workers);
+  std::vector<AttentionPlan> attention;
+  attention.reserve(plan_keys.size());
+  for (const PlanKey& key : plan_keys) {
+    AttentionOptions visible;
+    visible.causal = key.causal;
+    visible.window = key.window;
+    attention.emplace_back(pass.sequences, key.heads, key.kv_heads, key.head_dim, visible, workers);
+  }
+  // Memory: nothing is allocated inside the region.
+  int64_t floats = 0, depth = 0, codes_size = 0, own = sums_bytes, part_floats = 0, blocks = 0;
+  int64_t rows_of_codes = 0;
+  for (size_t i = 0; i < widths.size(); ++i) floats += m * ld(static_cast<Buffer>(i));
+  int64_t most_products = 1;
+  for (const Stage& stage : stages) {
+    if (const auto* const project = std::get_if<Project>(&stage)) {
+      const int64_t k = project->linears[0].weight.k;
+      depth = std::max(depth, k);
+      const int64_t coded = m * project->stage.quantizer.terms;
+      codes_size = std::max(codes_size, codes_bytes(coded, k));
+      rows_of_codes = std::max(rows_of_codes, coded);
+      most_products = std::max<int64_t>(most_products, project->products.size());
+    } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
+      own = std::max(own, append_workspace(attend->stage.head_dim));
+    }
+  }
+  for (const AttentionPlan& each : attention) {
+    own = std::max(own, each.workspace());
+    part_floats = std::max(part_floats, each.partials());
+    blocks = std::max(blocks, each.blocks());
+  }
+  float* memory = buffer_memory.get(floats);
+  buffers.resize(widths.size());
+  for (size_t i = 0; i < widths.size(); ++i) {
+    buffers[i] = memory;
+    memory += m * ld(static_cast<Buffer>(i));
+  }
+  codes.get(codes_size);
+  scales.get(rows_of_codes);
+  zero_points.get(rows_of_codes);
+  partials.get(part_floats);
+  if (blocks > finished_count) {
+    finished.reset(new std::atomic<int>[blocks] {});
+    finished_count = blocks;
+  }
+  const int64_t counter_count = kCounterSets * most_products * workers;
+  if (counter_count > static_cast<int64_t>(counters.size())) {
+    counters = std::vector<WorkCounter>(counter_count);
+  }
+  for (WorkCounter& counter : counters) counter.taken.store(0, std::memory_order_relaxed);
+  const int64_t row_bytes = whole_lines(whole_vectors(depth) * int64_t{sizeof(float)});
+  const int64_t worker_bytes = whole_lines(own) + row_bytes;
+  workspace.get(worker_bytes * workers);
+  barrier.reserve(workers);
+
+  const Runner::Shared shared{step, pass, rows, attention, worker_bytes, row_bytes};
+  uint32_t after = turn;
+  run_team(workers, [&](int worker, int count) {
+    const uint32_t taken = Runner(*this, shared, worker, count, turn).run();
+    if (worker == 0) after = taken;
+  });
+  turn = after;
+}
+
+}  // namespace sq_cpu
