@@ -16,6 +16,7 @@ from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace
 from sq_cpu.inference.lowering import compile_program
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram
+from sq_cpu.models.checks import check_is_module
 from sq_cpu.nn.linear import QuantLinear
 
 __all__ = ["FusedDecoder", "fuse", "fused_of"]
@@ -43,6 +44,7 @@ def fuse(model: nn.Module, enabled: bool = True) -> None:
     SqCpuError
         That says why the model has no program; the model is as it was.
     """
+    check_is_module(model)
     fused = fused_of(model)
     if not enabled:
         if fused is not None:

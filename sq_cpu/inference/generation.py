@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache
 from sq_cpu.inference.fusing import fused_of
+from sq_cpu.models.checks import check_is_module
+from sq_cpu.parsing import check_kind
 
 __all__ = ["Sampling", "generate"]
 
@@ -127,6 +129,10 @@ def generate(
         For a model that is not fused or has no head, an empty prompt, ids that are not in the
         vocabulary, more tokens than the model has positions, and logits that are not finite.
     """
+    check_is_module(model)
+    check_kind(Iterable, "a list of prompts", prompts=prompts)
+    check_kind(Sampling | None, "a Sampling", sampling=sampling)
+    check_kind(Callable | None, "a function of a prompt's number and a token", on_token=on_token)
     fused = fused_of(model)
     if fused is None or not fused.has_head:
         raise SqCpuError("the model is not fused, or has no head: sq_cpu.fuse(model) first")
