@@ -311,6 +311,17 @@ def test_what_cannot_be_is_one_line(arguments: list[str], code: int) -> None:
     assert len(line) < 300
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--json", "--help"])
+def test_a_reader_that_goes_away(option: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f'{{ sleep 0.1; "$0" {option}; }} | true', SCRIPT],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+
+
 def test_a_file_that_is_no_program(tmp_path: Path) -> None:
     file = tmp_path / "program"
     file.write_text("nonsense")

@@ -41,11 +41,10 @@ def _run(arguments: Sequence[str]) -> None:
     if command[:1] == ["--"]:
         del command[0]
     choice = choose(Topology.read(), os.environ, socket=options.socket, cores=options.cores)
-    if options.json:
-        print(json.dumps(choice.to_dict(), indent=2))
-        return
-    if options.dry_run:
-        print("\n".join(choice.lines()))
+    if options.json or options.dry_run:
+        _restore_signals()
+        as_json = json.dumps(choice.to_dict(), indent=2)
+        print(as_json if options.json else "\n".join(choice.lines()))
         return
     if not command:
         _fail("give a command, as in: xeon-run sq-cpu generate OUT PROMPT", 2)
@@ -59,9 +58,7 @@ def _run(arguments: Sequence[str]) -> None:
         choice = replace(choice, reasons={**choice.reasons, "memory": why_not})
     for line in choice.lines():
         _say(line)
-    # Python ignores them; the command is to find them as a shell would start it.
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(ignored, signal.SIG_DFL)
+    _restore_signals()
     try:
         os.execvpe(command[0], command, {**os.environ, **choice.environment})
     except OSError as error:
@@ -101,6 +98,12 @@ def _bind_memory(nodes: Sequence[int]) -> str:
         return ""
     why = os.strerror(ctypes.get_errno())
     return f"not bound to nodes {ranges(nodes)}: {why} (Docker: --cap-add SYS_NICE)"
+
+
+def _restore_signals() -> None:
+    """Have a pipe that nobody reads end this process: Python ignores that, and exec keeps it so."""
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(ignored, signal.SIG_DFL)
 
 
 def _say(line: str) -> None:
