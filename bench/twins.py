@@ -78,19 +78,27 @@ class FakeTwin(FloatTwin):
 
 
 class NudgedTwin(FakeTwin):
-    """A `FakeTwin` whose input is off by as much as fp32 sums round it, as `seed` draws it.
+    """A `FakeTwin` whose weight and input are off by as much as fp32 sums round, drawn by `seed`.
 
-    A value between two codes takes the other one; where the model then decides by a threshold, its
-    output jumps.
+    A value between two codes takes the other one. So do those that int8 computes by another order
+    of operations; where the model then decides by a threshold, its output jumps.
     """
 
     def __init__(self, made: Made, seed: int) -> None:
-        super().__init__(made)
         self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(made)
+
+    def prepared(self, weight: Tensor) -> Tensor:
+        """Return Q(W s) of a nudged weight."""
+        return super().prepared(self._nudged(weight))
 
     def quantized(self, x: Tensor) -> Tensor:
-        """Return Q(X / s) of inputs nudged by a few units in the last place."""
-        return super().quantized(x * (1 + 2**-22 * torch.randn(x.shape, generator=self.generator)))
+        """Return Q(X / s) of a nudged input."""
+        return super().quantized(self._nudged(x))
+
+    def _nudged(self, x: Tensor) -> Tensor:
+        # Rounding of a few hundred sums, each to 2^-24: 1e-6.
+        return x * (1 + 2**-20 * torch.randn(x.shape, generator=self.generator))
 
 
 class Reference(nn.Linear):

@@ -18,6 +18,7 @@ from sq_cpu.errors import SqCpuError
 
 __all__ = [
     "absolute",
+    "as_path",
     "check_file",
     "claimed_file",
     "exchange",
@@ -34,6 +35,14 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         return Path(os.path.abspath(os.path.expanduser(path)))
     except OSError as error:
         raise SqCpuError(f"{path}: the current folder was removed; change to another") from error
+
+
+def as_path(path: object) -> Path:
+    """Return what a caller names a file or folder by; `SqCpuError` for what names none."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise SqCpuError(f"path is {path!r}; give a text or a pathlib.Path")
+    return Path(text)
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:

@@ -1,7 +1,7 @@
 """JSON from files, held against the types that it is to have: the one door for what others wrote.
 
 What passes is of the types that the annotations say; which values a field can have is for the
-dataclass itself to check. Numbers that a caller gives are checked here, too.
+dataclass itself to check. Arguments of a caller's are checked here, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from sq_cpu.errors import SqCpuError, first_line
 
-__all__ = ["check_fields", "check_whole", "parsed_json", "read_json", "record", "typed"]
+__all__ = [
+    "check_fields",
+    "check_kind",
+    "check_whole",
+    "parsed_json",
+    "read_json",
+    "record",
+    "typed",
+]
 
 T = TypeVar("T")
 _LONGEST = 64 << 20  # characters: the recipe of 10^5 linears has a third of them
@@ -69,6 +77,13 @@ def check_whole(least: int, **numbers: object) -> None:
         is_whole = isinstance(number, Integral) and not isinstance(number, bool)
         if not is_whole or int(number) < least:  # type: ignore[call-overload]
             raise SqCpuError(f"{name} is {_shown(number)}, not a whole number >= {least}")
+
+
+def check_kind(kind: Any, meant: str, **values: object) -> None:
+    """Raise `SqCpuError` for arguments, by their names, of another type; `meant` says of which."""
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise SqCpuError(f"{name} is {_shown(value)}, not {meant}")
 
 
 def record(kind: type[T], values: Any, where: str) -> T:

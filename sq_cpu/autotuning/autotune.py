@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -28,7 +28,8 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.extras import require
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.models.calls import Batch
-from sq_cpu.parsing import check_fields, check_whole, record
+from sq_cpu.models.checks import check_model
+from sq_cpu.parsing import check_fields, check_kind, check_whole, record
 from sq_cpu.progress import status
 from sq_cpu.smoothing.plan import SmoothPlan
 
@@ -128,17 +129,23 @@ def autotune(
     Raises
     ------
     SqCpuError
-        When Optuna (the extra `tune`) is not installed, for a goal or space that cannot be, a
-        storage that cannot be opened or belongs to another job (also by its calibration or costs),
+        When Optuna (the extra `tune`) is not installed, for arguments that cannot be, a storage
+        that cannot be opened or belongs to another job (also by its calibration or costs),
         no linear to quantize, and when no configuration could be evaluated.
     """
     require("optuna", "tune")
     # Optuna is optional: these modules import it.
-    from sq_cpu.autotuning.storage import is_shared, opened_storage, quiet_optuna
+    from sq_cpu.autotuning.storage import check_storage, is_shared, opened_storage, quiet_optuna
     from sq_cpu.autotuning.trials import join_study
     from sq_cpu.autotuning.workers import SearchSettings, Worker, run_workers
 
-    space = space or SearchSpace()
+    check_model(model)
+    check_kind(Callable, "a function of the model", evaluate=evaluate)
+    check_kind(Callable, "a function of a text", say=say)
+    check_kind(SearchSpace | None, "a SearchSpace", space=space)
+    check_kind(Costs | None, "Costs", costs=costs)
+    check_kind(str, "a text", study=study, job=job)
+    check_storage(storage)
     parsed = Goal.of(goal)
     check_whole(1, trials=trials, workers=workers, tokens=tokens)
     check_whole(0, refine_trials=refine_trials, seed=seed)
@@ -147,12 +154,13 @@ def autotune(
             "workers share a storage, which cannot be memory: pass storage='study.db', or workers=1"
         )
     start = time.monotonic()
+    space = space or SearchSpace()
     settings = SearchSettings(
         study=study,
         space=space,
         trials=trials,
         refine_trials=refine_trials,
-        time_limit=math.inf if time_limit is None else time_limit,
+        time_limit=_seconds(time_limit),
         rank=rank,
         sampler=sampler,
         pruner=pruner,
@@ -201,6 +209,15 @@ def autotune(
                 assert storage is not None
                 stopped = run_workers(worker, storage, workers, report)
         return _conclusion(worker, stopped)
+
+
+def _seconds(limit: object) -> float:
+    if limit is None:
+        return math.inf
+    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+    if not is_number or not cast(float, limit) >= 0:
+        raise SqCpuError(f"time_limit is {limit!r}, not a number of seconds >= 0, nor None")
+    return float(min(cast(float, limit), 1 << 62))  # an integer may be one that no float holds
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from sq_cpu.autotuning.evaluated import EvaluatedConfiguration
 from sq_cpu.autotuning.latency import Costs, Precision
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
 from sq_cpu.calibration.calibration import Calibration
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import smoothing_groups
-from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.models.linears import check_ignore, linearized, quantizable_linears
 from sq_cpu.quantization.quantize import carry_out
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
@@ -107,6 +107,7 @@ class TuningJob:
     def linears(self) -> dict[str, nn.Linear]:
         """The linears that can be int8, by full name: calibrated and not ignored."""
         with linearized(self.model):
+            check_ignore(self.model, self.ignore)
             found = quantizable_linears(self.model, self.ignore)
         reached = self.calibration.channel_min
         return {name: linear for name, linear in found.items() if name in reached}
@@ -178,11 +179,11 @@ class TuningJob:
         if isinstance(value, Iterator):
             last = math.nan
             for step, partial in enumerate(value):
-                last = float(partial)
+                last = _number(partial)
                 if report is not None:
                     report(last, step)
             return last
-        return float(value)
+        return _number(value)
 
     def plan(self, configuration: Configuration) -> SmoothPlan:
         """Return what `quantize` carries out for a configuration."""
@@ -343,6 +344,16 @@ class TuningJob:
         ratio = milliseconds / self.costs.of(self.linears.values())
         headroom = min(1.0, max(0.0, loss / limit if limit else 0.0))
         return (kept + 0.999 * ratio / (1 + ratio) + 0.001 * headroom) / (count + 1)
+
+
+def _number(metric: Any) -> float:
+    try:
+        return float(metric)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise SqCpuError(
+            f"evaluate gives a {type(metric).__name__} that is no number ({first_line(error)}); "
+            "have it return one, or an iterator of such"
+        ) from error
 
 
 def _covers(kept: Any, linears: Iterable[str]) -> bool:

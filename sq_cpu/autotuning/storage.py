@@ -19,11 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sq_cpu.autotuning import processes
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import absolute
+from sq_cpu.parsing import check_kind
 
 _NO_SUCH_VALUE = "is not among the defined enum values"  # SQLAlchemy, of a column
 _NOT_FOUND = "Record does not exist."  # what Optuna says of a study or trial that is gone
 
-__all__ = ["has_study", "is_shared", "opened_storage", "quiet_optuna"]
+__all__ = ["check_storage", "has_study", "is_shared", "opened_storage", "quiet_optuna"]
 
 
 @contextmanager
@@ -35,6 +36,12 @@ def quiet_optuna() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(before)
+
+
+def check_storage(where: object) -> None:
+    """Raise `SqCpuError` for what names no storage; `where` is as for `opened_storage`."""
+    meant = "a path, a database's URL or a storage of Optuna's"
+    check_kind(str | os.PathLike | BaseStorage | None, meant, storage=where)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from sq_cpu.autotuning.storage import opened_storage, quiet_optuna
 from sq_cpu.autotuning.trials import Trials
 from sq_cpu.errors import SqCpuError, Terminated, first_line
 from sq_cpu.interrupts import raise_ignored_interrupts_again
+from sq_cpu.parsing import check_kind, typed
 from sq_cpu.scheme import Activations
 
 __all__ = ["SearchSettings", "Stopped", "Worker", "run_workers"]
@@ -61,6 +62,12 @@ class SearchSettings:
     sampler: BaseSampler | None
     pruner: BasePruner | None
     seed: int
+
+    def __post_init__(self) -> None:
+        """Raise `SqCpuError` for what is not of its type."""
+        check_kind(BaseSampler | None, "a sampler of Optuna's", sampler=self.sampler)
+        check_kind(BasePruner | None, "a pruner of Optuna's", pruner=self.pruner)
+        typed(Rank, self.rank, "rank")
 
 
 class _Stop(Exception):  # noqa: N818  it is no error

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 
 from sq_cpu.checkpoint.config import CONFIG, read_settings
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.files import exchange, keep_mode, locked
+from sq_cpu.files import as_path, exchange, keep_mode, locked
 from sq_cpu.parsing import typed
 
 __all__ = ["STATE", "Staging", "contents", "staged", "work_folder", "writing"]
@@ -129,7 +129,7 @@ def staged(
     Raises `SqCpuError` for a target that cannot be replaced, or is not to be (`replace`), while
     another process is at work on it, and where it cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     with ExitStack() as stack:
         with writing(path):
             target = Path(os.path.realpath(path))

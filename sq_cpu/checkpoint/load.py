@@ -22,6 +22,7 @@ from sq_cpu.checkpoint.rebuild import restore
 from sq_cpu.checkpoint.skeleton import check_buffers, skeleton
 from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.files import as_path
 from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.parsing import read_json
@@ -71,7 +72,7 @@ def load(
         mismatching file or tensor, which is named.
     """
     check_dtype(dtype)
-    folder = Path(path)
+    folder = as_path(path)
     content = read_config(folder)
     settings = content["quantization_config"]
     files = check_files(folder, settings, verify=verify)

@@ -32,6 +32,7 @@ from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
 from sq_cpu.kernels.ops import FLOATS
+from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.parsing import read_json
@@ -113,6 +114,7 @@ def save_staged(
 
 
 def _record_of(model: nn.Module) -> QuantizationRecord:
+    check_is_module(model)
     if "_orig_mod" in model._modules:
         raise SqCpuError("the model is compiled; save the model itself, its _orig_mod")
     record = getattr(model, "sq_cpu_config", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from sq_cpu_machine import Topology, choose
 from torch import Tensor, nn
 
 from sq_cpu import texts
@@ -125,12 +127,14 @@ def generate_command(
 
 
 def info_command(as_json: Json = False) -> None:
-    """Show which instruction sets run here, and why the others do not."""
+    """Show which instruction sets run here, and how a command is best run (`xeon-run`)."""
     here = isa()
+    advice = choose(Topology.read(), os.environ)
     if as_json:
-        emit(here, as_json, "")
+        emit({**here, "advice": advice.to_dict()}, as_json, "")
         return
     show.print_isa(here)
+    show.print_advice(advice)
 
 
 def demo_command(

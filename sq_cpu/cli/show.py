@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from sq_cpu_machine import Choice
 from torch import nn
 
 from sq_cpu.analysis.analysis import Analysis, GroupAnalysis
@@ -25,6 +26,7 @@ __all__ = [
     "layer_facts",
     "megabytes",
     "plan_lines",
+    "print_advice",
     "print_groups",
     "print_isa",
     "print_layers",
@@ -48,6 +50,14 @@ def print_isa(here: dict[str, Any]) -> None:
     console.print(table)
     forced = ", forced by SQ_CPU_ISA" if here["forced"] else ""
     console.print(f"in use: {here['in_use']}{forced}; threads: {here['threads']}")
+
+
+def print_advice(choice: Choice) -> None:
+    """Print how a command is best run here, and why."""
+    console = _wide_console()
+    console.print("xeon-run COMMAND would give it:", soft_wrap=True)
+    for line in choice.lines():
+        console.print(f"  {line}", soft_wrap=True)
 
 
 def megabytes(size: int) -> str:

@@ -18,6 +18,7 @@ from sq_cpu.inference.lowering import compile_program, decoder_of
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram, StepRows
 from sq_cpu.kernels.paged_attention import KvPages
+from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.linears import head_of
 
 __all__ = ["FusedDecoder", "fuse", "fused_of"]
@@ -45,6 +46,7 @@ def fuse(model: nn.Module, enabled: bool = True) -> None:
     SqCpuError
         That says why the model has no program; the model is as it was.
     """
+    check_is_module(model)
     fused = fused_of(model)
     if not enabled:
         if fused is not None:

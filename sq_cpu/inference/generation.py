@@ -12,10 +12,13 @@ from sq_cpu.inference.pages import pages_of
 from sq_cpu.inference.requests import Request, integers
 from sq_cpu.inference.sampling import Sampling
 from sq_cpu.inference.scheduler import Scheduler
+from sq_cpu.models.checks import check_is_module
+from sq_cpu.parsing import check_kind
 
 __all__ = ["generate", "generate_batch", "stop_tokens_of"]
 
 _SEQUENCES = 256  # at once
+_POSITIONS = 1 << 24  # of a model whose config does not limit them
 
 
 def generate(
@@ -52,6 +55,10 @@ def generate(
         For a model that is not fused or has no head, an empty prompt, ids that are not in the
         vocabulary, more tokens than the model has positions, and logits that are not finite.
     """
+    check_is_module(model)
+    check_kind(Iterable, "a list of prompts", prompts=prompts)
+    check_kind(Sampling | None, "a Sampling", sampling=sampling)
+    check_kind(Callable | None, "a function of a prompt's number and a token", on_token=on_token)
     given = [integers(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     if stop_tokens is None:
         stop_tokens = stop_tokens_of(model)
@@ -81,7 +88,7 @@ def generate_batch(
     the new tokens of each request
     """
     given = [*requests]
-    scheduler = Scheduler(model, pages=_pages(given), sequences=_SEQUENCES)
+    scheduler = Scheduler(model, pages=_pages(model, given), sequences=_SEQUENCES)
     index = {}
     for i, request in enumerate(given):
         try:
@@ -106,10 +113,12 @@ def stop_tokens_of(model: Any) -> list[int]:
     return [] if stop is None else [stop] if isinstance(stop, int) else [*stop]
 
 
-def _pages(requests: Sequence[Request]) -> int:
+def _pages(model: Any, requests: Sequence[Request]) -> int:
     """Return as many pages as the largest requests that run at once can need."""
+    config = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None) or _POSITIONS
     needs = [
-        pages_of(len(each.prompt) + each.max_new_tokens)
+        pages_of(min(len(each.prompt) + each.max_new_tokens, most))  # more is refused
         for each in requests
         if isinstance(each.max_new_tokens, int)
     ]

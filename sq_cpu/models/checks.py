@@ -19,6 +19,7 @@ from sq_cpu.nn.linear import QuantLinear
 __all__ = [
     "additions",
     "check_ids",
+    "check_is_module",
     "check_model",
     "check_weights",
     "checking_ids",
@@ -28,13 +29,18 @@ __all__ = [
 _OPTIMIZED = "OptimizedModule"
 
 
-def check_model(model: object) -> None:
-    """Raise `SqCpuError` unless a model can be watched while it runs, here, in float."""
+def check_is_module(model: object) -> None:
+    """Raise `SqCpuError` for what is no model, as its name or folder."""
     if not isinstance(model, nn.Module):
         raise SqCpuError(
             f"the model is a {type(model).__name__}, not a torch.nn.Module: load it first, as with "
             "AutoModelForCausalLM.from_pretrained(...)"
         )
+
+
+def check_model(model: Any) -> None:
+    """Raise `SqCpuError` unless a model can be watched while it runs, here, in float."""
+    check_is_module(model)
     for name, module in model.named_modules():
         what = f"{name or 'the model'} ({type(module).__name__})"
         if isinstance(module, QuantLinear):

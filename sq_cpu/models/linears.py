@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
@@ -267,6 +267,8 @@ def check_ignore(model: nn.Module, ignore: tuple[str, ...]) -> None:
     """
     if isinstance(ignore, str):
         raise SqCpuError(f"ignore is {ignore!r}, not a tuple of names: use ({ignore!r},)")
+    if not isinstance(ignore, Collection) or not all(isinstance(each, str) for each in ignore):
+        raise SqCpuError(f"ignore is {ignore!r}, not a tuple of names, as in ('lm_head',)")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for entry in ignore:
         if entry != "lm_head" and not any(is_ignored(model, name, (entry,)) for name in names):

@@ -1,5 +1,6 @@
 """The command line: what each command does, prints and writes, and how it fails."""
 
+import json
 import math
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from byte_models import byte_model, byte_tokenizer
 from command_line import TEXT, error_of, json_of, run, small
+from sq_cpu_machine import Topology, choose
 
 import sq_cpu
 from sq_cpu import cli
@@ -334,10 +336,14 @@ def test_inspect_refuses_what_is_not_quantized(folder: Path, tmp_path: Path) -> 
 
 
 def test_info() -> None:
-    assert json_of("info") == sq_cpu.isa()
+    advice = choose(Topology.read(), os.environ)
+    as_json = json.loads(json.dumps(advice.to_dict()))
+    assert json_of("info") == {**sq_cpu.isa(), "advice": as_json}
     shown = run("info").stdout
     for name in sq_cpu.isa()["isas"]:
         assert name in shown
+    for line in advice.lines():
+        assert line in shown
 
 
 @pytest.mark.parametrize("memory", ["enough", "scarce"])

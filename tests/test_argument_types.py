@@ -1,0 +1,150 @@
+"""Arguments of wrong types: each gives an `SqCpuError` of one line, or works."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import batches, tiny_model
+from torch import nn
+from tuning_cases import PER_TOKEN, costs, llama
+
+import sq_cpu
+from sq_cpu import SqCpuError
+
+HOSTILE: dict[str, Any] = {
+    "None": None,
+    "text": "nonsense",
+    "bytes": b"\xff",
+    "null byte": "\0",
+    "list": [],
+    "strings": ["x", None],
+    "table": {"x": 1},
+    "object": object(),
+    "function": lambda *_, **__: None,
+    "nan": math.nan,
+    "infinite": math.inf,
+    "negative": -1,
+    "fraction": 0.3,
+    "huge": 10**30,
+    "boolean": True,
+}
+
+
+@pytest.fixture(scope="module")
+def float_model() -> nn.Module:
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def calibration(float_model: nn.Module) -> sq_cpu.Calibration:
+    return sq_cpu.calibrate(float_model, batches(2), progress=False)
+
+
+@pytest.fixture(scope="module")
+def fused_model() -> nn.Module:
+    model = tiny_model("llama")
+    sq_cpu.quantize(model, smooth=False, progress=False)
+    sq_cpu.fuse(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_model("llama")
+    sq_cpu.quantize(model, smooth=False, progress=False)
+    return sq_cpu.save(model, tmp_path_factory.mktemp("saved") / "out")
+
+
+@pytest.fixture
+def good(
+    float_model: nn.Module,
+    calibration: sq_cpu.Calibration,
+    fused_model: nn.Module,
+    saved: Path,
+    tmp_path: Path,
+) -> Callable[[str], dict[str, Any]]:
+    """Return what makes arguments of a function that work."""
+
+    def make(name: str) -> dict[str, Any]:
+        if name == "load":
+            return {"path": saved}
+        if name == "save":
+            return {"model": sq_cpu.load(saved), "path": tmp_path / "out"}
+        if name == "fuse":
+            return {"model": sq_cpu.load(saved)}
+        if name == "generate":
+            return {"model": fused_model, "prompts": [[3, 4]], "max_new_tokens": 1}
+        model = copy.deepcopy(float_model)
+        if name == "calibrate":
+            return {"model": model, "batches": batches(2)}
+        if name == "tune":
+            return {"model": model, "calibration": calibration, "alphas": (0.5, 0.5, 0.5)}
+        if name == "quantize":
+            return {"model": model, "calibration": calibration}
+        assert name == "autotune"
+        return {
+            "model": model,
+            "batches": calibration,
+            "evaluate": lambda _: 1.0,
+            "space": PER_TOKEN,
+            "trials": 1,
+            "refine_trials": 0,
+            "costs": costs(model),
+        }
+
+    return make
+
+
+FUNCTIONS = ("calibrate", "tune", "quantize", "save", "load", "autotune", "fuse", "generate")
+
+
+def _arguments() -> Iterator[tuple[str, str]]:
+    for name in FUNCTIONS:
+        yield from ((name, each) for each in inspect.signature(getattr(sq_cpu, name)).parameters)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_good_arguments_work(good: Callable[[str], dict[str, Any]], name: str) -> None:
+    getattr(sq_cpu, name)(**good(name))
+
+
+@pytest.mark.parametrize(("name", "argument"), list(_arguments()))
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_hostile_value_is_refused_or_works(
+    good: Callable[[str], dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    name: str,
+    argument: str,
+    value: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a text is a path, too
+    message = ""
+    try:
+        getattr(sq_cpu, name)(**good(name) | {argument: HOSTILE[value]})
+    except SqCpuError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+NAMED = "space storage study job time_limit costs evaluate say rank sampler pruner ignore"
+
+
+@pytest.mark.parametrize("argument", [*NAMED.split(), "goal", "trials", "workers", "seed"])
+def test_autotune_names_the_argument(good: Callable[[str], dict[str, Any]], argument: str) -> None:
+    with pytest.raises(SqCpuError, match=f"^{argument} (is|has) "):
+        sq_cpu.autotune(**good("autotune") | {argument: object()})
+
+
+@pytest.mark.parametrize("metric", [None, "much", [1.0], object()])
+def test_a_metric_that_is_no_number(good: Callable[[str], dict[str, Any]], metric: object) -> None:
+    for given in (metric, iter([metric])):
+        with pytest.raises(SqCpuError, match=r"^evaluate gives a .* that is no number"):
+            sq_cpu.autotune(**good("autotune") | {"evaluate": lambda _, given=given: given})
