@@ -219,7 +219,8 @@ class Task {
              (offset(job_.y.strides, block_.begin) + columns.begin) * element_bytes(args.output);
     args.ldy = job_.ldy;
     WorkCounter counter;  // the blocking is for one thread: it has one task
-    run_tasks(&args, 1, job_.kernel, job_.rows, job_.blocking, &counter, sums_, 0);
+    run_tasks(&args, 1, Order::kAlternating, job_.kernel, job_.rows, job_.blocking, &counter, sums_,
+              0);
   }
 
   const Job& job_;

@@ -27,11 +27,6 @@ int64_t l1_bytes() {
   return bytes;
 }
 
-int64_t l2_bytes() {
-  static const int64_t bytes = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
-  return bytes;
-}
-
 // The length of near-equal parts of `count`, each a multiple of `step` and at most about `most`.
 int64_t near_equal(int64_t count, int64_t step, int64_t most) {
   const int64_t parts = ceil_div(count, std::max(most, step));
@@ -39,6 +34,11 @@ int64_t near_equal(int64_t count, int64_t step, int64_t most) {
 }
 
 }  // namespace
+
+int64_t l2_bytes() {
+  static const int64_t bytes = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
+  return bytes;
+}
 
 Range part(int64_t count, int64_t step, int64_t parts, int64_t index) {
   const int64_t units = ceil_div(count, step);

@@ -19,6 +19,9 @@ struct Range {
 // Part `index` of `parts` near-equal parts of [0, count), cut at multiples of `step`.
 Range part(int64_t count, int64_t step, int64_t parts, int64_t index);
 
+// Of a core.
+int64_t l2_bytes();
+
 // Threads of the pool that get work: each should stream at least 128 KB of weights or do as much
 // arithmetic as that costs, 9 us at one core's 15 GB/s. From two such shares on, a second thread
 // saves more than the 2 to 8 us that opening a region and joining it take; below, the caller is

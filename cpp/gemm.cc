@@ -278,28 +278,40 @@ void advance(EpilogueSteps& steps, int64_t rows) {
   if (steps.code_scale != nullptr) steps.code_scale += rows;
 }
 
-void run_tasks(const GemmArgs* products, int count, const Microkernel& kernel,
+int64_t joined_strips(const GemmArgs* products, int count, Order order) {
+  int64_t strips = strip_count(products[0].weight.n);
+  for (int i = 1; order == Order::kSideBySide && i < count; ++i) {
+    strips += strip_count(products[i].weight.n);
+  }
+  return strips;
+}
+
+void run_tasks(const GemmArgs* products, int count, Order order, const Microkernel& kernel,
                const RowKernels& rows, const Blocking& blocking, WorkCounter* counters,
                int32_t* sums, int thread) {
   const GemmArgs& args = *products;
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
+  const int64_t strips = joined_strips(products, count, order);
   Worker worker(args, kernel, rows, blocking, sums);
   worker.begin();
   for (int64_t i = 0; i < tasks; ++i) {
     const int64_t task = (thread + i) % tasks;
     const Range r =
         part(args.x.m, row_step(kernel), blocking.row_parts, task / blocking.strip_parts);
-    const Range s = part(strip_count(args.weight.n), blocking.strip_step, blocking.strip_parts,
-                         task % blocking.strip_parts);
+    const Range s =
+        part(strips, blocking.strip_step, blocking.strip_parts, task % blocking.strip_parts);
     const int64_t across = ceil_div(s.size(), blocking.unit_strips);
     const int64_t units = ceil_div(r.size(), blocking.rows) * across;
     for (int64_t unit; (unit = counters[task].take(units)) < units;) {
       const int64_t row = r.begin + unit / across * blocking.rows;
       const int64_t strip = s.begin + unit % across * blocking.unit_strips;
-      for (int product = 0; product < count; ++product) {
-        worker.run(products[product], {row, std::min(row + blocking.rows, r.end)},
-                   {strip, std::min(strip + blocking.unit_strips, s.end)}, s.end);
-      }
+      const Range unit_strips{strip, std::min(strip + blocking.unit_strips, s.end)};
+      const Range unit_rows{row, std::min(row + blocking.rows, r.end)};
+      const int64_t to_come = s.end - unit_strips.end;
+      for_each_product(products, count, order, unit_strips, [&](int product, Range own) {
+        const int64_t last = std::min(strip_count(products[product].weight.n), own.end + to_come);
+        worker.run(products[product], unit_rows, own, last);
+      });
     }
   }
   worker.end();

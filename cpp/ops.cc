@@ -67,7 +67,8 @@ void run_product(const GemmArgs& args, Prepare prepare) {
   run_team(workers, [&](int worker, int count) {
     GemmArgs own = args;
     prepare(own, worker, count);
-    run_tasks(&own, 1, kernel, rows, blocking, counters, sums + own_sums * worker, worker);
+    run_tasks(&own, 1, Order::kAlternating, kernel, rows, blocking, counters,
+              sums + own_sums * worker, worker);
   });
 }
 

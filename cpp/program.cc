@@ -135,10 +135,19 @@ void Program::add(const ProjectStage& stage) {
                    linear.column + n <= before.column,
                "project: two linears write column ", linear.column, " of buffer ", linear.out);
     }
+    std::vector<Product>& products = project.products;
+    const bool alternating = !products.empty() && products.back().order == Order::kAlternating;
     if (joined) {
-      ++project.products.back().count;
+      if (!alternating && products.back().count > 1) {  // the one before is none of those
+        --products.back().count;
+        products.push_back({i - 1, 1, Order::kAlternating});
+      }
+      ++products.back().count;
+      products.back().order = Order::kAlternating;
+    } else if (products.empty() || alternating || project.in_float) {
+      products.push_back({i, 1, Order::kSideBySide});
     } else {
-      project.products.push_back({i, 1});
+      ++products.back().count;
     }
   }
   project.stage.linears = nullptr;  // they are copied

@@ -13,16 +13,18 @@
 #include "check.h"
 #include "gemm.h"
 #include "kv_page.h"
+#include "read_ahead.h"
 #include "scratch.h"
 #include "sq_cpu/program.h"
 #include "team.h"
 
 namespace sq_cpu {
 
-// Linears of a stage whose units alternate: one reads what the one before it writes.
+// Linears of a stage that are dealt out as one product.
 struct Product {
   int first;
   int count;
+  Order order;
 };
 
 struct Project {
@@ -98,6 +100,8 @@ struct Program::Implementation {
   int planned_workers = 0;
   Isa isa{};
   std::vector<ProductPlan> product_plans;  // of all project stages, in order
+  int64_t read_count = 0;                  // of their linears
+  std::vector<WeightRange> reads;          // [workers, read_count]: what each reads of each
   int64_t sums_bytes = 0;                  // of each worker's
 
   TeamBarrier barrier;

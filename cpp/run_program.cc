@@ -12,7 +12,9 @@ namespace sq_cpu {
 namespace {
 
 constexpr int64_t kPageInts = 1024;  // each worker's sums on pages of their own
-constexpr int kCounterSets = 3;      // in use, to be used next, and being cleared
+// Normalized and quantized by every worker on its own in less time than a barrier takes.
+constexpr int64_t kFewElements = 2048;
+constexpr int kCounterSets = 3;  // in use, to be used next, and being cleared
 
 // Columns of a product with a weight in float that a worker takes at a time: their weights stay in
 // L2 while rows pass by, and there are enough for workers that are not equally fast.
@@ -33,19 +35,38 @@ void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
   }
   product_plans.clear();
   isa = now;
-  int64_t sums = 0;
+  read_count = 0;
+  for (const Stage& stage : stages) {
+    const auto* const project = std::get_if<Project>(&stage);
+    if (project != nullptr && !project->in_float) read_count += project->linears.size();
+  }
+  reads.assign(read_count * workers, {});
+  int64_t sums = 0, first_read = 0;
   for (const Stage& stage : stages) {
     const auto* const project = std::get_if<Project>(&stage);
     if (project == nullptr || project->in_float) continue;
     const int64_t m = (project->stage.kept_rows ? kept : rows) * project->stage.quantizer.terms;
     for (const Product& product : project->products) {
-      const PackedWeight& weight = project->linears[product.first].weight;
+      GemmArgs args[kMostLinears] = {};
+      for (int i = 0; i < product.count; ++i) {
+        args[i].weight = project->linears[product.first + i].weight;
+      }
       const Microkernel& kernel = choose_microkernel(isa, project->stage.quantizer.max_code(), m);
-      const int64_t k_blocks = k_block_count(weight.k);
-      const Blocking blocking =
-          choose_blocking(kernel, m, strip_count(weight.n), k_blocks, workers);
+      const int64_t k_blocks = k_block_count(args[0].weight.k);
+      const int64_t strips = joined_strips(args, product.count, product.order);
+      const Blocking blocking = choose_blocking(kernel, m, strips, k_blocks, workers);
       product_plans.push_back({&kernel, blocking});
       sums = std::max(sums, workspace_sums(kernel, blocking, k_blocks));
+      const int64_t stride = strip_bytes(args[0].weight.k);
+      for (int worker = 0; worker < workers; ++worker) {
+        const Range own =
+            part(strips, blocking.strip_step, blocking.strip_parts, worker % blocking.strip_parts);
+        WeightRange* const ranges = &reads[read_count * worker + first_read];
+        for_each_product(args, product.count, product.order, own, [&](int i, Range its) {
+          ranges[i] = {args[i].weight.data + its.begin * stride, its.size() * stride};
+        });
+      }
+      first_read += product.count;
     }
   }
   sums_bytes = ceil_div(sums, kPageInts) * kPageInts * int64_t{sizeof(int32_t)};
@@ -73,6 +94,7 @@ class Program::Implementation::Runner {
         worker_(worker),
         workers_(workers),
         turn_(turn),
+        ahead_(program.reads.data() + program.read_count * worker, program.read_count),
         memory_(program.workspace.get(0) + shared.worker_bytes * worker),
         row_(reinterpret_cast<float*>(memory_ + shared.worker_bytes - shared.row_bytes)) {}
 
@@ -87,7 +109,9 @@ class Program::Implementation::Runner {
   }
 
  private:
-  void wait() { program_.barrier.wait(worker_, workers_, ++turn_); }
+  void wait() {
+    program_.barrier.wait(worker_, workers_, ++turn_, [this] { return ahead_.ask(); });
+  }
 
   Range mine(int64_t count) const { return part(count, 1, workers_, worker_); }
 
@@ -196,6 +220,7 @@ class Program::Implementation::Runner {
     const int64_t m =
         stage.kept_rows ? static_cast<int64_t>(shared_.pass.kept.size()) : shared_.rows.size();
     WorkCounter* next = counters();
+    if (!project.in_float) ahead_.begin(project.linears.size());
     if (m == 0) {
       if (!project.in_float) plan_ += project.products.size();
       return;
@@ -206,7 +231,7 @@ class Program::Implementation::Runner {
     const int terms = stage.quantizer.terms;
     QuantizedActivation x{
         own.codes, own.scale, own.zero_point, m * terms, k, stage.quantizer.max_code(), terms};
-    const bool alone = OwnCodes::hold(x.m, k);
+    const bool alone = OwnCodes::hold(x.m, k) && (m == 1 || m * k <= kFewElements);
     if (!alone) {
       x.codes = program_.codes.get(0);
       x.scale = program_.scales.get(0);
@@ -223,7 +248,8 @@ class Program::Implementation::Runner {
       for (int i = 0; i < product.count; ++i) {
         args[i] = gemm_args(stage, project.linears[product.first + i], x, steps[i]);
       }
-      run_tasks(args, product.count, *plan.kernel, kernels_, plan.blocking, next, sums, worker_);
+      run_tasks(args, product.count, product.order, *plan.kernel, kernels_, plan.blocking, next,
+                sums, worker_);
       next += workers_planned();
     }
   }
@@ -375,6 +401,7 @@ class Program::Implementation::Runner {
   const RowKernels& kernels_;
   const int worker_, workers_;
   uint32_t turn_;
+  ReadAhead ahead_;
   std::byte* const memory_;
   float* const row_;
   int64_t set_ = 0;

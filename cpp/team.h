@@ -85,14 +85,16 @@ class TeamBarrier {
   }
 
   // Called by each of the `workers`, with its number, and with turns that count upwards, the same
-  // for all; what they wrote before is seen by all after.
-  void wait(int worker, int workers, uint32_t turn) {
+  // for all; what they wrote before is seen by all after. Until then bool idle() is called, until
+  // it says that there is nothing to do.
+  template <typename Idle>
+  void wait(int worker, int workers, uint32_t turn, Idle idle) {
     if (workers == 1) return;
     if (worker != 0) {
       lines_[worker].arrived.store(turn, std::memory_order_release);
-      return wait_for(lines_[0].arrived, turn);
+      return wait_for(lines_[0].arrived, turn, idle);
     }
-    for (int other = 1; other < workers; ++other) wait_for(lines_[other].arrived, turn);
+    for (int other = 1; other < workers; ++other) wait_for(lines_[other].arrived, turn, idle);
     lines_[0].arrived.store(turn, std::memory_order_release);
   }
 
@@ -104,9 +106,11 @@ class TeamBarrier {
   // Beyond some 60 us there are more threads than cores, and the core is due to another.
   static constexpr int kSpins = 2000;
 
-  static void wait_for(const std::atomic<uint32_t>& arrived, uint32_t turn) {
-    for (int spins = 0; arrived.load(std::memory_order_acquire) != turn; ++spins) {
-      spins < kSpins ? _mm_pause() : static_cast<void>(sched_yield());
+  template <typename Idle>
+  static void wait_for(const std::atomic<uint32_t>& arrived, uint32_t turn, Idle& idle) {
+    for (int spins = 0; arrived.load(std::memory_order_acquire) != turn;) {
+      if (idle()) continue;
+      spins++ < kSpins ? _mm_pause() : static_cast<void>(sched_yield());
     }
   }
 

@@ -311,8 +311,8 @@ inline void run_blocked(const GemmArgs& args, const Microkernel& kernel, const B
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num();
-    run_tasks(&args, 1, kernel, row_kernels(kernel.isa), blocking, counters.data(),
-              sums + own * thread, thread);
+    run_tasks(&args, 1, Order::kAlternating, kernel, row_kernels(kernel.isa), blocking,
+              counters.data(), sums + own * thread, thread);
   }
 }
 
