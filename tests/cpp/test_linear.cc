@@ -33,8 +33,8 @@ std::vector<char> check_layer(const Layer& layer, int threads, Outputs& out,
   const Microkernel& kernel = choose_microkernel(active_isa(), q.max_code, q.m);
   const Blocking blocking = random_blocking(kernel, k_block_count(layer.k), rng);
   const Epilogue& e = layer.epilogue;
-  EpilogueSteps steps{e.activation,  e.other,        e.ld_other, e.residual,
-                      e.ld_residual, e.operand_type, {},         nullptr};
+  EpilogueSteps steps{e.activation,   e.other, e.ld_other, e.residual, e.ld_residual,
+                      e.operand_type, 1.0f,    0.0f,       {},         nullptr};
   if (layer.to_codes) {
     const QuantizedActivation y = place_activation(layer.m, layer.n, layer.y_quantizer.max_code(),
                                                    out.y, out.y_scale, out.y_zero_point, at_end);
