@@ -45,9 +45,13 @@ class AttentionPlan {
   int64_t partials() const { return partials_; }     // floats that all share
   int64_t blocks() const { return blocks_.size(); }  // ints `finished`, 0 before and after
 
-  // `counter`: 0 at first.
+  // `counter`: 0 at first. `append`: null, or what is to be written to the pages before, where
+  // appends_within(); `workspace` has append_workspace() bytes more then.
   void run(const AttentionArgs& args, Isa isa, WorkCounter& counter, std::atomic<int>* finished,
-           std::byte* workspace, float* partials) const;
+           std::byte* workspace, float* partials, const AppendArgs* append = nullptr) const;
+
+  // Whether a task that sees a new token can write it: no other reads its page meanwhile.
+  bool appends_within() const { return appends_within_; }
 
  private:
   struct Task {
@@ -59,6 +63,7 @@ class AttentionPlan {
   std::vector<Task> tasks_;  // empty: a task for each block
   int64_t head_dim_;
   int64_t partials_ = 0;
+  bool appends_within_ = true;
   int workers_;
 };
 

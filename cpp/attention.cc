@@ -324,6 +324,7 @@ AttentionPlan::AttentionPlan(const Sequences& sequences, int64_t heads, int64_t 
     const int64_t length = sequences.length[sequence];
     const int64_t before = length - new_tokens(sequences, sequence);
     const int64_t rows = new_tokens(sequences, sequence) * group;
+    appends_within_ &= length - before <= 1 && rows <= kRowsOfTask;
     // The last rows of a sequence first: they see most.
     for (int64_t i = ceil_div(rows, kRowsOfTask) - 1; i >= 0; --i) {
       const Range block{i * kRowsOfTask, std::min((i + 1) * kRowsOfTask, rows)};
@@ -352,15 +353,24 @@ AttentionPlan::AttentionPlan(const Sequences& sequences, int64_t heads, int64_t 
 int64_t AttentionPlan::workspace() const { return Worker::bytes(head_dim_); }
 
 void AttentionPlan::run(const AttentionArgs& args, Isa isa, WorkCounter& counter,
-                        std::atomic<int>* finished, std::byte* workspace, float* partials) const {
+                        std::atomic<int>* finished, std::byte* workspace, float* partials,
+                        const AppendArgs* append) const {
   const Job job(args, isa);
   Worker own(job, workspace);
+  const auto write = [&](const AttentionBlock& block) {
+    if (append == nullptr) return;
+    const int64_t page = (args.sequences.length[block.sequence] - 1) / kPageTokens;
+    append_page(*append, job.kernels, workspace + Worker::bytes(head_dim_), block.sequence, page,
+                block.kv_head);
+  };
   const auto count = static_cast<int64_t>(tasks_.empty() ? blocks_.size() : tasks_.size());
   for (int64_t i; (i = counter.take(count)) < count;) {
     if (tasks_.empty()) {
+      write(blocks_[i]);
       own.run(blocks_[i]);
     } else {
       const Task& task = tasks_[i];
+      if (task.chunk + 1 == chunks_of(blocks_[task.block]).end) write(blocks_[task.block]);
       own.run_chunk(blocks_[task.block], task.chunk, partials + task.partial, finished[task.block]);
     }
   }

@@ -220,7 +220,7 @@ class Task {
     args.ldy = job_.ldy;
     WorkCounter counter;  // the blocking is for one thread: it has one task
     run_tasks(&args, 1, Order::kAlternating, job_.kernel, job_.rows, job_.blocking, &counter, sums_,
-              0);
+              0, 1);
   }
 
   const Job& job_;

@@ -288,7 +288,7 @@ int64_t joined_strips(const GemmArgs* products, int count, Order order) {
 
 void run_tasks(const GemmArgs* products, int count, Order order, const Microkernel& kernel,
                const RowKernels& rows, const Blocking& blocking, WorkCounter* counters,
-               int32_t* sums, int thread) {
+               int32_t* sums, int thread, int threads) {
   const GemmArgs& args = *products;
   const int64_t tasks = blocking.row_parts * blocking.strip_parts;
   const int64_t strips = joined_strips(products, count, order);
@@ -296,13 +296,18 @@ void run_tasks(const GemmArgs* products, int count, Order order, const Microkern
   worker.begin();
   for (int64_t i = 0; i < tasks; ++i) {
     const int64_t task = (thread + i) % tasks;
+    if (counters == nullptr && task % threads != thread) continue;
+    int64_t done = 0;
+    const auto take = [&](int64_t units) {
+      return counters == nullptr ? done++ : counters[task].take(units);
+    };
     const Range r =
         part(args.x.m, row_step(kernel), blocking.row_parts, task / blocking.strip_parts);
     const Range s =
         part(strips, blocking.strip_step, blocking.strip_parts, task % blocking.strip_parts);
     const int64_t across = ceil_div(s.size(), blocking.unit_strips);
     const int64_t units = ceil_div(r.size(), blocking.rows) * across;
-    for (int64_t unit; (unit = counters[task].take(units)) < units;) {
+    for (int64_t unit; (unit = take(units)) < units;) {
       const int64_t row = r.begin + unit / across * blocking.rows;
       const int64_t strip = s.begin + unit % across * blocking.unit_strips;
       const Range unit_strips{strip, std::min(strip + blocking.unit_strips, s.end)};

@@ -39,7 +39,7 @@ struct alignas(64) WorkCounter {
 enum class Order {
   kAlternating,  // weights of one shape; a unit of the one is followed by the same unit of the
                  // next, which may read what that wrote
-  kSideBySide,  // their strips one after another
+  kSideBySide,   // their strips one after another
 };
 
 // The strips of `count` weights with so many columns as one product has.
@@ -61,10 +61,10 @@ void for_each_product(const GemmArgs* products, int count, Order order, Range st
 // This thread's part of the whole product, or of `count` products: the units of its own task, so
 // that it reads the same weights at every call, then what the others have left. Cores are not
 // equally fast: hyperthreads and virtual machines see to that. `counters`: one for each task of the
-// blocking, all 0 at first; `sums`: workspace_sums() ints of this thread's own, 64-byte aligned.
-// Never throws, never allocates.
+// blocking, all 0 at first; or null, and every thread does its own tasks alone. `sums`:
+// workspace_sums() ints of this thread's own, 64-byte aligned. Never throws, never allocates.
 void run_tasks(const GemmArgs* products, int count, Order order, const Microkernel& kernel,
                const RowKernels& rows, const Blocking& blocking, WorkCounter* counters,
-               int32_t* sums, int thread);
+               int32_t* sums, int thread, int threads);
 
 }  // namespace sq_cpu

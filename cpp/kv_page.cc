@@ -132,28 +132,34 @@ int64_t append_workspace(int64_t head_dim) {
 void append_pages(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
                   int worker, int workers) {
   const Sequences& sequences = args.sequences;
+  int64_t turn = 0;  // by whole pages: no two threads write into one
+  for (int64_t i = 0; i < sequences.count; ++i) {
+    const Range pages = written(sequences, i);
+    for (int64_t page = pages.begin; page < pages.end; ++page) {
+      for (int64_t head = 0; head < args.cache.kv_heads; ++head) {
+        if (turn++ % workers == worker) append_page(args, kernels, workspace, i, page, head);
+      }
+    }
+  }
+}
+
+void append_page(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
+                 int64_t sequence, int64_t page, int64_t head) {
+  const Sequences& sequences = args.sequences;
   const int64_t head_dim = args.cache.head_dim;
   const PageLayout layout(head_dim);
   auto* const floats = reinterpret_cast<float*>(workspace);
   auto* const u = reinterpret_cast<uint8_t*>(floats + head_floats(head_dim));
   const HeadCoder coder(head_dim, kernels, floats);
-  int64_t turn = 0;  // by whole pages: no two threads write into one
-  for (int64_t i = 0; i < sequences.count; ++i) {
-    const int64_t end = sequences.length[i], begin = end - new_tokens(sequences, i);
-    for (int64_t page = begin / kPageTokens; page * kPageTokens < end && begin < end; ++page) {
-      for (int64_t head = 0; head < args.cache.kv_heads; ++head) {
-        if (turn++ % workers != worker) continue;
-        std::byte* const at = page_of(args.cache, sequences, layout, i, page * kPageTokens, head);
-        const int64_t last = std::min((page + 1) * kPageTokens, end);
-        for (int64_t token = std::max(begin, page * kPageTokens); token < last; ++token) {
-          const int64_t row = sequences.first_row[i] + token - begin, slot = token % kPageTokens;
-          const float key_scale = coder.rotate(args.k, args.transform, row, head, u, kTileDepth);
-          put_key(at, layout, slot, u, head_dim, key_scale);
-          const float value_scale = coder.keep(args.v, row, head, u);
-          put_value(at, layout, slot, u, head_dim, value_scale);
-        }
-      }
-    }
+  const int64_t end = sequences.length[sequence], begin = end - new_tokens(sequences, sequence);
+  std::byte* const at = page_of(args.cache, sequences, layout, sequence, page * kPageTokens, head);
+  const int64_t last = std::min((page + 1) * kPageTokens, end);
+  for (int64_t token = std::max(begin, page * kPageTokens); token < last; ++token) {
+    const int64_t row = sequences.first_row[sequence] + token - begin, slot = token % kPageTokens;
+    const float key_scale = coder.rotate(args.k, args.transform, row, head, u, kTileDepth);
+    put_key(at, layout, slot, u, head_dim, key_scale);
+    const float value_scale = coder.keep(args.v, row, head, u);
+    put_value(at, layout, slot, u, head_dim, value_scale);
   }
 }
 

@@ -145,4 +145,8 @@ int64_t append_workspace(int64_t head_dim);  // bytes of each worker's
 void append_pages(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
                   int worker, int workers);
 
+// The new tokens of one page of a sequence and one kv head.
+void append_page(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
+                 int64_t sequence, int64_t page, int64_t head);
+
 }  // namespace sq_cpu

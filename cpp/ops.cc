@@ -68,7 +68,7 @@ void run_product(const GemmArgs& args, Prepare prepare) {
     GemmArgs own = args;
     prepare(own, worker, count);
     run_tasks(&own, 1, Order::kAlternating, kernel, rows, blocking, counters,
-              sums + own_sums * worker, worker);
+              sums + own_sums * worker, worker, count);
   });
 }
 

@@ -56,6 +56,7 @@ struct PlanKey {
 struct ProductPlan {
   const Microkernel* kernel;
   Blocking blocking;
+  bool dealt;  // else so small that to look for others' units would take longer than they do
 };
 
 // The rows of a step that a pass takes, as a step of its own.

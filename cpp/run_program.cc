@@ -1,5 +1,6 @@
 // How a step runs through the stages of a program, in one region.
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -55,7 +56,9 @@ void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
       const int64_t k_blocks = k_block_count(args[0].weight.k);
       const int64_t strips = joined_strips(args, product.count, product.order);
       const Blocking blocking = choose_blocking(kernel, m, strips, k_blocks, workers);
-      product_plans.push_back({&kernel, blocking});
+      const bool dealt = useful_threads(m, strips * kStripColumns, args[0].weight.k,
+                                        std::numeric_limits<int>::max()) > workers;
+      product_plans.push_back({&kernel, blocking, dealt});
       sums = std::max(sums, workspace_sums(kernel, blocking, k_blocks));
       const int64_t stride = strip_bytes(args[0].weight.k);
       for (int worker = 0; worker < workers; ++worker) {
@@ -197,13 +200,17 @@ class Program::Implementation::Runner {
     const int64_t group = stage.heads / stage.kv_heads;
     const int64_t kv_stride = stage.stride == 0 ? head : stage.stride;
     const int64_t gap = stage.stride == 0 ? 0 : stage.stride - group * head;
-    append_pages({cache,
-                  sequences,
-                  heads(stage.k, kv_stride),
-                  heads(stage.v, kv_stride),
-                  {stage.k_norm, rotary, positions}},
-                 kernels_, memory_, worker_, workers_);
-    wait();
+    const AppendArgs append{cache,
+                            sequences,
+                            heads(stage.k, kv_stride),
+                            heads(stage.v, kv_stride),
+                            {stage.k_norm, rotary, positions}};
+    const AttentionPlan& plan = shared_.attention[attend.plan];
+    const bool within = plan.appends_within();
+    if (!within) {
+      append_pages(append, kernels_, memory_, worker_, workers_);
+      wait();
+    }
     const AttentionArgs args{cache,
                              sequences,
                              stage.heads,
@@ -211,8 +218,8 @@ class Program::Implementation::Runner {
                              {stage.q_norm, rotary, positions, group, gap},
                              stage.options,
                              {at(stage.out, 0, 0), DType::kFloat32, program_.ld(stage.out), head}};
-    shared_.attention[attend.plan].run(args, program_.isa, *counters(), program_.finished.get(),
-                                       memory_, program_.partials.get(0));
+    plan.run(args, program_.isa, *counters(), program_.finished.get(), memory_,
+             program_.partials.get(0), within ? &append : nullptr);
   }
 
   void run(const Project& project) {
@@ -248,8 +255,8 @@ class Program::Implementation::Runner {
       for (int i = 0; i < product.count; ++i) {
         args[i] = gemm_args(stage, project.linears[product.first + i], x, steps[i]);
       }
-      run_tasks(args, product.count, product.order, *plan.kernel, kernels_, plan.blocking, next,
-                sums, worker_);
+      run_tasks(args, product.count, product.order, *plan.kernel, kernels_, plan.blocking,
+                plan.dealt ? next : nullptr, sums, worker_, workers_);
       next += workers_planned();
     }
   }
@@ -421,7 +428,7 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
   }
   // Memory: nothing is allocated inside the region.
   int64_t floats = 0, depth = 0, codes_size = 0, own = sums_bytes, part_floats = 0, blocks = 0;
-  int64_t rows_of_codes = 0, row_floats = 0;
+  int64_t rows_of_codes = 0, row_floats = 0, append_bytes = 0;
   for (size_t i = 0; i < widths.size(); ++i) floats += m * ld(static_cast<Buffer>(i));
   int64_t most_products = 1;
   for (const Stage& stage : stages) {
@@ -437,11 +444,11 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
       codes_size = std::max(codes_size, codes_bytes(coded, k));
       rows_of_codes = std::max(rows_of_codes, coded);
     } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
-      own = std::max(own, append_workspace(attend->stage.head_dim));
+      append_bytes = std::max(append_bytes, append_workspace(attend->stage.head_dim));
     }
   }
   for (const AttentionPlan& each : attention) {
-    own = std::max(own, each.workspace());
+    own = std::max(own, each.workspace() + append_bytes);
     part_floats = std::max(part_floats, each.partials());
     blocks = std::max(blocks, each.blocks());
   }

@@ -312,7 +312,7 @@ inline void run_blocked(const GemmArgs& args, const Microkernel& kernel, const B
   {
     const int thread = omp_get_thread_num();
     run_tasks(&args, 1, Order::kAlternating, kernel, row_kernels(kernel.isa), blocking,
-              counters.data(), sums + own * thread, thread);
+              counters.data(), sums + own * thread, thread, threads);
   }
 }
 
