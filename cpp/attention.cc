@@ -16,6 +16,7 @@
 #include "gemm.h"
 #include "kv_page.h"
 #include "operands.h"
+#include "read_ahead.h"
 #include "scratch.h"
 #include "team.h"
 
@@ -133,9 +134,9 @@ class Worker {
 
   // All chunks of a block, and its result.
   void run(const Block& block) {
-    begin(block);
-    start(all_);
     const Range chunks = chunks_of(block);
+    begin(block, chunks.begin);
+    start(all_);
     for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
       attend(chunk, chunk_);
       all_.merge(chunk_, block.rows.size(), job_.kernels);
@@ -146,7 +147,7 @@ class Worker {
 
   // One chunk; the last to finish a block merges what all have left in `partial`, in order.
   void run_chunk(const Block& block, int64_t chunk, float* partial, std::atomic<int>& finished) {
-    begin(block);
+    begin(block, chunk);
     const Range chunks = chunks_of(block);
     const int64_t floats = Softmaxes::floats(job_.columns);
     Softmaxes own(partial + (chunk - chunks.begin) * floats, job_.columns);
@@ -169,8 +170,9 @@ class Worker {
     return taken;
   }
 
-  void begin(const Block& block) {
+  void begin(const Block& block, int64_t chunk) {
     block_ = block;
+    if (block.keys.size() > 0) ask_for(page_with(first_key(chunk)), job_.page.bytes);
     const int64_t rows = block.rows.size(), first = job_.sequences.first_row[block.sequence];
     const int64_t length = job_.sequences.length[block.sequence];
     const int64_t before = length - new_tokens(job_.sequences, block.sequence);
@@ -209,15 +211,24 @@ class Worker {
 
   void attend(int64_t chunk, Softmaxes& to) {
     to.clear(block_.rows.size());
-    const int64_t begin = std::max(chunk * kChunkTokens, block_.keys.begin);
     const int64_t end = std::min((chunk + 1) * kChunkTokens, block_.keys.end);
-    for (int64_t key = begin / kPageTokens * kPageTokens; key < end; key += kPageTokens) {
+    for (int64_t key = first_key(chunk); key < end; key += kPageTokens) {
+      const std::byte* const page = page_with(key);
+      if (key + kPageTokens < block_.keys.end)
+        ask_for(page_with(key + kPageTokens), job_.page.bytes);
       see(key);
-      const std::byte* page =
-          page_of(job_.cache, job_.sequences, job_.page, block_.sequence, key, block_.kv_head);
       for_each_group(*kernel_, {0, block_.rows.size()},
                      [&](Range rows) { attend(page, rows, to); });
     }
+  }
+
+  // The first of its page, of a chunk.
+  int64_t first_key(int64_t chunk) const {
+    return std::max(chunk * kChunkTokens, block_.keys.begin) / kPageTokens * kPageTokens;
+  }
+
+  const std::byte* page_with(int64_t key) const {
+    return page_of(job_.cache, job_.sequences, job_.page, block_.sequence, key, block_.kv_head);
   }
 
   // What each row sees of the page that begins with `key`.

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "layout.h"
+#include "read_ahead.h"
 
 namespace sq_cpu {
 namespace {
@@ -41,7 +42,6 @@ class Prefetch {
   }
 
  private:
-  static constexpr int64_t kLineBytes = 64;
   const std::byte* base_ = nullptr;
   int64_t bytes_ = 0, stride_ = 0, pieces_ = 0, quarter_lines_ = 0, step_ = 0, done_ = 0;
 };

@@ -1,7 +1,7 @@
-// What a worker will read in the stages to come, asked for while it waits for the others: at a
-// barrier memory would be idle, and a stage begins with a row of misses.
+// Memory that is asked for before it is read.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -14,6 +14,16 @@ struct WeightRange {
   int64_t bytes;
 };
 
+constexpr int64_t kLineBytes = 64;
+
+// Asks for memory that is about to be read, to L2.
+inline void ask_for(const void* data, int64_t bytes) {
+  const auto* const lines = static_cast<const std::byte*>(data);
+  for (int64_t at = 0; at < bytes; at += kLineBytes) __builtin_prefetch(lines + at, 0, 2);
+}
+
+// What a worker will read in the stages to come, asked for while it waits for the others: at a
+// barrier memory would be idle, and a stage begins with a row of misses.
 class ReadAhead {
  public:
   // Ranges in the order in which the worker reads them.
@@ -38,19 +48,15 @@ class ReadAhead {
       done_ = 0;
     }
     if (next_ == count_ || asked_ >= most_) return false;
-    const std::byte* const lines = ranges_[next_].data + done_;
-    for (int64_t line = 0; line < kLines; ++line) {
-      __builtin_prefetch(lines + line * kLineBytes, 0, kIntoL2);
-    }
-    const int64_t bytes = std::min(kLines * kLineBytes, ranges_[next_].bytes - done_);
+    // Few: while they wait for room among the requests, the barrier may open.
+    const int64_t bytes = std::min(2 * kLineBytes, ranges_[next_].bytes - done_);
+    ask_for(ranges_[next_].data + done_, bytes);
     done_ += bytes;
     asked_ += bytes;
     return true;
   }
 
  private:
-  static constexpr int64_t kLines = 4, kLineBytes = 64;
-  static constexpr int kIntoL2 = 2;
   const WeightRange* const ranges_;
   const int64_t count_;
   const int64_t most_;

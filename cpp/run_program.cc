@@ -245,7 +245,11 @@ class Program::Implementation::Runner {
       x.zero_point = program_.zero_points.get(0);
     }
     const Range rows = alone ? Range{0, m} : mine(m);
-    for (int64_t row = rows.begin; row < rows.end; ++row) quantize(project, row, x, alone);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      // Others have written it.
+      if (row + 1 < rows.end) ask_for(source_of(stage, row + 1), k * int64_t{sizeof(float)});
+      quantize(project, row, x, alone);
+    }
     if (!alone || project.float_columns) wait();
     auto* const sums = reinterpret_cast<int32_t*>(memory_);
     for (const Product& product : project.products) {
