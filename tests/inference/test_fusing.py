@@ -34,12 +34,15 @@ def fused(name: str, **options: Any) -> Any:
 
 
 @pytest.fixture(
-    params=["llama", "gemma3_text", "mistral", "phi", "olmo2", "gpt2", "opt", "falcon-new", "bloom"]
-)
+    params=[
+        "llama", "gemma3_text", "mistral", "phi", "granite", "olmo2", "gpt2", "opt", "gpt_neox",
+        "falcon-new", "bloom", "mpt", "gptj",
+    ]
+)  # fmt: skip
 def model(request: pytest.FixtureRequest) -> Any:
-    windowed = request.param in ("llama", "gemma3_text", "mistral", "phi")
-    # Room for all the tokens that a test makes, where positions are learned.
-    return fused(request.param, **{"sliding_window": 20} if windowed else {})
+    name = request.param
+    windowed = {"sliding_window": 20} if name in ("llama", "gemma3_text", "mistral", "phi") else {}
+    return fused(name, **windowed | ({"use_cache": True} if name == "mpt" else {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,6 +55,7 @@ def test_close_to_the_plain_model(name: str, dtype: torch.dtype) -> None:
     made = model(prompt(2, 50)).logits
     assert made.dtype == dtype
     assert made.shape == plain.shape
+    assert not torch.equal(made, plain)  # the program made them
     # Int8 keys and values, and codes that they turn over in each layer: up to 4 % here.
     assert (made - plain).float().norm() / plain.float().norm() < 0.08
     fuse(model, enabled=False)
@@ -118,6 +122,26 @@ def test_batches_and_cuts_have_the_same_bits(model: Any) -> None:
         parts = [base(part, past_key_values=cache).last_hidden_state for part in row.split(7, 1)]
         assert torch.equal(torch.cat(parts, dim=1), alone)
         assert cache.get_seq_length() == row.shape[1]
+
+
+@torch.no_grad()
+def test_positions_that_a_call_does_not_give() -> None:
+    """OPT counts them from a sequence's first token, as its own code does."""
+    ids, mask = prompt(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :7] = 0
+    model = fused("opt")
+    together = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(together[1, 7:], model(ids[1:, 7:]).logits[0])
+    cache = DynamicCache(config=model.config)
+    parts = [
+        model(
+            ids[:, begin : begin + 10], attention_mask=mask[:, : begin + 10], past_key_values=cache
+        )
+        for begin in (0, 10)
+    ]
+    torch.testing.assert_close(
+        torch.cat([part.logits for part in parts], dim=1)[:, 7:], together[:, 7:]
+    )
 
 
 @torch.no_grad()
