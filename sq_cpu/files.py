@@ -55,7 +55,7 @@ def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     try:
-        place = _replaced(Path(path))
+        place = _replaced(as_path(path))
         if place is None:
             _write_through(path, data)
             return

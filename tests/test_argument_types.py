@@ -6,10 +6,13 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_models import byte_model, byte_tokenizer
+from command_line import TEXT
 from tiny import batches, tiny_model
 from torch import nn
 from tuning_cases import PER_TOKEN, costs, llama
@@ -71,22 +74,22 @@ def good(
 ) -> Callable[[str], dict[str, Any]]:
     """Return what makes arguments of a function that work."""
 
-    def make(name: str) -> dict[str, Any]:
-        if name == "load":
-            return {"path": saved}
-        if name == "save":
-            return {"model": sq_cpu.load(saved), "path": tmp_path / "out"}
-        if name == "fuse":
-            return {"model": sq_cpu.load(saved)}
-        if name == "generate":
-            return {"model": fused_model, "prompts": [[3, 4]], "max_new_tokens": 1}
+    def of_a_model(name: str) -> dict[str, Any]:
         model = copy.deepcopy(float_model)
+        seen = {"model": model, "calibration": calibration}
         if name == "calibrate":
             return {"model": model, "batches": batches(2)}
         if name == "tune":
-            return {"model": model, "calibration": calibration, "alphas": (0.5, 0.5, 0.5)}
-        if name == "quantize":
-            return {"model": model, "calibration": calibration}
+            return seen | {"alphas": (0.5, 0.5, 0.5), "scheme": "O1"}
+        if name in ("quantize", "analyze", "SmoothPlan.uniform"):
+            return seen
+        if name == "perplexity":
+            return {
+                "model": byte_model(),
+                "tokenizer": byte_tokenizer(),
+                "text": TEXT,
+                "windows": 1,
+            }
         assert name == "autotune"
         return {
             "model": model,
@@ -98,20 +101,56 @@ def good(
             "costs": costs(model),
         }
 
+    def make(name: str) -> dict[str, Any]:
+        if name == "load":
+            return {"path": saved}
+        if name == "save":
+            return {"model": sq_cpu.load(saved), "path": tmp_path / "out"}
+        if name in ("fuse", "use_int8_attention"):
+            return {"model": sq_cpu.load(saved)}
+        if name == "Int8Cache":
+            return {"model_or_config": fused_model}
+        if name == "generate":
+            return {"model": fused_model, "prompts": [[3, 4]], "max_new_tokens": 1}
+        if name == "count_saturation":
+            return {"model": sq_cpu.load(saved), "batches": batches(2)}
+        if name == "token_windows":
+            return {"tokenizer": byte_tokenizer(), "text": TEXT, "window": 8, "windows": 1}
+        if name == "SmoothPlan.load":
+            plan = sq_cpu.SmoothPlan.uniform(float_model, calibration)
+            return {"path": plan.save(tmp_path / "plan.json")}
+        if name == "Calibration.load":
+            return {"path": calibration.save(tmp_path / "calibration")}
+        if name == "quantize_checkpoint":
+            float_model.save_pretrained(tmp_path / "float")
+            source = {"source": tmp_path / "float", "out": tmp_path / "out"}
+            return source | {"batches": batches(2), "progress": False}
+        return of_a_model(name)
+
     return make
 
 
-FUNCTIONS = ("calibrate", "tune", "quantize", "save", "load", "autotune", "fuse", "generate")
+FUNCTIONS = (
+    *("calibrate", "tune", "quantize", "save", "load", "autotune", "fuse", "generate"),
+    *("analyze", "count_saturation", "perplexity", "token_windows", "quantize_checkpoint"),
+    *("use_int8_attention", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
+    "Calibration.load",
+)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = attrgetter(name)(sq_cpu)
+    return found
 
 
 def _arguments() -> Iterator[tuple[str, str]]:
     for name in FUNCTIONS:
-        yield from ((name, each) for each in inspect.signature(getattr(sq_cpu, name)).parameters)
+        yield from ((name, each) for each in inspect.signature(_function(name)).parameters)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_good_arguments_work(good: Callable[[str], dict[str, Any]], name: str) -> None:
-    getattr(sq_cpu, name)(**good(name))
+    _function(name)(**good(name))
 
 
 @pytest.mark.parametrize(("name", "argument"), list(_arguments()))
@@ -127,7 +166,7 @@ def test_a_hostile_value_is_refused_or_works(
     monkeypatch.chdir(tmp_path)  # a text is a path, too
     message = ""
     try:
-        getattr(sq_cpu, name)(**good(name) | {argument: HOSTILE[value]})
+        _function(name)(**good(name) | {argument: HOSTILE[value]})
     except SqCpuError as error:
         message = str(error)
     assert "\n" not in message

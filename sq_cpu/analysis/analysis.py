@@ -26,6 +26,7 @@ from sq_cpu.models.linears import (
     quantizable_linears,
 )
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
+from sq_cpu.parsing import check_kind
 from sq_cpu.progress import track
 from sq_cpu.quantization.checks import check_layers
 from sq_cpu.quantization.kept import kept_linears
@@ -191,6 +192,7 @@ def analyze(
     """
     check_model(model)
     check_is_calibration(calibration)
+    check_kind(SmoothPlan | None, "a SmoothPlan", plan=plan)
     scheme = scheme_of(scheme, plan).resolve(has_vnni())
     if not calibration.rows:
         raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")

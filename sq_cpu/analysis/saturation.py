@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.ops import QuantizedActivation
 from sq_cpu.models.calls import Batch, evaluating, model_inputs
+from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.nn.linear import QuantLinear
 
@@ -69,6 +70,7 @@ def count_saturation(
 
     Raises `SqCpuError` when the model has no int8 linear, and for batches that `calibrate` refuses.
     """
+    check_is_module(model)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     if not linears:
         raise SqCpuError("no int8 linear in the model: quantize it first")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.stored import FOLDS, check_tensors
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.files import write_file
+from sq_cpu.files import as_path, write_file
 from sq_cpu.models.calls import Example
 from sq_cpu.models.unchanged import checksum
 from sq_cpu.parsing import parsed_json, typed
@@ -226,6 +226,7 @@ class Calibration:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
         """Read what `save` wrote; `SqCpuError` on anything else."""
+        path = as_path(path)
         try:
             with safe_open(path, framework="pt") as file:
                 text = (file.metadata() or {}).get(_FORMAT, "null")

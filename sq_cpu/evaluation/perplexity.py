@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sq_cpu.errors import SqCpuError
+from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.calls import check_length, evaluating
-from sq_cpu.models.checks import check_ids, input_embeddings
-from sq_cpu.parsing import check_whole
+from sq_cpu.models.checks import check_ids, check_is_module, input_embeddings
+from sq_cpu.parsing import check_kind, check_whole
 from sq_cpu.progress import track
 
 __all__ = ["TextPerplexity", "perplexity", "token_windows"]
@@ -70,6 +70,7 @@ def _running(
     progress: bool | None,
 ) -> Iterator[float]:
     """Yield the perplexity after every window."""
+    check_is_module(model)
     batches = token_windows(tokenizer, text, window=window, windows=windows)
     check_length(model, window, "a window")
     for ids in batches:
@@ -106,6 +107,7 @@ def token_windows(
     """
     check_whole(2, window=window)
     check_whole(1, windows=windows)
+    check_kind(Sequence, "a text, or a list of texts", text=text)
     bos = _bos(tokenizer)
     length = window - len(bos)
     if isinstance(text, str):
@@ -132,12 +134,21 @@ def token_windows(
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # verbose=False: no warning that the whole text exceeds the model's context.
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-    return list(encoded["input_ids"])
+    return _encoded(tokenizer, text, add_special_tokens=False, verbose=False)
+
+
+def _encoded(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except Exception as error:  # the base class itself is what tokenizers raises
+        raise SqCpuError(
+            f"the tokenizer fails on a text ({type(error).__name__}: {first_line(error)}); give "
+            "one of transformers, and texts"
+        ) from error
 
 
 def _bos(tokenizer: Any) -> list[int]:
     """Return [BOS] when the tokenizer itself puts it in front of a text, else []."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    first = list(tokenizer("a")["input_ids"])[:1]
+    first = _encoded(tokenizer, "a")[:1]
     return first if bos is not None and first == [bos] else []

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -25,6 +26,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.lazy import LazyTensor
 from sq_cpu.inference.pages import CallRows, PageTable
 from sq_cpu.kernels.paged_attention import AttentionOptions, KvPages
+from sq_cpu.parsing import check_kind
 
 __all__ = ["Int8Cache", "Int8Layer", "Update", "prepare_layers", "replace_layers", "update_of"]
 
@@ -380,6 +382,9 @@ class Int8Cache(Cache):  # type: ignore[misc]
 
     def __init__(self, model_or_config: Any) -> None:
         config = getattr(model_or_config, "config", model_or_config)
+        check_kind(
+            PreTrainedConfig, "a model of transformers, nor a config", model_or_config=config
+        )
         super().__init__(layers=DynamicCache(config=config).layers)
         if not replace_layers(self, config):
             raise SqCpuError(

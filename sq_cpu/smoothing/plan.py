@@ -18,10 +18,10 @@ from torch import nn
 
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
-from sq_cpu.files import json_text, write_file
+from sq_cpu.files import as_path, json_text, write_file
 from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
-from sq_cpu.models.linears import is_ignored, linearized
+from sq_cpu.models.linears import check_ignore, is_ignored, linearized
 from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import check_rule
@@ -157,6 +157,7 @@ class SmoothPlan:
         check_model(model)
         check_is_calibration(calibration)
         with linearized(model):
+            check_ignore(model, ignore)
             groups = smoothing_groups(model)
             return uniform_plan(model, groups, calibration, alpha, rule=rule, ignore=ignore)
 
@@ -219,7 +220,7 @@ class SmoothPlan:
     def load(cls, path: str | os.PathLike[str]) -> SmoothPlan:
         """Read what `save` wrote."""
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(as_path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise SqCpuError(f"cannot read the smoothing plan {path}: {error}") from error
 

@@ -115,7 +115,7 @@ RULES: Mapping[str, Callable[[GroupStatistics, float], Tensor]] = {
 
 def check_rule(rule: str) -> None:
     """Raise `SqCpuError` unless `rule` is a key of `RULES`."""
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise SqCpuError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
 
 

@@ -30,6 +30,7 @@ from sq_cpu.checkpoint.likeness import is_rebuilt
 from sq_cpu.checkpoint.load import read_generation_config
 from sq_cpu.checkpoint.skeleton import skeleton
 from sq_cpu.errors import SqCpuError
+from sq_cpu.files import as_path
 from sq_cpu.models.block_chain import BlockChain
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
 from sq_cpu.models.hf_private import compute_buffers
@@ -158,7 +159,7 @@ def stream_checkpoint(
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
         )
-    folder = Path(source)
+    folder = as_path(source)
     weights = folder_tensors(folder)
     sources.check_causal(folder)
     sources.check_float(folder)
