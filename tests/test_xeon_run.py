@@ -205,6 +205,7 @@ def test_what_is_set_stays(tree: Tree) -> None:
     first, *more = choice.environment["GLIBC_TUNABLES"].split(":")
     assert first == own["GLIBC_TUNABLES"]
     assert not any("trim_threshold" in each for each in more)
+    assert tree.choice({"OMP_NUM_THREADS": "9" * 5000}).threads == 4
     kept = tree.choice({"LD_PRELOAD": "/x/libmimalloc.so", "THP_MEM_ALLOC_ENABLE": "0"})
     assert kept.environment.keys() == {"OMP_NUM_THREADS"}
 
@@ -222,6 +223,12 @@ def test_what_is_not_here(tree: Tree, options: dict[str, int], message: str) -> 
     two_sockets(tree)
     with pytest.raises(MachineError, match=f"^{message}$"):
         tree.choice(**options)
+
+
+def test_installation_declares_the_script() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
+    project = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"]["xeon-run"] == "sq_cpu_xeon_run:main"
 
 
 # --- the command, on this machine -----------------------------------------------------------------

@@ -22,6 +22,7 @@ from sq_cpu.inference.stages import (
     Project,
     Stage,
 )
+from sq_cpu.inference.team_size import TeamSize
 from sq_cpu.kernels import _core
 from sq_cpu.kernels.paged_attention import BatchRows, KvPages
 from sq_cpu.nn.linear import QuantLinear
@@ -94,6 +95,7 @@ class DecoderProgram:
         self._rotaries = [*dict.fromkeys(s.rotary for s in attends if s.rotary is not None)]
         self._positions = 0  # that the rotary tables have
         self._lock = threading.Lock()
+        self._team = TeamSize()
         self._caches: list[tuple[Tensor, int, int]] = []
         layer = 0
         for stage in self.stages:
@@ -199,7 +201,7 @@ class DecoderProgram:
         rows : which rows belong to which sequence; one for each page table
         caches : the pages of each layer, and the number of its page table
         kept : int64 [kept], ascending: the rows whose result is wanted
-        threads : of torch's, at most; 0: all
+        threads : of torch's, at most; 0: as many as are fastest (`TeamSize`)
 
         Returns
         -------
@@ -228,16 +230,20 @@ class DecoderProgram:
                 self._program.set_caches(given)
                 self._caches = given
             self._grow(int(step.positions.max()) + 1 if len(step.positions) else 0)
-            self._program.run(
-                step.ids,
-                step.positions,
-                step.first_row,
-                step.length,
-                step.table,
-                step.kept,
-                result,
-                threads,
-            )
+
+            def run(threads: int) -> None:
+                self._program.run(
+                    step.ids,
+                    step.positions,
+                    step.first_row,
+                    step.length,
+                    step.table,
+                    step.kept,
+                    result,
+                    threads,
+                )
+
+            run(threads) if threads else self._team.run(len(step.ids), run)
         return result
 
     def _grow(self, positions: int) -> None:

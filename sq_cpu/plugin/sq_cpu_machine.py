@@ -213,7 +213,7 @@ def _threads(
     limit = "" if quota is None else f"the control group grants {quota:g} CPUs"
     if "OMP_NUM_THREADS" in environ:
         given = environ["OMP_NUM_THREADS"]
-        count = int(given) if given.isdecimal() else cores
+        count = int(given) if re.fullmatch(r"\d{1,6}", given) else cores
         return count, f"OMP_NUM_THREADS is {given!r} already, and stays"
     if limited and not is_asked:
         assert quota is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -89,15 +90,16 @@ def _bind_memory(nodes: Sequence[int]) -> str:
     """Have the memory of this process, and of what it becomes, come from nodes; "" or why not."""
     call = _SET_MEMPOLICY.get(platform.machine())
     if call is None or max(nodes) >= _MOST_NODES:
-        return f"not bound: this machine's ({platform.machine()}) is not known"
+        return f"not bound: how it is done on {platform.machine()} is not known"
     mask = sum(1 << node for node in nodes).to_bytes(_MOST_NODES // 8, sys.byteorder)
     library = ctypes.CDLL(None, use_errno=True)
     # The kernel takes one bit less than it is told.
     bits = ctypes.c_ulong(_MOST_NODES + 1)
     if library.syscall(ctypes.c_long(call), ctypes.c_long(_BIND), mask, bits) == 0:
         return ""
-    why = os.strerror(ctypes.get_errno())
-    return f"not bound to nodes {ranges(nodes)}: {why} (Docker: --cap-add SYS_NICE)"
+    code = ctypes.get_errno()
+    hint = " (Docker: --cap-add SYS_NICE)" if code == errno.EPERM else ""
+    return f"not bound to nodes {ranges(nodes)}: {os.strerror(code)}{hint}"
 
 
 def _restore_signals() -> None:
