@@ -93,7 +93,8 @@ class Choice:
 
     def _token_text(self, token: Token, logprob: float) -> TokenText:
         top = tuple((self.decode_one(each), value) for each, value in token.top)
-        return TokenText(self.decode_one(token.id), logprob, top, self._length)
+        offset = self._length + self._stream.held
+        return TokenText(self.decode_one(token.id), logprob, top, offset)
 
 
 class Answer:

@@ -9,6 +9,7 @@ import signal
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sq_cpu.errors import SqCpuError, first_line
@@ -77,7 +78,7 @@ def _answer(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> bytes:
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
-        pages = int(open("/proc/self/statm", encoding="ascii").read().split()[0])  # noqa: SIM115
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         limit = pages * resource.getpagesize() + _MEMORY
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)

@@ -22,6 +22,10 @@ class TextStream:
     ----------
     decode : ids to text
     prompt : the ids before
+
+    Attributes
+    ----------
+    held : characters that a later token may change
     """
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int]) -> None:
@@ -32,6 +36,7 @@ class TextStream:
             self._ids, before = [], ""
         self._read = len(self._ids)
         self._given = len(before)
+        self.held = 0
 
     def push(self, token: int) -> str:
         """Return what the next token adds to the text."""
@@ -42,6 +47,7 @@ class TextStream:
         if len(self._ids) - self._read > _MOST_HELD:
             end = len(text)
         piece = text[self._given : end]
+        self.held = len(text) - end
         self._given = end
         if end == len(text):
             self._ids = self._ids[self._read :]

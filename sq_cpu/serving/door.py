@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -28,7 +29,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, key: str | None, most_bytes: int) -> None:
         self._app = app
-        self._digest = None if key is None else _digest(key)
+        self._digest = None if key is None else _digest(os.fsencode(key))
         self._most_bytes = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,7 +60,8 @@ class Door:
     def _check(self, path: str, headers: Headers) -> None:
         if self._digest is not None and path not in _OPEN:
             kind, _, given = headers.get("authorization", "").partition(" ")
-            right = hmac.compare_digest(_digest(given), self._digest)
+            # Headers are bytes that were read as Latin-1.
+            right = hmac.compare_digest(_digest(given.encode("latin-1")), self._digest)
             if kind.lower() != "bearer" or not right:
                 raise Refused(
                     401,
@@ -74,6 +76,6 @@ class Door:
         return Refused(413, f"the body has more than {self._most_bytes} bytes; send less")
 
 
-def _digest(key: str) -> bytes:
+def _digest(key: bytes) -> bytes:
     # Of one length, so that to compare tells nothing of the key's.
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+    return hashlib.sha256(key).digest()

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.sampling import Sampling
@@ -18,9 +19,18 @@ from sq_cpu.serving.refusals import Refused
 
 __all__ = ["ChatRequest", "CompletionRequest", "JsonFormat", "SchemaFormat", "explained"]
 
+
+def _check_unicode(text: str) -> str:
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise PydanticCustomError("unicode", "Input has half a surrogate pair")
+    return text
+
+
+_Unicode = Annotated[str, AfterValidator(_check_unicode)]
 _Count = Annotated[int, Field(ge=1, lt=1 << 31)]
+_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
-_Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+_Stop = Annotated[_Unicode, Field(min_length=1, max_length=1000)]
 _Unsupported = Annotated[None, Field(description="Not supported: null, or left out.")]
 
 
@@ -59,7 +69,7 @@ class _StreamOptions(_Strict):
 
 
 class _Request(_Strict):
-    model: str
+    model: _Unicode
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     max_tokens: _Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -132,10 +142,10 @@ class CompletionRequest(_Request):
     """The body of /v1/completions; a prompt is a text or token ids, and there may be several."""
 
     prompt: (
-        str
-        | Annotated[list[str], Field(min_length=1, max_length=1024)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=1024)]
+        _Unicode
+        | Annotated[list[_Unicode], Field(min_length=1, max_length=1024)]
+        | Annotated[list[_Id], Field(min_length=1)]
+        | Annotated[list[list[_Id]], Field(min_length=1, max_length=1024)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -154,7 +164,7 @@ class CompletionRequest(_Request):
 
 class _Part(_Strict):
     type: Literal["text"]
-    text: str
+    text: _Unicode
 
 
 class Message(_Strict):
@@ -162,10 +172,10 @@ class Message(_Strict):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("a text")] | Annotated[list[_Part], Tag("a list")],
+        Annotated[_Unicode, Tag("a text")] | Annotated[list[_Part], Tag("a list")],
         Discriminator(lambda value: "a list" if isinstance(value, list) else "a text"),
     ]
-    name: str | None = None
+    name: _Unicode | None = None
 
     # What an assistant's message has when a client sends it back.
     refusal: _Unsupported = None
@@ -237,6 +247,9 @@ def explained(errors: list[Any]) -> Refused:
         return Refused(400, f"{name} is not supported; leave it out", param=name)
     if kind == "extra_forbidden":
         return Refused(400, f"{name[:200]} is not a field of this request; leave it out")
+    if kind == "literal_error":
+        message = f"{name}: only {error['ctx']['expected']} is supported"
+        return Refused(400, message, param=name)
     message = error["msg"].partition("\n")[0]
     if not name:
         return Refused(400, "the body is no JSON object of type application/json")

@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from sq_cpu.errors import printable
+
 __all__ = ["Refused", "error_body"]
 
 
@@ -41,4 +43,4 @@ def error_body(
         kind = "rate_limit_error"
     if status >= 500:
         kind = "server_error"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": printable(message), "type": kind, "param": param, "code": code}}

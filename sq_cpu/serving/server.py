@@ -101,6 +101,7 @@ async def run(
             log_level="error",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             ws="none",
         ),
         on_start,
