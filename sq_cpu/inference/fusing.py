@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace_layers
 from sq_cpu.inference.lowering import compile_program
 from sq_cpu.inference.masks import token_runs
-from sq_cpu.inference.program import DecoderProgram
+from sq_cpu.inference.program import DecoderProgram, StepRows
+from sq_cpu.kernels.paged_attention import KvPages
 from sq_cpu.nn.linear import QuantLinear
 
 __all__ = ["FusedDecoder", "fuse", "fused_of"]
@@ -75,6 +76,7 @@ class FusedDecoder:
         """Compile, and take the place of the base model's forward."""
         self.base = model.base_model
         self._model = model
+        self._given: BaseModelOutputWithPast | None = None
         self._before = self.base.__dict__.get("forward")
         self._plain = self.base.forward
         self._compile()
@@ -134,6 +136,8 @@ class FusedDecoder:
         **others: Any,
     ) -> Any:
         """Return what the base model does."""
+        if self._given is not None:
+            return self._given
         begins = None
         if input_ids is not None and inputs_embeds is None and self._serves(others):
             begins = self._begins(input_ids, attention_mask, position_ids, past_key_values)
@@ -213,7 +217,6 @@ class FusedDecoder:
         ids: Tensor,
         positions: Tensor,
         begins: list[int],
-        last: DecoderProgram | None = None,
     ) -> Tensor:
         """Run new positions of each sequence, whose keys and values go into the cache.
 
@@ -222,12 +225,10 @@ class FusedDecoder:
         cache : whose layers are all `Int8Layer`
         ids, positions : int64 [batch, new]
         begins : the position where each sequence begins; ids before it are padding
-        last : a program whose result is wanted for the last position of each sequence alone
 
         Returns
         -------
-        fp32 [batch, new, hidden_size], 0 at padding: the residual after the last block; or [batch,
-        width] of `last`
+        fp32 [batch, new, hidden_size], 0 at padding: the residual after the last block
         """
         layers = cache.layers
         dtype = self._model.dtype
@@ -238,35 +239,29 @@ class FusedDecoder:
         flat, at = ids.flatten().contiguous(), positions.flatten().contiguous()
         if rows[0].kept is not None:
             flat, at = flat[rows[0].kept], at[rows[0].kept]
-        kept = torch.arange(len(flat)) if last is None else batch[0].tensors[0][1:] - 1
-        hidden = (last or self.program).run(flat, at, batch, caches, kept)
+        hidden = self.program.run(flat, at, batch, caches, torch.arange(len(flat)))
         for layer in layers:
             layer.grow(ids.shape[1])
-        if last is not None:
-            return hidden
         if rows[0].kept is not None:
             whole = hidden.new_zeros(ids.numel(), hidden.shape[1])
             whole[rows[0].kept] = hidden
             hidden = whole
         return hidden.view(*ids.shape, -1)
 
-    def logits(self, cache: Any, ids: Tensor, positions: Tensor, begins: list[int]) -> Tensor:
-        """Return the logits of each sequence's last position, [batch, vocabulary]; as `run`."""
+    def logits(self, step: StepRows, caches: Sequence[tuple[KvPages, int]]) -> Tensor:
+        """Return the logits of the kept rows, fp32 [kept, vocabulary]; as `DecoderProgram.run`."""
         if self._to_logits is not None:
-            return self.run(cache, ids, positions, begins, self._to_logits)
+            return self._to_logits.run_step(step, caches)
+        states = self.normed(self.program.run_step(step, caches))
         if self._head_alone:
-            hidden = self.normed(self.run(cache, ids, positions, begins, self.program))
-            return self._head(hidden)  # type: ignore[no-any-return]
-        seen = cache.get_seq_length()
-        mask = torch.arange(seen + ids.shape[1])[None] >= torch.tensor(begins)[:, None]
-        output = self._model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]  # type: ignore[no-any-return]
+            return self._head(states).float()  # type: ignore[no-any-return]
+        # What else the model does after its base, to these states in the place of the base's.
+        self._given = BaseModelOutputWithPast(last_hidden_state=states[None])
+        try:
+            output = self._model(input_ids=torch.zeros(1, len(states)).long(), use_cache=False)
+        finally:
+            self._given = None
+        return output.logits[0].float()  # type: ignore[no-any-return]
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Return the last hidden state of a residual, as the head takes it."""
