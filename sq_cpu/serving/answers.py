@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.inference.scheduler import Request, Token
+from sq_cpu.inference.requests import Request, Token
 from sq_cpu.serving.detokenize import Stops, TextStream
 from sq_cpu.serving.engine import Engine, Job
 from sq_cpu.serving.metrics import Metrics

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.inference.scheduler import Request, Scheduler, Token
+from sq_cpu.inference.requests import Request, Token
+from sq_cpu.inference.scheduler import Scheduler
 
 __all__ = ["Engine", "Job", "Reader"]
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sq_cpu.inference.scheduler import Request
+from sq_cpu.inference.requests import Request
 from sq_cpu.serving.answers import Answer, Choice
 from sq_cpu.serving.engine import Engine
 from sq_cpu.serving.grammar import Grammar, Grammars

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from byte_models import byte_model, byte_tokenizer
 
 import sq_cpu
-from byte_models import byte_model, byte_tokenizer
 
 NAME = "tiny"
 _COMMAND = "from sq_cpu_command import main; main()"
