@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +16,20 @@ from sq_cpu.serving.protocol import JsonFormat, SchemaFormat
 __all__ = ["Grammar", "Grammars"]
 
 _CACHE = 256 << 20  # bytes of compiled grammars
+_MOST_CHARACTERS = 1 << 16
+
+# What xgrammar 0.2 leaves out of a grammar, mostly without a word. With a bound on its length, a
+# string may have control characters, which JSON may not (mlc-ai/xgrammar, issue 800).
+_IGNORED = frozenset(
+    [
+        *("contains", "minContains", "maxContains", "uniqueItems", "not", "if", "then", "else"),
+        *("dependentRequired", "dependentSchemas", "propertyNames", "unevaluatedProperties"),
+        *("unevaluatedItems", "$dynamicRef", "minLength", "maxLength", "multipleOf"),
+    ]
+)
+# Below these, keys are names of the schema's own, or there are values.
+_NAMES = ("properties", "patternProperties", "$defs", "definitions")
+_VALUES = ("enum", "const", "default", "examples")
 
 
 class Grammar:
@@ -83,12 +98,37 @@ class Grammars:
             if isinstance(wanted, JsonFormat):
                 compiled = self._compiler.compile_builtin_json_grammar()
             else:
-                compiled = self._compiler.compile_json_schema(json.dumps(wanted.json_schema.given))
+                _check(wanted.json_schema.given)
+                schema = json.dumps(wanted.json_schema.given)
+                if len(schema) > _MOST_CHARACTERS:
+                    raise SqCpuError(f"response_format: more than {_MOST_CHARACTERS} characters")
+                compiled = self._compiler.compile_json_schema(schema)
+        except SqCpuError:
+            raise
         except Exception as error:  # a schema's faults come as errors of several kinds
-            raise SqCpuError(f"response_format: {first_line(error)}") from error
+            # xgrammar's begins with the time and a line of its source.
+            reason = re.sub(r"^\[[\d:]+\] \S+ ", "", first_line(error))
+            raise SqCpuError(f"response_format: {reason}; simplify the schema") from error
 
         def make() -> Grammar:
             mask = xgrammar.allocate_token_bitmask(1, self._vocabulary)
             return Grammar(xgrammar.GrammarMatcher(compiled), mask)
 
         return make
+
+
+def _check(schema: object) -> None:
+    """Raise `SqCpuError` for what an answer would not be held to."""
+    if isinstance(schema, list):
+        for each in schema:
+            _check(each)
+    if not isinstance(schema, Mapping):
+        return
+    for keyword, value in schema.items():
+        several = keyword == "allOf" and isinstance(value, list) and len(value) > 1
+        if several or (keyword in _IGNORED and value is not False):
+            raise SqCpuError(f"response_format: {keyword} is not supported; leave it out")
+        if keyword in _NAMES and isinstance(value, Mapping):
+            _check([*value.values()])
+        elif keyword not in _VALUES:
+            _check(value)

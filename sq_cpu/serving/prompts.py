@@ -12,7 +12,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.serving.refusals import Refused
 from sq_cpu.serving.renderer import Renderer
 
-__all__ = ["Prompts"]
+__all__ = ["Prompts", "aside"]
 
 _Result = TypeVar("_Result")
 
@@ -33,7 +33,7 @@ class Prompts:
 
     async def of_text(self, text: str) -> list[int]:
         """Return the ids of a text that is to be continued."""
-        return await self.aside(lambda: self._ids(text, add_special_tokens=True))
+        return await aside(self._thread, lambda: self._ids(text, add_special_tokens=True))
 
     async def of_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of a chat that is to be answered; its text has its special tokens."""
@@ -41,14 +41,7 @@ class Prompts:
         def ids() -> list[int]:
             return self._ids(self._renderer.render(messages), add_special_tokens=False)
 
-        return await self.aside(ids)
-
-    async def aside(self, call: Callable[[], _Result]) -> _Result:
-        """Return what a call gives in that thread; an `SqCpuError` becomes `Refused`."""
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-        except SqCpuError as error:
-            raise Refused(400, str(error)) from error
+        return await aside(self._thread, ids)
 
     def close(self) -> None:
         """End the thread."""
@@ -57,3 +50,11 @@ class Prompts:
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
         return ids
+
+
+async def aside(thread: ThreadPoolExecutor, call: Callable[[], _Result]) -> _Result:
+    """Return what a call gives in a thread; its `SqCpuError` becomes `Refused`."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(thread, call)
+    except SqCpuError as error:
+        raise Refused(400, str(error)) from error

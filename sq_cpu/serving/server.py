@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ async def run(
 
     Returns
     -------
-    the exit code: 0 after a signal, 1 after a failure, 128 + its number after a second signal
+    the exit code: 0 after a signal, 1 after a failure; a second signal's is 128 + its number
     """
     server = _Server(
         uvicorn.Config(
@@ -116,14 +117,13 @@ async def run(
         server.should_exit = True
 
     def on_signal(signum: int) -> None:
-        nonlocal draining, code
+        nonlocal draining
         if draining is None:
             say("shutting down: what was taken is answered; another signal ends it at once")
             draining = loop.create_task(drain())
-            return
-        code = 128 + signum
-        draining.cancel()
-        server.should_exit = server.force_exit = True
+        else:
+            say("ended")
+            os._exit(128 + signum)  # neither a step nor a thread is waited for
 
     def on_failure() -> None:
         nonlocal code

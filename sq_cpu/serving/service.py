@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from sq_cpu.serving.answers import Answer, Choice
 from sq_cpu.serving.engine import Engine
 from sq_cpu.serving.grammar import Grammar, Grammars
 from sq_cpu.serving.metrics import Metrics
-from sq_cpu.serving.prompts import Prompts
+from sq_cpu.serving.prompts import Prompts, aside
 from sq_cpu.serving.protocol import ChatRequest, CompletionRequest, JsonFormat, SchemaFormat
 from sq_cpu.serving.refusals import Refused
 
@@ -74,6 +75,8 @@ class Service:
         self._tokenizer = tokenizer
         self._stop_tokens = [*stop_tokens]
         self._limits = limits
+        # A thread of its own: some schemas take seconds.
+        self._compiling = ThreadPoolExecutor(1, thread_name_prefix="sq_cpu grammars")
         self._grammars = Grammars(tokenizer, limits.vocabulary, stop_tokens)
         self._taken = 0
         self._idle = asyncio.Event()
@@ -154,7 +157,7 @@ class Service:
         make = None
         if isinstance(wanted, JsonFormat | SchemaFormat):
             form = wanted
-            make = await self._prompts.aside(lambda: self._grammars.of(form))
+            make = await aside(self._compiling, lambda: self._grammars.of(form))
         choices: list[Choice] = []
         for ids, new in zip(prompts, lengths, strict=True):
             for stream in range(request.n or 1):

@@ -12,13 +12,13 @@ from byte_models import byte_tokenizer
 from servers import NAME, Served
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.serving.grammar import Grammars
-from sq_cpu.serving.protocol import JsonFormat
+from sq_cpu.serving.grammar import Grammar, Grammars
+from sq_cpu.serving.protocol import JsonFormat, SchemaFormat
 
 SCHEMA = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 5},
+        "name": {"type": "string", "pattern": "^[a-z]{1,5}$"},
         "kind": {"enum": ["a", "b"]},
         "flags": {"type": "array", "items": {"type": "boolean"}, "maxItems": 3},
     },
@@ -47,6 +47,32 @@ def test_any_json(server: Served) -> None:
     if choice["finish_reason"] == "stop":
         json.loads(choice["message"]["content"])
     assert choice["message"]["content"].lstrip()[:1] in '{["-0123456789tfn'
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "string", "maxLength": 5}, "maxLength"),
+        ({"type": "object", "properties": {"a": {"not": {"const": 1}}}}, "not"),
+        ({"$defs": {"a": {"type": "array", "uniqueItems": True}}, "$ref": "#/$defs/a"}, "unique"),
+        ({"anyOf": [{"allOf": [{"type": "integer"}, {"minimum": 4}]}]}, "allOf"),
+    ],
+)
+def test_what_xgrammar_would_drop(schema: dict[str, Any], keyword: str) -> None:
+    pytest.importorskip("xgrammar")
+    with pytest.raises(SqCpuError, match=f"{keyword}.* is not supported"):
+        grammar_of(schema)
+
+
+def test_what_only_has_such_a_name() -> None:
+    pytest.importorskip("xgrammar")
+    names = {"type": "object", "properties": {"not": {"const": {"if": 1}}, "contains": True}}
+    grammar_of(names | {"allOf": [{"required": ["not"]}], "uniqueItems": False})
+
+
+def grammar_of(schema: dict[str, Any]) -> Grammar:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    return Grammars(byte_tokenizer(), 259, [2]).of(SchemaFormat.model_validate(form))()
 
 
 def test_without_xgrammar(monkeypatch: pytest.MonkeyPatch) -> None:
