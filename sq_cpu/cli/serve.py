@@ -36,7 +36,8 @@ def serve_command(
         float | None,
         typer.Option(
             min=0.0,
-            help="Memory for keys and values, in GB. [default: for all sequences, of 4096 tokens]",
+            help="Memory for keys and values, in GB. [default: all that the sequences need, at "
+            "most half of what is free]",
         ),
     ] = None,
     rows: Annotated[

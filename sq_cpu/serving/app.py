@@ -75,7 +75,13 @@ def make_app(service: Service, key: str | None) -> ASGIApp:
     service : that answers
     key : that requests must give; None: none
     """
-    app = FastAPI(title="sq_cpu", version=version("sq_cpu"), docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="sq_cpu",
+        version=version("sq_cpu"),
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _failed)

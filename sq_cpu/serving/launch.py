@@ -17,9 +17,11 @@ from sq_cpu.checkpoint.sources import check_causal, is_checkpoint, load_tokenize
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.fusing import FusedDecoder, fuse, fused_of
 from sq_cpu.inference.generation import stop_tokens_of
+from sq_cpu.inference.pages import pages_of
 from sq_cpu.inference.scheduler import Scheduler
 from sq_cpu.kernels import _core
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS
+from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.serving.app import make_app
 from sq_cpu.serving.engine import Engine
 from sq_cpu.serving.prompts import Prompts
@@ -28,6 +30,8 @@ from sq_cpu.serving.server import listening, run
 from sq_cpu.serving.service import Limits, Service
 
 __all__ = ["Settings", "default_threads", "serve"]
+
+_USUAL = 4096  # tokens of a sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +46,8 @@ class Settings:
     sequences : that run at once
     queue : sequences that may wait
     rows : tokens of a step
-    cache_bytes : for keys and values; None: what `Scheduler` takes
+    cache_bytes : for keys and values; None: for all sequences, of up to 4096 tokens each, but at
+        most half of the memory that is free once the model is there
     threads : of the model
     """
 
@@ -128,15 +133,16 @@ def serve(
 def _scheduler(model: nn.Module, settings: Settings) -> Scheduler:
     torch.set_num_threads(settings.threads)  # of the calling thread's teams
     fuse(model)
-    pages = None
-    if settings.cache_bytes is not None:
-        page = _page_bytes(_fused(model))
-        pages = settings.cache_bytes // page
-        if pages < 1:
-            raise SqCpuError(
-                f"the cache has {settings.cache_bytes} bytes, and one page {page}; give more with "
-                "--kv-cache-gb"
-            )
+    page = _page_bytes(_fused(model))
+    wanted = settings.cache_bytes
+    if wanted is None:  # pages that are free keep what prefixes need, so in the end all are written
+        longest = min(_positions(model) or _USUAL, _USUAL)
+        wanted = min(settings.sequences * pages_of(longest) * page, available_memory() // 2)
+    pages = wanted // page
+    if pages < 1:
+        raise SqCpuError(
+            f"the cache has {wanted} bytes, and one page {page}; give more with --kv-cache-gb"
+        )
     return Scheduler(model, pages=pages, rows=settings.rows, sequences=settings.sequences)
 
 
@@ -152,11 +158,15 @@ def _page_bytes(fused: FusedDecoder) -> int:
 
 
 def _limits(model: nn.Module, scheduler: Scheduler, settings: Settings) -> Limits:
-    config = _fused(model).base.config
     held = scheduler.pages * PAGE_TOKENS
     return Limits(
         sequences=settings.sequences,
         queue=settings.queue,
-        positions=min(getattr(config, "max_position_embeddings", None) or held, held),
-        vocabulary=config.vocab_size,
+        positions=min(_positions(model) or held, held),
+        vocabulary=_fused(model).base.config.vocab_size,
     )
+
+
+def _positions(model: nn.Module) -> int | None:
+    positions: int | None = getattr(_fused(model).base.config, "max_position_embeddings", None)
+    return positions
