@@ -114,7 +114,7 @@ class Answer:
         self.choices = [*choices]
         self._engine = engine
         self._clock = asyncio.get_running_loop().time
-        self._steps: asyncio.Queue[tuple[Job, list[Token]] | Exception] = asyncio.Queue()
+        self._steps: asyncio.Queue[tuple[Job, list[Token]] | SqCpuError] = asyncio.Queue()
         self._jobs = {Job(choice.request, self, choice.advance): choice for choice in choices}
         self._timers = {job: metrics.timer(arrival) for job in self._jobs}
 
@@ -129,7 +129,7 @@ class Answer:
         self._timers[job].tokens(self._clock(), len(tokens))
         self._steps.put_nowait((job, tokens))
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: SqCpuError) -> None:
         """Take it that no more tokens come."""
         self._steps.put_nowait(error)
 
@@ -154,10 +154,9 @@ class Answer:
                     self._timers[job].finish(self._clock(), "abort")
                 self._engine.cancel(job)
 
-    def _taken(self, step: tuple[Job, list[Token]] | Exception) -> list[Piece]:
-        if isinstance(step, Exception):
-            failed = self._engine.failure is not None or not isinstance(step, SqCpuError)
-            raise Refused(500 if failed else 400, str(step)) from step
+    def _taken(self, step: tuple[Job, list[Token]] | SqCpuError) -> list[Piece]:
+        if isinstance(step, SqCpuError):
+            raise Refused(400 if self._engine.failure is None else 500, str(step)) from step
         job, tokens = step
         choice = self._jobs[job]
         if choice.finish is not None:  # it ran on while its last text was on its way here

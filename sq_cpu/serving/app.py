@@ -25,6 +25,7 @@ from sq_cpu.serving.service import Service
 __all__ = ["make_app"]
 
 _MOST_BYTES = 8 << 20  # of a body; a context of a million tokens as text
+_PATIENCE = 60.0  # seconds for a client to read what it is sent
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -162,7 +163,7 @@ class _Answering(Response):
         self._send_answer = self._send_events if stream else self._send_whole
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; a client that goes away ends it, before the next token."""
+        """Answer; a client that goes away, or does not read, ends it before the next token."""
         work = asyncio.ensure_future(self._send_answer(scope, receive, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -171,7 +172,7 @@ class _Answering(Response):
             gone.cancel()
             if not work.done():
                 work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError):
                 await work
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -191,7 +192,8 @@ class _Answering(Response):
                 begun = True
                 start = {"type": "http.response.start", "status": 200, "headers": _STREAM}
                 await send(start)
-            await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+            part = {"type": "http.response.body", "body": text.encode(), "more_body": more}
+            await asyncio.wait_for(send(part), _PATIENCE)
 
         try:
             async with self._entering as answer, aclosing(answer.pieces()) as steps:

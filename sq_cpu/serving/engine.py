@@ -27,7 +27,7 @@ class Reader(Protocol):
     def receive(self, job: Job, tokens: list[Token]) -> None:
         """Take a step's tokens of a job."""
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: SqCpuError) -> None:
         """Take it that no more tokens come."""
 
 

@@ -18,6 +18,8 @@ from sq_cpu.serving.service import Service
 
 __all__ = ["is_loopback", "listening", "run"]
 
+_PATIENCE = 30  # seconds for clients to read the last of their answers
+
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
@@ -104,6 +106,7 @@ async def run(
             server_header=False,
             proxy_headers=False,
             ws="none",
+            timeout_graceful_shutdown=_PATIENCE,
         ),
         on_start,
     )

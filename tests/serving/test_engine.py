@@ -16,7 +16,7 @@ from test_refusals import error_of
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.requests import Request, Statistics, Token
-from sq_cpu.serving.app import make_app
+from sq_cpu.serving import app
 from sq_cpu.serving.engine import Engine
 from sq_cpu.serving.prompts import Prompts
 from sq_cpu.serving.service import Limits, Service
@@ -101,7 +101,7 @@ def with_client(
         prompts = Prompts(byte_tokenizer(), None)  # type: ignore[arg-type]
         given = {"sequences": 4, "queue": 2, "positions": 1000, "vocabulary": 259} | limits
         service = Service("m", engine, prompts, byte_tokenizer(), [2], Limits(**given))
-        transport = httpx2.ASGITransport(make_app(service, None))
+        transport = httpx2.ASGITransport(app.make_app(service, None))
         try:
             async with httpx2.AsyncClient(transport=transport, base_url="http://m") as client:
                 return await asyncio.wait_for(work(client, service, scheduler), 30)
@@ -195,6 +195,32 @@ def test_steps_that_came_together_are_sent_together() -> None:
         for index in (0, 1):
             made = "".join(each["text"] for each in texts if each["index"] == index)
             assert made == "bcdefghijklmnopqrstu"
+
+    with_client(work)
+
+
+def test_a_client_that_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps neither its place nor the server from draining."""
+    monkeypatch.setattr(app, "_PATIENCE", 0.05)
+    body = json.dumps({"model": "m", "prompt": [5], "max_tokens": 900, "stream": True}).encode()
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+    scope |= {"headers": [(b"content-type", b"application/json")], "http_version": "1.1"}
+
+    async def work(client: httpx2.AsyncClient, service: Service, scheduler: StandIn) -> None:
+        received = iter([{"type": "http.request", "body": body}])
+
+        async def receive() -> Any:
+            return next(received, None) or await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        scheduler.pause = 0.01
+        await app.make_app(service, None)(scope, receive, send)
+        await service.drain()
+        await until(lambda: not scheduler.busy)
+        assert scheduler.steps < 500
 
     with_client(work)
 
