@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from byte_models import byte_model, byte_tokenizer, save_float
 from command_line import error_of, run
-from servers import NAME, serving
+from servers import NAME, Served, serving
 from tiny import batches
 
 import sq_cpu
@@ -86,8 +86,10 @@ def _broken(url: str, body: dict[str, Any]) -> None:
         httpx2.post(url + "/v1/completions", json=body, timeout=60)
 
 
-def test_killed_and_started_again_at_its_port(checkpoint: Path) -> None:
-    with serving(checkpoint) as served:
+def test_killed_and_started_again_at_its_port_with_a_key(checkpoint: Path) -> None:
+    host = "::1" if _has_ipv6() else "127.0.0.1"
+    with serving(checkpoint, "--host", host) as served:
+        assert "without a key" in served.line
         thread = threading.Thread(target=_broken, args=(served.url, LONG))
         thread.start()
         while served.metric("vllm:generation_tokens_total") == 0:
@@ -95,29 +97,26 @@ def test_killed_and_started_again_at_its_port(checkpoint: Path) -> None:
         served.process.kill()
         served.process.wait()
         thread.join()
-        with serving(checkpoint, "--port", served.port) as again:
-            assert again.port == served.port
-            assert again.get("/ready").status_code == 200
-            taken = error_of("serve", checkpoint, "--port", again.port)
+        with serving(checkpoint, "--host", host, "--port", served.port, key="sécret") as again:
+            assert again.url == served.url
+            assert "with a key" in again.line
+            taken = error_of("serve", checkpoint, "--host", host, "--port", again.port)
             assert f"port {again.port}" in taken
             assert "--port" in taken
+            _check_key(again, "sécret")
 
 
-def test_a_key(checkpoint: Path) -> None:
-    host = "::1" if _has_ipv6() else "127.0.0.1"
-    with serving(checkpoint, "--host", host, key="sécret") as served:
-        assert "with a key" in served.line
-        assert (host in served.url) == (f"[{host}]" in served.url or ":" not in host)
-        for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
-            for given in ({}, {"Authorization": "Bearer other"}, {"Authorization": "sécret"}):
-                headers = {key: value.encode() for key, value in given.items()}
-                answer = served.get(path, headers=headers)
-                assert answer.status_code == 401
-                assert answer.json()["error"]["code"] == "invalid_api_key"
-        right = {"Authorization": "Bearer sécret".encode()}
-        assert served.get("/v1/models", headers=right).status_code == 200
-        assert served.get("/health").status_code == 200
-        assert served.get("/ready").status_code == 200
+def _check_key(served: Served, key: str) -> None:
+    for path in ("/v1/models", "/metrics", "/openapi.json", "/nothing"):
+        for given in ({}, {"Authorization": "Bearer other"}, {"Authorization": key}):
+            headers = {name: value.encode() for name, value in given.items()}
+            answer = served.get(path, headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["code"] == "invalid_api_key"
+    right = {"Authorization": f"Bearer {key}".encode()}
+    assert served.get("/v1/models", headers=right).status_code == 200
+    assert served.get("/health").status_code == 200
+    assert served.get("/ready").status_code == 200
 
 
 def _has_ipv6() -> bool:
