@@ -5,6 +5,7 @@ from sq_cpu.cli.entry import Command, app
 from sq_cpu.cli.inspect import inspect_command
 from sq_cpu.cli.quantize import quantize_command
 from sq_cpu.cli.run import demo_command, eval_command, generate_command, info_command
+from sq_cpu.cli.serve import serve_command
 from sq_cpu.cli.tune import tune_command
 
 __all__ = ["app"]
@@ -14,6 +15,7 @@ app.command("tune", cls=Command)(tune_command)
 app.command("autotune", cls=Command)(autotune_command)
 app.command("eval", cls=Command)(eval_command)
 app.command("generate", cls=Command)(generate_command)
+app.command("serve", cls=Command)(serve_command)
 app.command("info", cls=Command)(info_command)
 app.command("inspect", cls=Command)(inspect_command)
 app.command("demo", cls=Command)(demo_command)

@@ -19,12 +19,12 @@ from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.checkpoint.folder import Staging
 from sq_cpu.checkpoint.save import save_staged
-from sq_cpu.cli.chat import chat_text
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity, token_windows
 from sq_cpu.kernels.runtime import available_memory, isa
 from sq_cpu.quantization.quantize import quantize
 from sq_cpu.scheme import Scheme
+from sq_cpu.serving.chat import chat_text
 from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.streaming.convert import linear_bytes
 
@@ -177,7 +177,9 @@ def answer_ids(tokenizer: Any, question: str, *, chat: bool) -> Tensor:
     SqCpuError
         For a chat, as `chat_text`; for a prompt without tokens.
     """
-    text = chat_text(tokenizer, question) if chat else question
+    text = question
+    if chat:
+        text = chat_text(tokenizer, [{"role": "user", "content": question}])
     # A chat's text has its special tokens.
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if ids.numel() == 0:

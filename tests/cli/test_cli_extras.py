@@ -12,7 +12,7 @@ from byte_models import save_float
 PROGRAM = """
 import json, sys
 
-for module in ("optuna", "matplotlib", "jinja2", "markupsafe", "gguf"):
+for module in ("optuna", "matplotlib", "jinja2", "markupsafe", "gguf", "fastapi"):
     sys.modules[module] = None  # its import fails
 
 import sq_cpu
@@ -43,6 +43,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
         "goal": ["tune", model, "-o", out, "--goal", "1%"],
         "report": ["inspect", model, "--report", page],
         "gguf": ["eval", str(gguf)],
+        "serve": ["serve", model],
     }
     made = subprocess.run(
         [sys.executable, "-W", "error", "-c", PROGRAM, json.dumps(list(commands.values()))],
@@ -70,6 +71,7 @@ def test_what_needs_no_extra_works(results: dict[str, tuple[int, str, str]], com
         ("goal", "optuna", "tune"),
         ("report", "matplotlib", "report"),
         ("gguf", "gguf", "gguf"),
+        ("serve", "fastapi", "serve"),
     ],
 )
 def test_what_needs_one_names_it(

@@ -8,15 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from byte_models import byte_tokenizer, save_float
+from byte_models import save_float
 from command_line import error_of, run
-
-from sq_cpu.cli import chat
-from sq_cpu.cli.chat import chat_text
-from sq_cpu.errors import SqCpuError
 
 _MAIN = "from sq_cpu_command import main; main()"
 
@@ -68,38 +63,6 @@ def test_escape_sequences_are_shown_not_sent(folder: Path, tmp_path: Path) -> No
     plan.write_text('{"groups": [{"name": "\\u001b[31m\\ud800"}]}')
     error = error_of("quantize", folder, "-o", tmp_path / "x", "--plan", plan, "--windows", 1)
     assert r"\x1b[31m\ud800" in error
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ nothing.at.all }}", "fails"),
-        ("{% if %}", "fails"),
-        ("{{ raise_exception('no system role') }}", "no system role"),
-        (
-            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-            "1 s",
-        ),
-        ("{{ 10 ** (10 ** 10) }}", "1 s"),
-        ("{% for a in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than 4 MB"),
-        ("{{ 'x' * 10**11 }}", "fails"),
-    ],
-)
-def test_a_chat_template_is_held_to_a_time_and_a_size(
-    template: str, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chat, "_SECONDS", 1 if reason == "1 s" else 60)
-    tokenizer: Any = byte_tokenizer()
-    tokenizer.chat_template = template
-    with pytest.raises(SqCpuError, match="the model's chat template fails") as caught:
-        chat_text(tokenizer, "Hello")
-    assert reason in str(caught.value)
-
-
-def test_a_chat_template_that_works() -> None:
-    tokenizer: Any = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}é"
-    assert chat_text(tokenizer, "Hello") == "<user>Helloé"
 
 
 @pytest.mark.parametrize(
