@@ -10,8 +10,8 @@ from sq_cpu import cli
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
 
-def run(*arguments: object, code: int = 0) -> Result:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+def run(*arguments: object, code: int = 0, stdin: str | bytes | None = None) -> Result:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
     assert result.exit_code == code, result.output
     return result
 

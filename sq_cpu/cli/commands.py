@@ -2,9 +2,10 @@
 
 from sq_cpu.cli.autotune import autotune_command
 from sq_cpu.cli.entry import Command, app
+from sq_cpu.cli.generate import generate_command
 from sq_cpu.cli.inspect import inspect_command
 from sq_cpu.cli.quantize import quantize_command
-from sq_cpu.cli.run import demo_command, eval_command, generate_command, info_command
+from sq_cpu.cli.run import demo_command, eval_command, info_command
 from sq_cpu.cli.serve import serve_command
 from sq_cpu.cli.tune import tune_command
 

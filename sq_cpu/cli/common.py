@@ -64,7 +64,12 @@ def say(line: str) -> None:
 
 def emit(result: dict[str, Any], as_json: bool, line: str) -> None:
     """Print what a command has to say: the object as JSON, or the text."""
-    typer.echo(json.dumps(result) if as_json else _CONTROL.sub(_escaped, line))
+    typer.echo(json.dumps(result) if as_json else shown(line))
+
+
+def shown(text: str) -> str:
+    """Return a text whose control characters a terminal shows and does not obey."""
+    return _CONTROL.sub(_escaped, text)
 
 
 # But for line breaks and tabs, which a model's answer may have.

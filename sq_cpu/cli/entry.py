@@ -43,8 +43,9 @@ class Command(TyperCommand):
             if isinstance(value, float) and not math.isfinite(value):
                 raise typer.BadParameter(f"{option} is {value}, not a finite number", ctx)
             # Of an argument that is not UTF-8; the name of a file may be anything.
-            if isinstance(value, str) and not value.isascii() and _has_surrogates(value):
-                raise typer.BadParameter(f"{option} is not UTF-8 text", ctx)
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str) and not text.isascii() and _has_surrogates(text):
+                    raise typer.BadParameter(f"{option} is not UTF-8 text", ctx)
         return rest
 
 

@@ -1,4 +1,4 @@
-"""`sq-cpu eval`, `generate`, `info` and `demo`: what runs a model."""
+"""`sq-cpu eval`, `info` and `demo`: what runs a model."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 from sq_cpu_machine import Topology, choose
-from torch import Tensor, nn
 
 from sq_cpu import texts
 from sq_cpu.checkpoint.folder import staged
@@ -32,9 +30,7 @@ from sq_cpu.cli.common import (
     say,
     shipped_windows,
 )
-from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity
-from sq_cpu.inference.fusing import fuse
 from sq_cpu.kernels.runtime import isa
 
 
@@ -75,57 +71,6 @@ def eval_command(
     )
 
 
-def generate_command(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    temperature: Annotated[
-        float, typer.Option(min=0.0, help="0 always takes the likeliest token.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the random choice.")] = 0,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask PROMPT as a chat message.")] = False,
-    fused: Annotated[
-        bool,
-        typer.Option(
-            "--fuse/--no-fuse",
-            help="Run a quantized decoder as one native call, with int8 attention, if it can be.",
-        ),
-    ] = True,
-    dtype: StoredDtype = None,
-    trust_remote_code: TrustRemoteCode = False,
-    as_json: Json = False,
-) -> None:
-    """Continue PROMPT with MODEL, quantized or not."""
-    loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
-    ids = demo.answer_ids(tokenizer, prompt, chat=chat)
-    positions = getattr(loaded.config, "max_position_embeddings", None)
-    if positions is not None and ids.shape[1] + max_new_tokens > positions:
-        raise SqCpuError(
-            f"{ids.shape[1]} tokens of prompt and --max-new-tokens {max_new_tokens} exceed the "
-            f"model's {positions} positions; ask for fewer"
-        )
-    unfused = _fuse(loaded) if fused else "--no-fuse"
-    torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
-    start = time.perf_counter()
-    with torch.inference_mode():
-        made = _new_tokens(loaded, ids, max_new_tokens, sampling)
-    seconds = time.perf_counter() - start
-    answer = tokenizer.decode(made, skip_special_tokens=True)
-    result = {
-        "model": model,
-        "prompt": prompt,
-        "text": answer,
-        "tokens": len(made),
-        "seconds": round(seconds, 3),
-        "fused": unfused is None,
-        "not_fused": unfused,
-    }
-    emit(result, as_json, answer if chat else prompt + answer)
-
-
 def info_command(as_json: Json = False) -> None:
     """Show which instruction sets run here, and how a command is best run (`xeon-run`)."""
     here = isa()
@@ -164,25 +109,3 @@ def demo_command(
         emit({"model": str(source), **report.to_dict(), "seconds": round(seconds, 1)}, as_json, "")
         return
     show.print_report(Path(source).name, report, seconds)
-
-
-def _fuse(model: nn.Module) -> str | None:
-    """Fuse a decoder; returns why it cannot be."""
-    try:
-        fuse(model)
-    except SqCpuError as error:
-        return str(error)
-    return None
-
-
-def _new_tokens(
-    model: nn.Module, ids: Tensor, max_new_tokens: int, sampling: dict[str, Any]
-) -> list[int]:
-    generator: Any = model
-    made = generator.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        **sampling,
-    )
-    return made[0, ids.shape[1] :].tolist()  # type: ignore[no-any-return]

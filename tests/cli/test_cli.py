@@ -19,6 +19,7 @@ import sq_cpu
 from sq_cpu import cli
 from sq_cpu.checkpoint import save
 from sq_cpu.cli import demo
+from sq_cpu.cli.common import shown
 from sq_cpu.errors import printable
 from sq_cpu.streaming import convert
 from sq_cpu.streaming.convert import linear_bytes
@@ -42,6 +43,8 @@ def test_whole_way(folder: Path, tmp_path: Path) -> None:
 
     generated = json_of("generate", out, "Hello", "--max-new-tokens", 5)
     assert 1 <= generated["tokens"] <= 5
+    assert generated["tokens_per_second"] > 0
+    (generated,) = generated["results"]
     assert generated["prompt"] == "Hello"
 
     plain = run("generate", out, "Hello", "--max-new-tokens", 5)
@@ -260,9 +263,40 @@ def test_demo_names_its_output_after_the_model(
 
 def test_sampling_follows_the_seed(quantized: Path) -> None:
     arguments = ["generate", quantized, "Hello", "--temperature", 1.5, "--max-new-tokens", 16]
-    first, again, other = (json_of(*arguments, "--seed", seed)["text"] for seed in (1, 1, 2))
+    first, again, other = (json_of(*arguments, "--seed", seed)["results"] for seed in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+@pytest.mark.parametrize("how", ["--fuse", "--no-fuse"])
+def test_prompts_at_once(quantized: Path, tmp_path: Path, how: str) -> None:
+    """From arguments, a file or stdin, in their order; each gets what it gets alone."""
+    texts = ["Once upon a time", "Hé", "a b c"]
+    options = ["--max-new-tokens", 12, how]
+    alone = [json_of("generate", quantized, text, *options)["results"][0] for text in texts]
+    given = json_of("generate", quantized, *texts, *options)
+    assert given["results"] == alone
+    assert given["tokens"] == sum(each["tokens"] for each in alone)
+    assert given["fused"] == (how == "--fuse")
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    assert json_of("generate", quantized, "--prompts", lines, *options)["results"] == alone
+    piped = run("generate", quantized, "-", "--json", *options, stdin=texts[1] + "\n")
+    assert json.loads(piped.stdout)["results"] == alone[1:2]
+    piped = run("generate", quantized, "--prompts", "-", *options, stdin="\n".join(texts))
+    wanted = "\n\n".join(f"{each['prompt']}{shown(each['text'])}" for each in alone) + "\n"
+    assert piped.stdout == wanted
+    assert "tokens/s" in piped.stderr
+
+
+def test_prompts_that_are_missing_or_twice_on_stdin(quantized: Path, tmp_path: Path) -> None:
+    assert "no prompt" in run("generate", quantized, code=2).stderr
+    assert "stdin is read once" in error_of("generate", quantized, "-", "-")
+    (tmp_path / "no.txt").write_text(" \n", encoding="utf-8")
+    assert "no text" in error_of("generate", quantized, "--prompts", tmp_path / "no.txt")
+    assert "top_p is 1.5" in error_of("generate", quantized, "x", "--top-p", 1.5)
+    bad = run("generate", quantized, "-", stdin=b"\xff\xfe", code=1)
+    assert "stdin is not UTF-8" in bad.stderr
 
 
 def test_generate_refuses_what_it_cannot_ask(quantized: Path) -> None:
