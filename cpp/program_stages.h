@@ -13,6 +13,7 @@
 #include "check.h"
 #include "gemm.h"
 #include "kv_page.h"
+#include "route.h"
 #include "scratch.h"
 #include "sq_cpu/program.h"
 #include "team.h"
@@ -39,7 +40,7 @@ struct Attend {
 };
 
 using Stage = std::variant<EmbedStage, PackedEmbedStage, PositionStage, Project, Attend, MergeStage,
-                           NormStage>;
+                           NormStage, RouteStage, AddStage>;
 
 // Layers that are alike here share a plan.
 struct PlanKey {
@@ -92,6 +93,7 @@ struct Program::Implementation {
   std::vector<Stage> stages;
   std::vector<PlanKey> plan_keys;
   Buffer result = kNoBuffer;
+  int64_t lists = 0;  // of the last route
 
   // For so many rows, workers and this ISA; made again when they change.
   int64_t planned_rows = -1, planned_kept = -1;
@@ -108,6 +110,7 @@ struct Program::Implementation {
   Scratch<uint8_t> codes;
   Scratch<float> scales;
   Scratch<int32_t> zero_points;
+  Routes routes;
   Scratch<float> float_rows;     // what products with weights in float read
   Scratch<std::byte> workspace;  // of each worker: its sums, or attention's; and a row
   Scratch<float> partials;
@@ -125,6 +128,8 @@ struct Program::Implementation {
   }
 
   void plan(int64_t rows, int64_t kept, int workers);
+  ProductPlan plan_product(const PackedWeight& weight, const ActivationQuantizer& quantizer,
+                           int64_t m, int workers) const;
   void append(Stage stage) {
     stages.push_back(std::move(stage));
     planned_rows = -1;

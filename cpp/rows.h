@@ -334,6 +334,8 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
           {finish_row<static_cast<DType>(kTypes)>...},
           {multiply_floats<static_cast<DType>(kTypes)>...},
           normalize,
+          softmax_row,
+          add_scaled,
           rotate_positions,
           add_columns,
           {widen_row<static_cast<DType>(kTypes)>...}};

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace_layers
@@ -146,7 +145,7 @@ class FusedDecoder:
                 position_ids = (position_ids - torch.tensor(begins)[:, None]).clamp(min=0)
         hidden = self.run(cache, input_ids.long(), position_ids.expand(batch, new), begins)
         wanted = self.base.config.use_cache if use_cache is None else use_cache
-        return BaseModelOutputWithPastAndCrossAttentions(  # GPT-2 asks for the latter
+        return self.program.output(
             last_hidden_state=self.normed(hidden),
             past_key_values=cache if wanted or past_key_values is not None else None,
         )
