@@ -155,6 +155,9 @@ PyMethodDef functions[] = {
     SQ_FUNCTION(packed_bytes, "n, k, "),
     SQ_FUNCTION(page_bytes, "head_dim, "),
     SQ_FUNCTION(quantize_activations, "x, k, quantizer, codes, scale, zero_point, "),
+    SQ_FUNCTION(
+        sample,
+        "logits, temperature, top_k, top_p, min_p, stream, position, edits, allowed, ids, "),
     SQ_FUNCTION(unpack_weight, "packed, n, k, weight, scale, bias, "),
     SQ_FUNCTION(use_isa, "name, emulated, "),
 #undef SQ_FUNCTION

@@ -99,6 +99,11 @@ void attention(py::handle pages, int64_t head_dim, py::handle first_row, py::han
 void batched_matmul(py::handle a, py::handle b, bool transposed, double alpha, py::handle a_scale,
                     py::handle b_scale, py::handle y, BatchedType y_type);
 
+// bindings_sampling.cc
+void sample(py::handle logits, py::handle temperature, py::handle top_k, py::handle top_p,
+            py::handle min_p, py::handle stream, py::handle position, py::handle edits,
+            py::handle allowed, py::handle ids);
+
 // bindings_program.cc
 void define_program(py::module_& m);
 

@@ -254,8 +254,28 @@ struct WeightRow {
   const float* inverse_smoothing;  // [k], or null
 };
 
+struct HighestLogit {
+  int64_t index;  // the first of equals
+  float value;
+  bool finite;  // whether all are
+};
+
+constexpr int64_t kLogitBlock = 1024;  // logits whose weights are summed as one
+
+// w[n] = 2^((x - highest) * scale), 0 where that is below 2^-126 or `least`; and the sum of each
+// kLogitBlock of them.
+struct LogitWeights {
+  const float* x;
+  int64_t n;
+  float highest;
+  float scale;
+  float least;
+  float* w;
+  float* sums;
+};
+
 // What is beside the product, compiled once per vector width from rows.h, count_saturated.h,
-// strips.h, softmax.h, norm.h and float_product.h.
+// strips.h, softmax.h, norm.h, float_product.h and sample.h.
 struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
@@ -288,6 +308,8 @@ struct RowKernels {
   void (*rotate_positions)(const RopeArgs&);
   void (*add_columns)(const ColumnArgs&);
   void (*widen_row[kDTypes])(const void* x, int64_t k, float multiplier, float* y);
+  HighestLogit (*highest_logit)(const float* x, int64_t n);
+  void (*weigh_logits)(const LogitWeights&);
 };
 
 // What the table says of a microkernel, for its own file to check: MR, and NR in strips.

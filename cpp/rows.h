@@ -11,6 +11,7 @@
 #include "float_product.h"
 #include "kernel.h"
 #include "norm.h"
+#include "sample.h"
 #include "softmax.h"
 #include "strips.h"
 #include "vec.h"
@@ -338,7 +339,9 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
           add_scaled,
           rotate_positions,
           add_columns,
-          {widen_row<static_cast<DType>(kTypes)>...}};
+          {widen_row<static_cast<DType>(kTypes)>...},
+          highest_logit,
+          weigh_logits};
 }
 
 // The table of one vector width; each kernel_<isa>.cc defines one from it. A function for each type

@@ -20,8 +20,12 @@ from .evaluation.perplexity import token_windows as token_windows
 from .inference.attach import use_int8_attention as use_int8_attention
 from .inference.cache import Int8Cache as Int8Cache
 from .inference.fusing import fuse as fuse
-from .inference.generation import Sampling as Sampling
 from .inference.generation import generate as generate
+from .inference.generation import generate_batch as generate_batch
+from .inference.requests import Request as Request
+from .inference.requests import Token as Token
+from .inference.sampling import Sampling as Sampling
+from .inference.scheduler import Scheduler as Scheduler
 from .kernels import attention as attention
 from .kernels.ops import QuantizedActivation as QuantizedActivation
 from .kernels.runtime import isa as isa

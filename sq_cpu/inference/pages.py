@@ -1,4 +1,4 @@
-"""Which pages the sequences of a batch lie in: one table for all layers that see alike.
+"""Which pages sequences lie in, and how many sequences use a page.
 
 A page is one number in every layer, so that reordering, cropping and copying a batch is done once.
 Sequences share pages that are full; one that is written is its sequence's own.
@@ -6,6 +6,7 @@ Sequences share pages that are full; one that is written is its sequence's own.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,7 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS, BatchRows, KvPages
 
-__all__ = ["CallRows", "PageTable", "call_rows"]
+__all__ = ["CallRows", "PagePool", "PageTable", "call_rows", "pages_of"]
 
 _FIRST_PAGES = 4
 _RELEASED = -1
@@ -67,6 +68,85 @@ def call_rows(
     return CallRows(BatchRows(counts, lengths, tables), kept, len(counts))
 
 
+class PagePool:
+    """Numbers of pages, each used by some sequences or by none.
+
+    A page that is full may be known by a key that tells all tokens up to its last. It is found by
+    it as long as nobody needs its room.
+    """
+
+    def __init__(self, capacity: int = 0) -> None:
+        self._uses: list[int] = []
+        self._free: list[int] = []
+        self._keys: dict[int, bytes] = {}
+        self._known: dict[bytes, int] = {}
+        self._kept: OrderedDict[int, None] = OrderedDict()
+        """Known pages that nobody uses, those that were released last at the end."""
+        self.grow(capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Return how many pages there are."""
+        return len(self._uses)
+
+    @property
+    def available(self) -> int:
+        """Return how many pages nobody uses."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def used(self) -> int:
+        """Return how many pages are used."""
+        return self.capacity - self.available
+
+    def grow(self, capacity: int) -> None:
+        """Make it so many pages, the present ones first."""
+        # The lowest is taken first: memory that was never written costs nothing.
+        self._free[:0] = reversed(range(self.capacity, capacity))
+        self._uses.extend([0] * (capacity - self.capacity))
+
+    def take(self) -> int | None:
+        """Return a page that nobody uses, as used once; None where there is none."""
+        if self._free:
+            page = self._free.pop()
+        elif self._kept:
+            page, _ = self._kept.popitem(last=False)
+            del self._known[self._keys.pop(page)]
+        else:
+            return None
+        self._uses[page] = 1
+        return page
+
+    def share(self, page: int) -> None:
+        """Count one more use of a page."""
+        self._kept.pop(page, None)
+        self._uses[page] += 1
+
+    def is_shared(self, page: int) -> bool:
+        """Tell whether several use a page."""
+        return self._uses[page] > 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Count one use less of each."""
+        for page in pages:
+            self._uses[page] -= 1
+            if not self._uses[page]:
+                if page in self._keys:
+                    self._kept[page] = None
+                else:
+                    self._free.append(page)
+
+    def name(self, page: int, key: bytes) -> None:
+        """Let a full page be found by its key, unless another is."""
+        if page not in self._keys and key not in self._known:
+            self._keys[page] = key
+            self._known[key] = page
+
+    def find(self, key: bytes) -> int | None:
+        """Return the page of this key."""
+        return self._known.get(key)
+
+
 class Member(Protocol):
     """A layer whose sequences lie in a table's pages."""
 
@@ -77,7 +157,7 @@ class Member(Protocol):
 
 
 class PageTable:
-    """The pages of each sequence, how many sequences use a page, and the layers that have them.
+    """The pages of each sequence of a batch, for all layers that see alike.
 
     A sequence of a batch begins after its padding, `pads` positions, which no page holds. Positions
     count the padding, tokens do not.
@@ -96,8 +176,7 @@ class PageTable:
         """How often `gather` was called."""
         self.pads: list[int] = []
         self._tables: list[list[int]] = []
-        self._uses: list[int] = []
-        self._free: list[int] = []
+        self._pool = PagePool()
         self._planned: tuple[int, int, CallRows] | None = None
 
     @property
@@ -108,12 +187,12 @@ class PageTable:
     @property
     def capacity(self) -> int:
         """Return how many pages each layer has."""
-        return len(self._uses)
+        return self._pool.capacity
 
     @property
     def used(self) -> int:
         """Return how many pages hold tokens."""
-        return len(self._uses) - len(self._free)
+        return self._pool.used
 
     def begin(self, batch: int) -> None:
         """Make room for so many sequences, all empty."""
@@ -150,7 +229,7 @@ class PageTable:
         for table in tables:
             for page in table:
                 if page != _RELEASED:
-                    self._uses[page] += 1
+                    self._pool.share(page)
         for table in self._tables:
             self._release(table)
         self._tables = tables
@@ -168,7 +247,7 @@ class PageTable:
                     "call activate_past_recording() before the tokens that are to be removed"
                 )
         for table, pad in zip(self._tables, self.pads, strict=True):
-            pages = _pages_of(max(0, seen - pad))
+            pages = pages_of(max(0, seen - pad))
             self._release(table[pages:])
             del table[pages:]
         self._planned = None
@@ -191,25 +270,25 @@ class PageTable:
 
     def reset(self) -> None:
         """Release all pages, and the memory of them."""
-        self.pads, self._tables, self._uses, self._free = [], [], [], []
+        self.pads, self._tables, self._pool = [], [], PagePool()
         self.gathered, self._planned = 0, None
 
     def _flush(self) -> None:
         for member in self.members:
             member.flush()
 
-    def _pools(self) -> Iterator[KvPages]:
+    def _layers(self) -> Iterator[KvPages]:
         return (member.pool for member in self.members if member.pool is not None)
 
     def _make_own(self, table: list[int], begin: int, end: int) -> None:
         last = begin // PAGE_TOKENS
-        if begin < end and begin % PAGE_TOKENS and self._uses[table[last]] > 1:
+        if begin < end and begin % PAGE_TOKENS and self._pool.is_shared(table[last]):
             copy = self._take()
-            for pool in self._pools():
+            for pool in self._layers():
                 pool.copy_page(table[last], copy)
-            self._uses[table[last]] -= 1
+            self._pool.release(table[last : last + 1])
             table[last] = copy
-        table.extend(self._take() for _ in range(_pages_of(end) - len(table)))
+        table.extend(self._take() for _ in range(pages_of(end) - len(table)))
 
     def _release_unseen(self, table: list[int], begin: int) -> None:
         """Release what tokens from `begin` on do not see, but for a page that a crop may need."""
@@ -225,27 +304,22 @@ class PageTable:
         return sum(page == _RELEASED for page in table) * PAGE_TOKENS
 
     def _take(self) -> int:
-        if not self._free:
+        page = self._pool.take()
+        if page is None:
             self._grow(2 * self.capacity)
-        page = self._free.pop()
-        self._uses[page] = 1
+            page = self._pool.take()
+        assert page is not None
         return page
 
     def _grow(self, capacity: int) -> None:
-        for pool in self._pools():
-            pool.grow(capacity)
-        # The lowest is taken first: memory that was never written costs nothing.
-        self._free.extend(reversed(range(self.capacity, capacity)))
-        self._uses.extend([0] * (capacity - self.capacity))
+        for layer in self._layers():
+            layer.grow(capacity)
+        self._pool.grow(capacity)
 
     def _release(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            if page == _RELEASED:
-                continue
-            self._uses[page] -= 1
-            if not self._uses[page]:
-                self._free.append(page)
+        self._pool.release([page for page in pages if page != _RELEASED])
 
 
-def _pages_of(tokens: int) -> int:
+def pages_of(tokens: int) -> int:
+    """Return how many pages hold so many tokens."""
     return -(-tokens // PAGE_TOKENS)

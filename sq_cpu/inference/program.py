@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +29,29 @@ from sq_cpu.kernels import _core
 from sq_cpu.kernels.paged_attention import BatchRows, KvPages
 from sq_cpu.nn.linear import QuantLinear
 
-__all__ = ["DecoderProgram"]
+__all__ = ["DecoderProgram", "StepRows"]
 
 _STRIP = 16  # rows of a weight that are packed together
 _ROTARY_ROWS = 512  # positions that a rotary table grows by
 _MOST_POSITIONS = 1 << 22
+
+
+@dataclass(eq=False)
+class StepRows:
+    """The new tokens of a step, one sequence after another."""
+
+    ids: Tensor
+    """int64 [rows]."""
+    positions: Tensor
+    """int64 [rows], of the rotary tables."""
+    first_row: Tensor
+    """int64 [sequences + 1]."""
+    length: Tensor
+    """int64 [sequences]: tokens of each, the new ones among them."""
+    table: Tensor
+    """int32 [tables, sequences, pages]: token j of a sequence lies in its page j // 64."""
+    kept: Tensor
+    """int64 [kept], ascending: the rows whose result is wanted."""
 
 
 class DecoderProgram:
@@ -214,19 +233,34 @@ class DecoderProgram:
         SqCpuError
             For ids and positions that there are not, and for caches of other shapes.
         """
-        given = [(pages.tensor, pages.head_dim, table) for pages, table in caches]
         first_row, length, _ = rows[0].tensors
-        tables = [each.tensors[2] for each in rows]
-        table = tables[0][None] if len(tables) == 1 else torch.stack(tables)
-        result = torch.empty((len(kept), self.width), dtype=torch.float32, device="cpu")
+        tables = torch.stack([each.tensors[2] for each in rows])
+        step = StepRows(ids, positions, first_row, length, tables, kept)
+        return self.run_step(step, caches, threads)
+
+    def run_step(
+        self, step: StepRows, caches: Sequence[tuple[KvPages, int]], threads: int = 0
+    ) -> Tensor:
+        """As `run`, with the rows as the library takes them."""
+        given = [(pages.tensor, pages.head_dim, table) for pages, table in caches]
+        result = torch.empty((len(step.kept), self.width), dtype=torch.float32, device="cpu")
         with self._lock:  # from two threads, one waits
             if len(given) != len(self._caches) or any(
                 a[0] is not b[0] or a[2] != b[2] for a, b in zip(given, self._caches, strict=True)
             ):
                 self._program.set_caches(given)
                 self._caches = given
-            self._grow(int(positions.max()) + 1 if len(positions) else 0)
-            self._program.run(ids, positions, first_row, length, table, kept, result, threads)
+            self._grow(int(step.positions.max()) + 1 if len(step.positions) else 0)
+            self._program.run(
+                step.ids,
+                step.positions,
+                step.first_row,
+                step.length,
+                step.table,
+                step.kept,
+                result,
+                threads,
+            )
         return result
 
     def _grow(self, positions: int) -> None:

@@ -170,6 +170,23 @@ def unpack_weight(
     /,
 ) -> None: ...
 
+# Of logits fp32 [rows, vocabulary], which the edits change; temperature, top_p, min_p fp32 [rows];
+# top_k, stream, position, ids int64 [rows]. An edit is (ids int64, divisors, addends fp32) [edits];
+# an entry of allowed int32 [vocabulary / 32].
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    stream: Tensor,
+    position: Tensor,
+    edits: list[tuple[Tensor, Tensor, Tensor] | None] | None,
+    allowed: list[Tensor | None] | None,
+    ids: Tensor,
+    /,
+) -> None: ...
+
 # Of ids int64 [...]; y [..., k].
 def gather_rows(
     packed: Tensor, n: int, k: int, quantizer: ActivationQuantizer, ids: Tensor, y: Tensor, /

@@ -15,8 +15,9 @@ from transformers import DynamicCache, StaticCache
 
 import sq_cpu
 from sq_cpu import Int8Cache, SqCpuError
-from sq_cpu.inference.cache import replace_layers
 from sq_cpu.inference.fusing import FusedDecoder, fuse, fused_of
+from sq_cpu.inference.program import StepRows
+from sq_cpu.kernels.paged_attention import BatchRows, KvPages
 
 NEW = 20
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
@@ -76,12 +77,14 @@ def alone(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits of a sequence's last position: of the program, and of the model."""
     fused = fused_of(model)
     assert fused is not None
-    cache = DynamicCache(config=model.config)
-    replace_layers(cache, model.base_model.config)
-    positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
     assert fused._to_logits is not None
-    logits = fused.logits(cache, ids, positions, [0] * len(ids))
-    return logits, model(ids).logits[:, -1].float()
+    batch, new = ids.shape
+    rows = BatchRows([new] * batch, [new] * batch, [[i] for i in range(batch)])
+    first_row, length, table = rows.tensors
+    positions = torch.arange(new).repeat(batch)
+    step = StepRows(ids.flatten(), positions, first_row, length, table[None], first_row[1:] - 1)
+    caches = [(KvPages(batch, *shape), 0) for shape in fused.program.cache_shapes]
+    return fused.logits(step, caches), model(ids).logits[:, -1].float()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,413 @@
+"""Many requests through one model: continuous batching (Orca, OSDI 2022).
+
+A step is one forward of a fused model over rows of all running sequences: the next token of each
+that is past its prompt, then chunks of prompts. Sequences join and leave between steps. Their keys
+and values lie in pages (vLLM, arXiv 2309.06180): sequences that begin alike share the full ones,
+and where none is left the youngest sequence gives up its own and computes them again later.
+
+A sequence's tokens do not depend on any of that: a row has the same bits in any batch, however its
+sequence was cut into chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.fusing import FusedDecoder, fused_of
+from sq_cpu.inference.pages import PagePool, pages_of
+from sq_cpu.inference.program import StepRows
+from sq_cpu.inference.requests import Finish, Request, Statistics, Token, integers
+from sq_cpu.inference.sampling import Penalties, Sampler
+from sq_cpu.kernels.paged_attention import PAGE_TOKENS, KvPages
+
+__all__ = ["Scheduler"]
+
+_ROOM = 4  # pages of a table that a batch's sequences may take before it is made again
+
+
+class _Sequence:
+    """A request on its way."""
+
+    def __init__(
+        self, number: int, request: Request, prompt: list[int], stops: Sequence[int]
+    ) -> None:
+        self.number = number
+        self.request = request
+        self.ids = prompt
+        self.prompt_length = len(prompt)
+        self.stream = request.sampling.stream(prompt, request.stream)
+        self.stops = frozenset(stops)
+        self.penalties = Penalties(request.sampling, prompt) if request.sampling.edits else None
+        self.table: list[int] = []
+        self.computed = 0
+        """Tokens whose keys and values are in the pages."""
+        self.keys: list[bytes] = []
+        """Of its full pages."""
+
+    @property
+    def pending(self) -> int:
+        """Return how many tokens are to be computed before the next is known."""
+        return len(self.ids) - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Return how many tokens it got."""
+        return len(self.ids) - self.prompt_length
+
+    def key(self, page: int) -> bytes:
+        """Return what tells all tokens up to the end of a page."""
+        while len(self.keys) <= page:
+            begin = len(self.keys) * PAGE_TOKENS
+            ids = self.ids[begin : begin + PAGE_TOKENS]
+            before = self.keys[-1] if self.keys else b""
+            self.keys.append(hashlib.sha256(before + struct.pack(f"{len(ids)}q", *ids)).digest())
+        return self.keys[page]
+
+
+class _Batch:
+    """The rows of a step.
+
+    Parameters
+    ----------
+    parts : sequences, and how many of each one's tokens are computed
+    """
+
+    def __init__(self, parts: Sequence[tuple[_Sequence, int]]) -> None:
+        self.sequences = [sequence for sequence, _ in parts]
+        self.counts = [count for _, count in parts]
+        ids: list[int] = []
+        positions: list[int] = []
+        for sequence, count in parts:
+            begin = sequence.computed
+            ids += sequence.ids[begin : begin + count]
+            positions += range(begin, begin + count)
+        # Those of which all tokens are known then.
+        self.sampled = [each for each, count in parts if count == each.pending]
+        first_row = torch.tensor([0, *self.counts]).cumsum(0)
+        last_rows = [
+            row - 1
+            for row, (sequence, count) in zip(first_row[1:].tolist(), parts, strict=True)
+            if count == sequence.pending
+        ]
+        stride = max(len(each.table) for each in self.sequences) + _ROOM
+        self.rows = StepRows(
+            ids=torch.tensor(ids),
+            positions=torch.tensor(positions),
+            first_row=first_row,
+            length=torch.tensor([each.computed + count for each, count in parts]),
+            table=torch.tensor(
+                [each.table + [0] * (stride - len(each.table)) for each in self.sequences],
+                dtype=torch.int32,
+            )[None],
+            kept=torch.tensor(last_rows, dtype=torch.int64),
+        )
+        self.only_next = all(count == 1 for count in self.counts) and len(self.sampled) == len(
+            parts
+        )
+        """Whether it can be advanced."""
+        requests = [each.request for each in self.sampled]
+        self._sampler = Sampler(
+            [each.sampling for each in requests], [each.stream for each in self.sampled]
+        )
+        self._generated = torch.tensor([each.generated for each in self.sampled])
+        self._ids = self.rows.ids if self.only_next else torch.empty(len(requests)).long()
+        self._edited = any(each.penalties for each in self.sampled)
+        self._allowed = (
+            [each.allowed for each in requests] if any(each.allowed for each in requests) else None
+        )
+        self.logprobs = any(each.logprobs is not None for each in requests)
+
+    def advance(self) -> bool:
+        """Make it the step after, of the same sequences' next tokens; False where it cannot be."""
+        stride = self.rows.table.shape[2]
+        for i, sequence in enumerate(self.sequences):
+            held = len(sequence.table)
+            if held > stride:
+                return False
+            if sequence.computed % PAGE_TOKENS == 0:  # its page is new
+                self.rows.table[0, i, held - 1] = sequence.table[-1]
+        self.rows.positions += 1
+        self.rows.length += 1
+        self._generated += 1
+        return True
+
+    def choose(self, logits: Tensor) -> list[int]:
+        """Return the next token of each of `sampled`, which become the ids of the step after."""
+        penalties = [each.penalties for each in self.sampled] if self._edited else None
+        return self._sampler.choose(logits, self._generated, self._ids, penalties, self._allowed)
+
+
+class Scheduler:
+    """Requests in, tokens out, step by step. All its calls are of one thread.
+
+    Parameters
+    ----------
+    model : a fused decoder (`fuse`) with a head
+    pages : of 64 tokens, that all sequences share; None: as many as `sequences` of the model's
+        longest need, or of 4096 tokens where that is less. Memory is taken as they are written
+    rows : of a step, at most: a longer prompt is computed in several
+    sequences : that run at once, at most
+
+    Raises
+    ------
+    SqCpuError
+        For a model that is not fused or has no head, a number that is not positive, and more pages
+        than there is memory for.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, pages: int | None = None, rows: int = 512, sequences: int = 256
+    ) -> None:
+        fused = fused_of(model)
+        if fused is None or not fused.has_head:
+            raise SqCpuError("the model is not fused, or has no head: sq_cpu.fuse(model) first")
+        fused.refresh()
+        config = fused.base.config
+        self._positions: float = getattr(config, "max_position_embeddings", None) or math.inf
+        for name, value in (("sequences", sequences), ("rows", rows), ("pages", pages)):
+            if (type(value) is not int or value < 1) and (name, value) != ("pages", None):
+                raise SqCpuError(f"{name} is {value!r}; it is an integer of at least 1")
+        if pages is None:
+            pages = sequences * pages_of(int(min(self._positions, 4096)))
+        self._fused: FusedDecoder = fused
+        self._vocabulary: int = config.vocab_size
+        self._rows = rows
+        self._most = min(sequences, rows)
+        self._pool = PagePool(pages)
+        self._caches = [(KvPages(pages, *shape), 0) for shape in fused.program.cache_shapes]
+        self._running: list[_Sequence] = []
+        self._waiting: deque[_Sequence] = deque()
+        self._cancelled: set[int] = set()
+        self._batch: _Batch | None = None
+        self._next = 0
+        self.statistics = Statistics()
+
+    @property
+    def running(self) -> int:
+        """Return how many requests have begun."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Return how many have not, or were preempted."""
+        return len(self._waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request."""
+        return bool(self._running or self._waiting)
+
+    @property
+    def pages(self) -> int:
+        """Return how many pages there are."""
+        return self._pool.capacity
+
+    @property
+    def pages_used(self) -> int:
+        """Return how many pages the running requests have."""
+        return self._pool.used
+
+    def add(self, request: Request) -> int:
+        """Take a request; return its number.
+
+        Raises
+        ------
+        SqCpuError
+            For an empty prompt, ids that are not in the vocabulary, and more tokens than the model
+            has positions or the cache pages.
+        """
+        prompt = integers(request.prompt, "the prompt")
+        new = request.max_new_tokens
+        if type(new) is not int or new < 1:
+            raise SqCpuError(f"max_new_tokens is {new!r}; it is an integer of at least 1")
+        if not prompt:
+            raise SqCpuError("the prompt is empty")
+        stops = integers(request.stop_tokens, "stop_tokens")
+        given = [*prompt, *request.sampling.logit_bias]
+        if not 0 <= min(given) <= max(given) < self._vocabulary:
+            what = "prompt" if given == prompt else "prompt or logit_bias"
+            raise SqCpuError(
+                f"the {what} has ids from {min(given)} to {max(given)}; the model's are "
+                f"0 .. {self._vocabulary - 1}"
+            )
+        tokens = len(prompt) + new
+        if tokens > self._positions:
+            raise SqCpuError(
+                f"{len(prompt)} tokens of the prompt and {new} new ones exceed the model's "
+                f"{self._positions} positions; ask for fewer"
+            )
+        if pages_of(tokens) > self._pool.capacity:
+            raise SqCpuError(
+                f"{tokens} tokens need {pages_of(tokens)} pages of the cache, which has "
+                f"{self._pool.capacity}"
+            )
+        self._next += 1
+        self._waiting.append(_Sequence(self._next, request, prompt, stops))
+        self.statistics.prompt_tokens += len(prompt)
+        return self._next
+
+    def cancel(self, number: int) -> None:
+        """Forget a request before the next step; one that has ended already is no error."""
+        self._cancelled.add(number)
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """Compute one forward, and return the tokens that came of it."""
+        self._drop_cancelled()
+        self._admit()
+        batch = self._next_batch()
+        if batch is None:
+            return []
+        try:
+            logits = self._fused.logits(batch.rows, self._caches)
+            for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+                self._computed(sequence, count)
+            raw = _log_probabilities(logits) if batch.logprobs else None
+            chosen = batch.choose(logits) if batch.sampled else []
+        except BaseException:
+            self._batch = None
+            for sequence in batch.sampled:  # their last tokens are computed again
+                sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
+            raise
+        made = []
+        for row, (sequence, token) in enumerate(zip(batch.sampled, chosen, strict=True)):
+            finish = self._extend(sequence, token)
+            wanted = sequence.request.logprobs
+            logprob: float | None = None
+            top: tuple[tuple[int, float], ...] = ()
+            if raw is not None and wanted is not None and token >= 0:
+                logprob, top = float(raw[row, token]), _likeliest(raw[row], wanted)
+            made.append(Token(sequence.number, token, logprob, top, finish))
+        return made
+
+    def _extend(self, sequence: _Sequence, token: int) -> Finish | None:
+        """Give a sequence its next token; return why it was the last."""
+        finish: Finish | None = None
+        if token < 0:
+            finish = "error"
+        else:
+            self.statistics.generated_tokens += 1
+            sequence.ids.append(token)
+            if sequence.penalties is not None:
+                sequence.penalties.add(token)
+            if token in sequence.stops:
+                finish = "stop"
+            elif sequence.generated == sequence.request.max_new_tokens:
+                finish = "length"
+        if finish is not None:
+            self._end(sequence)
+        return finish
+
+    def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
+        for sequence in [each for each in self._running if each.number in self._cancelled]:
+            self._end(sequence)
+        left = [each for each in self._waiting if each.number not in self._cancelled]
+        self._waiting = deque(left)
+        self._cancelled.clear()
+
+    def _end(self, sequence: _Sequence) -> None:
+        self._running.remove(sequence)
+        self._pool.release(sequence.table)
+        self._batch = None
+
+    def _admit(self) -> None:
+        rows = sum(min(each.pending, self._rows) for each in self._running)
+        while self._waiting and len(self._running) < self._most and rows < self._rows:
+            sequence = self._waiting[0]
+            self._find_prefix(sequence)
+            # A page in hand for each that runs: else it would soon be preempted.
+            needed = pages_of(len(sequence.ids)) - len(sequence.table) + len(self._running)
+            if self._running and needed > self._pool.available:
+                self._give_up(sequence)
+                return
+            self._waiting.popleft()
+            self._running.append(sequence)
+            self._batch = None
+            rows += sequence.pending
+            self.statistics.prefix_query_tokens += len(sequence.ids)
+            self.statistics.prefix_hit_tokens += sequence.computed
+
+    def _find_prefix(self, sequence: _Sequence) -> None:
+        """Take over the pages of what others have computed, but for the last token."""
+        for page in range((len(sequence.ids) - 1) // PAGE_TOKENS):
+            found = self._pool.find(sequence.key(page))
+            if found is None:
+                break
+            self._pool.share(found)
+            sequence.table.append(found)
+        sequence.computed = len(sequence.table) * PAGE_TOKENS
+
+    def _give_up(self, sequence: _Sequence) -> None:
+        self._pool.release(sequence.table)
+        sequence.table, sequence.computed = [], 0
+
+    def _next_batch(self) -> _Batch | None:
+        if self._batch is not None and self._has_pages(1) and self._batch.advance():
+            return self._batch
+        parts: list[tuple[_Sequence, int]] = []
+        budget = self._rows - sum(each.pending == 1 for each in self._running)
+        for sequence in [*self._running]:
+            if sequence not in self._running:  # preempted
+                continue
+            count = 1 if sequence.pending == 1 else min(sequence.pending, budget)
+            if count and self._make_room(sequence, count):
+                parts.append((sequence, count))
+                budget -= count if sequence.pending > 1 else 0
+        if not parts:
+            return None
+        batch = _Batch(parts)
+        self._batch = batch if batch.only_next and len(parts) == len(self._running) else None
+        return batch
+
+    def _has_pages(self, count: int) -> bool:
+        """Give each running sequence pages for so many tokens more, if there are enough for all."""
+        needed = [each for each in self._running if _missing(each, count)]
+        if len(needed) > self._pool.available:
+            return False
+        return all(self._make_room(each, count) for each in needed)
+
+    def _make_room(self, sequence: _Sequence, count: int) -> bool:
+        """Give a sequence pages for so many tokens more; False where it was preempted itself."""
+        for _ in range(_missing(sequence, count)):
+            page = self._pool.take()
+            while page is None:
+                youngest = self._running.pop()
+                self._give_up(youngest)
+                self._waiting.appendleft(youngest)
+                self._batch = None
+                self.statistics.preemptions += 1
+                if youngest is sequence:
+                    return False
+                page = self._pool.take()
+            sequence.table.append(page)
+        return True
+
+    def _computed(self, sequence: _Sequence, count: int) -> None:
+        before = sequence.computed // PAGE_TOKENS
+        sequence.computed += count
+        for page in range(before, sequence.computed // PAGE_TOKENS):
+            self._pool.name(sequence.table[page], sequence.key(page))
+
+
+def _missing(sequence: _Sequence, count: int) -> int:
+    return max(0, pages_of(sequence.computed + count) - len(sequence.table))
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    # Row by row: the same bits in any batch.
+    return torch.stack([row.double().log_softmax(0) for row in logits])
+
+
+def _likeliest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    values, ids = row.topk(min(count, len(row)))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
