@@ -8,6 +8,8 @@ LLAMA = Decoder()
 
 MIXTRAL = Decoder(mixture=Mixture())
 
+OLMOE = Decoder(mixture=Mixture(), when={"clip_qkv": None})
+
 QWEN_MOE = Decoder(
     mixture=Mixture(
         shared_gate_up=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),

@@ -147,6 +147,22 @@ FAMILIES: list[Family] = [
     _family(("granite",), "layers", *_attention(_NORM_1), *_gated(_NORM_2), decoder=decoders.LLAMA),
     _family(("mixtral",), "layers", *_attention(_NORM_1), *_EXPERTS, decoder=decoders.MIXTRAL),
     _family(
+        ("olmoe",),
+        "layers",
+        Group(
+            producer=_NORM_1, consumers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        ),
+        # Clipping is linear only until a value reaches the clip.
+        Group(
+            producer="self_attn.v_proj",
+            consumers=("self_attn.o_proj",),
+            rows="value",
+            when={"clip_qkv": None},
+        ),
+        *_EXPERTS,
+        decoder=decoders.OLMOE,
+    ),
+    _family(
         ("qwen2_moe", "qwen3_moe"),
         "layers",
         *_attention(_NORM_1),

@@ -32,7 +32,7 @@ PROGRAMS = [
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi", "phi-relu", "phi3", "glm", "glm4",
     "gemma", "gemma2", "gemma3_text", "stablelm", "granite", "olmo2", "gpt2", "opt", "gpt_neox",
     "gpt_neox-sequential", "bloom", "falcon", "falcon-new", "falcon-new_one_norm", "mpt", "gptj",
-    "mixtral", "qwen2_moe", "qwen3_moe",
+    "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 ]
 # fmt: on
 
@@ -164,6 +164,7 @@ def test_where_stages_lie() -> None:
     ("name", "config", "top", "renormalize", "shared"),
     [
         ("mixtral", {}, 3, True, 0),
+        ("olmoe", {}, 3, False, 0),
         ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 2}, 2, False, 0),
         ("qwen3_moe", {"norm_topk_prob": True}, 3, True, 0),
         ("qwen2_moe", {}, 3, False, 1),
@@ -174,7 +175,7 @@ def test_mixtures(
 ) -> None:
     stages = compile_program(quantized(name, **config)).stages
     routes = [stage for stage in stages if isinstance(stage, Route)]
-    assert len(routes) == (2 if name == "mixtral" else 1)  # the others' first block has no experts
+    assert len(routes) == (1 if "qwen" in name else 2)  # these have a first block without experts
     assert all((route.top, route.renormalize) == (top, renormalize) for route in routes)
     adds = [stage for stage in stages if isinstance(stage, Add)]
     assert len(adds) == len(routes) * (5 + shared)
@@ -350,6 +351,8 @@ def test_reasons() -> None:
         compile_program(tiny_model("llama").eval())
     with pytest.raises(SqCpuError, match=r"config\.attn_config\.clip_qkv is 100\.0"):
         compile_program(quantized("mpt-clipped"))
+    with pytest.raises(SqCpuError, match=r"config\.clip_qkv is 2\.0"):
+        compile_program(quantized("olmoe", clip_qkv=2.0))
     with pytest.raises(SqCpuError, match=r"config\.alibi is True"):
         compile_program(quantized("falcon-rw"))
     with pytest.raises(SqCpuError, match="residual of 24, 32"):
