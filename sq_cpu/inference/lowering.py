@@ -112,7 +112,8 @@ class _Lowering:
         return blocks
 
     def program(self) -> DecoderProgram:
-        stages = [*self._embedding(), *(x for block in self._blocks for x in self._stages(block))]
+        stages = self._embedding(self._multiplier)
+        stages += (stage for block in self._blocks for stage in self._stages(block))
         return DecoderProgram(
             stages,
             self._widths,
@@ -131,7 +132,8 @@ class _Lowering:
         """
         seen, blocks = self._seen, self._decoder.blocks
         at = torch.arange(seen.ids.shape[1], device="cpu")
-        entered = run_reference(self._embedding(), seen.ids[0], no_weight)["residual"]
+        embedding = self._embedding(self._multiplier)
+        entered = run_reference(embedding, seen.ids[0], no_weight)["residual"]
         prove(self._decoder.embedding, entered, seen.calls[0][0][0][0])
         with attending(self._model, self._decoder, attention_in_floats):
             for index, block in enumerate(self._blocks):
@@ -147,12 +149,12 @@ class _Lowering:
             normed = seen.residual if norm is None else norm.reference(seen.residual)
             prove(self._decoder.final_norm, normed, seen.hidden)
 
-    def _embedding(self) -> list[Stage]:
+    def _embedding(self, multiplier: float) -> list[Stage]:
         decoder = self._decoder
         table = table_of(find(self._base, decoder.embedding))
         width = table.in_features if isinstance(table, QuantLinear) else table.shape[1]
         out = self._buffer("residual", width)
-        stages: list[Stage] = [Embed(table, self._multiplier, out)]
+        stages: list[Stage] = [Embed(table, multiplier, out)]
         if decoder.positions is not None:
             learned = find(self._base, decoder.positions)
             weight = learned.weight.detach().float().contiguous()
@@ -165,13 +167,15 @@ class _Lowering:
         """Return what tokens' embeddings are multiplied by, which a norm would not show."""
         if self._decoder.embedding_norm is not None:
             return 1.0
-        self._multiplier = 0.0
         ids, entered = self._seen.ids[0], self._seen.calls[0][0][0][0]
-        stages = self._embedding()
+        without, once = (
+            run_reference(self._embedding(factor), ids, no_weight)["residual"]
+            for factor in (0.0, 1.0)
+        )
         self._buffer("residual", entered.shape[1])
-        rows = Embed(table_of(find(self._base, self._decoder.embedding)), 1.0, "").rows(ids)
-        own = entered - run_reference(stages, ids, no_weight)["residual"]
-        return float((own * rows).sum() / (rows * rows).sum())
+        rows = once - without
+        found = float(((entered - without) * rows).sum() / (rows * rows).sum())
+        return 1.0 if abs(found - 1) < 1e-6 else found  # what learned positions round
 
     def _buffer(self, name: str, width: int) -> str:
         if self._widths.setdefault(name, width) != width:

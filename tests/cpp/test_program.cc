@@ -87,7 +87,7 @@ std::vector<Shape> shapes() {
   // Mixtures, the second expert in float: of few rows each, and of more than one block of codes.
   all[18].experts = 7, all[18].top = 2, all[18].renormalize = true;
   all[19].experts = 3, all[19].top = 3, all[19].shared = true, all[19].smoothed = true;
-  all[20].experts = 20, all[20].top = 4, all[20].width = 600, all[20].layers = 1;
+  all[20].experts = 20, all[20].top = 4, all[20].layers = 1;
   for (int j : {18, 19, 20}) all[j].activation = Activation::kRelu;
   all[16].float_type = DType::kBFloat16, all[16].sandwich = true, all[16].ffn = 300;
   return all;

@@ -337,8 +337,9 @@ def test_ids_beyond_the_vocabulary() -> None:
         model(torch.tensor([[1, 64]]))
 
 
-def test_saved_while_fused(tmp_path: Any) -> None:
-    model = fused("llama")
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mixtral"])
+def test_saved_while_fused(name: str, tmp_path: Any) -> None:
+    model = fused(name)
     with torch.no_grad():
         expected = model(prompt()).logits
     sq_cpu.save(model, tmp_path / "out")
