@@ -49,16 +49,23 @@ inline F32 exp2_split(F32 shifted, F32 r) {
 
 inline F32 relu(F32 x) { return x < 0.0f ? F32{} : x; }
 
-// x / (1 + exp(-x))
-inline F32 silu(F32 x) {
-  constexpr float kLow = -88.375f, kHigh = 87.0f;  // exp(-x) between 2^-126 and 2^127.5
+constexpr float kLowestSilu = -88.375f;
+
+// exp(-x), between 2^-126 and 2^127.5; NaN becomes one of these.
+inline F32 exp_of_minus(F32 x) {
   constexpr float kScale = -0x1.715476p+0f, kScaleLow = -0x1.4ae0c0p-26f;  // -log2(e) in two parts
-  const F32 v = clamp(x, kLow, kHigh);
+  const F32 v = clamp(x, kLowestSilu, 87.0f);
   const F32 shifted = fma(v, splat(kScale), splat(kRoundMagic));
   const F32 n = shifted - kRoundMagic;
   const F32 r = fma(v, splat(kScaleLow), fma(v, splat(kScale), -n));
-  return (x < kLow ? splat(-0.0f) : x) / (1.0f + exp2_split(shifted, r));
+  return exp2_split(shifted, r);
 }
+
+// x / (1 + exp(-x))
+inline F32 silu(F32 x) { return (x < kLowestSilu ? splat(-0.0f) : x) / (1.0f + exp_of_minus(x)); }
+
+// 1 / (1 + exp(-x)); NaN stays NaN.
+inline F32 sigmoid(F32 x) { return x != x ? x : 1.0f / (1.0f + exp_of_minus(x)); }
 
 // x Phi(x), Phi the normal distribution function (torch: approximate="none").
 //

@@ -50,7 +50,8 @@ class PyProgram {
                const py::object& quantizer, bool kept_rows,
                const std::vector<
                    std::tuple<py::object, py::object, int64_t, int64_t, Buffer, int64_t, Activation,
-                              Buffer, bool, py::object, py::object, double, double>>& linears) {
+                              Buffer, bool, py::object, py::object, double, double>>& linears,
+               int list, bool gather) {
     std::vector<ProjectedLinear> all;
     for (const auto& [matrix, bias, n, k, out, at, activation, other, accumulate, columns, weight,
                       multiplier, softcap] : linears) {
@@ -93,7 +94,7 @@ class PyProgram {
     ActivationQuantizer own;
     if (!quantizer.is_none()) own = keep(quantizer).cast<const Quantizer&>().view(k);
     program_.add(ProjectStage{in, column, norm_of(norm, k), own, kept_rows, all.data(),
-                              static_cast<int>(all.size())});
+                              static_cast<int>(all.size()), list, gather});
   }
 
   void attend(Buffer in, int64_t q, int64_t k, int64_t v, int64_t heads, int64_t kv_heads,
@@ -115,6 +116,24 @@ class PyProgram {
 
   void merge(Buffer in, const NormOfPython& norm, Buffer out) {
     program_.add(MergeStage{in, norm_of(norm, width(in)), out});
+  }
+
+  void route(Buffer in, const std::optional<NormOfPython>& norm, const py::object& weight,
+             int64_t top, bool renormalize, Buffer zero) {
+    const std::vector<int64_t> shape = shape_of("the router", weight, 2);
+    const std::optional<DType> type = float_type(weight);
+    SQ_CHECK(type, "the router is ", describe(weight), ", not of floats");
+    const FloatWeight router{
+        array<const void>("the router", keep(weight),
+                          Torch::get().dtypes[static_cast<size_t>(*type)].first,
+                          bounded_product(shape[0], shape[1])),
+        *type};
+    program_.add(RouteStage{in, 0, norm_of(norm, shape[1]), router, shape[0], shape[1], top,
+                            renormalize, zero});
+  }
+
+  void add(Buffer in, int list, Buffer gate, Buffer out) {
+    program_.add(AddStage{in, list, gate, out});
   }
 
   void norm(Buffer buffer, int64_t column, int64_t columns, const NormOfPython& norm) {
@@ -254,7 +273,12 @@ void define_program(py::module_& m) {
            py::arg("quantizer"), py::arg("multiplier"), py::arg("out"))
       .def("position", &PyProgram::position, py::arg("table"), py::arg("offset"), py::arg("out"))
       .def("project", &PyProgram::project, py::arg("in_buffer"), py::arg("column"), py::arg("norm"),
-           py::arg("quantizer"), py::arg("kept_rows"), py::arg("linears"))
+           py::arg("quantizer"), py::arg("kept_rows"), py::arg("linears"), py::arg("row_list"),
+           py::arg("gather"))
+      .def("route", &PyProgram::route, py::arg("in_buffer"), py::arg("norm"), py::arg("weight"),
+           py::arg("top"), py::arg("renormalize"), py::arg("zero"))
+      .def("add", &PyProgram::add, py::arg("in_buffer"), py::arg("row_list"), py::arg("gate"),
+           py::arg("out"))
       .def("attend", &PyProgram::attend, py::arg("in_buffer"), py::arg("q"), py::arg("k"),
            py::arg("v"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
            py::arg("q_norm"), py::arg("k_norm"), py::arg("rotary"), py::arg("cache"),

@@ -302,6 +302,9 @@ struct RowKernels {
   void (*finish_row[kDTypes])(const SoftmaxRow&, int64_t columns, void* y);
   void (*multiply_floats[kDTypes])(const FloatProductArgs&);  // by DType of the weight
   void (*normalize)(const NormArgs&);
+  void (*softmax_row)(const float* x, int64_t n, float* p);
+  // y += weight * x, or sigmoid(weight) * x.
+  void (*add_scaled)(const float* x, int64_t n, float weight, bool gate, float* y);
   void (*rotate_positions)(const RopeArgs&);
   void (*add_columns)(const ColumnArgs&);
   void (*widen_row[kDTypes])(const void* x, int64_t k, float multiplier, float* y);

@@ -2,6 +2,7 @@
 // (vec.h), with the same bits on each: sums go through 32 virtual lanes and a fixed tree.
 #pragma once
 
+#include "activations.h"
 #include "kernel.h"
 #include "softmax.h"
 #include "vec.h"
@@ -53,6 +54,33 @@ inline void normalize(const NormArgs& a) {
     if (a.bias != nullptr) v += load_first(a.bias + i, count);
     if (a.sum) v += load_first(a.y + i, count);
     store_first(a.y + i, v, count);
+  }
+}
+
+// Weights that sum to 1; each is finite and at least 0, whatever x holds.
+inline void softmax_row(const float* x, int64_t n, float* p) {
+  F32 most = splat(kHidden);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    F32 v = load_first(x + i, n - i);
+    for (int64_t lane = n - i; lane < kLanes; ++lane) v[lane] = kHidden;
+    most = max(v, most);
+  }
+  const float highest = highest_lane(most);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    store_first(p + i, exp_of_minus(highest - load_first(x + i, n - i)), n - i);
+  }
+  const float sum = sum_row(p, n, [](F32 v, int64_t, F32 total) { return total + v; });
+  for (int64_t i = 0; i < n; i += kLanes) {
+    store_first(p + i, load_first(p + i, n - i) / sum, n - i);
+  }
+}
+
+// y += weight * x, or sigmoid(weight) * x
+inline void add_scaled(const float* x, int64_t n, float weight, bool gate, float* y) {
+  const F32 factor = gate ? sigmoid(splat(weight)) : splat(weight);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F32 v = fma(load_first(x + i, n - i), factor, load_first(y + i, n - i));
+    store_first(y + i, v, n - i);
   }
 }
 

@@ -15,6 +15,7 @@ namespace {
 // A longer prompt goes through all layers in passes of so many rows: their activations stay in the
 // caches, and weights that are read once for so many rows cost little beside the products.
 constexpr int64_t kRowsOfPass = 256;
+constexpr int64_t kMostExperts = 1 << 16;
 
 // Of an embedding; 0 for other stages.
 int64_t vocabulary_of(const Stage& stage) {
@@ -23,11 +24,10 @@ int64_t vocabulary_of(const Stage& stage) {
   return packed != nullptr ? packed->weight.n : 0;
 }
 
-void check_float(const ProjectedLinear& linear) {
-  const auto [data, n, k] = linear.weight;
-  check_dtype("a weight in float", linear.in_float.type);
-  SQ_CHECK(data == nullptr && n > 0 && k > 0, "a weight in float, [", n, ", ", k,
-           "], that is packed or empty");
+void check_float(const FloatWeight& weight, int64_t n, int64_t k) {
+  check_dtype("a weight in float", weight.type);
+  SQ_CHECK(weight.data != nullptr && n > 0 && k > 0, "a weight in float is empty: [", n, ", ", k,
+           "]");
   SQ_CHECK(bounded_product(n, k, int64_t{sizeof(float)}) <= kMostBytes, "a weight [", n, ", ", k,
            "] is more than any machine has");
 }
@@ -82,6 +82,9 @@ void Program::add(const ProjectStage& stage) {
   SQ_CHECK(stage.quantizer.granularity != Granularity::kPerTensor,
            "a scale per tensor would depend on the other rows of a batch");
   check_norm(stage.norm);
+  SQ_CHECK(stage.list >= -1 && stage.list < all.lists && (stage.list >= 0 || !stage.gather),
+           "project: list ", stage.list, " of ", all.lists);
+  SQ_CHECK(stage.list < 0 || !stage.kept_rows, "project: kept rows of a list");
   Project project{stage, {stage.linears, stage.linears + stage.count}, {}, false, false};
   const int64_t k = stage.linears[0].weight.k;
   project.in_float = stage.linears[0].in_float.data != nullptr;
@@ -90,8 +93,12 @@ void Program::add(const ProjectStage& stage) {
     const ProjectedLinear& linear = project.linears[i];
     SQ_CHECK((linear.in_float.data != nullptr) == project.in_float,
              "project: weights in float beside packed ones");
-    project.in_float ? check_float(linear) : check_weight(linear.weight);
     const int64_t n = linear.weight.n;
+    project.in_float ? check_float(linear.in_float, n, linear.weight.k)
+                     : check_weight(linear.weight);
+    SQ_CHECK(!project.in_float || linear.weight.data == nullptr,
+             "project: a weight in float, packed");
+    SQ_CHECK(stage.list < 0 || !linear.accumulate, "project: a list's rows are not added to");
     SQ_CHECK(linear.weight.k == k && n > 0, "project: a weight [", n, ", ", linear.weight.k,
              "] beside others of ", k, " columns");
     all.check_columns("project: out", linear.out, linear.column, n);
@@ -200,6 +207,32 @@ void Program::add(const NormStage& stage) {
   check_norm(stage.norm);
   SQ_CHECK(stage.norm.kind != Norm::Kind::kNone && stage.columns > 0,
            "norm: needs a norm and columns");
+  all.append(stage);
+}
+
+void Program::add(const RouteStage& stage) {
+  Implementation& all = *implementation_;
+  check_norm(stage.norm);
+  check_float(stage.weight, stage.experts, stage.width);
+  all.check_columns("route: in", stage.in, stage.column, stage.width);
+  all.check_columns("route: zero", stage.zero, 0, 0);
+  SQ_CHECK(stage.zero != stage.in, "route: reads and writes buffer ", stage.in);
+  SQ_CHECK(stage.top > 0 && stage.top <= stage.experts && stage.experts <= kMostExperts,
+           "route: ", stage.top, " of ", stage.experts, " experts");
+  all.lists = stage.experts;
+  all.append(stage);
+}
+
+void Program::add(const AddStage& stage) {
+  Implementation& all = *implementation_;
+  all.check_columns("add: in", stage.in, 0, 0);
+  all.check_columns("add: out", stage.out, 0, all.widths[stage.in]);
+  SQ_CHECK(stage.in != stage.out, "add: reads and writes buffer ", stage.in);
+  SQ_CHECK(stage.list >= -1 && stage.list < all.lists, "add: list ", stage.list, " of ", all.lists);
+  if (stage.gate != kNoBuffer) {
+    all.check_columns("add: gate", stage.gate, 0, 1);
+    SQ_CHECK(stage.list < 0, "add: a gate beside the weights of a list");
+  }
   all.append(stage);
 }
 

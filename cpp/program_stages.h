@@ -14,6 +14,7 @@
 #include "gemm.h"
 #include "kv_page.h"
 #include "read_ahead.h"
+#include "route.h"
 #include "scratch.h"
 #include "sq_cpu/program.h"
 #include "team.h"
@@ -33,6 +34,9 @@ struct Project {
   std::vector<Product> products;
   bool float_columns;
   bool in_float;
+
+  // Whether it is known before the step which weights will be read.
+  bool is_read_in_order() const { return !in_float && stage.list < 0; }
 };
 
 struct Attend {
@@ -41,7 +45,7 @@ struct Attend {
 };
 
 using Stage = std::variant<EmbedStage, PackedEmbedStage, PositionStage, Project, Attend, MergeStage,
-                           NormStage>;
+                           NormStage, RouteStage, AddStage>;
 
 // Layers that are alike here share a plan.
 struct PlanKey {
@@ -95,6 +99,7 @@ struct Program::Implementation {
   std::vector<Stage> stages;
   std::vector<PlanKey> plan_keys;
   Buffer result = kNoBuffer;
+  int64_t lists = 0;  // of the last route
 
   // For so many rows, workers and this ISA; made again when they change.
   int64_t planned_rows = -1, planned_kept = -1;
@@ -113,6 +118,7 @@ struct Program::Implementation {
   Scratch<uint8_t> codes;
   Scratch<float> scales;
   Scratch<int32_t> zero_points;
+  Routes routes;
   Scratch<float> float_rows;     // what products with weights in float read
   Scratch<std::byte> workspace;  // of each worker: its sums, or attention's; and a row
   Scratch<float> partials;
@@ -130,6 +136,11 @@ struct Program::Implementation {
   }
 
   void plan(int64_t rows, int64_t kept, int workers);
+  ProductPlan plan_product(const Project& project, const Product& product, int64_t m,
+                           int workers) const;
+  // What each worker reads of it becomes `reads`, from linear `first` on.
+  void note_reads(const Project& project, const Product& product, const Blocking& blocking,
+                  int workers, int64_t first);
   void append(Stage stage) {
     stages.push_back(std::move(stage));
     planned_rows = -1;

@@ -1,6 +1,8 @@
 // How a step runs through the stages of a program, in one region.
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <set>
 #include <type_traits>
 
 #include "dispatch.h"
@@ -15,6 +17,16 @@ namespace {
 constexpr int64_t kPageInts = 1024;  // each worker's sums on pages of their own
 // Normalized and quantized by every worker on its own in less time than a barrier takes.
 constexpr int64_t kFewElements = 2048;
+void set_weights(const Project& project, const Product& product, GemmArgs* args) {
+  for (int i = 0; i < product.count; ++i) {
+    args[i].weight = project.linears[product.first + i].weight;
+  }
+}
+
+int64_t sums_of(const ProductPlan& plan, const PackedWeight& weight) {
+  return workspace_sums(*plan.kernel, plan.blocking, k_block_count(weight.k));
+}
+
 constexpr int kCounterSets = 3;  // in use, to be used next, and being cleared
 
 // Columns of a product with a weight in float that a worker takes at a time: their weights stay in
@@ -28,6 +40,34 @@ int64_t columns_of_unit(const ProjectedLinear& linear, int workers) {
 
 }  // namespace
 
+ProductPlan Program::Implementation::plan_product(const Project& project, const Product& product,
+                                                  int64_t m, int workers) const {
+  GemmArgs args[kMostLinears] = {};
+  set_weights(project, product, args);
+  const int64_t strips = joined_strips(args, product.count, product.order);
+  const int64_t k = args[0].weight.k;
+  const Microkernel& kernel = choose_microkernel(isa, project.stage.quantizer.max_code(), m);
+  const bool dealt =
+      useful_threads(m, strips * kStripColumns, k, std::numeric_limits<int>::max()) > workers;
+  return {&kernel, choose_blocking(kernel, m, strips, k_block_count(k), workers), dealt};
+}
+
+void Program::Implementation::note_reads(const Project& project, const Product& product,
+                                         const Blocking& blocking, int workers, int64_t first) {
+  GemmArgs args[kMostLinears] = {};
+  set_weights(project, product, args);
+  const int64_t strips = joined_strips(args, product.count, product.order);
+  const int64_t stride = strip_bytes(args[0].weight.k);
+  for (int worker = 0; worker < workers; ++worker) {
+    const Range own =
+        part(strips, blocking.strip_step, blocking.strip_parts, worker % blocking.strip_parts);
+    WeightRange* const ranges = &reads[read_count * worker + first];
+    for_each_product(args, product.count, product.order, own, [&](int i, Range its) {
+      ranges[i] = {args[i].weight.data + its.begin * stride, its.size() * stride};
+    });
+  }
+}
+
 void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
   const Isa now = active_isa();
   if (rows == planned_rows && kept == planned_kept && workers == planned_workers && now == isa &&
@@ -39,37 +79,33 @@ void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
   read_count = 0;
   for (const Stage& stage : stages) {
     const auto* const project = std::get_if<Project>(&stage);
-    if (project != nullptr && !project->in_float) read_count += project->linears.size();
+    if (project != nullptr && project->is_read_in_order()) read_count += project->linears.size();
   }
   reads.assign(read_count * workers, {});
   int64_t sums = 0, first_read = 0;
+  std::set<std::array<int64_t, 4>> listed;  // products of a list's rows, of which there may be any
   for (const Stage& stage : stages) {
     const auto* const project = std::get_if<Project>(&stage);
     if (project == nullptr || project->in_float) continue;
-    const int64_t m = (project->stage.kept_rows ? kept : rows) * project->stage.quantizer.terms;
+    const ActivationQuantizer& quantizer = project->stage.quantizer;
+    const int64_t m = (project->stage.kept_rows ? kept : rows) * quantizer.terms;
     for (const Product& product : project->products) {
+      const PackedWeight& weight = project->linears[product.first].weight;
+      if (project->is_read_in_order()) {
+        product_plans.push_back(plan_product(*project, product, m, workers));
+        sums = std::max(sums, sums_of(product_plans.back(), weight));
+        note_reads(*project, product, product_plans.back().blocking, workers, first_read);
+        first_read += product.count;
+        continue;
+      }
       GemmArgs args[kMostLinears] = {};
-      for (int i = 0; i < product.count; ++i) {
-        args[i].weight = project->linears[product.first + i].weight;
-      }
-      const Microkernel& kernel = choose_microkernel(isa, project->stage.quantizer.max_code(), m);
-      const int64_t k_blocks = k_block_count(args[0].weight.k);
+      set_weights(*project, product, args);
       const int64_t strips = joined_strips(args, product.count, product.order);
-      const Blocking blocking = choose_blocking(kernel, m, strips, k_blocks, workers);
-      const bool dealt = useful_threads(m, strips * kStripColumns, args[0].weight.k,
-                                        std::numeric_limits<int>::max()) > workers;
-      product_plans.push_back({&kernel, blocking, dealt});
-      sums = std::max(sums, workspace_sums(kernel, blocking, k_blocks));
-      const int64_t stride = strip_bytes(args[0].weight.k);
-      for (int worker = 0; worker < workers; ++worker) {
-        const Range own =
-            part(strips, blocking.strip_step, blocking.strip_parts, worker % blocking.strip_parts);
-        WeightRange* const ranges = &reads[read_count * worker + first_read];
-        for_each_product(args, product.count, product.order, own, [&](int i, Range its) {
-          ranges[i] = {args[i].weight.data + its.begin * stride, its.size() * stride};
-        });
+      if (!listed.insert({strips, weight.k, quantizer.max_code(), quantizer.terms}).second)
+        continue;
+      for (int64_t some = quantizer.terms; some <= m; some += quantizer.terms) {
+        sums = std::max(sums, sums_of(plan_product(*project, product, some, workers), weight));
       }
-      first_read += product.count;
     }
   }
   sums_bytes = ceil_div(sums, kPageInts) * kPageInts * int64_t{sizeof(int32_t)};
@@ -104,6 +140,7 @@ class Program::Implementation::Runner {
   // Returns the turns of the barrier taken.
   uint32_t run() {
     for (const Stage& stage : program_.stages) {
+      if (has_no_rows(stage)) continue;
       std::visit([this](const auto& each) { run(each); }, stage);
       wait();
     }
@@ -114,6 +151,14 @@ class Program::Implementation::Runner {
  private:
   void wait() {
     program_.barrier.wait(worker_, workers_, ++turn_, [this] { return ahead_.ask(); });
+  }
+
+  // Of an expert that no row has chosen: seen by all workers alike, who need not wait.
+  bool has_no_rows(const Stage& stage) const {
+    const auto* const project = std::get_if<Project>(&stage);
+    const auto* const add = std::get_if<AddStage>(&stage);
+    const int list = project != nullptr ? project->stage.list : add != nullptr ? add->list : -1;
+    return list >= 0 && program_.routes.size(list) == 0;
   }
 
   Range mine(int64_t count) const { return part(count, 1, workers_, worker_); }
@@ -179,6 +224,43 @@ class Program::Implementation::Runner {
     }
   }
 
+  void run(const RouteStage& stage) {
+    const int64_t m = shared_.rows.size(), k = stage.width, ldx = whole_vectors(k);
+    Routes& routes = program_.routes;
+    float* const x = program_.float_rows.get(0);
+    const Range rows = mine(m);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const float* const source = at(stage.in, row, stage.column);
+      copy_normalized(stage.norm, source, k, x + row * ldx);
+      std::fill_n(at(stage.zero, row, 0), program_.widths[stage.zero], 0.0f);
+    }
+    float* const logits = routes.logits();
+    kernels_.multiply_floats[static_cast<int>(stage.weight.type)](
+        {x + rows.begin * ldx, ldx, rows.size(), stage.weight.data, k, stage.experts,
+         stage.weight.bias, nullptr, logits + rows.begin * stage.experts, stage.experts});
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      routes.choose(row, stage.experts, stage.top, stage.renormalize, kernels_);
+    }
+    wait();
+    if (worker_ == 0) routes.fill(m, stage.experts, stage.top);
+  }
+
+  void run(const AddStage& stage) {
+    const int64_t width = program_.widths[stage.in];
+    const bool gated = stage.gate != kNoBuffer;
+    const Range rows = mine(count_of(stage.list));
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const float weight = stage.list >= 0 ? program_.routes.weights(stage.list)[row]
+                           : gated         ? *at(stage.gate, row, 0)
+                                           : 1.0f;
+      const int64_t to = stage.list >= 0 ? program_.routes.rows(stage.list)[row] : row;
+      kernels_.add_scaled(at(stage.in, row, 0), width, weight, gated, at(stage.out, to, 0));
+    }
+  }
+
+  int64_t count_of(int list) const {
+    return list < 0 ? shared_.rows.size() : program_.routes.size(list);
+  }
   void run(const MergeStage& stage) {
     const Range rows = mine(shared_.rows.size());
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -225,9 +307,9 @@ class Program::Implementation::Runner {
   void run(const Project& project) {
     const ProjectStage& stage = project.stage;
     const int64_t m =
-        stage.kept_rows ? static_cast<int64_t>(shared_.pass.kept.size()) : shared_.rows.size();
+        stage.kept_rows ? static_cast<int64_t>(shared_.pass.kept.size()) : count_of(stage.list);
     WorkCounter* next = counters();
-    if (!project.in_float) ahead_.begin(project.linears.size());
+    if (project.is_read_in_order()) ahead_.begin(project.linears.size());
     if (m == 0) {
       if (!project.in_float) plan_ += project.products.size();
       return;
@@ -253,7 +335,9 @@ class Program::Implementation::Runner {
     if (!alone || project.float_columns) wait();
     auto* const sums = reinterpret_cast<int32_t*>(memory_);
     for (const Product& product : project.products) {
-      const ProductPlan& plan = program_.product_plans[plan_++];
+      const ProductPlan plan =
+          stage.list < 0 ? program_.product_plans[plan_++]
+                         : program_.plan_product(project, product, x.m, workers_planned());
       GemmArgs args[kMostLinears];
       EpilogueSteps steps[kMostLinears];
       for (int i = 0; i < product.count; ++i) {
@@ -271,17 +355,12 @@ class Program::Implementation::Runner {
     const int64_t k = project.linears[0].weight.k;
     const float* x = at(stage.in, 0, stage.column);
     int64_t ldx = program_.ld(stage.in);
-    if (stage.kept_rows || stage.norm.kind != Norm::Kind::kNone) {
+    if (stage.kept_rows || stage.gather || stage.norm.kind != Norm::Kind::kNone) {
       ldx = whole_vectors(k);
       float* const rows = program_.float_rows.get(0);
       const Range own = mine(m);
       for (int64_t row = own.begin; row < own.end; ++row) {
-        const float* const source = source_of(stage, row);
-        if (stage.norm.kind == Norm::Kind::kNone) {
-          std::copy_n(source, k, rows + row * ldx);
-        } else {
-          normalize(stage.norm, source, k, rows + row * ldx, false);
-        }
+        copy_normalized(stage.norm, source_of(stage, row), k, rows + row * ldx);
       }
       x = rows;
       wait();
@@ -343,7 +422,10 @@ class Program::Implementation::Runner {
   }
 
   const float* source_of(const ProjectStage& stage, int64_t row) const {
-    return at(stage.in, stage.kept_rows ? shared_.pass.kept[row] : row, stage.column);
+    const int64_t from = stage.kept_rows ? shared_.pass.kept[row]
+                         : stage.gather  ? program_.routes.rows(stage.list)[row]
+                                         : row;
+    return at(stage.in, from, stage.column);
   }
 
   float* output(const ProjectStage& stage, const ProjectedLinear& linear, int64_t row) const {
@@ -395,6 +477,14 @@ class Program::Implementation::Runner {
         {x, k, norm.weight, norm.bias, norm.kind == Norm::Kind::kLayer, norm.eps, sum, y});
   }
 
+  void copy_normalized(const Norm& norm, const float* x, int64_t k, float* y) const {
+    if (norm.kind == Norm::Kind::kNone) {
+      std::copy_n(x, k, y);
+    } else {
+      normalize(norm, x, k, y, false);
+    }
+  }
+
   // Where no stage wrote the result itself.
   void copy_result() const {
     const auto* const last = std::get_if<Project>(&program_.stages.back());
@@ -432,7 +522,7 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
   }
   // Memory: nothing is allocated inside the region.
   int64_t floats = 0, depth = 0, codes_size = 0, own = sums_bytes, part_floats = 0, blocks = 0;
-  int64_t rows_of_codes = 0, row_floats = 0, append_bytes = 0;
+  int64_t rows_of_codes = 0, row_floats = 0, append_bytes = 0, experts = 0, choices = 0;
   for (size_t i = 0; i < widths.size(); ++i) floats += m * ld(static_cast<Buffer>(i));
   int64_t most_products = 1;
   for (const Stage& stage : stages) {
@@ -447,6 +537,10 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
       const int64_t coded = m * project->stage.quantizer.terms;
       codes_size = std::max(codes_size, codes_bytes(coded, k));
       rows_of_codes = std::max(rows_of_codes, coded);
+    } else if (const auto* const route = std::get_if<RouteStage>(&stage)) {
+      row_floats = std::max(row_floats, m * whole_vectors(route->width));
+      experts = std::max(experts, route->experts);
+      choices = std::max(choices, m * route->top);
     } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
       append_bytes = std::max(append_bytes, append_workspace(attend->stage.head_dim));
     }
@@ -466,6 +560,7 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
   scales.get(rows_of_codes);
   zero_points.get(rows_of_codes);
   float_rows.get(row_floats);
+  routes.reserve(m, experts, choices);
   partials.get(part_floats);
   if (blocks > finished_count) {
     finished.reset(new std::atomic<int>[blocks] {});

@@ -48,6 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "smollm3": _GATED,
     "granite": _GATED | {"residual_multiplier": 0.5, "attention_multiplier": 0.25},
     "mixtral": _GATED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 3},
+    "olmoe": _GATED | {"num_experts": 4, "num_experts_per_tok": 3},
     "qwen2_moe": _GATED
     | _EXPERTS
     | {"num_experts": 4, "shared_expert_intermediate_size": 24, "mlp_only_layers": [0]},

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace_layers
@@ -79,7 +78,7 @@ class FusedDecoder:
         """Compile, and take the place of the base model's forward."""
         self.base: Any = decoder_of(model)
         self._model = model
-        self._given: BaseModelOutputWithPastAndCrossAttentions | None = None
+        self._given: Any = None
         self._before = self.base.__dict__.get("forward")
         self._plain = self.base.forward
         self._compile()
@@ -153,7 +152,7 @@ class FusedDecoder:
                 position_ids = (position_ids - torch.tensor(begins)[:, None]).clamp(min=0)
         hidden = self.run(cache, input_ids.long(), position_ids.expand(batch, new), begins)
         wanted = self.base.config.use_cache if use_cache is None else use_cache
-        return BaseModelOutputWithPastAndCrossAttentions(  # GPT-2 asks for the latter
+        return self.program.output(
             last_hidden_state=self.normed(hidden),
             past_key_values=cache if wanted or past_key_values is not None else None,
         )
@@ -250,7 +249,7 @@ class FusedDecoder:
             return self._to_logits.run_step(step, caches)
         states = self.normed(self.program.run_step(step, caches))
         # What the model does after its base, to these states in the place of the base's.
-        self._given = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states[None])
+        self._given = self.program.output(last_hidden_state=states[None])
         try:
             output = self._model(input_ids=torch.zeros(1, len(states)).long(), use_cache=False)
         finally:

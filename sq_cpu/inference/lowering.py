@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.attention import attention_in_floats
 from sq_cpu.inference.observing import Seen, attending, find, is_altered, see, table_of
+from sq_cpu.inference.parts import Layer, gate_and_up, layer_at, linear_of
 from sq_cpu.inference.program import DecoderProgram
 from sq_cpu.inference.proving import head_seen, in_float32, in_floats, no_weight, prove
 from sq_cpu.inference.stages import (
+    Add,
     Attend,
     Embed,
     Linear,
@@ -28,17 +30,17 @@ from sq_cpu.inference.stages import (
     Positions,
     Project,
     Rotary,
+    Route,
     Stage,
     run_reference,
 )
 from sq_cpu.kernels.paged_attention import AttentionOptions
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.families import family_of
-from sq_cpu.models.family import Decoder
+from sq_cpu.models.family import Decoder, Mixture
 from sq_cpu.models.groups import config_value
 from sq_cpu.models.hf_private import is_transformers
-from sq_cpu.models.linears import LINEAR_TYPES, head_of
-from sq_cpu.nn.decomposed import DecomposedLinear
+from sq_cpu.models.linears import head_of
 from sq_cpu.nn.linear import QuantLinear
 
 __all__ = ["compile_program", "decoder_of"]
@@ -110,13 +112,15 @@ class _Lowering:
         return blocks
 
     def program(self) -> DecoderProgram:
-        stages = [*self._embedding(), *(x for block in self._blocks for x in self._stages(block))]
+        stages = self._embedding(self._multiplier)
+        stages += (stage for block in self._blocks for stage in self._stages(block))
         return DecoderProgram(
             stages,
             self._widths,
             "residual",
             self._norm(self._base, self._decoder.final_norm),
             self._head,
+            output=self._seen.output,
             own_positions=self._decoder.own_positions,
         )
 
@@ -128,7 +132,8 @@ class _Lowering:
         """
         seen, blocks = self._seen, self._decoder.blocks
         at = torch.arange(seen.ids.shape[1], device="cpu")
-        entered = run_reference(self._embedding(), seen.ids[0], no_weight)["residual"]
+        embedding = self._embedding(self._multiplier)
+        entered = run_reference(embedding, seen.ids[0], no_weight)["residual"]
         prove(self._decoder.embedding, entered, seen.calls[0][0][0][0])
         with attending(self._model, self._decoder, attention_in_floats):
             for index, block in enumerate(self._blocks):
@@ -144,12 +149,12 @@ class _Lowering:
             normed = seen.residual if norm is None else norm.reference(seen.residual)
             prove(self._decoder.final_norm, normed, seen.hidden)
 
-    def _embedding(self) -> list[Stage]:
+    def _embedding(self, multiplier: float) -> list[Stage]:
         decoder = self._decoder
         table = table_of(find(self._base, decoder.embedding))
         width = table.in_features if isinstance(table, QuantLinear) else table.shape[1]
         out = self._buffer("residual", width)
-        stages: list[Stage] = [Embed(table, self._multiplier, out)]
+        stages: list[Stage] = [Embed(table, multiplier, out)]
         if decoder.positions is not None:
             learned = find(self._base, decoder.positions)
             weight = learned.weight.detach().float().contiguous()
@@ -162,13 +167,15 @@ class _Lowering:
         """Return what tokens' embeddings are multiplied by, which a norm would not show."""
         if self._decoder.embedding_norm is not None:
             return 1.0
-        self._multiplier = 0.0
         ids, entered = self._seen.ids[0], self._seen.calls[0][0][0][0]
-        stages = self._embedding()
+        without, once = (
+            run_reference(self._embedding(factor), ids, no_weight)["residual"]
+            for factor in (0.0, 1.0)
+        )
         self._buffer("residual", entered.shape[1])
-        rows = Embed(table_of(find(self._base, self._decoder.embedding)), 1.0, "").rows(ids)
-        own = entered - run_reference(stages, ids, no_weight)["residual"]
-        return float((own * rows).sum() / (rows * rows).sum())
+        rows = once - without
+        found = float(((entered - without) * rows).sum() / (rows * rows).sum())
+        return 1.0 if abs(found - 1) < 1e-6 else found  # what learned positions round
 
     def _buffer(self, name: str, width: int) -> str:
         if self._widths.setdefault(name, width) != width:
@@ -181,9 +188,9 @@ class _Lowering:
         if attention not in self._seen.options and not decoder.own_attention:
             raise SqCpuError(f"{decoder.attention} does not attend through transformers' interface")
         head_dim: int = find(attention, decoder.head_dim)
-        qkv = [_layer(block, path) for path in decoder.qkv]
+        qkv = [layer_at(block, path) for path in decoder.qkv]
         widths = [layer.out_features for layer in qkv]
-        out = _layer(block, decoder.attention_out)
+        out = layer_at(block, decoder.attention_out)
         heads = out.in_features // head_dim
         kv_heads = (sum(widths) // head_dim - heads) // 2
         if sum(widths) != (heads + 2 * kv_heads) * head_dim:
@@ -197,7 +204,7 @@ class _Lowering:
                 "residual",
                 self._norm(block, decoder.attention_norm),
                 tuple(
-                    _linear(layer, projected, column=at)
+                    linear_of(layer, projected, column=at)
                     for layer, at in zip(qkv, columns, strict=True)
                 ),
             ),
@@ -216,12 +223,23 @@ class _Lowering:
             ),
         ]
         out_of_attention = self._add(block, attended, out, decoder.after_attention)
-        into_mlp = self._into_mlp(block)
-        down = _layer(block, decoder.down)
-        out_of_mlp = self._add(block, "hidden", down, decoder.after_mlp)
+        into_mlp, out_of_mlp = self._mlp(block)
+        stages = [*into_attention, *out_of_attention, *into_mlp, *out_of_mlp]
         if self._parallel():
-            return [*into_attention, into_mlp, *out_of_attention, *out_of_mlp]
-        return [*into_attention, *out_of_attention, into_mlp, *out_of_mlp]
+            stages = [*into_attention, *into_mlp, *out_of_attention, *out_of_mlp]
+        self._check_widths(stages)
+        return stages
+
+    def _check_widths(self, stages: list[Stage]) -> None:
+        projects = [stage for stage in stages if isinstance(stage, Project)]
+        for source, linear in ((stage.source, x) for stage in projects for x in stage.linears):
+            shape = [linear.end - linear.begin, linear.layer.in_features]
+            before, after = self._widths[source], self._widths[linear.out]
+            if shape[1] != before or linear.column + shape[0] > after:
+                raise SqCpuError(
+                    f"a linear {shape} does not fit between {source} of {before} and "
+                    f"{linear.out} of {after}"
+                )
 
     def _head_norms(
         self, block: nn.Module, projected: str, heads: tuple[int, int], head_dim: int
@@ -259,43 +277,91 @@ class _Lowering:
             sinks=_floats(given.get("s_aux")),
         )
 
-    def _into_mlp(self, block: nn.Module) -> Project:
+    def _mlp(self, block: nn.Module) -> tuple[list[Stage], list[Stage]]:
+        """Return what the MLP computes, and what adds it to the residual."""
+        decoder, mixture = self._decoder, self._decoder.mixture
+        norm = self._norm(block, decoder.mlp_norm)
+        if norm is None and self._parallel():
+            norm = self._norm(block, decoder.attention_norm)
+        if mixture is not None and find(block, mixture.experts, optional=True) is not None:
+            return self._mixture(block, norm, mixture)
+        down = layer_at(block, decoder.down)
+        hidden = self._buffer("hidden", down.in_features)
+        into = Project("residual", norm, self._activated(block, decoder.gate_up, hidden))
+        return [into], self._add(block, hidden, down, decoder.after_mlp)
+
+    def _activated(
+        self, block: nn.Module, paths: tuple[str, ...], hidden: str
+    ) -> tuple[Linear, ...]:
         decoder = self._decoder
-        hidden = self._buffer("hidden", _layer(block, decoder.down).in_features)
         name = getattr(self._base.config, decoder.activation, decoder.activation)
         if name not in _ACTIVATIONS:
             raise SqCpuError(f"its activation function is {name!r}")
         activation = _ACTIVATIONS[name]
-        if decoder.gated:
-            raised = self._buffer("raised", self._widths[hidden])
-            (gate, gate_rows), (up, up_rows) = _gate_up(block, decoder.gate_up)
-            linears: tuple[Linear, ...] = (
-                _linear(up, raised, rows=up_rows),
-                _linear(gate, hidden, rows=gate_rows, activation=activation, other=raised),
+        if not decoder.gated:
+            (path,) = paths
+            return (linear_of(layer_at(block, path), hidden, activation=activation),)
+        raised = self._buffer(f"{hidden} raised", self._widths[hidden])
+        (gate, gate_rows), (up, up_rows) = gate_and_up(block, paths)
+        return (
+            linear_of(up, raised, rows=up_rows),
+            linear_of(gate, hidden, rows=gate_rows, activation=activation, other=raised),
+        )
+
+    def _mixture(
+        self, block: nn.Module, norm: Norm | None, mixture: Mixture
+    ) -> tuple[list[Stage], list[Stage]]:
+        """Return the stages of each expert, for the tokens that have it, and of one that all have.
+
+        Their sum is in a buffer of its own: the experts read the residual as it was.
+        """
+        experts, router = find(block, mixture.experts), find(block, mixture.router)
+        if experts not in self._seen.choices or is_altered(router):
+            raise SqCpuError(f"{mixture.experts} are not called as transformers calls them")
+        width = self._widths["residual"]
+        mixed, apart = self._buffer("mixed", width), self._buffer("apart", width)
+        weight = router.weight.detach()
+        stages: list[Stage] = [Route("residual", norm, weight, *self._seen.choices[experts], mixed)]
+        for index in range(len(experts)):
+            at = f"{mixture.experts}.{index}"
+            down = layer_at(block, f"{at}.{mixture.down}")
+            hidden = self._buffer("expert", down.in_features)
+            gate_up = self._activated(
+                block, tuple(f"{at}.{path}" for path in mixture.gate_up), hidden
             )
-        else:
-            (path,) = decoder.gate_up
-            linears = (_linear(_layer(block, path), hidden, activation=activation),)
-        norm = self._norm(block, decoder.mlp_norm)
-        if norm is None and self._parallel():
-            norm = self._norm(block, decoder.attention_norm)
-        return Project("residual", norm, linears)
+            stages += [
+                Project("residual", norm, gate_up, list=index, gather=True),
+                Project(hidden, None, (linear_of(down, apart),), list=index),
+                Add(apart, mixed, list=index),
+            ]
+        if mixture.shared_down and find(block, mixture.shared_down, optional=True) is not None:
+            down = layer_at(block, mixture.shared_down)
+            hidden = self._buffer("shared expert", down.in_features)
+            gate = self._buffer("shared gate", 1)
+            linears = self._activated(block, mixture.shared_gate_up, hidden)
+            linears = (*linears, linear_of(layer_at(block, mixture.shared_gate), gate))
+            stages += [
+                Project("residual", norm, linears),
+                Project(hidden, None, (linear_of(down, apart),)),
+                Add(apart, mixed, gate=gate),
+            ]
+        return stages, [Add(mixed, "residual")]
 
     def _parallel(self) -> bool:
         parallel = self._decoder.parallel
         return bool(getattr(self._base.config, parallel) if isinstance(parallel, str) else parallel)
 
-    def _add(self, block: nn.Module, source: str, layer: _Layer, norm: str | None) -> list[Stage]:
+    def _add(self, block: nn.Module, source: str, layer: Layer, norm: str | None) -> list[Stage]:
         """Add a linear to the residual, or the norm of it."""
         if norm is None:
             multiplier = getattr(self._base.config, self._decoder.residual_multiplier, 1.0)
-            linear = _linear(layer, "residual", accumulate=True, multiplier=float(multiplier))
+            linear = linear_of(layer, "residual", accumulate=True, multiplier=float(multiplier))
             return [Project(source, None, (linear,))]
         apart = self._buffer("apart", layer.out_features)
         after = self._norm(block, norm)
         if after is None:
             raise SqCpuError(f"a block has no {norm}")
-        return [Project(source, None, (_linear(layer, apart),)), Merge(apart, after, "residual")]
+        return [Project(source, None, (linear_of(layer, apart),)), Merge(apart, after, "residual")]
 
     def _norm(self, block: nn.Module, paths: str | tuple[str, ...] | None) -> Norm | None:
         """Return the norm at the first of some paths that there is; None: at none of them."""
@@ -356,62 +422,6 @@ class _Lowering:
 def _rope_types(rotary: Any) -> set[str]:
     kinds = getattr(rotary, "rope_type", "default")
     return set(kinds.values()) if isinstance(kinds, Mapping) else {kinds}
-
-
-_Layer = QuantLinear | DecomposedLinear | nn.Linear
-_Rows = tuple[int, int] | None
-
-
-def _layer(block: nn.Module, path: str) -> _Layer:
-    layer = find(block, path)
-    if is_altered(layer):
-        raise SqCpuError(f"{path} has hooks, or a forward of its own")
-    kind = type(layer)
-    if as_linear := LINEAR_TYPES.get(f"{kind.__module__}.{kind.__qualname__}"):
-        return as_linear(layer)
-    if kind not in (QuantLinear, DecomposedLinear, nn.Linear):
-        raise SqCpuError(f"{path} is a {kind.__name__}, which a program cannot run")
-    return layer  # type: ignore[no-any-return]
-
-
-def _gate_up(block: nn.Module, paths: tuple[str, ...]) -> list[tuple[_Layer, _Rows]]:
-    layers = [_layer(block, path) for path in paths]
-    if len(layers) == 2:
-        return [(layer, None) for layer in layers]
-    rows = layers[0].out_features
-    return [(layers[0], (0, rows // 2)), (layers[0], (rows // 2, rows))]
-
-
-def _linear(
-    layer: _Layer,
-    out: str,
-    *,
-    rows: _Rows = None,
-    column: int = 0,
-    activation: str | None = None,
-    other: str | None = None,
-    accumulate: bool = False,
-    multiplier: float = 1.0,
-) -> Linear:
-    begin, end = rows or (0, layer.out_features)
-    columns = weight = None
-    if isinstance(layer, DecomposedLinear):
-        columns = layer.columns
-        weight = layer.outlier_weight.detach().float()[begin:end].T.contiguous() * multiplier
-        layer = layer.regular
-    return Linear(
-        layer,
-        begin,
-        end,
-        out,
-        column,
-        activation,
-        other,
-        accumulate,
-        columns,
-        weight,
-        multiplier,
-    )
 
 
 def _floats(x: Tensor | None) -> Tensor | None:

@@ -5,7 +5,7 @@ None of it is claimed by the row of a family, which says only where the parts ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,12 +40,16 @@ class Seen:
     """Of each attention: what its rotary embedding was called with, beside x and positions."""
     biases: dict[nn.Module, Tensor] = field(default_factory=dict)
     """Of each attention: what is added to its scores, by head and position of the key."""
+    choices: dict[nn.Module, tuple[int, bool]] = field(default_factory=dict)
+    """Of each mixture's experts: how many a token has, and whether their weights sum to 1."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     """Of each block: its arguments, hidden states first."""
     residual: Tensor | None = None
     """What the last block returned."""
     hidden: Tensor | None = None
     """What the base model returned."""
+    output: Callable[..., Any] = tuple
+    """The class of that."""
     head: tuple[Tensor, Tensor] | None = None
     """What the head was given and what it returned."""
     logits: Tensor | None = None
@@ -79,10 +83,16 @@ def see(model: Any, base: nn.Module, decoder: Decoder) -> Seen:
         seen.residual = (output[0] if isinstance(output, tuple) else output).clone()
 
     def base_called(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        seen.hidden = output[0]
+        seen.hidden, seen.output = output[0], type(output)
 
     def head_called(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         seen.head = args[0], output.clone()
+
+    def experts_called(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [*args, *kwargs.values()]
+        weights = next(x for x in given[1:] if x.is_floating_point())
+        sums = weights.sum(dim=-1)
+        seen.choices[module] = weights.shape[-1], torch.allclose(sums, torch.ones_like(sums))
 
     def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         seen.options[module] = kwargs
@@ -96,6 +106,9 @@ def see(model: Any, base: nn.Module, decoder: Decoder) -> Seen:
     after += [] if head is None else [(head, head_called)]
     before: list[tuple[nn.Module, Any]] = [(block, block_called) for block in blocks]
     before += [(find(block, decoder.attention), attention_called) for block in blocks]
+    if decoder.mixture is not None:
+        experts = [find(block, decoder.mixture.experts, optional=True) for block in blocks]
+        before += [(each, experts_called) for each in experts if each is not None]
     with hooked(before=before, after=after), attending(model, decoder, attend):
         output = (base if head is None else model)(input_ids=seen.ids, use_cache=False)
     seen.logits = None if head is None else getattr(output, "logits", None)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.stages import (
+    Add,
     Attend,
     Embed,
     Head,
@@ -20,6 +22,7 @@ from sq_cpu.inference.stages import (
     Normalize,
     Positions,
     Project,
+    Route,
     Stage,
 )
 from sq_cpu.inference.team_size import TeamSize
@@ -62,6 +65,7 @@ class DecoderProgram:
     result : the buffer whose rows `run` returns
     final_norm : what makes them the model's last hidden state
     head : what makes logits of that; None: something else, or nothing
+    output : the class of what the model returns
     own_positions : whether a sequence's positions count from its first token where none are given
 
     Raises
@@ -78,11 +82,13 @@ class DecoderProgram:
         final_norm: Norm | None = None,
         head: Head | None = None,
         *,
+        output: Callable[..., Any] = dict,
         own_positions: bool = False,
     ) -> None:
         self.stages = tuple(stages)
         self.final_norm = final_norm
         self.head = head
+        self.output = output
         self.own_positions = own_positions
         self._widths = dict(widths)
         self._result = result
@@ -119,6 +125,16 @@ class DecoderProgram:
             self._program.position(stage.table, stage.offset, at[stage.out])
         elif isinstance(stage, Merge):
             self._program.merge(at[stage.source], _norm(stage.norm), at[stage.out])
+        elif isinstance(stage, Route):
+            norm = None if stage.norm is None else _norm(stage.norm)
+            weight = stage.weight.contiguous()
+            self._program.route(
+                at[stage.source], norm, weight, stage.top, stage.renormalize, at[stage.zero]
+            )
+        elif isinstance(stage, Add):
+            gate = -1 if stage.gate is None else at[stage.gate]
+            rows = -1 if stage.list is None else stage.list
+            self._program.add(at[stage.source], rows, gate, at[stage.out])
         elif isinstance(stage, Normalize):
             columns = len(stage.norm.weight)
             self._program.norm(at[stage.buffer], stage.column, columns, _norm(stage.norm))
@@ -148,10 +164,17 @@ class DecoderProgram:
                 (group + 2) * stage.head_dim if stage.by_head else 0,
             )
         else:
-            norm = None if stage.norm is None else _norm(stage.norm)
             for quantizer, linears in _by_quantizer(stage.linears):
-                rows = [self._linear(linear) for linear in linears]
-                self._program.project(at[stage.source], 0, norm, quantizer, stage.kept, rows)
+                self._program.project(
+                    at[stage.source],
+                    0,
+                    None if stage.norm is None else _norm(stage.norm),
+                    quantizer,
+                    stage.kept,
+                    [self._linear(linear) for linear in linears],
+                    -1 if stage.list is None else stage.list,
+                    stage.gather,
+                )
 
     def _embed(self, stage: Embed) -> None:
         out, head = self._buffers[stage.out], stage.table

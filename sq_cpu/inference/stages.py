@@ -18,6 +18,7 @@ from sq_cpu.kernels.paged_attention import AttentionOptions, attend_reference
 from sq_cpu.nn.linear import QuantLinear
 
 __all__ = [
+    "Add",
     "Attend",
     "Embed",
     "Head",
@@ -28,6 +29,7 @@ __all__ = [
     "Positions",
     "Project",
     "Rotary",
+    "Route",
     "Stage",
     "run_reference",
 ]
@@ -120,6 +122,10 @@ class Project:
     linears: tuple[Linear, ...]
     kept: bool = False
     """Of the rows alone whose result is wanted: a head."""
+    list: int | None = None
+    """Of as many rows as this list of the last `Route` has; it writes the first so many."""
+    gather: bool = False
+    """Whether it reads the rows of the list; else the first so many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +190,35 @@ class Normalize:
 
 
 @dataclass(frozen=True, eq=False)
+class Route:
+    """The experts of each row, by the highest softmax of norm(source) W^T: a list of rows for each.
+
+    Fills `zero` with zeros.
+    """
+
+    source: str
+    norm: Norm | None
+    weight: Tensor
+    """Floating point [experts, width]."""
+    top: int
+    """Experts of a row."""
+    renormalize: bool
+    """Whether a row's weights sum to 1; else they are those of all experts' softmax."""
+    zero: str
+
+
+@dataclass(frozen=True, eq=False)
+class Add:
+    """out = out + source, or the rows of a list + their weights * source, or sigmoid(gate) * it."""
+
+    source: str
+    out: str
+    list: int | None = None
+    gate: str | None = None
+    """A buffer of one column."""
+
+
+@dataclass(frozen=True, eq=False)
 class Head:
     """Logits: cap(layer(x) * multiplier), as `Linear` has it."""
 
@@ -192,7 +227,7 @@ class Head:
     softcap: float
 
 
-Stage = Embed | Positions | Project | Attend | Merge | Normalize
+Stage = Embed | Positions | Project | Attend | Merge | Normalize | Route | Add
 
 
 def run_reference(
@@ -211,6 +246,7 @@ def run_reference(
     the buffers that the stages have written, fp32 [tokens, width]; attention is computed in fp64
     """
     buffers: dict[str, Tensor] = {}
+    lists: list[tuple[Tensor, Tensor]] = []  # rows, and their weights
     for stage in stages:
         if isinstance(stage, Embed):
             buffers[stage.out] = stage.rows(ids) * stage.multiplier
@@ -224,16 +260,55 @@ def run_reference(
         elif isinstance(stage, Merge):
             buffers[stage.out] = buffers[stage.out] + stage.norm.reference(buffers[stage.source])
         elif isinstance(stage, Project):
-            _project_reference(stage, buffers, weights)
+            rows = None if stage.list is None else lists[stage.list][0]
+            _project_reference(stage, buffers, weights, rows)
+        elif isinstance(stage, Route):
+            lists = _route_reference(stage, buffers)
+        elif isinstance(stage, Add):
+            _add_reference(stage, buffers, lists)
         else:
             buffers[stage.out] = _attend_reference(stage, buffers[stage.source])
     return buffers
 
 
-def _project_reference(
-    stage: Project, buffers: dict[str, Tensor], weights: Callable[[QuantLinear], Tensor]
+def _route_reference(stage: Route, buffers: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    x = buffers[stage.source]
+    buffers[stage.zero] = torch.zeros_like(x)
+    x = x if stage.norm is None else stage.norm.reference(x)
+    shares = nn.functional.linear(x, stage.weight.float()).softmax(dim=-1)
+    chosen = shares.topk(stage.top, dim=-1)
+    sums = chosen.values.sum(dim=-1, keepdim=True) if stage.renormalize else 1.0
+    given = torch.zeros_like(shares).scatter(1, chosen.indices, chosen.values / sums)
+    taken = torch.zeros_like(shares, dtype=torch.bool).scatter(1, chosen.indices, True)
+    return [
+        (taken[:, expert].nonzero()[:, 0], given[taken[:, expert], expert, None])
+        for expert in range(len(stage.weight))
+    ]
+
+
+def _add_reference(
+    stage: Add, buffers: dict[str, Tensor], lists: list[tuple[Tensor, Tensor]]
 ) -> None:
     x = buffers[stage.source]
+    if stage.list is not None:
+        rows, weight = lists[stage.list]
+        if len(rows):
+            buffers[stage.out] = buffers[stage.out].index_add(0, rows, x * weight)
+        return
+    factor = 1.0 if stage.gate is None else buffers[stage.gate].sigmoid()
+    buffers[stage.out] = buffers[stage.out] + x * factor
+
+
+def _project_reference(
+    stage: Project,
+    buffers: dict[str, Tensor],
+    weights: Callable[[QuantLinear], Tensor],
+    listed: Tensor | None,
+) -> None:
+    if listed is not None and not len(listed):
+        return
+    x = buffers[stage.source]
+    x = x[listed] if stage.gather else x
     x = x if stage.norm is None else stage.norm.reference(x)
     written: dict[str, dict[int, Tensor]] = {}
     for linear in stage.linears:

@@ -94,7 +94,19 @@ class Program:
         quantizer: ActivationQuantizer | None,
         kept_rows: bool,
         linears: Sequence[tuple[Any, ...]],
+        row_list: int,
+        gather: bool,
     ) -> None: ...
+    def route(
+        self,
+        in_buffer: int,
+        norm: _Norm | None,
+        weight: Tensor,
+        top: int,
+        renormalize: bool,
+        zero: int,
+    ) -> None: ...
+    def add(self, in_buffer: int, row_list: int, gate: int, out: int) -> None: ...
     def attend(
         self,
         in_buffer: int,

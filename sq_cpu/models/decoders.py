@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from sq_cpu.models.family import Decoder
+from sq_cpu.models.family import Decoder, Mixture
 
 LLAMA = Decoder()
+
+MIXTRAL = Decoder(mixture=Mixture())
+
+OLMOE = Decoder(mixture=Mixture(), when={"clip_qkv": None})
+
+QWEN_MOE = Decoder(
+    mixture=Mixture(
+        shared_gate_up=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        shared_down="mlp.shared_expert.down_proj",
+        shared_gate="mlp.shared_expert_gate",
+    )
+)
 
 PHI = Decoder(
     final_norm="final_layernorm",

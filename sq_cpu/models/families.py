@@ -145,7 +145,23 @@ FAMILIES: list[Family] = [
         decoder=decoders.LLAMA,
     ),
     _family(("granite",), "layers", *_attention(_NORM_1), *_gated(_NORM_2), decoder=decoders.LLAMA),
-    _family(("mixtral",), "layers", *_attention(_NORM_1), *_EXPERTS),
+    _family(("mixtral",), "layers", *_attention(_NORM_1), *_EXPERTS, decoder=decoders.MIXTRAL),
+    _family(
+        ("olmoe",),
+        "layers",
+        Group(
+            producer=_NORM_1, consumers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        ),
+        # Clipping is linear only until a value reaches the clip.
+        Group(
+            producer="self_attn.v_proj",
+            consumers=("self_attn.o_proj",),
+            rows="value",
+            when={"clip_qkv": None},
+        ),
+        *_EXPERTS,
+        decoder=decoders.OLMOE,
+    ),
     _family(
         ("qwen2_moe", "qwen3_moe"),
         "layers",
@@ -153,6 +169,7 @@ FAMILIES: list[Family] = [
         *_gated(_NORM_2),  # of the blocks without experts
         *_EXPERTS,
         *_gated(None, "mlp.shared_expert_gate", at="mlp.shared_expert"),
+        decoder=decoders.QWEN_MOE,
     ),
     _family(
         ("deepseek_v2", "deepseek_v3"),

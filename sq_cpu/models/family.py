@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from sq_cpu.errors import SqCpuError
 
-__all__ = ["Decoder", "Family", "Group", "Rows", "Stack"]
+__all__ = ["Decoder", "Family", "Group", "Mixture", "Rows", "Stack"]
 
 
 Rows = Literal["all", "second_half", "value", "qkv", "qkv_by_head", "last_of_head"]
@@ -58,6 +58,23 @@ class Stack:
     groups: tuple[Group, ...]
     norm_offset: float = 0.0
     """Norms multiply by weight + norm_offset: 1 for Gemma's x * (1 + w)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Where the parts of a mixture of experts are. How many a token has is seen in a call."""
+
+    experts: str = "mlp.experts"
+    """A list of modules."""
+    gate_up: tuple[str, ...] = ("gate_up_proj",)
+    """In an expert, as a decoder's; so is down."""
+    down: str = "down_proj"
+    router: str = "mlp.gate"
+    """The highest of the softmax of x W^T choose, W the router's weight."""
+    shared_gate_up: tuple[str, ...] = ()
+    """In a block that has it: one more expert of all tokens, times the sigmoid of shared_gate."""
+    shared_down: str = ""
+    shared_gate: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +140,8 @@ class Decoder:
     """Values of the config that the row is for, as a group's: what no one call would show."""
     uses_rotary: str = "self_attn.use_rope"
     """What says whether a block has positions, where blocks differ."""
+    mixture: Mixture | None = None
+    """Of the blocks that have such experts; `gate_up` and `down` are those of the others."""
     residual_multiplier: str = "residual_multiplier"
     """The config's value for what attention and MLP add to the residual; without it 1."""
     softcap: str = "final_logit_softcapping"

@@ -38,6 +38,8 @@ struct Shape {
   bool learned = false;     // positions, and a norm after them
   bool by_head = false;     // q, k and v lie side by side for each kv head
   bool whole_norms = false;
+  int64_t experts = 0, top = 0;
+  bool renormalize = false, shared = false;  // an expert of all rows
   Granularity granularity = Granularity::kPerToken;
   Activation activation = Activation::kSilu;
 
@@ -63,7 +65,11 @@ struct Shape {
                       int64_t(float_type),
                       int64_t(learned),
                       int64_t(by_head),
-                      int64_t(whole_norms)}) {
+                      int64_t(whole_norms),
+                      experts,
+                      top,
+                      int64_t(renormalize),
+                      int64_t(shared)}) {
       text += join(" ", v);
     }
     for (bool v : in_float) text += v ? " float" : " int8";
@@ -140,7 +146,13 @@ struct Model {
     FloatWeight in_float;
     const float* dense = nullptr;  // what in_float holds
   };
+  struct Expert {
+    Linear gate, up, down;
+    ActivationQuantizer quantizers[2];  // gate and up, down
+  };
   struct Layer {
+    std::vector<Expert> experts;  // the shared one last
+    Linear router, shared_gate;
     Norm norms[6];  // attention, q, k, after attention, mlp, after mlp
     Linear q, k, v, qkv, out, gate, up, down;
     ActivationQuantizer quantizers[4];  // qkv, out, gate and up, down
@@ -218,6 +230,15 @@ struct Model {
     layer.gate = make_linear(s.ffn, s.width, 0, floats[2]);
     layer.up = make_linear(s.ffn, s.width, 0, floats[3]);
     layer.down = make_linear(s.width, s.ffn, s.float_columns, floats[4]);
+    for (int64_t i = 0; i < s.experts + s.shared; ++i) {
+      const bool in_float = i == 1;
+      layer.experts.push_back({make_linear(s.ffn, s.width, 0, in_float),
+                               make_linear(s.ffn, s.width, 0, in_float),
+                               make_linear(s.width, s.ffn, 0, in_float),
+                               {make_quantizer(s.width), make_quantizer(s.ffn)}});
+    }
+    if (s.experts > 0) layer.router = make_float(s.experts, s.width);
+    if (s.shared) layer.shared_gate = make_linear(1, s.width);
     const int64_t depths[] = {s.width, q, s.width, s.ffn};
     for (int i = 0; i < 4; ++i) layer.quantizers[i] = make_quantizer(depths[i]);
     return layer;
@@ -362,6 +383,37 @@ inline void take_heads(const Shape& s, int64_t m, const Floats& qkv, Floats& q, 
   for (int64_t i = 0; i < m * s.kv_heads; ++i) take(q, s.group), take(k, 1), take(v, 1);
 }
 
+// A row's experts, in ascending order; the softmax and the gate by the library's own kernels.
+inline Floats mixture(const Shape& s, const Model::Layer& layer, const Floats& x) {
+  const RowKernels& kernels = row_kernels(active_isa());
+  Floats shares = multiply(x, 1, layer.router, {}), mixed(s.width);
+  kernels.softmax_row(shares.data(), s.experts, shares.data());
+  std::vector<int64_t> order(s.experts);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int64_t a, int64_t b) { return shares[a] > shares[b]; });
+  order.resize(s.top);
+  float sum = 0.0f;
+  for (int64_t e : order) sum += shares[e];
+  const auto add = [&](const Model::Expert& expert, float weight, bool gate) {
+    const Floats up = multiply(x, 1, expert.up, expert.quantizers[0]);
+    Epilogue gated;
+    gated.activation = s.activation;
+    gated.other = up.data();
+    gated.ld_other = s.ffn;
+    const Floats y = multiply(multiply(x, 1, expert.gate, expert.quantizers[0], gated), 1,
+                              expert.down, expert.quantizers[1]);
+    kernels.add_scaled(y.data(), s.width, weight, gate, mixed.data());
+  };
+  std::sort(order.begin(), order.end());
+  for (int64_t e : order) add(layer.experts[e], s.renormalize ? shares[e] / sum : shares[e], false);
+  if (s.shared) {
+    add(layer.experts.back(),
+        multiply(x, 1, layer.shared_gate, layer.experts.back().quantizers[0])[0], true);
+  }
+  return mixed;
+}
+
 inline Floats reference(const Model& model, const Call& call, Caches& caches) {
   const Shape& s = model.s;
   const auto m = static_cast<int64_t>(call.ids.size());
@@ -421,6 +473,14 @@ inline Floats reference(const Model& model, const Call& call, Caches& caches) {
               {o.data(), DType::kFloat32, width, s.head_dim});
     add(o, m, layer.out, layer.quantizers[1], layer.norms[3]);
     const Floats mlp = rows_of(x, m, layer.norms[4]);
+    if (s.experts > 0) {
+      for (int64_t row = 0; row < m; ++row) {
+        const auto from = mlp.begin() + row * s.width;
+        const Floats mixed = mixture(s, layer, {from, from + s.width});
+        for (int64_t i = 0; i < s.width; ++i) x[row * s.width + i] += mixed[i];
+      }
+      continue;
+    }
     const Floats up = multiply(mlp, m, layer.up, layer.quantizers[2]);
     Epilogue gated;
     gated.activation = s.activation;
@@ -453,12 +513,45 @@ inline ProjectedLinear part(const Model::Linear& linear, Buffer out, int64_t col
   return projected;
 }
 
+struct MixtureBuffers {
+  Buffer x, up, gated, apart, mixed, shared_gate;
+};
+
+inline void add_mixture(const Model& model, const Model::Layer& layer, Program& program,
+                        const MixtureBuffers& to) {
+  const Shape& s = model.s;
+  const Norm& norm = layer.norms[4];
+  FloatWeight router = layer.router.in_float;
+  program.add(
+      RouteStage{to.x, 0, norm, router, s.experts, s.width, s.top, s.renormalize, to.mixed});
+  for (int64_t i = 0; i < s.experts + s.shared; ++i) {
+    const Model::Expert& expert = layer.experts[i];
+    const bool shared = i == s.experts;
+    const int list = shared ? -1 : static_cast<int>(i);
+    ProjectedLinear gate = part(expert.gate, to.gated);
+    gate.activation = s.activation;
+    gate.other = to.up;
+    std::vector<ProjectedLinear> linears{part(expert.up, to.up), gate};
+    if (shared) linears.push_back(part(layer.shared_gate, to.shared_gate));
+    ProjectStage into = project(to.x, norm, expert.quantizers[0], linears);
+    into.list = list, into.gather = !shared;
+    program.add(into);
+    const std::vector<ProjectedLinear> down{part(expert.down, to.apart)};
+    ProjectStage out = project(to.gated, {}, expert.quantizers[1], down);
+    out.list = list;
+    program.add(out);
+    program.add(AddStage{to.apart, list, shared ? to.shared_gate : kNoBuffer, to.mixed});
+  }
+  program.add(AddStage{to.mixed, -1, kNoBuffer, to.x});
+}
+
 inline void build(const Model& model, Program& program) {
   const Shape& s = model.s;
   const int64_t q = s.heads() * s.head_dim, kv = s.kv_heads * s.head_dim;
   const Buffer x = program.buffer(s.width), qkv = program.buffer(q + 2 * kv);
   const Buffer o = program.buffer(q), up = program.buffer(s.ffn), gated = program.buffer(s.ffn);
   const Buffer apart = program.buffer(s.width), logits = program.buffer(s.vocabulary);
+  const Buffer mixed = program.buffer(s.width), shared_gate = program.buffer(1);
   if (s.tied) {
     program.add(
         PackedEmbedStage{model.head.weight, model.head_quantizer.inverse_smoothing, 1.5f, x});
@@ -509,6 +602,10 @@ inline void build(const Model& model, Program& program) {
     }
     program.add(attend);
     add(o, layer.out, layer.quantizers[1], layer.norms[3]);
+    if (s.experts > 0) {
+      add_mixture(model, layer, program, {x, up, gated, apart, mixed, shared_gate});
+      continue;
+    }
     ProjectedLinear gate = part(layer.gate, gated);
     gate.activation = s.activation;
     gate.other = up;

@@ -60,7 +60,7 @@ Floats test_shape(const Shape& shape, bool thorough) {
 }
 
 std::vector<Shape> shapes() {
-  std::vector<Shape> all(18);
+  std::vector<Shape> all(21);
   all[1].width = 100, all[1].head_dim = 20, all[1].rotated = 12, all[1].ffn = 52;
   all[2].interleaved = true, all[2].norm = Norm::Kind::kLayer, all[2].rotated = 6;
   all[3].head_norms = true, all[3].head_dim = 64, all[3].rotated = 64, all[3].kv_heads = 1;
@@ -84,6 +84,11 @@ std::vector<Shape> shapes() {
   }
   for (int j : {15, 16}) all[j].activation = Activation::kRelu, all[j].head = true;
   all[15].multiplier = 0.3f, all[15].width = 75, all[15].ffn = 37, all[15].vocabulary = 91;
+  // Mixtures, the second expert in float: of few rows each, and of more than one block of codes.
+  all[18].experts = 7, all[18].top = 2, all[18].renormalize = true;
+  all[19].experts = 3, all[19].top = 3, all[19].shared = true, all[19].smoothed = true;
+  all[20].experts = 20, all[20].top = 4, all[20].layers = 1;
+  for (int j : {18, 19, 20}) all[j].activation = Activation::kRelu;
   all[16].float_type = DType::kBFloat16, all[16].sandwich = true, all[16].ffn = 300;
   return all;
 }
@@ -211,6 +216,31 @@ void test_refusals() {
   check_refused("needs a norm", [&] { program.add(MergeStage{x, {}, y}); });
   check_refused("norm: needs a norm", [&] { program.add(NormStage{x, 0, 8, {}}); });
   check_refused("norm: 8 columns from 41", [&] { program.add(NormStage{x, 41, 8, {}}); });
+  const FloatWeight router{model.table.data(), DType::kFloat32, nullptr};
+  check_refused("3 of 2 experts",
+                [&] { program.add(RouteStage{x, 0, {}, router, 2, shape.width, 3, false, y}); });
+  check_refused("route: reads and writes",
+                [&] { program.add(RouteStage{x, 0, {}, router, 2, shape.width, 1, false, x}); });
+  check_refused("weight in float is empty",
+                [&] { program.add(RouteStage{x, 0, {}, {}, 2, shape.width, 1, false, y}); });
+  check_refused("add: list 0 of 0", [&] { program.add(AddStage{x, 0, kNoBuffer, y}); });
+  program.add(RouteStage{x, 0, {}, router, 2, shape.width, 1, false, y});
+  check_refused("add: list 2 of 2", [&] { program.add(AddStage{x, 2, kNoBuffer, y}); });
+  check_refused("a gate beside", [&] { program.add(AddStage{x, 1, y, y}); });
+  check_refused("add: reads and writes", [&] { program.add(AddStage{x, 1, kNoBuffer, x}); });
+  const auto add_listed = [&](int list, bool gather, bool kept, bool accumulate) {
+    ProjectedLinear linear{square.weight, y};
+    linear.accumulate = accumulate;
+    const std::vector<ProjectedLinear> linears{linear};
+    ProjectStage stage = project(x, {}, {}, linears);
+    stage.list = list, stage.gather = gather, stage.kept_rows = kept;
+    program.add(stage);
+  };
+  check_refused("list 2 of 2", [&] { add_listed(2, false, false, false); });
+  check_refused("list -2 of 2", [&] { add_listed(-2, false, false, false); });
+  check_refused("list -1 of 2", [&] { add_listed(-1, true, false, false); });
+  check_refused("kept rows of a list", [&] { add_listed(1, true, true, false); });
+  check_refused("rows are not added to", [&] { add_listed(1, true, false, true); });
   check_refused("have no rows", [&] { program.add(PositionStage{nullptr, 1, 0, x}); });
   check_refused("position 0 is row 3 of 3",
                 [&] { program.add(PositionStage{model.positions.data(), 3, 3, x}); });
@@ -221,7 +251,7 @@ void test_refusals() {
     program.add(project(x, {}, {}, both));
   });
   in_float.weight.data = square.weight.data;
-  check_refused("that is packed or empty", [&] { add(x, in_float, {}); });
+  check_refused("a weight in float, packed", [&] { add(x, in_float, {}); });
   in_float.weight = {nullptr, int64_t{1} << 46, shape.width};
   check_refused("more than any machine has", [&] { add(x, in_float, {}); });
   in_float.weight = dense.weight;

@@ -36,7 +36,7 @@ def fused(name: str, **options: Any) -> Any:
 @pytest.fixture(
     params=[
         "llama", "gemma3_text", "mistral", "phi", "granite", "olmo2", "gpt2", "opt", "gpt_neox",
-        "falcon-new", "bloom", "mpt", "gptj",
+        "falcon-new", "bloom", "mpt", "gptj", "mixtral", "qwen2_moe",
     ]
 )  # fmt: skip
 def model(request: pytest.FixtureRequest) -> Any:
@@ -247,8 +247,8 @@ def test_undone_and_copied() -> None:
     fuse(model, enabled=False)
     assert fused_of(model) is None
     copy.deepcopy(model)
-    with pytest.raises(SqCpuError, match="no program for mixtral"):
-        fuse(quantized("mixtral"))
+    with pytest.raises(SqCpuError, match="no program for deepseek_v3"):
+        fuse(quantized("deepseek_v3"))
 
 
 @torch.no_grad()
@@ -337,8 +337,9 @@ def test_ids_beyond_the_vocabulary() -> None:
         model(torch.tensor([[1, 64]]))
 
 
-def test_saved_while_fused(tmp_path: Any) -> None:
-    model = fused("llama")
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "mixtral"])
+def test_saved_while_fused(name: str, tmp_path: Any) -> None:
+    model = fused(name)
     with torch.no_grad():
         expected = model(prompt()).logits
     sq_cpu.save(model, tmp_path / "out")

@@ -23,10 +23,10 @@ from sq_cpu.inference.masks import MaskPattern, make_mask, pattern_of
 # The families of decoders, and variants.
 # fmt: off
 DECODERS = [
-    "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "mixtral", "qwen2_moe", "qwen3_moe",
-    "deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "phi", "phi-relu", "phi3", "glm", "glm4",
-    "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm", "stablelm-parallel", "opt", "opt-350m",
-    "gpt2", "gpt_neox", "gpt_neox-sequential",
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "mixtral", "olmoe", "qwen2_moe",
+    "qwen3_moe", "deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "phi", "phi-relu", "phi3", "glm",
+    "glm4", "gemma", "gemma2", "gemma3_text", "olmo2", "stablelm", "stablelm-parallel", "opt",
+    "opt-350m", "gpt2", "gpt_neox", "gpt_neox-sequential",
 ]
 # What these cache is not yet keys and values.
 LATENT = ["deepseek_v2", "deepseek_v2-lite", "deepseek_v3"]

@@ -12,16 +12,27 @@ from tiny import inputs, tiny_model
 import sq_cpu
 from sq_cpu import SqCpuError
 from sq_cpu.inference import lowering
+from sq_cpu.inference.fusing import fuse
 from sq_cpu.inference.lowering import compile_program
-from sq_cpu.inference.stages import Attend, Embed, Merge, Normalize, Positions, Project
+from sq_cpu.inference.stages import (
+    Add,
+    Attend,
+    Embed,
+    Merge,
+    Normalize,
+    Positions,
+    Project,
+    Route,
+)
 from sq_cpu.models.families import family_of
-from sq_cpu.models.family import Decoder
+from sq_cpu.models.family import Decoder, Mixture
 
 # fmt: off
 PROGRAMS = [
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi", "phi-relu", "phi3", "glm", "glm4",
     "gemma", "gemma2", "gemma3_text", "stablelm", "granite", "olmo2", "gpt2", "opt", "gpt_neox",
     "gpt_neox-sequential", "bloom", "falcon", "falcon-new", "falcon-new_one_norm", "mpt", "gptj",
+    "mixtral", "olmoe", "qwen2_moe", "qwen3_moe",
 ]
 # fmt: on
 
@@ -149,6 +160,50 @@ def test_where_stages_lie() -> None:
     assert counts == {"olmo2": [4, 0], "bloom": [1, 0], "gpt2": [0, 1], "qwen3": [0, 0]}
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "top", "renormalize", "shared"),
+    [
+        ("mixtral", {}, 3, True, 0),
+        ("olmoe", {}, 3, False, 0),
+        ("qwen3_moe", {"norm_topk_prob": False, "num_experts_per_tok": 2}, 2, False, 0),
+        ("qwen3_moe", {"norm_topk_prob": True}, 3, True, 0),
+        ("qwen2_moe", {}, 3, False, 1),
+    ],
+)
+def test_mixtures(
+    name: str, config: dict[str, Any], top: int, renormalize: bool, shared: int
+) -> None:
+    stages = compile_program(quantized(name, **config)).stages
+    routes = [stage for stage in stages if isinstance(stage, Route)]
+    assert len(routes) == (1 if "qwen" in name else 2)  # these have a first block without experts
+    assert all((route.top, route.renormalize) == (top, renormalize) for route in routes)
+    adds = [stage for stage in stages if isinstance(stage, Add)]
+    assert len(adds) == len(routes) * (5 + shared)
+    assert sum(stage.gate is not None for stage in adds) == shared
+
+
+def test_experts_that_differ() -> None:
+    """Some experts' linears in float, or with channels in float, or static scales."""
+    model = tiny_model("mixtral").eval()
+    calibration = sq_cpu.calibrate(model, inputs("mixtral"), progress=False)
+    plan = sq_cpu.SmoothPlan.uniform(model, calibration, 0.5)
+    at = "model.layers.0.mlp.experts"
+    layers = (
+        sq_cpu.LayerPlan(name=f"{at}.0.down_proj", in_float=True),
+        sq_cpu.LayerPlan(name=f"{at}.1.gate_up_proj", in_float=True),
+        sq_cpu.LayerPlan(name=f"{at}.2.gate_up_proj", activations="static"),
+        sq_cpu.LayerPlan(name=f"{at}.3.down_proj", outliers=(1, 5)),
+    )
+    sq_cpu.quantize(model, calibration, replace(plan, layers=layers), progress=False)
+    with torch.no_grad():
+        ids = inputs("mixtral")[0]["input_ids"]
+        plain = model(ids).logits
+        fuse(model)
+        made = model(ids).logits
+    assert not torch.equal(made, plain)
+    assert (made - plain).norm() / plain.norm() < 0.08
+
+
 @pytest.mark.parametrize("name", ["bloom", "mpt"])
 def test_slopes_are_seen(name: str) -> None:
     attends = [x for x in compile_program(quantized(name)).stages if isinstance(x, Attend)]
@@ -240,6 +295,16 @@ WRONG_ENDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "final norm": ("llama", {"final_norm": "layers.0.input_layernorm"}, "input_layernorm does"),
     "no final norm": ("llama", {"final_norm": "nothing"}, "nothing does something else"),
     "blocks": ("opt", {"base": None}, "the model has no layers"),
+    "gate": (
+        "mixtral",
+        {"mixture": Mixture(gate_up=("gate_up_proj", "gate_up_proj"))},
+        r"\[96, 32\] does not fit between residual of 32 and expert raised of 48",
+    ),
+    "down": (
+        "llama",
+        {"down": "self_attn.q_proj"},
+        r"\[48, 32\] does not fit between residual of 32 and hidden",
+    ),
     "own attention": ("gptj", {"own_attention": False}, "does not attend through"),
 }
 
@@ -280,12 +345,14 @@ def test_int8_heads(name: str, tied: bool) -> None:
 def test_reasons() -> None:
     with pytest.raises(SqCpuError, match="not a model of transformers"):
         compile_program(torch.nn.Linear(2, 2))
-    with pytest.raises(SqCpuError, match="mixtral: its family has no decoder row"):
-        compile_program(quantized("mixtral"))
+    with pytest.raises(SqCpuError, match="deepseek_v3: its family has no decoder row"):
+        compile_program(quantized("deepseek_v3"))
     with pytest.raises(SqCpuError, match="none of its linears is in int8"):
         compile_program(tiny_model("llama").eval())
     with pytest.raises(SqCpuError, match=r"config\.attn_config\.clip_qkv is 100\.0"):
         compile_program(quantized("mpt-clipped"))
+    with pytest.raises(SqCpuError, match=r"config\.clip_qkv is 2\.0"):
+        compile_program(quantized("olmoe", clip_qkv=2.0))
     with pytest.raises(SqCpuError, match=r"config\.alibi is True"):
         compile_program(quantized("falcon-rw"))
     with pytest.raises(SqCpuError, match="residual of 24, 32"):

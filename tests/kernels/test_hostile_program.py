@@ -49,7 +49,7 @@ def in_float(out: int, accumulate: bool = False) -> tuple[Any, ...]:
 
 
 def calls() -> list[tuple[str, tuple[Any, ...]]]:
-    """Return the calls that make and run a program, whose buffers are 0, 1 and 2."""
+    """Return the calls that make and run a program, whose buffers are 0 to 4."""
     rows = BatchRows([3], [3], [[1]]).tensors
     pages = KvPages(2, 2, HEAD).tensor
     attend = (1, 0, 16, 32, 2, 2, HEAD, None, None, 0, 0, 0.25, 0, 0.0, None, None, 2, 3 * HEAD)
@@ -57,16 +57,21 @@ def calls() -> list[tuple[str, tuple[Any, ...]]]:
     return [
         ("buffer", (WIDTH,)),
         ("buffer", (3 * WIDTH,)),
-        ("buffer", (WIDTH,)),
+        *[("buffer", (WIDTH,))] * 3,
         ("embed", (TABLE, 1.0, 0)),
         ("position", (POSITIONS, 2, 0)),
         ("norm", (0, 0, WIDTH, NORM)),
-        ("project", (0, 0, NORM, QUANTIZER, False, [of(QKV, 1)])),
+        ("project", (0, 0, NORM, QUANTIZER, False, [of(QKV, 1)], -1, False)),
         ("attend", attend),
-        ("project", (2, 0, None, OUT._quantizer, False, [of(OUT, 0, accumulate=True)])),
+        ("project", (2, 0, None, OUT._quantizer, False, [of(OUT, 0, accumulate=True)], -1, False)),
         ("merge", (2, NORM, 0)),
-        ("project", (0, 0, NORM, None, False, [in_float(2)])),
-        ("project", (2, 0, None, None, False, [in_float(0, accumulate=True)])),
+        ("project", (0, 0, NORM, None, False, [in_float(2)], -1, False)),
+        ("project", (2, 0, None, None, False, [in_float(0, accumulate=True)], -1, False)),
+        ("route", (0, NORM, TABLE[:2], 1, True, 2)),
+        ("project", (0, 0, NORM, OUT._quantizer, False, [of(OUT, 3)], 1, True)),
+        ("project", (3, 0, NORM, None, False, [in_float(4)], 1, False)),
+        ("add", (4, 1, -1, 2)),
+        ("add", (2, -1, 3, 0)),
         ("result", (0,)),
         ("set_caches", ([(pages, HEAD, 0)],)),
         ("set_rotaries", ([(ROTARY, False)],)),

@@ -62,7 +62,7 @@ _T5_KV = "layer.*.EncDecAttention.k layer.*.EncDecAttention.v"
 EXPECTED = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "granite"), expected(8)),
     "smollm3": expected(8, matrices="embed_tokens"),
-    "mixtral": expected(4 + 8, _EXPERT, matrices=_ROUTED),
+    **dict.fromkeys(("mixtral", "olmoe"), expected(4 + 8, _EXPERT, matrices=_ROUTED)),
     "qwen2_moe": expected(
         4 + 2 + 4 + 1,
         _EXPERT,

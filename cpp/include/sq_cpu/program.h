@@ -7,6 +7,9 @@
 //             or the same with norm(x) and a weight in float
 //   attend    q and k of a projection: norm per head, rotary embedding, append() to the cache;
 //             o[m, heads * head_dim] = attention()
+//   route     the experts of each row, by the highest softmax of norm(x) W^T: a list of rows for
+//             each expert, which projects then read or write; and a buffer becomes 0
+//   add       x += y, or the rows of a list += their weights * y, or x += sigmoid(g) * y
 //   merge     x += norm(y), where a norm follows a block (Gemma 2)
 //   norm      x = norm(x): of some columns, in place
 //
@@ -103,6 +106,27 @@ struct ProjectStage {
   bool kept_rows = false;          // of the step's kept rows alone: a head
   const ProjectedLinear* linears;  // all packed, or all in float
   int count;
+  int list = -1;        // so many rows as this list of the last route has; -1: all
+  bool gather = false;  // reads the list's rows; else the first so many, as it writes them
+};
+
+// Lists 0 .. experts - 1, each of ascending rows.
+struct RouteStage {
+  Buffer in;
+  int64_t column;  // of in
+  Norm norm;
+  FloatWeight weight;  // [experts, width]
+  int64_t experts, width;
+  int64_t top;       // experts of a row
+  bool renormalize;  // a row's weights sum to 1; else they are those of all experts' softmax
+  Buffer zero;
+};
+
+struct AddStage {
+  Buffer in;
+  int list = -1;            // in has its rows one after another
+  Buffer gate = kNoBuffer;  // [rows, 1]
+  Buffer out;
 };
 
 struct AttendStage {
@@ -169,6 +193,8 @@ class Program {
   void add(const AttendStage& stage);
   void add(const MergeStage& stage);
   void add(const NormStage& stage);
+  void add(const RouteStage& stage);
+  void add(const AddStage& stage);
   void set_result(Buffer buffer);  // what step.result gets of the kept rows
 
   // Not from two threads at once. `threads`: of the pool, at most; 0: all.
