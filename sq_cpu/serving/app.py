@@ -172,7 +172,7 @@ class _Answering(Response):
             gone.cancel()
             if not work.done():
                 work.cancel()
-            with contextlib.suppress(asyncio.CancelledError, asyncio.TimeoutError):
+            with contextlib.suppress(asyncio.CancelledError):
                 await work
 
     async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -185,6 +185,8 @@ class _Answering(Response):
 
     async def _send_events(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = False
+        loop = asyncio.get_running_loop()
+        work: Any = asyncio.current_task()
 
         async def flush(text: str, more: bool = True) -> None:
             nonlocal begun
@@ -193,7 +195,11 @@ class _Answering(Response):
                 start = {"type": "http.response.start", "status": 200, "headers": _STREAM}
                 await send(start)
             part = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            await asyncio.wait_for(send(part), _PATIENCE)
+            late = loop.call_later(_PATIENCE, work.cancel)
+            try:
+                await send(part)
+            finally:
+                late.cancel()
 
         try:
             async with self._entering as answer, aclosing(answer.pieces()) as steps:
