@@ -166,11 +166,18 @@ def plot(rows: Iterable[Row], path: Path) -> None:
                 )
             if "floor" in row:
                 floor = row["floor"]["tokens_per_second"]["median"]
-                ax.axvline(floor, color=THEME["muted"][0], linestyle=":", label="weights read once")
-                ax.legend(loc="lower right")
+                ax.axvline(floor, color=THEME["muted"][0], linestyle=":")
+                ax.annotate(
+                    "weights read once",
+                    (floor, len(names) - 1),
+                    (-4, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                )
             ax.invert_yaxis()
             ax.margins(x=0.12)
             model = Path(row["model"]).name
-            ax.set_title(f"{model}, {row['threads']} threads: {work_of(row)}, {row['rows']} rows")
+            ax.set_title(f"{model}, threads: {row['threads']}; {work_of(row)}, rows: {row['rows']}")
         panels[-1].set_xlabel("tokens/s")
         figure.savefig(path, dpi=200)

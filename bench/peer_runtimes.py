@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +120,8 @@ class OpenVino(Runtime):
             path, scheduler, "CPU", {"INFERENCE_NUM_THREADS": threads}
         )
         self.version = f"openvino-genai {openvino_genai.__version__}"
-        self._tokens, self._handles, self._count = tokens, [], 0  # type: int, list[Any], int
+        self._tokens, self._count = tokens, 0
+        self._handles: list[openvino_genai.GenerationHandle] = []
         self._made: list[list[int]] = []
 
     def _take(self) -> list[int]:

@@ -147,9 +147,7 @@ class Generate(Fused):
         }
         first = self._take()
         if self._scheduler.statistics.prefix_hit_tokens:
-            raise sq_cpu.SqCpuError(
-                "a prompt begins as an earlier one: its prefix was not computed"
-            )
+            raise sq_cpu.SqCpuError("a prompt began as an earlier one, and was not computed")
         return first
 
     def decode(self, steps: int) -> list[list[int]]:

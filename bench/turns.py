@@ -80,6 +80,7 @@ class Turn(Candidate):
         return self._ask("decode", steps=self._work.steps)
 
     def rotate(self) -> None:
+        """Let the others fall asleep, and begin a sequence anew that has grown enough."""
         time.sleep(_REST)
         if self._work.kind == "decode" and not self.failure:
             try:
@@ -89,6 +90,7 @@ class Turn(Candidate):
                 self.failure = str(error)
 
     def time(self) -> float:
+        """Do the work once; return the seconds that its process took, endless where it failed."""
         if self.failure:
             return math.inf
         try:

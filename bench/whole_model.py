@@ -1,4 +1,4 @@
-"""Prefill and decode of one causal language model: ours beside its peers, each in its own process."""
+"""Prefill and decode of one causal language model: ours beside its peers, a process each."""
 
 from __future__ import annotations
 

@@ -71,8 +71,8 @@ class Worker:
                 env={**os.environ, **environment},
                 bufsize=0,
             )
-        assert self._process.stdin and self._process.stdout
-        self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
+        pipes = self._process.stdin, self._process.stdout
+        self._to, self._from = (pipe.fileno() for pipe in pipes if pipe is not None)
         os.set_blocking(self._to, False)
         os.set_blocking(self._from, False)
         self.runtime = str(self._answer(time.monotonic() + limit, limit).get("runtime", ""))
