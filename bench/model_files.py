@@ -93,7 +93,10 @@ def random_llama(shape: str, layers: int | None) -> nn.Module:
 def load_model(name: str, layers: int | None, dtype: torch.dtype) -> nn.Module:
     """Return the model of a shape's name or a folder."""
     if name in SHAPES:
-        return random_llama(name, layers).to(dtype)
+        model = random_llama(name, layers)
+        for parameter in model.parameters():  # not buffers: frequencies of RoPE stay in fp32
+            parameter.data = parameter.data.to(dtype)
+        return model
     model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=True)
     return model.eval().requires_grad_(False)
 

@@ -81,8 +81,11 @@ class Worker:
     def of(cls, name: str, settings: Mapping[str, Any], log: Path, limit: float) -> Worker:
         """Start a runtime of `runtimes.py`; `settings` are those of its constructor."""
         command = [sys.executable, str(_MAIN), json.dumps(settings)]
-        threads = {"OMP_NUM_THREADS": str(settings["threads"])}
-        return cls(name, command, log, environment=threads, limit=limit)
+        environment = {
+            "OMP_NUM_THREADS": str(settings["threads"]),
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
+        return cls(name, command, log, environment=environment, limit=limit)
 
     def ask(self, do: str, limit: float, **more: Any) -> Answer:
         """Ask, and wait for the answer for so many seconds at most.
