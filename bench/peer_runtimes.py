@@ -126,6 +126,8 @@ class OpenVino(Runtime):
 
     def _take(self) -> list[int]:
         while not all(self._made):
+            if not self._pipeline.has_non_finished_requests():
+                raise ValueError("a sequence has ended: it has no room for more tokens")
             self._pipeline.step()
             for handle, made in zip(self._handles, self._made, strict=True):
                 while handle.can_read():

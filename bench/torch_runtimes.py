@@ -133,6 +133,8 @@ class Generate(Fused):
     def _take(self) -> list[int]:
         """Return the next token of each sequence; made ahead, where prompts ended apart."""
         while not all(self._made.values()):
+            if not self._scheduler.busy:
+                raise sq_cpu.SqCpuError("a sequence has ended: it has no room for more tokens")
             self._step()
         return [made.pop(0) for made in self._made.values()]
 

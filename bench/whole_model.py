@@ -69,7 +69,8 @@ class Settings:
     @property
     def longest(self) -> int:
         """Return how many tokens a sequence may have."""
-        prompts = [prompt + 1 for prompt in self.prompts]
+        # A prefill, too, is checked by what is decoded after it.
+        prompts = [prompt + self.tokens + 2 for prompt in self.prompts]
         contexts = [context + 1 + self.room for context in self.contexts]
         return max([*prompts, *contexts, _FIRST_PROMPT + 1])
 

@@ -130,6 +130,22 @@ def test_a_prompt_that_was_not_computed_is_no_prefill(
         runtime.prefill([prompt])
 
 
+def test_a_sequence_without_room_is_told(files: Files, in_process: Callable[..., Any]) -> None:
+    runtime = in_process(**every_runtime(files)["O1 bf16 generate"], tokens=12)
+    runtime.prefill(random_prompts(files.vocabulary, 2, 8, seed=1))
+    runtime.decode(3)
+    with pytest.raises(SqCpuError, match="no room for more tokens"):
+        runtime.decode(1)
+
+
+def test_every_sequence_has_room_for_what_is_asked() -> None:
+    for settings in (SETTINGS, replace(SETTINGS, prompts=(512,)), replace(SETTINGS, tokens=300)):
+        for item in work_items(settings):
+            # The prompt's next token, then for a call an untimed one and those that are timed.
+            calls = 1 if item.kind == "prefill" else item.room // (item.steps + 1)
+            assert item.tokens + 1 + calls * (item.steps + 1) <= settings.longest
+
+
 def test_weights_are_those_of_all_linears(files: Files, in_process: Callable[..., Any]) -> None:
     inside = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
     head = 320 * 64
