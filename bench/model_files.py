@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf_file
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sq_cpu
 from sq_cpu.errors import first_line
+from sq_cpu.extras import require
 
 SHAPES: dict[str, dict[str, int]] = {  # name -> arguments of LlamaConfig
     "smollm2-135m": {
@@ -150,7 +150,10 @@ def prepare(
     if {"llama.cpp", "openvino"} & {*kinds}:
         gguf = str(folder / "model.gguf")
         try:
-            gguf_file.write_gguf(model, Path(gguf))
+            require("gguf", "gguf")
+            from gguf_file import write_gguf
+
+            write_gguf(model, Path(gguf))
         except sq_cpu.SqCpuError as error:
             gguf, no_gguf = None, first_line(error)
     return Files(

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ from whole_model import (
 )
 
 import sq_cpu
+from sq_cpu.files import write_file
 
 
 def prepare_apart(name: str, settings: Settings, folder: Path) -> Files:
@@ -133,7 +135,13 @@ def measure_all(
     run: Row,
     out: Path | None,
 ) -> None:
-    """Measure every model with every thread count into `run`, and write that after each."""
+    """Measure every model with every thread count into `run`, and write that after each row."""
+
+    def keep(section: str, row: Row) -> None:
+        run[section].append(row)
+        if out is not None:
+            write_file(out, json.dumps(run, indent=1) + "\n")
+
     todo = len(names) * len(threads)
     end = time.monotonic() + budget
     for name in names:
@@ -143,12 +151,9 @@ def measure_all(
             for count in threads:
                 say(f"{name}, {count} threads ({todo} to go)")
                 share = max(0.0, end - time.monotonic()) / todo
-                rows, processes = measure(name, files, count, settings, share, Path(scratch))
-                run["rows"] += rows
-                run["processes"].append(processes)
+                arguments = (name, files, count, settings, share, Path(scratch))
+                keep("processes", measure(*arguments, partial(keep, "rows")))
                 todo -= 1
-                if out is not None:
-                    out.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
 
 
 def main(
@@ -184,7 +189,7 @@ def main(
         typer.Option(metavar="BEFORE AFTER", help="Compare two files of --out; measure nothing."),
     ] = None,
 ) -> None:
-    """Print tokens/s of whole models beside their peers; --out is written after every model."""
+    """Print tokens/s of whole models beside their peers; --out is written after every row."""
     try:
         if compare is not None:
             model_tables.print_comparison(*map(read, compare))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -290,27 +290,34 @@ def _process_row(running: Mapping[str, Running], missing: Mapping[str, str], lim
 
 
 def measure(
-    name: str, files: Files, threads: int, settings: Settings, seconds: float, folder: Path
-) -> tuple[list[Row], Row]:
+    name: str,
+    files: Files,
+    threads: int,
+    settings: Settings,
+    seconds: float,
+    folder: Path,
+    keep: Callable[[Row], None],
+) -> Row:
     """Measure one model with so many threads, in about so many seconds.
+
+    Parameters
+    ----------
+    keep : gets each row of figures as soon as it is known
 
     Returns
     -------
-    rows of figures, and a row about the processes
+    a row about the processes
     """
     end = time.perf_counter() + seconds
     check_lengths(files, settings)
     about = {"model": name, "threads": threads}
-    found: list[Row] = []
     with ExitStack() as stack:
         running, missing = _start_all(files, threads, settings, folder, stack)
         items: Sequence[WorkItem] = work_items(settings)
         for done, item in enumerate(items):
             share = max(0.0, end - time.perf_counter()) / (len(items) - done)
-            start_time = time.perf_counter()
-            row = measure_work(running, item, files, settings, share, folder)
-            found.append({**about, **row})
-            took = time.perf_counter() - start_time
+            begin = time.perf_counter()
+            keep({**about, **measure_work(running, item, files, settings, share, folder)})
+            took = time.perf_counter() - begin
             say(f"  {item.kind} of {item.rows} x {item.tokens} in {took:.1f} s")
-        processes = _process_row(running, missing, settings.limit)
-    return found, {**about, **processes}
+        return {**about, **_process_row(running, missing, settings.limit)}

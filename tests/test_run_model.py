@@ -209,6 +209,23 @@ def test_peers_read_the_gguf_file(
     assert scores[0] == pytest.approx(scores[1], abs=0.1)
 
 
+def test_a_missing_gguf_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(model_files.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    enabled = torch.is_grad_enabled()
+    try:
+        files = model_files.prepare("tiny", None, (), ("llama.cpp",), tmp_path)
+    finally:
+        torch.set_grad_enabled(enabled)
+    assert (files.gguf, files.no_gguf) == (
+        None,
+        "gguf is not installed: pip install 'sq_cpu[gguf]'",
+    )
+    monkeypatch.setattr(whole_model, "find_spec", lambda name: name)
+    _, missing = whole_model.variants_of(files, SETTINGS)
+    assert missing["llama.cpp"] == files.no_gguf
+
+
 def test_peers_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch, files: Files) -> None:
     monkeypatch.setattr(whole_model, "find_spec", lambda name: None)
     variants, missing = whole_model.variants_of(files, SETTINGS)
