@@ -120,5 +120,16 @@ inline F32 gelu_tanh(F32 x) {
   return (x < kLow ? splat(-0.0f) : x) / (1.0f + exp2_split(shifted, r));
 }
 
+// cap tanh(x / cap), to 2^-22 of cap. NaN stays NaN.
+inline F32 soft_cap(F32 x, float cap) {
+  constexpr float kScale = -0x1.715476p+1f;  // -2 log2(e)
+  const F32 magnitude = (F32)((U32)x & 0x7fffffffu);
+  const F32 v = clamp(magnitude * (kScale / cap), -126.0f, 0.0f);
+  const F32 shifted = v + kRoundMagic;
+  const F32 power = exp2_split(shifted, v - (shifted - kRoundMagic));
+  const F32 y = cap * ((1.0f - power) / (1.0f + power));
+  return x != x ? x : x < 0.0f ? -y : y;
+}
+
 }  // namespace
 }  // namespace sq_cpu

@@ -37,23 +37,46 @@ class PyProgram {
                                   static_cast<float>(multiplier), out});
   }
 
-  void project(
-      Buffer in, int64_t column, const std::optional<NormOfPython>& norm,
-      const py::object& quantizer, bool kept_rows,
-      const std::vector<std::tuple<py::object, int64_t, int64_t, Buffer, int64_t, Activation,
-                                   Buffer, bool, py::object, py::object>>& linears) {
+  void position(const py::object& table, int64_t offset, Buffer out) {
+    const std::vector<int64_t> shape = shape_of("the learned positions", table, 2);
+    const auto* const data =
+        array<const float>("the learned positions", keep(table), Torch::get().float32,
+                           bounded_product(shape[0], width(out)));
+    program_.add(PositionStage{data, shape[0], offset, out});
+  }
+
+  // `weight` is packed, uint8, or [n, k] in float, whose bias is `bias`.
+  void project(Buffer in, int64_t column, const std::optional<NormOfPython>& norm,
+               const py::object& quantizer, bool kept_rows,
+               const std::vector<
+                   std::tuple<py::object, py::object, int64_t, int64_t, Buffer, int64_t, Activation,
+                              Buffer, bool, py::object, py::object, double, double>>& linears) {
     std::vector<ProjectedLinear> all;
-    for (const auto& [packed, n, k, out, at, activation, other, accumulate, columns, weight] :
-         linears) {
-      ProjectedLinear linear{{array<const std::byte>("the packed weight", keep(packed),
-                                                     Torch::get().uint8, packed_bytes(n, k)),
-                              n, k},
+    for (const auto& [matrix, bias, n, k, out, at, activation, other, accumulate, columns, weight,
+                      multiplier, softcap] : linears) {
+      ProjectedLinear linear{{nullptr, n, k},
                              out,
                              at,
                              activation,
                              other,
                              accumulate,
+                             {},
+                             static_cast<float>(multiplier),
+                             static_cast<float>(softcap),
                              {}};
+      SQ_CHECK(is_tensor(matrix), "the weight is ", describe(matrix));
+      if (const std::optional<DType> type = float_type(matrix)) {
+        SQ_CHECK(shape_of("the weight", matrix, 2)[0] == n && n > 0 && k > 0, "the weight is ",
+                 describe(matrix), ", not [", n, ", ", k, "]");
+        linear.in_float = {
+            array<const void>("the weight", keep(matrix),
+                              Torch::get().dtypes[static_cast<size_t>(*type)].first,
+                              bounded_product(n, k)),
+            *type, optional_array<const float>("a bias", keep(bias), Torch::get().float32, n)};
+      } else {
+        linear.weight.data = array<const std::byte>("the packed weight", keep(matrix),
+                                                    Torch::get().uint8, packed_bytes(n, k));
+      }
       if (!columns.is_none()) {
         const int64_t count = shape_of("columns", columns, 1)[0];
         linear.float_columns = {
@@ -65,16 +88,19 @@ class PyProgram {
     }
     SQ_CHECK(!all.empty(), "a project stage has no linears");
     const int64_t k = all[0].weight.k;
-    program_.add(ProjectStage{in, column, norm_of(norm, k),
-                              keep(quantizer).cast<const Quantizer&>().view(k), kept_rows,
-                              all.data(), static_cast<int>(all.size())});
+    SQ_CHECK(!quantizer.is_none() || all[0].in_float.data != nullptr,
+             "packed weights need a quantizer");
+    ActivationQuantizer own;
+    if (!quantizer.is_none()) own = keep(quantizer).cast<const Quantizer&>().view(k);
+    program_.add(ProjectStage{in, column, norm_of(norm, k), own, kept_rows, all.data(),
+                              static_cast<int>(all.size())});
   }
 
   void attend(Buffer in, int64_t q, int64_t k, int64_t v, int64_t heads, int64_t kv_heads,
               int64_t head_dim, const std::optional<NormOfPython>& q_norm,
               const std::optional<NormOfPython>& k_norm, int rotary, int cache, double scale,
               int64_t window, double softcap, const py::object& slopes, const py::object& sinks,
-              Buffer out) {
+              Buffer out, int64_t stride) {
     const Torch& torch = Torch::get();
     AttentionOptions options;
     options.scale = static_cast<float>(scale);
@@ -84,11 +110,15 @@ class PyProgram {
     options.sinks = optional_array<const float>("sinks", keep(sinks), torch.float32, heads);
     program_.add(AttendStage{in, q, k, v, heads, norm_of(q_norm, head_dim),
                              norm_of(k_norm, head_dim), rotary, cache, kv_heads, head_dim, options,
-                             out});
+                             out, stride});
   }
 
   void merge(Buffer in, const NormOfPython& norm, Buffer out) {
     program_.add(MergeStage{in, norm_of(norm, width(in)), out});
+  }
+
+  void norm(Buffer buffer, int64_t column, int64_t columns, const NormOfPython& norm) {
+    program_.add(NormStage{buffer, column, columns, norm_of(norm, columns)});
   }
 
   void result(Buffer buffer) {
@@ -222,14 +252,17 @@ void define_program(py::module_& m) {
       .def("embed", &PyProgram::embed, py::arg("table"), py::arg("multiplier"), py::arg("out"))
       .def("embed_packed", &PyProgram::embed_packed, py::arg("packed"), py::arg("n"), py::arg("k"),
            py::arg("quantizer"), py::arg("multiplier"), py::arg("out"))
+      .def("position", &PyProgram::position, py::arg("table"), py::arg("offset"), py::arg("out"))
       .def("project", &PyProgram::project, py::arg("in_buffer"), py::arg("column"), py::arg("norm"),
            py::arg("quantizer"), py::arg("kept_rows"), py::arg("linears"))
       .def("attend", &PyProgram::attend, py::arg("in_buffer"), py::arg("q"), py::arg("k"),
            py::arg("v"), py::arg("heads"), py::arg("kv_heads"), py::arg("head_dim"),
            py::arg("q_norm"), py::arg("k_norm"), py::arg("rotary"), py::arg("cache"),
            py::arg("scale"), py::arg("window"), py::arg("softcap"), py::arg("slopes"),
-           py::arg("sinks"), py::arg("out"))
+           py::arg("sinks"), py::arg("out"), py::arg("stride"))
       .def("merge", &PyProgram::merge, py::arg("in_buffer"), py::arg("norm"), py::arg("out"))
+      .def("norm", &PyProgram::norm, py::arg("buffer"), py::arg("column"), py::arg("columns"),
+           py::arg("norm"))
       .def("result", &PyProgram::result, py::arg("buffer"))
       .def("set_caches", &PyProgram::set_caches, py::arg("caches"))
       .def("set_rotaries", &PyProgram::set_rotaries, py::arg("rotaries"))

@@ -67,8 +67,10 @@ struct EpilogueSteps {
   const void* residual;
   int64_t ld_residual;
   DType operand_type;
-  RowGrid grid;       // Output::kCode: how v becomes a code, and the scale of each row, which
-  float* code_scale;  // turns NaN where v is not finite
+  float multiplier = 1.0f;  // after the activation
+  float softcap = 0.0f;     // after the multiplier; 0: none
+  RowGrid grid;             // Output::kCode: how v becomes a code, and the scale of each row, which
+  float* code_scale;        // turns NaN where v is not finite
 };
 
 // From rows row .. rows - 1 of the sums c[rows, ldc], of which each `terms` add up to a row of y:
@@ -229,6 +231,20 @@ struct ColumnArgs {
   float* y;
 };
 
+// y = steps(x W^T + bias), of a weight in float.
+struct FloatProductArgs {
+  const float* x;  // rows ldx apart
+  int64_t ldx;
+  int64_t rows;
+  const void* weight;  // [columns, k]
+  int64_t k;
+  int64_t columns;
+  const float* bias;           // [columns], or null
+  const EpilogueSteps* steps;  // operands at row 0, column 0; or null
+  float* y;
+  int64_t ldy;
+};
+
 // A row of packed weights: column `column` of a strip.
 struct WeightRow {
   const std::byte* strip;
@@ -259,7 +275,7 @@ struct LogitWeights {
 };
 
 // What is beside the product, compiled once per vector width from rows.h, count_saturated.h,
-// strips.h, softmax.h, norm.h and sample.h.
+// strips.h, softmax.h, norm.h, float_product.h and sample.h.
 struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
@@ -284,6 +300,7 @@ struct RowKernels {
   // Joins another softmax's row; `columns` of o.
   void (*merge)(const SoftmaxRow& to, const SoftmaxRow& from, int64_t columns);
   void (*finish_row[kDTypes])(const SoftmaxRow&, int64_t columns, void* y);
+  void (*multiply_floats[kDTypes])(const FloatProductArgs&);  // by DType of the weight
   void (*normalize)(const NormArgs&);
   void (*rotate_positions)(const RopeArgs&);
   void (*add_columns)(const ColumnArgs&);

@@ -54,6 +54,9 @@ struct HeadTransform {
   Norm norm;
   const Rotary* rotary = nullptr;
   const int64_t* positions = nullptr;  // [rows]
+  // Elements between a group of heads and the next, beside the strides between heads.
+  int64_t group = 1;
+  int64_t gap = 0;
 };
 
 // Rows of heads as codes, of which 128 is 0.
@@ -70,6 +73,9 @@ class HeadCoder {
   float rotate(const HeadRows& rows, const HeadTransform& transform, int64_t row, int64_t head,
                uint8_t* u, int64_t u_tile) const {
     RowArgs source = head_row(rows, row, head, head_dim_);
+    if (transform.gap != 0) {
+      source.x = static_cast<const float*>(source.x) + head / transform.group * transform.gap;
+    }
     if (transform.norm.kind != Norm::Kind::kNone) {
       const Norm& norm = transform.norm;
       kernels_.normalize({static_cast<const float*>(source.x), head_dim_, norm.weight, norm.bias,

@@ -2,6 +2,7 @@
 #include "sq_cpu/program.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "check.h"
 #include "operands.h"
@@ -20,6 +21,15 @@ int64_t vocabulary_of(const Stage& stage) {
   if (const auto* const embed = std::get_if<EmbedStage>(&stage)) return embed->vocabulary;
   const auto* const packed = std::get_if<PackedEmbedStage>(&stage);
   return packed != nullptr ? packed->weight.n : 0;
+}
+
+void check_float(const ProjectedLinear& linear) {
+  const auto [data, n, k] = linear.weight;
+  check_dtype("a weight in float", linear.in_float.type);
+  SQ_CHECK(data == nullptr && n > 0 && k > 0, "a weight in float, [", n, ", ", k,
+           "], that is packed or empty");
+  SQ_CHECK(bounded_product(n, k, int64_t{sizeof(float)}) <= kMostBytes, "a weight [", n, ", ", k,
+           "] is more than any machine has");
 }
 
 void check_norm(const Norm& norm) {
@@ -55,6 +65,15 @@ void Program::add(const PackedEmbedStage& stage) {
   all.append(stage);
 }
 
+void Program::add(const PositionStage& stage) {
+  Implementation& all = *implementation_;
+  all.check_columns("position", stage.out, 0, 0);
+  SQ_CHECK(stage.table != nullptr && stage.count > 0, "the learned positions have no rows");
+  SQ_CHECK(stage.offset >= 0 && stage.offset < stage.count, "position 0 is row ", stage.offset,
+           " of ", stage.count);
+  all.append(stage);
+}
+
 void Program::add(const ProjectStage& stage) {
   Implementation& all = *implementation_;
   SQ_CHECK(stage.linears != nullptr && stage.count > 0 && stage.count <= kMostLinears,
@@ -63,12 +82,15 @@ void Program::add(const ProjectStage& stage) {
   SQ_CHECK(stage.quantizer.granularity != Granularity::kPerTensor,
            "a scale per tensor would depend on the other rows of a batch");
   check_norm(stage.norm);
-  Project project{stage, {stage.linears, stage.linears + stage.count}, {}, false};
+  Project project{stage, {stage.linears, stage.linears + stage.count}, {}, false, false};
   const int64_t k = stage.linears[0].weight.k;
+  project.in_float = stage.linears[0].in_float.data != nullptr;
   all.check_columns("project: in", stage.in, stage.column, k);
   for (int i = 0; i < stage.count; ++i) {
     const ProjectedLinear& linear = project.linears[i];
-    check_weight(linear.weight);
+    SQ_CHECK((linear.in_float.data != nullptr) == project.in_float,
+             "project: weights in float beside packed ones");
+    project.in_float ? check_float(linear) : check_weight(linear.weight);
     const int64_t n = linear.weight.n;
     SQ_CHECK(linear.weight.k == k && n > 0, "project: a weight [", n, ", ", linear.weight.k,
              "] beside others of ", k, " columns");
@@ -76,13 +98,20 @@ void Program::add(const ProjectStage& stage) {
     SQ_CHECK(linear.out != stage.in, "project: reads and writes buffer ", stage.in);
     SQ_CHECK(is_one_of(linear.activation, Activation::kSilu), "unknown Activation ",
              static_cast<int>(linear.activation));
+    SQ_CHECK(std::isfinite(linear.multiplier), "project: multiplier is ", linear.multiplier);
+    SQ_CHECK(linear.softcap == 0.0f || (linear.softcap >= 1e-6f && linear.softcap <= 1e6f),
+             "project: softcap is ", linear.softcap);
     bool joined = false;
     if (linear.other != kNoBuffer) {
       all.check_columns("project: other", linear.other, linear.column, n);
       joined = i > 0 && project.linears[i - 1].out == linear.other &&
                project.linears[i - 1].column == linear.column &&
-               project.linears[i - 1].weight.n == n && linear.other != linear.out;
-      SQ_CHECK(joined, "project: other is not what the linear before writes");
+               project.linears[i - 1].weight.n == n;
+      const auto writes = [&](const ProjectedLinear& each) { return each.out == linear.other; };
+      const bool before =
+          !stage.kept_rows && std::none_of(project.linears.begin(), project.linears.end(), writes);
+      SQ_CHECK(linear.other != linear.out && (joined || before),
+               "project: other is not what the linear before writes, or a stage before");
     }
     const FloatColumns& columns = linear.float_columns;
     SQ_CHECK(columns.count >= 0 && columns.count <= k, "project: ", columns.count,
@@ -91,7 +120,9 @@ void Program::add(const ProjectStage& stage) {
       project.float_columns = true;
       SQ_CHECK(columns.columns != nullptr && columns.weight != nullptr,
                "project: float columns are null");
-      SQ_CHECK(linear.activation == Activation::kNone && linear.other == kNoBuffer,
+      SQ_CHECK(!project.in_float, "project: float columns of a weight in float");
+      SQ_CHECK(linear.activation == Activation::kNone && linear.other == kNoBuffer &&
+                   linear.softcap == 0.0f,
                "project: float columns would be added after the activation");
       for (int64_t c = 0; c < columns.count; ++c) {
         SQ_CHECK(columns.columns[c] >= 0 && columns.columns[c] < k, "project: float column ",
@@ -120,9 +151,16 @@ void Program::add(const AttendStage& stage) {
   SQ_CHECK(stage.kv_heads > 0 && stage.heads > 0 && stage.heads % stage.kv_heads == 0 &&
                stage.heads <= kMostBytes / kMaxHeadDim,
            "attend: ", stage.heads, " heads are not a multiple of ", stage.kv_heads, " kv heads");
-  all.check_columns("attend: q", stage.in, stage.q, stage.heads * stage.head_dim);
-  all.check_columns("attend: k", stage.in, stage.k, stage.kv_heads * stage.head_dim);
-  all.check_columns("attend: v", stage.in, stage.v, stage.kv_heads * stage.head_dim);
+  const int64_t group = stage.heads / stage.kv_heads;
+  SQ_CHECK(stage.stride == 0 || stage.stride >= group * stage.head_dim, "attend: ", group,
+           " heads of ", stage.head_dim, " in a stride of ", stage.stride);
+  const auto reach = [&](int64_t heads) {  // columns of so many heads of each kv head
+    const int64_t apart = stage.stride == 0 ? heads * stage.head_dim : stage.stride;
+    return bounded_product(stage.kv_heads - 1, apart) + heads * stage.head_dim;
+  };
+  all.check_columns("attend: q", stage.in, stage.q, reach(group));
+  all.check_columns("attend: k", stage.in, stage.k, reach(1));
+  all.check_columns("attend: v", stage.in, stage.v, reach(1));
   all.check_columns("attend: out", stage.out, 0, stage.heads * stage.head_dim);
   SQ_CHECK(stage.out != stage.in, "attend: reads and writes buffer ", stage.in);
   SQ_CHECK(stage.cache >= 0, "attend: cache ", stage.cache);
@@ -144,6 +182,15 @@ void Program::add(const MergeStage& stage) {
   check_norm(stage.norm);
   SQ_CHECK(stage.norm.kind != Norm::Kind::kNone && stage.in != stage.out,
            "merge: needs a norm and two buffers");
+  all.append(stage);
+}
+
+void Program::add(const NormStage& stage) {
+  Implementation& all = *implementation_;
+  all.check_columns("norm", stage.buffer, stage.column, stage.columns);
+  check_norm(stage.norm);
+  SQ_CHECK(stage.norm.kind != Norm::Kind::kNone && stage.columns > 0,
+           "norm: needs a norm and columns");
   all.append(stage);
 }
 
@@ -170,6 +217,12 @@ void Program::run(const Step& step, int threads) {
       for (int64_t row = 0; row < rows; ++row) {
         SQ_CHECK(step.ids[row] >= 0 && step.ids[row] < vocabulary, "token ", step.ids[row],
                  " is not in the vocabulary of ", vocabulary);
+      }
+    } else if (const auto* const learned = std::get_if<PositionStage>(&stage)) {
+      const int64_t count = learned->count - learned->offset;
+      for (int64_t row = 0; row < rows; ++row) {
+        SQ_CHECK(step.positions[row] >= 0 && step.positions[row] < count, "position ",
+                 step.positions[row], " is not one of the ", count, " learned ones");
       }
     } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
       const AttendStage& wanted = attend->stage;

@@ -30,6 +30,7 @@ struct Project {
   std::vector<ProjectedLinear> linears;
   std::vector<Product> products;
   bool float_columns;
+  bool in_float;
 };
 
 struct Attend {
@@ -37,7 +38,8 @@ struct Attend {
   size_t plan;
 };
 
-using Stage = std::variant<EmbedStage, PackedEmbedStage, Project, Attend, MergeStage>;
+using Stage = std::variant<EmbedStage, PackedEmbedStage, PositionStage, Project, Attend, MergeStage,
+                           NormStage>;
 
 // Layers that are alike here share a plan.
 struct PlanKey {
@@ -106,6 +108,7 @@ struct Program::Implementation {
   Scratch<uint8_t> codes;
   Scratch<float> scales;
   Scratch<int32_t> zero_points;
+  Scratch<float> float_rows;     // what products with weights in float read
   Scratch<std::byte> workspace;  // of each worker: its sums, or attention's; and a row
   Scratch<float> partials;
   std::unique_ptr<std::atomic<int>[]> finished;

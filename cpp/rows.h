@@ -8,6 +8,7 @@
 
 #include "activations.h"
 #include "count_saturated.h"
+#include "float_product.h"
 #include "kernel.h"
 #include "norm.h"
 #include "sample.h"
@@ -176,7 +177,8 @@ F32 activate(Activation activation, F32 v) {
 }
 
 F32 apply(const EpilogueSteps& steps, F32 v, int64_t row, int64_t column, int64_t count) {
-  v = activate(steps.activation, v);
+  v = activate(steps.activation, v) * steps.multiplier;
+  if (steps.softcap != 0.0f) v = soft_cap(v, steps.softcap);
   if (steps.other != nullptr) {
     v *= load_operand(steps.operand_type, steps.other, row * steps.ld_other + column, count);
   }
@@ -300,6 +302,15 @@ void weight_row(const WeightRow& row, void* y) {
 }
 
 template <DType kType>
+void multiply_floats(const FloatProductArgs& args) {
+  float_product<kType>(args, [&](F32 v, int64_t row, int64_t column, int64_t count) {
+    if (args.bias != nullptr) v += load_first(args.bias + column, count);
+    if (args.steps != nullptr) v = apply(*args.steps, v, row, column, count);
+    return v;
+  });
+}
+
+template <DType kType>
 void rotate(const RowArgs& row, int64_t size, float* out) {
   for_each_vector<kType>(row, [&](int64_t i, F32 v, auto) { store_bits(out + i, v); });
   hadamard(out, row.k, size);
@@ -322,6 +333,7 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
           gather_values,
           merge,
           {finish_row<static_cast<DType>(kTypes)>...},
+          {multiply_floats<static_cast<DType>(kTypes)>...},
           normalize,
           rotate_positions,
           add_columns,

@@ -14,6 +14,15 @@ namespace {
 constexpr int64_t kPageInts = 1024;  // each worker's sums on pages of their own
 constexpr int kCounterSets = 3;      // in use, to be used next, and being cleared
 
+// Columns of a product with a weight in float that a worker takes at a time: their weights stay in
+// L2 while rows pass by, and there are enough for workers that are not equally fast.
+int64_t columns_of_unit(const ProjectedLinear& linear, int workers) {
+  constexpr int64_t kBytes = 128 << 10;
+  const int64_t fit = kBytes / (linear.weight.k * bytes_of(linear.in_float.type));
+  const int64_t columns = std::min(fit, ceil_div(linear.weight.n, 4 * workers));
+  return std::max<int64_t>(columns / kStripColumns, 1) * kStripColumns;
+}
+
 }  // namespace
 
 void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
@@ -27,7 +36,7 @@ void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
   int64_t sums = 0;
   for (const Stage& stage : stages) {
     const auto* const project = std::get_if<Project>(&stage);
-    if (project == nullptr) continue;
+    if (project == nullptr || project->in_float) continue;
     const int64_t m = (project->stage.kept_rows ? kept : rows) * project->stage.quantizer.terms;
     for (const Product& product : project->products) {
       const PackedWeight& weight = project->linears[product.first].weight;
@@ -123,6 +132,26 @@ class Program::Implementation::Runner {
     }
   }
 
+  void run(const PositionStage& stage) {
+    const Range rows = mine(shared_.rows.size());
+    const int64_t width = program_.widths[stage.out];
+    constexpr float kOne = 1.0f;
+    constexpr int64_t kFirst = 0;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const int64_t at_row = shared_.step.positions[shared_.rows.begin + row] + stage.offset;
+      kernels_.add_columns({&kOne, &kFirst, 1, stage.table + at_row * width, width, width, true,
+                            at(stage.out, row, 0)});
+    }
+  }
+
+  void run(const NormStage& stage) {
+    const Range rows = mine(shared_.rows.size());
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      float* const x = at(stage.buffer, row, stage.column);
+      normalize(stage.norm, x, stage.columns, x, false);
+    }
+  }
+
   void run(const MergeStage& stage) {
     const Range rows = mine(shared_.rows.size());
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -138,18 +167,24 @@ class Program::Implementation::Runner {
     const Rotary* const rotary = stage.rotary < 0 ? nullptr : shared_.step.rotaries + stage.rotary;
     const int64_t* const positions = shared_.step.positions + shared_.rows.begin;
     const int64_t ld = program_.ld(stage.in), head = stage.head_dim;
-    const auto heads = [&](int64_t column) {
-      return HeadRows{at(stage.in, 0, column), DType::kFloat32, ld, head};
+    const auto heads = [&](int64_t column, int64_t stride) {
+      return HeadRows{at(stage.in, 0, column), DType::kFloat32, ld, stride};
     };
-    append_pages(
-        {cache, sequences, heads(stage.k), heads(stage.v), {stage.k_norm, rotary, positions}},
-        kernels_, memory_, worker_, workers_);
+    const int64_t group = stage.heads / stage.kv_heads;
+    const int64_t kv_stride = stage.stride == 0 ? head : stage.stride;
+    const int64_t gap = stage.stride == 0 ? 0 : stage.stride - group * head;
+    append_pages({cache,
+                  sequences,
+                  heads(stage.k, kv_stride),
+                  heads(stage.v, kv_stride),
+                  {stage.k_norm, rotary, positions}},
+                 kernels_, memory_, worker_, workers_);
     wait();
     const AttentionArgs args{cache,
                              sequences,
                              stage.heads,
-                             heads(stage.q),
-                             {stage.q_norm, rotary, positions},
+                             heads(stage.q, head),
+                             {stage.q_norm, rotary, positions, group, gap},
                              stage.options,
                              {at(stage.out, 0, 0), DType::kFloat32, program_.ld(stage.out), head}};
     shared_.attention[attend.plan].run(args, program_.isa, *counters(), program_.finished.get(),
@@ -162,9 +197,10 @@ class Program::Implementation::Runner {
         stage.kept_rows ? static_cast<int64_t>(shared_.pass.kept.size()) : shared_.rows.size();
     WorkCounter* next = counters();
     if (m == 0) {
-      plan_ += project.products.size();
+      if (!project.in_float) plan_ += project.products.size();
       return;
     }
+    if (project.in_float) return multiply_floats(project, m, next);
     const int64_t k = project.linears[0].weight.k;
     thread_local OwnCodes own;
     const int terms = stage.quantizer.terms;
@@ -192,14 +228,64 @@ class Program::Implementation::Runner {
     }
   }
 
+  // The rows are read where they lie, unless they are to be normalized or picked.
+  void multiply_floats(const Project& project, int64_t m, WorkCounter* next) {
+    const ProjectStage& stage = project.stage;
+    const int64_t k = project.linears[0].weight.k;
+    const float* x = at(stage.in, 0, stage.column);
+    int64_t ldx = program_.ld(stage.in);
+    if (stage.kept_rows || stage.norm.kind != Norm::Kind::kNone) {
+      ldx = whole_vectors(k);
+      float* const rows = program_.float_rows.get(0);
+      const Range own = mine(m);
+      for (int64_t row = own.begin; row < own.end; ++row) {
+        const float* const source = source_of(stage, row);
+        if (stage.norm.kind == Norm::Kind::kNone) {
+          std::copy_n(source, k, rows + row * ldx);
+        } else {
+          normalize(stage.norm, source, k, rows + row * ldx, false);
+        }
+      }
+      x = rows;
+      wait();
+    }
+    for (const Product& product : project.products) {
+      const ProjectedLinear* const linears = &project.linears[product.first];
+      const int64_t n = linears->weight.n, step = columns_of_unit(*linears, workers_);
+      for (int i = 0; i < workers_; ++i) {
+        const int task = (worker_ + i) % workers_;
+        const Range own = part(n, step, workers_, task);
+        const int64_t units = ceil_div(own.size(), step);
+        for (int64_t unit; (unit = next[task].take(units)) < units;) {
+          const int64_t begin = own.begin + unit * step;
+          for (int each = 0; each < product.count; ++each) {
+            multiply_floats(stage, linears[each], x, ldx, m, {begin, std::min(begin + step, n)});
+          }
+        }
+      }
+      next += workers_planned();
+    }
+  }
+
+  void multiply_floats(const ProjectStage& stage, const ProjectedLinear& linear, const float* x,
+                       int64_t ldx, int64_t m, Range columns) const {
+    const FloatWeight& weight = linear.in_float;
+    const int64_t k = linear.weight.k, first = columns.begin;
+    EpilogueSteps steps;
+    const Target y = target(stage, linear, first, steps);
+    kernels_.multiply_floats[static_cast<int>(weight.type)](
+        {x, ldx, m, static_cast<const char*>(weight.data) + first * k * bytes_of(weight.type), k,
+         columns.size(), weight.bias == nullptr ? nullptr : weight.bias + first,
+         y.steps ? &steps : nullptr, y.data, y.ld});
+  }
+
   int workers_planned() const { return program_.planned_workers; }
 
   // A row of x into codes, and its float columns into what they are added to. `alone`: every worker
   // does all rows, and a part of those columns.
   void quantize(const Project& project, int64_t row, const QuantizedActivation& x, bool alone) {
     const ProjectStage& stage = project.stage;
-    const float* source =
-        at(stage.in, stage.kept_rows ? shared_.pass.kept[row] : row, stage.column);
+    const float* source = source_of(stage, row);
     if (stage.norm.kind != Norm::Kind::kNone) {
       normalize(stage.norm, source, x.k, row_, false);
       source = row_;
@@ -219,6 +305,10 @@ class Program::Implementation::Runner {
     }
   }
 
+  const float* source_of(const ProjectStage& stage, int64_t row) const {
+    return at(stage.in, stage.kept_rows ? shared_.pass.kept[row] : row, stage.column);
+  }
+
   float* output(const ProjectStage& stage, const ProjectedLinear& linear, int64_t row) const {
     if (!stage.kept_rows || linear.out != program_.result) {
       return at(linear.out, row, linear.column);
@@ -227,25 +317,40 @@ class Program::Implementation::Runner {
            linear.column;
   }
 
-  GemmArgs gemm_args(const ProjectStage& stage, const ProjectedLinear& linear,
-                     const QuantizedActivation& x, EpilogueSteps& steps) const {
+  // Where a linear writes, from its column `first` on.
+  struct Target {
+    float* data;
+    int64_t ld;
+    bool steps;  // whether there are any
+  };
+
+  Target target(const ProjectStage& stage, const ProjectedLinear& linear, int64_t first,
+                EpilogueSteps& steps) const {
     const bool result = stage.kept_rows && linear.out == program_.result;
     const int64_t ldy = result ? program_.widths[linear.out] : program_.ld(linear.out);
-    float* const y = output(stage, linear, 0);
+    float* const y = output(stage, linear, 0) + first;
     steps = {};
     steps.activation = linear.activation;
     steps.operand_type = DType::kFloat32;
+    steps.multiplier = linear.multiplier;
+    steps.softcap = linear.softcap;
     if (linear.other != kNoBuffer) {
-      steps.other = at(linear.other, 0, linear.column);
+      steps.other = at(linear.other, 0, linear.column + first);
       steps.ld_other = program_.ld(linear.other);
     }
     if (linear.accumulate || linear.float_columns.count > 0) {
       steps.residual = y;
       steps.ld_residual = ldy;
     }
-    const bool any = steps.activation != Activation::kNone || steps.other != nullptr ||
-                     steps.residual != nullptr;
-    return {x, linear.weight, y, Output::kFloat32, ldy, any ? &steps : nullptr};
+    const bool any = steps.activation != Activation::kNone || steps.multiplier != 1.0f ||
+                     steps.softcap != 0.0f || steps.other != nullptr || steps.residual != nullptr;
+    return {y, ldy, any};
+  }
+
+  GemmArgs gemm_args(const ProjectStage& stage, const ProjectedLinear& linear,
+                     const QuantizedActivation& x, EpilogueSteps& steps) const {
+    const Target y = target(stage, linear, 0, steps);
+    return {x, linear.weight, y.data, Output::kFloat32, y.ld, y.steps ? &steps : nullptr};
   }
 
   void normalize(const Norm& norm, const float* x, int64_t k, float* y, bool sum) const {
@@ -289,17 +394,21 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
   }
   // Memory: nothing is allocated inside the region.
   int64_t floats = 0, depth = 0, codes_size = 0, own = sums_bytes, part_floats = 0, blocks = 0;
-  int64_t rows_of_codes = 0;
+  int64_t rows_of_codes = 0, row_floats = 0;
   for (size_t i = 0; i < widths.size(); ++i) floats += m * ld(static_cast<Buffer>(i));
   int64_t most_products = 1;
   for (const Stage& stage : stages) {
     if (const auto* const project = std::get_if<Project>(&stage)) {
       const int64_t k = project->linears[0].weight.k;
       depth = std::max(depth, k);
+      most_products = std::max<int64_t>(most_products, project->products.size());
+      if (project->in_float) {
+        row_floats = std::max(row_floats, m * whole_vectors(k));
+        continue;
+      }
       const int64_t coded = m * project->stage.quantizer.terms;
       codes_size = std::max(codes_size, codes_bytes(coded, k));
       rows_of_codes = std::max(rows_of_codes, coded);
-      most_products = std::max<int64_t>(most_products, project->products.size());
     } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
       own = std::max(own, append_workspace(attend->stage.head_dim));
     }
@@ -318,6 +427,7 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
   codes.get(codes_size);
   scales.get(rows_of_codes);
   zero_points.get(rows_of_codes);
+  float_rows.get(row_floats);
   partials.get(part_floats);
   if (blocks > finished_count) {
     finished.reset(new std::atomic<int>[blocks] {});

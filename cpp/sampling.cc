@@ -8,6 +8,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "layout.h"
+#include "philox.h"
 #include "scratch.h"
 #include "sq_cpu/isa.h"
 #include "team.h"
@@ -133,7 +134,8 @@ void check(const SampledRow& row, int64_t vocabulary) {
   SQ_CHECK(row.top_p > 0 && row.top_p <= 1, "top_p is ", row.top_p);
   SQ_CHECK(row.min_p >= 0 && row.min_p <= 1, "min_p is ", row.min_p);
   const LogitEdits& edits = row.edits;
-  SQ_CHECK(edits.count >= 0, edits.count, " edits");
+  SQ_CHECK(edits.count >= 0 && edits.count <= vocabulary, edits.count, " edits of ", vocabulary,
+           " logits");
   SQ_CHECK(edits.count == 0 ||
                (edits.ids != nullptr && edits.divisors != nullptr && edits.addends != nullptr),
            "edits without ids, divisors or addends");
@@ -148,24 +150,10 @@ void check(const SampledRow& row, int64_t vocabulary) {
 
 }  // namespace
 
-uint64_t random_bits(uint64_t key, uint64_t counter) {
-  constexpr uint64_t kMultiplier0 = 0xd2511f53, kMultiplier1 = 0xcd9e8d57;
-  constexpr uint32_t kWeyl0 = 0x9e3779b9, kWeyl1 = 0xbb67ae85;
-  uint32_t x[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round, k0 += kWeyl0, k1 += kWeyl1) {
-    const uint64_t a = kMultiplier0 * x[0], b = kMultiplier1 * x[2];
-    x[0] = static_cast<uint32_t>(b >> 32) ^ x[1] ^ k0;
-    x[1] = static_cast<uint32_t>(b);
-    x[2] = static_cast<uint32_t>(a >> 32) ^ x[3] ^ k1;
-    x[3] = static_cast<uint32_t>(a);
-  }
-  return x[0] | static_cast<uint64_t>(x[1]) << 32;
-}
-
 void sample(const SampledRow* rows, int64_t count, int64_t vocabulary, int64_t* ids) {
   SQ_CHECK(count >= 0 && vocabulary > 0 && vocabulary <= INT32_MAX, count, " rows of ", vocabulary,
            " logits");
+  SQ_CHECK(count == 0 || (rows != nullptr && ids != nullptr), "no rows or no ids");
   for (int64_t i = 0; i < count; ++i) check(rows[i], vocabulary);
   const RowKernels& kernels = row_kernels(active_isa());
   // Threads of their own rows; what they need is reserved before.

@@ -140,6 +140,18 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         "bias": lambda: torch.ones(N),
         "out": lambda: layers()["dynamic"].packed.clone(),
     },
+    "_core.sample": {
+        "logits": lambda: torch.randn(2, N),
+        "temperature": lambda: torch.tensor([0.7, 0.0]),
+        "top_k": lambda: torch.tensor([3, 0]),
+        "top_p": lambda: torch.tensor([0.9, 1.0]),
+        "min_p": lambda: torch.zeros(2),
+        "stream": lambda: torch.tensor([1, 2]),
+        "position": lambda: torch.tensor([0, 5]),
+        "edits": lambda: [None, (torch.tensor([1]), torch.ones(1), torch.ones(1))],
+        "allowed": lambda: [torch.full((-(-N // 32),), -1, dtype=torch.int32), None],
+        "ids": lambda: torch.zeros(2).long(),
+    },
     "_core.unpack_weight": {
         "weight": lambda: torch.ones(N, K, dtype=torch.int8),
         "scale": lambda: torch.ones(N),

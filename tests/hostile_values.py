@@ -137,8 +137,8 @@ def replaced(x: QuantizedActivation, rng: random.Random) -> QuantizedActivation:
 
 def extreme(kind: str, value: Any, rng: random.Random, *, is_core: bool) -> Any:
     """Return an extreme of an annotated type; a type without one is an error of this test."""
-    kinds = kind.split(" | ")
-    if "None" in kinds and rng.random() < 0.2:
+    kinds = [kind.removesuffix(" | None")] if kind.startswith("list[") else kind.split(" | ")
+    if kind.endswith(" | None") and rng.random() < 0.2:
         return None
     match kinds[0].removesuffix("'>").rpartition(".")[2]:
         case "Tensor" if kinds[1:] == ["QuantizedActivation"] and rng.random() < 0.5:
@@ -180,6 +180,18 @@ def extreme(kind: str, value: Any, rng: random.Random, *, is_core: bool) -> Any:
             return layers()[rng.choice(list(layers()))]
         case _ if kinds[0] == "Iterable[Tensor]":
             return [extreme("Tensor", each, rng, is_core=False) for each in value]
+        case _ if (
+            kinds[0].startswith("list[") and value is not None
+        ):  # of tensors, or tuples of them
+            several = [
+                each
+                if each is None or rng.random() < 0.3
+                else tuple(tensors(x, rng, is_core) for x in each)
+                if isinstance(each, tuple)
+                else tensors(each, rng, is_core)
+                for each in value
+            ]
+            return several[1:] if rng.random() < 0.2 else several
         case _ if kinds[0] == "Sequence[Sequence[int]]":
             several = list(value)
             several[rng.randrange(len(several))] = [

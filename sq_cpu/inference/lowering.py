@@ -7,9 +7,7 @@ without int8 its stages compute what its module does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,13 +15,17 @@ from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.attention import attention_in_floats
-from sq_cpu.inference.program import (
+from sq_cpu.inference.observing import Seen, attending, find, is_altered, see, table_of
+from sq_cpu.inference.program import DecoderProgram
+from sq_cpu.inference.proving import head_seen, in_float32, in_floats, no_weight, prove
+from sq_cpu.inference.stages import (
     Attend,
-    DecoderProgram,
     Embed,
     Linear,
     Merge,
     Norm,
+    Normalize,
+    Positions,
     Project,
     Rotary,
     Stage,
@@ -33,21 +35,19 @@ from sq_cpu.kernels.paged_attention import AttentionOptions
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder
-from sq_cpu.models.hf_private import attending_by, is_transformers
-from sq_cpu.models.hooks import hooked
+from sq_cpu.models.groups import config_value
+from sq_cpu.models.hf_private import is_transformers
+from sq_cpu.models.linears import LINEAR_TYPES, head_of
 from sq_cpu.nn.decomposed import DecomposedLinear
-from sq_cpu.nn.embedding import QuantEmbedding
 from sq_cpu.nn.linear import QuantLinear
 
-__all__ = ["compile_program"]
+__all__ = ["compile_program", "decoder_of"]
 
-_TOKENS = 24  # of the call in which a model is seen
-# Of what a block adds to the residual: both are fp32 sums, of up to some 10^4 terms.
-_MOST_ERROR = 1e-4
 _ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
     "swish": "silu",
@@ -61,8 +61,8 @@ def compile_program(model: Any) -> DecoderProgram:
     Raises
     ------
     SqCpuError
-        That says why it cannot be: no row for its family, a linear that is not in int8, a block
-        that does something else than its row says.
+        That says why it cannot be: no row for its family, no linear in int8, a block that does
+        something else than its row says.
     """
     if not is_transformers(model):
         raise SqCpuError(f"no program for a {type(model).__name__}: not a model of transformers")
@@ -70,108 +70,105 @@ def compile_program(model: Any) -> DecoderProgram:
     if family is None or family.decoder is None:
         raise SqCpuError(f"no program for {model.config.model_type}: its family has no decoder row")
     try:
-        with evaluating(model), _in_float32(model):
+        with evaluating(model), in_float32(model):
             lowering = _Lowering(model, family.decoder, family.stacks[0].norm_offset)
-            lowering.prove()
+            lowering.prove_all()
         return lowering.program()
     except SqCpuError as error:
         raise SqCpuError(f"no program for {model.config.model_type}: {error}") from error
 
 
-@dataclass
-class _Seen:
-    """What a call of the model showed."""
-
-    ids: Tensor
-    """int64 [1, tokens]."""
-    multiplier: float = 1.0
-    """Of the embedding."""
-    options: dict[nn.Module, Mapping[str, Any]] = field(default_factory=dict)
-    """Of each attention: the keyword arguments of its attention function."""
-    rotaries: dict[nn.Module, tuple[Any, ...]] = field(default_factory=dict)
-    """Of each attention: what its rotary embedding was called with, beside x and positions."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    """Of each block: its arguments, hidden states first."""
+def decoder_of(model: Any) -> nn.Module:
+    """Return the module whose forward a program of the model stands for."""
+    family = family_of(model)
+    base: nn.Module = getattr(model, "base_model", model)
+    path = None if family is None or family.decoder is None else family.decoder.base
+    return base if path is None else find(base, path, optional=True) or base
 
 
 class _Lowering:
     def __init__(self, model: Any, decoder: Decoder, norm_offset: float) -> None:
-        self._base = model.base_model
+        self._base: Any = decoder_of(model)
         self._decoder = decoder
         self._norm_offset = norm_offset
         self._widths: dict[str, int] = {}
         self._rotaries: dict[tuple[Any, ...], Rotary] = {}
         self._model = model
-        self._seen = self._see()
-        self._buffer("residual", _find(self._base, decoder.embedding).weight.shape[1])
-        self._blocks = [self._stages(block) for block in _find(self._base, decoder.blocks)]
+        for name, wanted in decoder.when.items():
+            if (actual := config_value(model, name)) != wanted:
+                raise SqCpuError(f"config.{name} is {actual!r}, and its row is for {wanted!r}")
+        if not any(isinstance(m, QuantLinear) for m in self._blocks.modules()):
+            raise SqCpuError("none of its linears is in int8: quantize it first")
+        self._seen: Seen = see(model, self._base, decoder)
+        self._multiplier = self._embedding_multiplier()
+        cap = getattr(self._base.config, decoder.softcap, None) or 0.0
+        self._head = head_seen(self._seen, head_of(model), cap)
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        blocks: nn.ModuleList = find(self._base, self._decoder.blocks)
+        return blocks
 
     def program(self) -> DecoderProgram:
-        embedding = _find(self._base, self._decoder.embedding)
-        embed = Embed(_table(embedding), self._seen.multiplier, "residual")
-        stages = [embed, *(stage for block in self._blocks for stage in block)]
-        final_norm = self._norm(self._base, self._decoder.final_norm)
-        return DecoderProgram(stages, self._widths, "residual", final_norm)
+        stages = [*self._embedding(), *(x for block in self._blocks for x in self._stages(block))]
+        return DecoderProgram(
+            stages,
+            self._widths,
+            "residual",
+            self._norm(self._base, self._decoder.final_norm),
+            self._head,
+            own_positions=self._decoder.own_positions,
+        )
 
-    def prove(self) -> None:
-        """Raise `SqCpuError` for a block whose stages do something else than the block does.
+    def prove_all(self) -> None:
+        """Raise `SqCpuError` for what does something else than its row says.
 
-        Both compute with the int8 weights as floats, on the input that the block had.
+        A block and its stages both compute with the int8 weights as floats, on the input that the
+        block had.
         """
-        blocks = _find(self._base, self._decoder.blocks)
-        at = torch.arange(self._seen.ids.shape[1], device="cpu")
-        with attending_by(self._model, attention_in_floats):
-            for index, stages in enumerate(self._blocks):
-                args, kwargs = self._seen.calls[index]
+        seen, blocks = self._seen, self._decoder.blocks
+        at = torch.arange(seen.ids.shape[1], device="cpu")
+        entered = run_reference(self._embedding(), seen.ids[0], no_weight)["residual"]
+        prove(self._decoder.embedding, entered, seen.calls[0][0][0][0])
+        with attending(self._model, self._decoder, attention_in_floats):
+            for index, block in enumerate(self._blocks):
+                args, kwargs = seen.calls[index]
                 x = args[0][0]
-                with _dequantized(blocks[index]) as weights:
-                    wanted = _hidden(blocks[index](*args, **kwargs))[0] - x
-                    stages = [Embed(x, 1.0, "residual"), *stages]
+                stages = [Embed(x, 1.0, "residual"), *self._stages(block)]
+                with in_floats(block) as weights:
+                    wanted = _hidden(block(*args, **kwargs))[0] - x
                     found = run_reference(stages, at, weights.__getitem__)["residual"] - x
-                error = float((found - wanted).norm() / wanted.norm())
-                if not error <= _MOST_ERROR:
-                    raise SqCpuError(
-                        f"{self._decoder.blocks}.{index} does something else than its row says: "
-                        f"without int8 its stages are {100 * error:.2g} % off"
-                    )
+                prove(f"{blocks}.{index}", found, wanted)
+        norm = self._norm(self._base, self._decoder.final_norm)
+        if seen.residual is not None and seen.hidden is not None:
+            normed = seen.residual if norm is None else norm.reference(seen.residual)
+            prove(self._decoder.final_norm, normed, seen.hidden)
 
-    def _see(self) -> _Seen:
-        decoder, base = self._decoder, self._base
-        embed = Embed(_table(_find(base, decoder.embedding)), 1.0, "residual")
-        seen = _Seen((torch.arange(_TOKENS, device="cpu") * 7919 % embed.vocabulary)[None])
-        tables: list[tuple[Any, tuple[Any, ...]]] = []  # what rotary gave, and for what
+    def _embedding(self) -> list[Stage]:
+        decoder = self._decoder
+        table = table_of(find(self._base, decoder.embedding))
+        width = table.in_features if isinstance(table, QuantLinear) else table.shape[1]
+        out = self._buffer("residual", width)
+        stages: list[Stage] = [Embed(table, self._multiplier, out)]
+        if decoder.positions is not None:
+            learned = find(self._base, decoder.positions)
+            weight = learned.weight.detach().float().contiguous()
+            self._buffer(out, weight.shape[1])
+            stages.append(Positions(weight, getattr(learned, "offset", 0), out))
+        norm = self._norm(self._base, decoder.embedding_norm)
+        return [*stages, Normalize(out, 0, norm)] if norm is not None else stages
 
-        def rotary_called(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            extra = (value for name, value in kwargs.items() if name not in ("x", "position_ids"))
-            tables.append((output, (*args[2:], *extra)))
-
-        def attention_called(module: nn.Module, _: Any, kwargs: Any) -> None:
-            given = kwargs.get("position_embeddings")
-            for output, key in tables:
-                if given is not None and given[0] is output[0]:
-                    seen.rotaries[module] = key
-
-        def block_called(_: nn.Module, args: Any, kwargs: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            seen.calls.append(((x.clone(), *args[1:]), rest))
-
-        def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            seen.options[module] = kwargs
-            return attention_in_floats(module, *args, **kwargs)
-
-        rotary = _find(base, decoder.rotary, optional=True)
-        after = [] if rotary is None else [(rotary, rotary_called)]
-        blocks = _find(base, decoder.blocks)
-        before: list[tuple[nn.Module, Any]] = [(block, block_called) for block in blocks]
-        before += [(_find(block, decoder.attention), attention_called) for block in blocks]
-        with hooked(before=before, after=after), attending_by(self._model, attend):
-            base(input_ids=seen.ids, use_cache=False)
-        first, rows = seen.calls[0][0][0][0], embed.rows(seen.ids[0])
-        seen.multiplier = float((first * rows).sum() / (rows * rows).sum())
-        if not torch.allclose(first, rows * seen.multiplier, rtol=1e-3, atol=1e-7):
-            raise SqCpuError("what enters the first block is not a token's embedding alone")
-        return seen
+    def _embedding_multiplier(self) -> float:
+        """Return what tokens' embeddings are multiplied by, which a norm would not show."""
+        if self._decoder.embedding_norm is not None:
+            return 1.0
+        self._multiplier = 0.0
+        ids, entered = self._seen.ids[0], self._seen.calls[0][0][0][0]
+        stages = self._embedding()
+        self._buffer("residual", entered.shape[1])
+        rows = Embed(table_of(find(self._base, self._decoder.embedding)), 1.0, "").rows(ids)
+        own = entered - run_reference(stages, ids, no_weight)["residual"]
+        return float((own * rows).sum() / (rows * rows).sum())
 
     def _buffer(self, name: str, width: int) -> str:
         if self._widths.setdefault(name, width) != width:
@@ -180,10 +177,10 @@ class _Lowering:
 
     def _stages(self, block: nn.Module) -> list[Stage]:
         decoder = self._decoder
-        attention = _find(block, decoder.attention)
-        if attention not in self._seen.options:
+        attention = find(block, decoder.attention)
+        if attention not in self._seen.options and not decoder.own_attention:
             raise SqCpuError(f"{decoder.attention} does not attend through transformers' interface")
-        head_dim: int = attention.head_dim
+        head_dim: int = find(attention, decoder.head_dim)
         qkv = [_layer(block, path) for path in decoder.qkv]
         widths = [layer.out_features for layer in qkv]
         out = _layer(block, decoder.attention_out)
@@ -194,6 +191,7 @@ class _Lowering:
         projected = self._buffer("qkv", sum(widths))
         attended = self._buffer("attended", out.in_features)
         columns = [sum(widths[:i]) for i in range(len(widths))]
+        (q_norm, k_norm), whole = self._head_norms(block, projected, (heads, kv_heads), head_dim)
         into_attention: list[Stage] = [
             Project(
                 "residual",
@@ -203,16 +201,18 @@ class _Lowering:
                     for layer, at in zip(qkv, columns, strict=True)
                 ),
             ),
+            *whole,
             Attend(
                 projected,
                 heads,
                 kv_heads,
                 head_dim,
-                self._norm(block, decoder.q_norm),
-                self._norm(block, decoder.k_norm),
+                q_norm,
+                k_norm,
                 self._rotary(block, attention),
-                _options(self._seen.options[attention]),
+                self._options(block, attention, head_dim),
                 attended,
+                decoder.qkv_by_head,
             ),
         ]
         out_of_attention = self._add(block, attended, out, decoder.after_attention)
@@ -223,12 +223,48 @@ class _Lowering:
             return [*into_attention, into_mlp, *out_of_attention, *out_of_mlp]
         return [*into_attention, *out_of_attention, into_mlp, *out_of_mlp]
 
+    def _head_norms(
+        self, block: nn.Module, projected: str, heads: tuple[int, int], head_dim: int
+    ) -> tuple[tuple[Norm | None, Norm | None], list[Stage]]:
+        """Return the norms of q and k: over each head, or stages where they are over whole rows."""
+        decoder = self._decoder
+        norms = [self._norm(block, path) for path in (decoder.q_norm, decoder.k_norm)]
+        whole: list[Stage] = []
+        for index, column in enumerate((0, heads[0] * head_dim)):
+            norm = norms[index]
+            if norm is not None and len(norm.weight) != head_dim:
+                if decoder.qkv_by_head or len(norm.weight) != heads[index] * head_dim:
+                    raise SqCpuError(f"a norm of {len(norm.weight)} channels of q or k")
+                whole.append(Normalize(projected, column, norm))
+                norms[index] = None
+        return (norms[0], norms[1]), whole
+
+    def _options(self, block: nn.Module, attention: nn.Module, head_dim: int) -> AttentionOptions:
+        decoder, given = self._decoder, self._seen.options.get(attention, {})
+        scale = given.get("scaling")
+        named = None if decoder.scale is None else float(find(block, decoder.scale))
+        if decoder.own_attention or scale is None:
+            scale = head_dim**-0.5 if named is None else named
+        elif named is not None:
+            scale *= named
+        slopes = self._seen.biases.get(attention)
+        if slopes is not None:
+            slopes = slopes.flatten(0, -2)
+            slopes = slopes[:, 1] - slopes[:, 0]
+        return AttentionOptions(
+            scale=float(scale),
+            window=given.get("sliding_window") or 0,
+            softcap=given.get("softcap") or 0.0,
+            slopes=_floats(slopes),
+            sinks=_floats(given.get("s_aux")),
+        )
+
     def _into_mlp(self, block: nn.Module) -> Project:
         decoder = self._decoder
         hidden = self._buffer("hidden", _layer(block, decoder.down).in_features)
-        name = getattr(self._base.config, decoder.activation)
+        name = getattr(self._base.config, decoder.activation, decoder.activation)
         if name not in _ACTIVATIONS:
-            raise SqCpuError(f"config.{decoder.activation} is {name!r}")
+            raise SqCpuError(f"its activation function is {name!r}")
         activation = _ACTIVATIONS[name]
         if decoder.gated:
             raised = self._buffer("raised", self._widths[hidden])
@@ -249,20 +285,25 @@ class _Lowering:
         parallel = self._decoder.parallel
         return bool(getattr(self._base.config, parallel) if isinstance(parallel, str) else parallel)
 
-    def _add(
-        self, block: nn.Module, source: str, layer: QuantLinear | DecomposedLinear, norm: str | None
-    ) -> list[Stage]:
+    def _add(self, block: nn.Module, source: str, layer: _Layer, norm: str | None) -> list[Stage]:
         """Add a linear to the residual, or the norm of it."""
         if norm is None:
-            return [Project(source, None, (_linear(layer, "residual", accumulate=True),))]
+            multiplier = getattr(self._base.config, self._decoder.residual_multiplier, 1.0)
+            linear = _linear(layer, "residual", accumulate=True, multiplier=float(multiplier))
+            return [Project(source, None, (linear,))]
         apart = self._buffer("apart", layer.out_features)
         after = self._norm(block, norm)
         if after is None:
             raise SqCpuError(f"a block has no {norm}")
         return [Project(source, None, (_linear(layer, apart),)), Merge(apart, after, "residual")]
 
-    def _norm(self, block: nn.Module, path: str | None) -> Norm | None:
-        norm = None if path is None else _find(block, path, optional=True)
+    def _norm(self, block: nn.Module, paths: str | tuple[str, ...] | None) -> Norm | None:
+        """Return the norm at the first of some paths that there is; None: at none of them."""
+        norm = path = None
+        for path in (paths,) if isinstance(paths, str) else paths or ():
+            norm = find(block, path, optional=True)
+            if norm is not None:
+                break
         if norm is None:
             return None
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
@@ -276,11 +317,15 @@ class _Lowering:
         )
 
     def _rotary(self, block: nn.Module, attention: nn.Module) -> Rotary | None:
-        used = _find(block, self._decoder.uses_rotary, optional=True)
+        used = find(block, self._decoder.uses_rotary, optional=True)
+        if decoder_table := self._decoder.rotary_table:
+            return self._stored_rotary(find(block, decoder_table))
         if attention not in self._seen.rotaries or (used is not None and not used):
             return None
+        if attention in self._seen.biases:
+            return None  # ALiBi is in the place of positions
         extra = self._seen.rotaries[attention]
-        module = _find(self._base, self._decoder.rotary)
+        module = find(self._base, self._decoder.rotary)
         kinds = _rope_types(module)
         if kinds & {"dynamic", "longrope"}:
             raise SqCpuError(f"rotary tables of type {kinds} depend on the sequence's length")
@@ -292,23 +337,20 @@ class _Lowering:
 
         return self._rotaries.setdefault(extra, Rotary(tables, self._decoder.interleaved))
 
+    def _stored_rotary(self, stored: Tensor) -> Rotary:
+        """Return the rotary embedding of a table [positions, rotated]: sines, then cosines."""
 
-def _find(module: Any, path: str, *, optional: bool = False) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-        if module is None:
-            if optional:
-                return None
-            raise SqCpuError(f"the model has no {path}")
-    return module
+        def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+            sin, cos = stored[positions].chunk(2, dim=-1)
+            return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
 
-
-def _table(embedding: nn.Module) -> Tensor | QuantLinear:
-    """Return what holds the rows of an embedding."""
-    if isinstance(embedding, QuantEmbedding):
-        return embedding.head
-    weight: Tensor = embedding.weight.detach()  # type: ignore[operator]
-    return weight
+        rotary = Rotary(tables, self._decoder.interleaved, len(stored))
+        for known in self._rotaries.values():
+            if known.positions == len(stored) and torch.equal(
+                known.table(len(stored)), rotary.table(len(stored))
+            ):
+                return known
+        return self._rotaries.setdefault((id(stored),), rotary)
 
 
 def _rope_types(rotary: Any) -> set[str]:
@@ -316,21 +358,23 @@ def _rope_types(rotary: Any) -> set[str]:
     return set(kinds.values()) if isinstance(kinds, Mapping) else {kinds}
 
 
-def _layer(block: nn.Module, path: str) -> QuantLinear | DecomposedLinear:
-    layer = _find(block, path)
-    if type(layer) not in (QuantLinear, DecomposedLinear):
-        raise SqCpuError(f"{path} is a {type(layer).__name__}, not in int8")
-    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
-        raise SqCpuError(f"{path} has hooks, or a forward of its own")
-    return layer  # type: ignore[no-any-return]
-
-
+_Layer = QuantLinear | DecomposedLinear | nn.Linear
 _Rows = tuple[int, int] | None
 
 
-def _gate_up(
-    block: nn.Module, paths: tuple[str, ...]
-) -> list[tuple[QuantLinear | DecomposedLinear, _Rows]]:
+def _layer(block: nn.Module, path: str) -> _Layer:
+    layer = find(block, path)
+    if is_altered(layer):
+        raise SqCpuError(f"{path} has hooks, or a forward of its own")
+    kind = type(layer)
+    if as_linear := LINEAR_TYPES.get(f"{kind.__module__}.{kind.__qualname__}"):
+        return as_linear(layer)
+    if kind not in (QuantLinear, DecomposedLinear, nn.Linear):
+        raise SqCpuError(f"{path} is a {kind.__name__}, which a program cannot run")
+    return layer  # type: ignore[no-any-return]
+
+
+def _gate_up(block: nn.Module, paths: tuple[str, ...]) -> list[tuple[_Layer, _Rows]]:
     layers = [_layer(block, path) for path in paths]
     if len(layers) == 2:
         return [(layer, None) for layer in layers]
@@ -339,7 +383,7 @@ def _gate_up(
 
 
 def _linear(
-    layer: QuantLinear | DecomposedLinear,
+    layer: _Layer,
     out: str,
     *,
     rows: _Rows = None,
@@ -347,22 +391,26 @@ def _linear(
     activation: str | None = None,
     other: str | None = None,
     accumulate: bool = False,
+    multiplier: float = 1.0,
 ) -> Linear:
     begin, end = rows or (0, layer.out_features)
     columns = weight = None
     if isinstance(layer, DecomposedLinear):
         columns = layer.columns
-        weight = layer.outlier_weight.detach().float()[begin:end].T.contiguous()
+        weight = layer.outlier_weight.detach().float()[begin:end].T.contiguous() * multiplier
         layer = layer.regular
-    return Linear(layer, begin, end, out, column, activation, other, accumulate, columns, weight)
-
-
-def _options(given: Mapping[str, Any]) -> AttentionOptions:
-    return AttentionOptions(
-        scale=float(given["scaling"]),
-        window=given.get("sliding_window") or 0,
-        softcap=given.get("softcap") or 0.0,
-        sinks=_floats(given.get("s_aux")),
+    return Linear(
+        layer,
+        begin,
+        end,
+        out,
+        column,
+        activation,
+        other,
+        accumulate,
+        columns,
+        weight,
+        multiplier,
     )
 
 
@@ -372,55 +420,3 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
-
-
-@contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Compute in fp32 meanwhile; after it every tensor is what it was."""
-    tensors = [
-        (x, x.data)
-        for x in (*model.parameters(), *model.buffers())
-        if x.is_floating_point() and x.dtype != torch.float32
-    ]
-    kinds = (QuantLinear, QuantEmbedding)
-    layers = [(m, m.dtype) for m in model.modules() if isinstance(m, kinds)]
-    for x, data in tensors:
-        x.data = data.float()
-    for layer, _ in layers:
-        layer.dtype = torch.float32
-    try:
-        yield
-    finally:
-        for x, data in tensors:
-            x.data = data
-        for layer, dtype in layers:
-            layer.dtype = dtype
-
-
-@contextmanager
-def _dequantized(block: nn.Module) -> Iterator[dict[QuantLinear, Tensor]]:
-    """Make a block's linears float ones of the same weights meanwhile; yields those weights."""
-    weights: dict[QuantLinear, Tensor] = {}
-    replaced = []
-    for parent in [*block.modules()]:
-        for name, layer in [*parent.named_children()]:
-            if not isinstance(layer, QuantLinear | DecomposedLinear):
-                continue
-            regular = layer.regular if isinstance(layer, DecomposedLinear) else layer
-            weight = regular.weight_int8().float() * regular.weight_scale[:, None]
-            if regular.smoothing is not None:
-                weight /= regular.smoothing
-            weights[regular] = weight
-            if isinstance(layer, DecomposedLinear):
-                weight = weight.index_copy(1, layer.columns, layer.outlier_weight.float())
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            if regular.bias is not None:
-                plain.bias = nn.Parameter(regular.bias, requires_grad=False)
-            replaced.append((parent, name, layer))
-            setattr(parent, name, plain)
-    try:
-        yield weights
-    finally:
-        for parent, name, layer in replaced:
-            setattr(parent, name, layer)

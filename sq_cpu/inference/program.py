@@ -1,167 +1,36 @@
-"""A decoder's forward as stages, and the one native call that runs them.
-
-A stage is what lies between two barriers of the threads; cpp/include/sq_cpu/program.h defines each.
-Here they are data: `lowering` makes them of a model, `DecoderProgram` hands them to the library,
-and `run_reference` says in plain torch what they compute, without int8.
-"""
+"""The one native call that runs a decoder's stages."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.stages import (
+    Attend,
+    Embed,
+    Head,
+    Linear,
+    Merge,
+    Norm,
+    Normalize,
+    Positions,
+    Project,
+    Stage,
+)
 from sq_cpu.kernels import _core
-from sq_cpu.kernels.embedding import gather_rows
-from sq_cpu.kernels.paged_attention import AttentionOptions, BatchRows, KvPages, attend_reference
+from sq_cpu.kernels.paged_attention import BatchRows, KvPages
 from sq_cpu.nn.linear import QuantLinear
 
-__all__ = [
-    "Attend",
-    "DecoderProgram",
-    "Embed",
-    "Linear",
-    "Merge",
-    "Norm",
-    "Project",
-    "Rotary",
-    "Stage",
-    "StepRows",
-    "run_reference",
-]
+__all__ = ["DecoderProgram", "StepRows"]
 
 _STRIP = 16  # rows of a weight that are packed together
 _ROTARY_ROWS = 512  # positions that a rotary table grows by
 _MOST_POSITIONS = 1 << 22
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """x / sqrt(mean(x^2) + eps) * weight, or a layer norm."""
-
-    kind: Literal["rms", "layer"]
-    weight: Tensor
-    """fp32 [width]; what a family adds to it is added."""
-    bias: Tensor | None
-    eps: float
-
-    def reference(self, x: Tensor) -> Tensor:
-        """Return the norm of x [..., width]."""
-        shape = self.weight.shape
-        weight = self.weight.to(x.dtype)
-        if self.kind == "rms":
-            return nn.functional.rms_norm(x, shape, weight, self.eps)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.layer_norm(x, shape, weight, bias, self.eps)
-
-
-@dataclass(frozen=True, eq=False)
-class Embed:
-    """out = table[id] * multiplier."""
-
-    table: Tensor | QuantLinear
-    """Floating point [vocabulary, width], or the head whose weight it is."""
-    multiplier: float
-    out: str
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of rows."""
-        return self.table.out_features if isinstance(self.table, QuantLinear) else len(self.table)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return fp32 rows of the table, before the multiplier."""
-        if not isinstance(self.table, QuantLinear):
-            return self.table[ids].float()
-        head = self.table
-        return gather_rows(
-            ids, head.packed, head.out_features, head.in_features, head.smoothing, torch.float32
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """Rows begin .. end of an int8 layer, in a `Project`.
-
-    y = activation(x W^T + bias) * other, or y added to what out holds.
-    """
-
-    layer: QuantLinear
-    begin: int
-    end: int
-    out: str
-    column: int = 0
-    activation: str | None = None
-    other: str | None = None
-    accumulate: bool = False
-    float_columns: Tensor | None = None
-    """int64 [columns]: input channels that stay in float; the layer's weight is 0 there."""
-    float_weight: Tensor | None = None
-    """fp32 [columns, end - begin]."""
-
-
-@dataclass(frozen=True, eq=False)
-class Project:
-    """Linears of one input, normalized and quantized once."""
-
-    source: str
-    norm: Norm | None
-    linears: tuple[Linear, ...]
-    kept: bool = False
-    """Of the rows alone whose result is wanted: a head."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rotary:
-    """Cos and sin of positions, as the model's own module gives them."""
-
-    tables: Callable[[Tensor], tuple[Tensor, Tensor]]
-    """Of int64 [1, positions]: cos and sin, [1, positions, rotated]."""
-    interleaved: bool
-
-    def table(self, positions: int) -> Tensor:
-        """Return fp32 [positions, 2, rotated]: cos, and sin with the sign of its product."""
-        cos, sin = (x[0].float() for x in self.tables(torch.arange(positions)[None]))
-        sign = torch.ones(cos.shape[1])
-        if self.interleaved:
-            cos, sin = (x[:, : x.shape[1] // 2].repeat_interleave(2, dim=1) for x in (cos, sin))
-            sign[::2] = -1
-        else:
-            sign[: len(sign) // 2] = -1
-        return torch.stack((cos, sin * sign), dim=1).contiguous()
-
-
-@dataclass(frozen=True, eq=False)
-class Attend:
-    """Attention over what the cache of a layer holds, the new tokens' keys and values among it."""
-
-    source: str
-    """q, then k, then v, of whole heads."""
-    heads: int
-    kv_heads: int
-    head_dim: int
-    q_norm: Norm | None
-    k_norm: Norm | None
-    rotary: Rotary | None
-    options: AttentionOptions
-    out: str
-
-
-@dataclass(frozen=True, eq=False)
-class Merge:
-    """out = out + norm(source)."""
-
-    source: str
-    norm: Norm
-    out: str
-
-
-Stage = Embed | Project | Attend | Merge
 
 
 @dataclass(eq=False)
@@ -191,6 +60,8 @@ class DecoderProgram:
     widths : of each buffer that they name, fp32 [rows, width]
     result : the buffer whose rows `run` returns
     final_norm : what makes them the model's last hidden state
+    head : what makes logits of that; None: something else, or nothing
+    own_positions : whether a sequence's positions count from its first token where none are given
 
     Raises
     ------
@@ -204,9 +75,14 @@ class DecoderProgram:
         widths: dict[str, int],
         result: str,
         final_norm: Norm | None = None,
+        head: Head | None = None,
+        *,
+        own_positions: bool = False,
     ) -> None:
         self.stages = tuple(stages)
         self.final_norm = final_norm
+        self.head = head
+        self.own_positions = own_positions
         self._widths = dict(widths)
         self._result = result
         self.width = widths[result]
@@ -225,35 +101,40 @@ class DecoderProgram:
             layer += isinstance(stage, Attend)
         self._program.result(self._buffers[result])
 
-    def followed_by(self, head: QuantLinear) -> DecoderProgram:
+    def followed_by(self, head: Head) -> DecoderProgram:
         """Return the program whose result is the logits that `head` gives, [kept, vocabulary]."""
-        linear = Linear(head, 0, head.out_features, "logits")
+        layer, rows = head.layer, head.layer.out_features
+        linear = Linear(layer, 0, rows, "logits", multiplier=head.multiplier, softcap=head.softcap)
         stage = Project(self._result, self.final_norm, (linear,), kept=True)
-        widths = self._widths | {"logits": head.out_features}
+        widths = self._widths | {"logits": rows}
         return DecoderProgram([*self.stages, stage], widths, "logits")
 
     def _add(self, stage: Stage, layer: int) -> None:
         at = self._buffers
         if isinstance(stage, Embed):
             self._embed(stage)
+        elif isinstance(stage, Positions):
+            self._program.position(stage.table, stage.offset, at[stage.out])
         elif isinstance(stage, Merge):
-            after = _norm(stage.norm)
-            assert after is not None
-            self._program.merge(at[stage.source], after, at[stage.out])
+            self._program.merge(at[stage.source], _norm(stage.norm), at[stage.out])
+        elif isinstance(stage, Normalize):
+            columns = len(stage.norm.weight)
+            self._program.norm(at[stage.buffer], stage.column, columns, _norm(stage.norm))
         elif isinstance(stage, Attend):
-            kv_width = stage.kv_heads * stage.head_dim
-            first_key = stage.heads * stage.head_dim
             options = stage.options
+            # Of each kv head, or of all: its q heads, its keys, its values.
+            kv_heads = 1 if stage.by_head else stage.kv_heads
+            group = stage.heads * kv_heads // stage.kv_heads
             self._program.attend(
                 at[stage.source],
                 0,
-                first_key,
-                first_key + kv_width,
+                group * stage.head_dim,
+                (group + kv_heads) * stage.head_dim,
                 stage.heads,
                 stage.kv_heads,
                 stage.head_dim,
-                _norm(stage.q_norm),
-                _norm(stage.k_norm),
+                None if stage.q_norm is None else _norm(stage.q_norm),
+                None if stage.k_norm is None else _norm(stage.k_norm),
                 -1 if stage.rotary is None else self._rotaries.index(stage.rotary),
                 layer,
                 options.scale,
@@ -262,15 +143,13 @@ class DecoderProgram:
                 options.slopes,
                 options.sinks,
                 at[stage.out],
+                (group + 2) * stage.head_dim if stage.by_head else 0,
             )
         else:
-            quantizer = stage.linears[0].layer._quantizer
-            if any(linear.layer._quantizer != quantizer for linear in stage.linears):
-                raise SqCpuError("linears of one input quantize it differently")
-            linears = [self._linear(linear) for linear in stage.linears]
-            self._program.project(
-                at[stage.source], 0, _norm(stage.norm), quantizer, stage.kept, linears
-            )
+            norm = None if stage.norm is None else _norm(stage.norm)
+            for quantizer, linears in _by_quantizer(stage.linears):
+                rows = [self._linear(linear) for linear in linears]
+                self._program.project(at[stage.source], 0, norm, quantizer, stage.kept, rows)
 
     def _embed(self, stage: Embed) -> None:
         out, head = self._buffers[stage.out], stage.table
@@ -288,12 +167,8 @@ class DecoderProgram:
 
     def _linear(self, linear: Linear) -> tuple[object, ...]:
         layer = linear.layer
-        if linear.begin % _STRIP:
-            raise SqCpuError(f"a part of a linear begins with row {linear.begin}, within a strip")
-        strip = _core.packed_bytes(_STRIP, layer.in_features)
-        strips = slice(linear.begin // _STRIP * strip, -(-linear.end // _STRIP) * strip)
         return (
-            layer.packed[strips],
+            *(_packed(layer, linear) if isinstance(layer, QuantLinear) else _floats(layer, linear)),
             linear.end - linear.begin,
             layer.in_features,
             self._buffers[linear.out],
@@ -303,6 +178,8 @@ class DecoderProgram:
             linear.accumulate,
             linear.float_columns,
             linear.float_weight,
+            linear.multiplier,
+            linear.softcap,
         )
 
     def run(
@@ -375,89 +252,38 @@ class DecoderProgram:
         self._positions = wanted
 
 
-def _norm(
-    norm: Norm | None,
-) -> tuple[_core.NormKind, Tensor | None, Tensor | None, float] | None:
-    if norm is None:
-        return None
-    return getattr(_core.NormKind, norm.kind), norm.weight, norm.bias, norm.eps
-
-
-def run_reference(
-    stages: Sequence[Stage], ids: Tensor, weights: Callable[[QuantLinear], Tensor]
-) -> dict[str, Tensor]:
-    """Compute what stages do to one sequence from its start, in plain torch and without int8.
-
-    Parameters
-    ----------
-    ids : int64 [tokens]
-    weights : gives a layer's weight in float, [out_features, in_features], its smoothing undone
-
-    Returns
-    -------
-    the buffers that the stages have written, fp32 [tokens, width]; attention is computed in fp64
-    """
-    buffers: dict[str, Tensor] = {}
-    for stage in stages:
-        if isinstance(stage, Embed):
-            buffers[stage.out] = stage.rows(ids) * stage.multiplier
-        elif isinstance(stage, Merge):
-            buffers[stage.out] = buffers[stage.out] + stage.norm.reference(buffers[stage.source])
-        elif isinstance(stage, Project):
-            _project_reference(stage, buffers, weights)
+def _by_quantizer(
+    linears: Sequence[Linear],
+) -> list[tuple[_core.ActivationQuantizer | None, list[Linear]]]:
+    """Part linears by what makes codes of their input; None: they take it in float."""
+    parts: list[tuple[_core.ActivationQuantizer | None, list[Linear]]] = []
+    for linear in linears:
+        layer = linear.layer
+        quantizer = layer._quantizer if isinstance(layer, QuantLinear) else None
+        for known, part in parts:
+            if known == quantizer:
+                part.append(linear)
+                break
         else:
-            buffers[stage.out] = _attend_reference(stage, buffers[stage.source])
-    return buffers
+            parts.append((quantizer, [linear]))
+    return parts
 
 
-def _project_reference(
-    stage: Project, buffers: dict[str, Tensor], weights: Callable[[QuantLinear], Tensor]
-) -> None:
-    x = buffers[stage.source]
-    x = x if stage.norm is None else stage.norm.reference(x)
-    written: dict[str, dict[int, Tensor]] = {}
-    for linear in stage.linears:
-        rows = slice(linear.begin, linear.end)
-        bias = linear.layer.bias
-        y = nn.functional.linear(
-            x, weights(linear.layer)[rows], None if bias is None else bias[rows]
-        )
-        if linear.float_columns is not None and linear.float_weight is not None:
-            y = y + x[:, linear.float_columns] @ linear.float_weight
-        y = _activate(linear.activation, y)
-        if linear.other is not None:
-            y = y * written[linear.other][linear.column]
-        if linear.accumulate:
-            y = y + buffers[linear.out]
-        written.setdefault(linear.out, {})[linear.column] = y
-    for out, parts in written.items():
-        buffers[out] = torch.cat([parts[column] for column in sorted(parts)], dim=1)
+def _packed(layer: QuantLinear, linear: Linear) -> tuple[Tensor, None]:
+    """Return the strips of a part of a layer, whose biases are in them."""
+    if linear.begin % _STRIP:
+        raise SqCpuError(f"a part of a linear begins with row {linear.begin}, within a strip")
+    strip = _core.packed_bytes(_STRIP, layer.in_features)
+    strips = slice(linear.begin // _STRIP * strip, -(-linear.end // _STRIP) * strip)
+    return layer.packed[strips], None
 
 
-def _activate(activation: str | None, y: Tensor) -> Tensor:
-    if activation is None:
-        return y
-    if activation == "gelu_tanh":
-        return nn.functional.gelu(y, approximate="tanh")
-    return getattr(nn.functional, activation)(y)  # type: ignore[no-any-return]
+def _floats(layer: nn.Linear, linear: Linear) -> tuple[Tensor, Tensor | None]:
+    """Return the weight, as the model has it, and the bias, fp32, of a part of a layer."""
+    rows = slice(linear.begin, linear.end)
+    bias = None if layer.bias is None else layer.bias.detach()[rows].float().contiguous()
+    return layer.weight.detach()[rows].contiguous(), bias
 
 
-def _attend_reference(stage: Attend, x: Tensor) -> Tensor:
-    heads = x.double().view(len(x), -1, stage.head_dim)
-    q, k, v = torch.split(heads, [stage.heads, stage.kv_heads, stage.kv_heads], dim=1)
-    q = q if stage.q_norm is None else stage.q_norm.reference(q)
-    k = k if stage.k_norm is None else stage.k_norm.reference(k)
-    if stage.rotary is not None:
-        table = stage.rotary.table(len(x)).double()[:, :, None]
-        q, k = (_rotate(z, table, stage.rotary.interleaved) for z in (q, k))
-    return attend_reference(q, k, v, stage.options).flatten(1).float()
-
-
-def _rotate(x: Tensor, table: Tensor, interleaved: bool) -> Tensor:
-    rotated = table.shape[-1]
-    turned, rest = torch.split(x, [rotated, x.shape[-1] - rotated], dim=-1)
-    if interleaved:
-        partner = turned.reshape(*turned.shape[:-1], -1, 2).flip(-1).flatten(-2)
-    else:
-        partner = turned.roll(rotated // 2, dims=-1)
-    return torch.cat((turned * table[:, 0] + partner * table[:, 1], rest), dim=-1)
+def _norm(norm: Norm) -> tuple[_core.NormKind, Tensor | None, Tensor | None, float]:
+    return getattr(_core.NormKind, norm.kind), norm.weight, norm.bias, norm.eps

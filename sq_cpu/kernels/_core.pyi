@@ -82,13 +82,16 @@ class Program:
         multiplier: float,
         out: int,
     ) -> None: ...
-    # linears: packed, n, k, out, column, activation, other, accumulate, columns, column weight
+    def position(self, table: Tensor, offset: int, out: int) -> None: ...
+    # linears: a packed weight and None, or one in float and its bias; n, k, out, column,
+    # activation, other, accumulate, columns, column weight, multiplier, softcap. No quantizer: all
+    # in float.
     def project(
         self,
         in_buffer: int,
         column: int,
         norm: _Norm | None,
-        quantizer: ActivationQuantizer,
+        quantizer: ActivationQuantizer | None,
         kept_rows: bool,
         linears: Sequence[tuple[Any, ...]],
     ) -> None: ...
@@ -111,8 +114,10 @@ class Program:
         slopes: Tensor | None,
         sinks: Tensor | None,
         out: int,
+        stride: int,
     ) -> None: ...
     def merge(self, in_buffer: int, norm: _Norm, out: int) -> None: ...
+    def norm(self, buffer: int, column: int, columns: int, norm: _Norm) -> None: ...
     def result(self, buffer: int) -> None: ...
     # Pages, size of a head, number of the page table of a call.
     def set_caches(self, caches: Sequence[tuple[Tensor, int, int]]) -> None: ...

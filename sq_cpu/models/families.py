@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models import decoders
 from sq_cpu.models.family import Decoder, Family, Group, Rows, Stack
 
 __all__ = ["FAMILIES", "family_of", "register_family"]
@@ -141,9 +142,9 @@ FAMILIES: list[Family] = [
         "layers",
         *_attention(_NORM_1),
         *_gated(_NORM_2),
-        decoder=Decoder(),
+        decoder=decoders.LLAMA,
     ),
-    _family(("granite",), "layers", *_attention(_NORM_1), *_gated(_NORM_2)),
+    _family(("granite",), "layers", *_attention(_NORM_1), *_gated(_NORM_2), decoder=decoders.LLAMA),
     _family(("mixtral",), "layers", *_attention(_NORM_1), *_EXPERTS),
     _family(
         ("qwen2_moe", "qwen3_moe"),
@@ -177,24 +178,14 @@ FAMILIES: list[Family] = [
         "layers",
         *_attention(_NORM_1, "mlp.fc1", names=("q_proj", "k_proj", "v_proj", "dense")),
         Group(producer="mlp.fc1", consumers=("mlp.fc2",), when={"hidden_act": "relu"}),
-        decoder=Decoder(
-            final_norm="final_layernorm",
-            q_norm="self_attn.q_layernorm",
-            k_norm="self_attn.k_layernorm",
-            attention_out="self_attn.dense",
-            mlp_norm=_NORM_1,
-            gate_up=("mlp.fc1",),
-            gated=False,
-            down="mlp.fc2",
-            parallel=True,
-        ),
+        decoder=decoders.PHI,
     ),
     _family(
         ("phi3",),
         "layers",
         *_fused_attention(_NORM_1, "self_attn.qkv_proj", "self_attn.o_proj", "qkv"),
         *_FUSED_GATED,
-        decoder=Decoder(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),
+        decoder=decoders.PHI3,
     ),
     # In both, post_attention_layernorm is the norm before the MLP.
     _family(
@@ -202,19 +193,14 @@ FAMILIES: list[Family] = [
         "layers",
         *_attention(_NORM_1),
         *_FUSED_GATED,
-        decoder=Decoder(gate_up=("mlp.gate_up_proj",), interleaved=True),
+        decoder=decoders.GLM,
     ),
     _family(
         ("glm4",),
         "layers",
         *_attention(_NORM_1),
         *_FUSED_GATED,
-        decoder=Decoder(
-            gate_up=("mlp.gate_up_proj",),
-            interleaved=True,
-            after_attention="post_self_attn_layernorm",
-            after_mlp="post_mlp_layernorm",
-        ),
+        decoder=decoders.GLM4,
     ),
     Family(
         model_types=("gemma",),
@@ -225,18 +211,13 @@ FAMILIES: list[Family] = [
                 norm_offset=1.0,
             ),
         ),
-        decoder=Decoder(),
+        decoder=decoders.LLAMA,
     ),
     # Here post_attention_layernorm normalises attention's output, which goes to the residual.
     Family(
         model_types=("gemma2", "gemma3_text"),
         stacks=(Stack(blocks="layers", groups=_GEMMA_2, norm_offset=1.0),),
-        decoder=Decoder(
-            after_attention=_NORM_2,
-            mlp_norm="pre_feedforward_layernorm",
-            after_mlp="post_feedforward_layernorm",
-            activation="hidden_activation",
-        ),
+        decoder=decoders.GEMMA_2,
     ),
     Family(
         model_types=("gemma3",),
@@ -247,7 +228,7 @@ FAMILIES: list[Family] = [
         ),
     ),
     # Norms follow attention and MLP here: q, k, v and gate, up read the residual itself.
-    _family(("olmo2",), "layers", *_attention(None), *_gated(None)),
+    _family(("olmo2",), "layers", *_attention(None), *_gated(None), decoder=decoders.OLMO_2),
     _family(
         ("stablelm",),
         "layers",
@@ -264,13 +245,14 @@ FAMILIES: list[Family] = [
             ),
             when={"use_parallel_residual": True},
         ),
-        decoder=Decoder(parallel="use_parallel_residual"),
+        decoder=decoders.STABLELM,
     ),
     _family(
         ("opt",),
         "decoder.layers",
         *_attention("self_attn_layer_norm", names=_OUT_PROJ, when=_OPT),
         *_two_layers("final_layer_norm", "fc1", "fc2", {"activation_function": "relu"}, when=_OPT),
+        decoder=decoders.OPT,
     ),
     _family(
         ("bloom",),
@@ -283,12 +265,14 @@ FAMILIES: list[Family] = [
             when=_BLOOM,
         ),
         *_two_layers(_NORM_2, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", when=_BLOOM),
+        decoder=decoders.BLOOM,
     ),
     _family(
         ("gpt2",),
         "h",
         *_fused_attention("ln_1", "attn.c_attn", "attn.c_proj", "qkv"),
         *_two_layers("ln_2", "mlp.c_fc", "mlp.c_proj", {"activation_function": "relu"}),
+        decoder=decoders.GPT2,
     ),
     _family(
         ("gptj",),
@@ -297,6 +281,7 @@ FAMILIES: list[Family] = [
         Group(
             producer="mlp.fc_in", consumers=("mlp.fc_out",), when={"activation_function": "relu"}
         ),
+        decoder=decoders.GPTJ,
     ),
     # Parallel residual or not, attention and MLP have a norm each.
     _family(
@@ -304,6 +289,7 @@ FAMILIES: list[Family] = [
         "layers",
         *_fused_attention(_NORM_1, "attention.query_key_value", "attention.dense", "qkv_by_head"),
         *_two_layers(_NORM_2, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", {"hidden_act": "relu"}),
+        decoder=decoders.GPT_NEOX,
     ),
     _family(
         ("falcon",),
@@ -333,6 +319,7 @@ FAMILIES: list[Family] = [
             consumers=("mlp.dense_4h_to_h",),
             when={"activation": "relu"},
         ),
+        decoder=decoders.FALCON,
     ),
     _family(
         ("mpt",),
@@ -346,6 +333,7 @@ FAMILIES: list[Family] = [
             when={"attn_config.clip_qkv": None},
         ),
         *_two_layers("norm_2", "ffn.up_proj", "ffn.down_proj"),
+        decoder=decoders.MPT,
     ),
     # Post-norm: every norm's output is the residual too.
     _family(

@@ -68,22 +68,44 @@ class Decoder:
     them (scale, window, soft-cap, sinks, rotary tables) is seen when the model runs.
     """
 
+    base: str | None = None
+    """The module that runs the blocks, from the base model, where it is not that itself."""
     blocks: str = "layers"
-    """From the base model, as the next three."""
+    """From the base, as the next five."""
     embedding: str = "embed_tokens"
+    positions: str | None = None
+    """Learned ones, added to the embedding; its `offset` is the row of position 0."""
+    embedding_norm: str | None = None
+    """The norm of what enters the first block."""
     final_norm: str = "norm"
     rotary: str = "rotary_emb"
+    rotary_table: str | None = None
+    """In a block: [positions, rotated], sines, then cosines, where no module gives them."""
+    own_positions: bool = False
+    """Whether positions that a call does not give count from each sequence's first token."""
     attention: str = "self_attn"
-    attention_norm: str | None = "input_layernorm"
+    own_attention: bool = False
+    """Whether it is code of the model's own, not exchanged through transformers' interface."""
+    head_dim: str = "head_dim"
+    """The attention's value that says how many channels a head has."""
+    scale: str | None = None
+    """The value that q is multiplied by before attention; of own attention the scale of its scores,
+    which else is 1 / sqrt(head_dim)."""
+    alibi: str | None = None
+    """The argument of attention with what is added to scores: a slope times the key's position."""
+    attention_norm: str | tuple[str, ...] | None = "input_layernorm"
+    """The first that a block has; so is mlp_norm."""
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     """Three linears, or one whose output rows are q, then k, then v."""
+    qkv_by_head: bool = False
+    """Whether its rows are those of each kv head, one after another: its heads of q, k, v."""
     q_norm: str = "self_attn.q_norm"
-    """Over each head, where a block has it; so is k_norm."""
+    """Over each head or over whole rows, where a block has it; so is k_norm."""
     k_norm: str = "self_attn.k_norm"
     attention_out: str = "self_attn.o_proj"
     after_attention: str | None = None
     """The norm of what attention adds to the residual."""
-    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_norm: str | tuple[str, ...] | None = "post_attention_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Two linears, or one whose output rows are gate, then up; one is all, where `gated` is not."""
     gated: bool = True
@@ -92,13 +114,19 @@ class Decoder:
     """Whether attention and MLP read the same residual, or the config's value that says so."""
     down: str = "mlp.down_proj"
     activation: str = "hidden_act"
-    """The config's value that names the activation function of gate."""
+    """The config's value that names the activation function of gate, or the function's name."""
     after_mlp: str | None = None
     """The norm of what the MLP adds to the residual."""
     interleaved: bool = False
     """Whether rotary pairs are neighbours; else half a head apart."""
+    when: Mapping[str, object] = field(default_factory=dict)
+    """Values of the config that the row is for, as a group's: what no one call would show."""
     uses_rotary: str = "self_attn.use_rope"
     """What says whether a block has positions, where blocks differ."""
+    residual_multiplier: str = "residual_multiplier"
+    """The config's value for what attention and MLP add to the residual; without it 1."""
+    softcap: str = "final_logit_softcapping"
+    """The config's value for the cap of the logits; without it none."""
 
 
 @dataclass(frozen=True, kw_only=True)

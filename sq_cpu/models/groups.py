@@ -17,7 +17,14 @@ from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Family, Group, Rows, Stack
 from sq_cpu.models.linears import quantizable_linears
 
-__all__ = ["Layout", "SmoothingGroup", "norm_weight", "smoothing_groups", "stack_paths"]
+__all__ = [
+    "Layout",
+    "SmoothingGroup",
+    "config_value",
+    "norm_weight",
+    "smoothing_groups",
+    "stack_paths",
+]
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,7 @@ def _resolve(
     if group.producer is None:
         return refused("no exact fold is known for it")
     for attribute, required in group.when.items():
-        actual = _config_value(model, attribute)
+        actual = config_value(model, attribute)
         if actual != required:
             return refused(f"{attribute} is {actual!r}, and the fold needs {required!r}")
     for name in names:
@@ -225,7 +232,8 @@ def _text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _config_value(model: nn.Module, path: str) -> Any:
+def config_value(model: nn.Module, path: str) -> Any:
+    """Return what the config of a model's text part has at a path; None: nothing."""
     value = _text_config(model)
     for part in path.split("."):
         value = getattr(value, part, None)

@@ -14,6 +14,7 @@
 #include "harness.h"
 #include "sq_cpu/attention.h"
 #include "sq_cpu/batched_matmul.h"
+#include "sq_cpu/sampling.h"
 #include "sq_cpu/saturation.h"
 
 namespace {
@@ -76,6 +77,8 @@ void spoil(Sequences& s, Rng& rng);
 void spoil(HeadRows& x, Rng& rng);
 void spoil(HeadResult& y, Rng& rng);
 void spoil(AttentionOptions& options, Rng& rng);
+void spoil(SampledRow& row, Rng& rng);
+void spoil(LogitEdits& edits, Rng& rng);
 
 // One of several values, of any types.
 template <typename... Values>
@@ -106,6 +109,14 @@ void spoil(BatchedLeft& a, Rng& rng) {
 }
 void spoil(BatchedRight& b, Rng& rng) { spoil_one(rng, b.data, b.strides, b.scale); }
 void spoil(BatchedResult& y, Rng& rng) { spoil_one(rng, y.data, y.strides); }
+
+void spoil(SampledRow& row, Rng& rng) {
+  spoil_one(rng, row.logits, row.temperature, row.top_k, row.top_p, row.min_p, row.edits,
+            row.allowed);
+}
+void spoil(LogitEdits& edits, Rng& rng) {
+  spoil_one(rng, edits.count, edits.ids, edits.divisors, edits.addends);
+}
 
 // Three sequences, of 66 tokens (2 new), none, and 3 (all new); the pages of the first and last.
 constexpr int64_t kLow = std::numeric_limits<int64_t>::min(), kHigh = -(kLow + 1);
@@ -229,6 +240,10 @@ using LinearToCodes = void (*)(const QuantizedActivation&, const PackedWeight&,
                                const ActivationQuantizer&, const QuantizedActivation&,
                                const Epilogue&);
 
+void sample_one(const SampledRow& row, int64_t vocabulary, int64_t* id) {
+  sample(&row, 1, vocabulary, id);
+}
+
 void attack_all(Attack attack) {
   Buffers o;
   const auto fp32 = DType::kFloat32;
@@ -273,6 +288,13 @@ void attack_all(Attack attack) {
          HeadResult{o.attended.data(), fp32, kHeads * kHeadDim, kHeadDim});
   attack("isa_name", &isa_name, active_isa());
   const std::vector<int64_t> ids(kM, kN - 1);
+  int64_t chosen = 0;
+  const int64_t edited[] = {0, 7};
+  const float factors[] = {1.5f, 2.0f};
+  const uint32_t allowed[] = {~0u, ~0u};
+  const SampledRow row{o.y.data(), 0.7f, 5, 0.9f, 0.1f, 3, 4, {2, edited, factors, factors},
+                       allowed};
+  attack("sample", &sample_one, row, kN, &chosen);
   attack("gather_rows", &gather_rows, weight, ids.data(), kM, o.smoothing.data(), o.x.data(), fp32,
          kK);
 }

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from test_int8_generate import step_by_step
-from test_lowering import PROGRAMS, quantized
+from test_lowering import FLOAT, HEADS, PROGRAMS, partly_quantized, quantized
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 import sq_cpu
 from sq_cpu import Int8Cache, SqCpuError
 from sq_cpu.inference.fusing import FusedDecoder, fuse, fused_of
+from sq_cpu.inference.program import StepRows
+from sq_cpu.kernels.paged_attention import BatchRows, KvPages
 
 NEW = 20
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
@@ -31,9 +33,13 @@ def fused(name: str, **options: Any) -> Any:
     return model
 
 
-@pytest.fixture(params=["llama", "gemma3_text", "mistral", "phi"])
+@pytest.fixture(
+    params=["llama", "gemma3_text", "mistral", "phi", "olmo2", "gpt2", "opt", "falcon-new", "bloom"]
+)
 def model(request: pytest.FixtureRequest) -> Any:
-    return fused(request.param, sliding_window=20)
+    windowed = request.param in ("llama", "gemma3_text", "mistral", "phi")
+    # Room for all the tokens that a test makes, where positions are learned.
+    return fused(request.param, **{"sliding_window": 20} if windowed else {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,6 +56,48 @@ def test_close_to_the_plain_model(name: str, dtype: torch.dtype) -> None:
     assert (made - plain).float().norm() / plain.float().norm() < 0.08
     fuse(model, enabled=False)
     assert torch.equal(model(prompt(2, 50)).logits, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", FLOAT)
+@torch.no_grad()
+def test_linears_in_float_are_close(what: str, dtype: torch.dtype) -> None:
+    model = partly_quantized(*FLOAT[what], dtype)
+    plain = model(prompt(2, 50)).logits
+    fuse(model)
+    made = model(prompt(2, 50)).logits
+    assert (made - plain).float().norm() / plain.float().norm() < 0.08
+
+
+def alone(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits of a sequence's last position: of the program, and of the model."""
+    fused = fused_of(model)
+    assert fused is not None
+    assert fused._to_logits is not None
+    batch, new = ids.shape
+    rows = BatchRows([new] * batch, [new] * batch, [[i] for i in range(batch)])
+    first_row, length, table = rows.tensors
+    positions = torch.arange(new).repeat(batch)
+    step = StepRows(ids.flatten(), positions, first_row, length, table[None], first_row[1:] - 1)
+    caches = [(KvPages(batch, *shape), 0) for shape in fused.program.cache_shapes]
+    return fused.logits(step, caches), model(ids).logits[:, -1].float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*PROGRAMS, *HEADS])
+@torch.inference_mode()
+def test_heads_in_float(name: str, dtype: torch.dtype) -> None:
+    """Logits are the model's own, and the same bits whatever lies beside a row."""
+    model = fused(name, dtype=dtype, **HEADS.get(name, ({},))[0])
+    ids = prompt(5, 33)
+    together, wanted = alone(model, ids)
+    # The head alone differs: fp32 sums, or what the model rounds to bf16.
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.03}
+    )
+    torch.testing.assert_close(together, wanted, **tolerance)
+    for row in range(5):
+        assert torch.equal(alone(model, ids[row : row + 1])[0][0], together[row])
 
 
 @torch.no_grad()
@@ -175,8 +223,8 @@ def test_undone_and_copied() -> None:
     fuse(model, enabled=False)
     assert fused_of(model) is None
     copy.deepcopy(model)
-    with pytest.raises(SqCpuError, match="no program for gpt2"):
-        fuse(quantized("gpt2"))
+    with pytest.raises(SqCpuError, match="no program for mixtral"):
+        fuse(quantized("mixtral"))
 
 
 @torch.no_grad()
@@ -236,7 +284,7 @@ def test_what_fails_while_fusing_leaves_the_model(monkeypatch: pytest.MonkeyPatc
     model = quantized("llama")
     own = model.model.forward
     model.model.forward = own  # somebody's own, on the instance
-    monkeypatch.setattr(FusedDecoder, "_has_plain_head", lambda _: 1 / 0)
+    monkeypatch.setattr(FusedDecoder, "_finish_head", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fuse(model)
     assert fused_of(model) is None

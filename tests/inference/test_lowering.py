@@ -13,14 +13,15 @@ import sq_cpu
 from sq_cpu import SqCpuError
 from sq_cpu.inference import lowering
 from sq_cpu.inference.lowering import compile_program
-from sq_cpu.inference.program import Attend, Embed, Merge, Project
+from sq_cpu.inference.stages import Attend, Embed, Merge, Normalize, Positions, Project
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder
 
 # fmt: off
 PROGRAMS = [
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "phi", "phi-relu", "phi3", "glm", "glm4",
-    "gemma", "gemma2", "gemma3_text", "stablelm",
+    "gemma", "gemma2", "gemma3_text", "stablelm", "granite", "olmo2", "gpt2", "opt", "gpt_neox",
+    "gpt_neox-sequential", "bloom", "falcon", "falcon-new", "falcon-new_one_norm", "mpt", "gptj",
 ]
 # fmt: on
 
@@ -89,6 +90,100 @@ def test_float_channels() -> None:
     assert sum(linear.float_columns is not None for linear in linears) == 2
 
 
+FLOAT = {
+    "q": ("llama", ("self_attn.q_proj",)),
+    "up": ("qwen2", ("mlp.up_proj",)),
+    "gate": ("qwen2", ("mlp.gate_proj",)),
+    "out": ("gemma2", ("self_attn.o_proj", "mlp.down_proj")),
+    "fused": ("phi3", ("mlp.gate_up_proj", "self_attn.qkv_proj")),
+    "Conv1D": ("gpt2", ("attn.c_attn", "mlp.c_proj")),
+    "subclass": ("falcon", ("self_attention.query_key_value",)),
+}
+
+
+def partly_quantized(name: str, ends: tuple[str, ...], dtype: Any = torch.float32) -> Any:
+    """Return a quantized model whose linears of these names stay in float, in the first block."""
+    model = tiny_model(name, dtype=dtype).eval()
+    calibration = sq_cpu.calibrate(model, inputs(name), progress=False)
+    plan = sq_cpu.SmoothPlan.uniform(model, calibration, 0.5)
+    layers = tuple(
+        sq_cpu.LayerPlan(name=full, in_float=True)
+        for full, _ in model.named_modules()
+        if full.endswith(ends) and ".0." in full
+    )
+    plan = replace(plan, layers=layers)
+    return sq_cpu.quantize(model, calibration, plan, head="float", progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", FLOAT)
+def test_linears_in_float(what: str, dtype: torch.dtype) -> None:
+    program = compile_program(partly_quantized(*FLOAT[what], dtype))
+    layers = [x.layer for s in program.stages if isinstance(s, Project) for x in s.linears]
+    floats = [layer for layer in layers if isinstance(layer, torch.nn.Linear)]
+    assert 0 < len(floats) < len(layers)
+    assert all(layer.weight.dtype == dtype for layer in floats)
+
+
+def test_quantizers_that_differ_beside_one_another() -> None:
+    model = tiny_model("llama").eval()
+    calibration = sq_cpu.calibrate(model, inputs("llama"), progress=False)
+    plan = sq_cpu.SmoothPlan.uniform(model, calibration, 0.5)
+    layers = tuple(
+        sq_cpu.LayerPlan(name=f"model.layers.{i}.{name}", activations="static")
+        for i, name in enumerate(("self_attn.k_proj", "mlp.gate_proj"))
+    )
+    sq_cpu.quantize(model, calibration, replace(plan, layers=layers), progress=False)
+    compile_program(model)
+
+
+def test_where_stages_lie() -> None:
+    """Norms of whole rows, norms of what enters, and learned positions have stages of their own."""
+    counts = {
+        name: [
+            sum(isinstance(stage, kind) for stage in compile_program(quantized(name)).stages)
+            for kind in (Normalize, Positions)
+        ]
+        for name in ("olmo2", "bloom", "gpt2", "qwen3")
+    }
+    assert counts == {"olmo2": [4, 0], "bloom": [1, 0], "gpt2": [0, 1], "qwen3": [0, 0]}
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_slopes_are_seen(name: str) -> None:
+    attends = [x for x in compile_program(quantized(name)).stages if isinstance(x, Attend)]
+    for stage in attends:
+        assert stage.options.slopes is not None
+        assert torch.equal(stage.options.slopes, 2.0 ** -torch.tensor([2.0, 4.0, 6.0, 8.0]))
+        assert stage.rotary is None
+
+
+HEADS: dict[str, tuple[dict[str, float], float, float]] = {
+    "llama": ({}, 1.0, 0.0),
+    "gemma2": ({"final_logit_softcapping": 3.0}, 1.0, 3.0),
+    "granite": ({"logits_scaling": 8.0, "embedding_multiplier": 3.0}, 0.125, 0.0),
+    "gpt2": ({}, 1.0, 0.0),
+    "opt": ({}, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["float", "int8"])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_are_seen(name: str, kind: str) -> None:
+    config, multiplier, softcap = HEADS[name]
+    program = compile_program(quantized(name, head=kind, **config))
+    assert program.head is not None
+    assert program.head.multiplier == pytest.approx(multiplier, rel=1e-5)
+    assert program.head.softcap == softcap
+    assert isinstance(program.head.layer, torch.nn.Linear) == (kind == "float")
+
+
+def test_logits_that_are_no_head_alone() -> None:
+    model = quantized("llama")
+    model.lm_head.register_forward_hook(lambda _, args, output: output.sin())
+    assert compile_program(model).head is None
+
+
 # Rows that claim something else than the model does.
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "pairs of the rotary embedding": ("llama", {"interleaved": True}),
@@ -105,6 +200,17 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "parallel": ("llama", {"parallel": True}),
     "no rotary": ("llama", {"rotary": "nothing"}),
     "not gated": ("llama", {"gated": False, "gate_up": ("mlp.up_proj",)}),
+    "multiplier": ("granite", {"residual_multiplier": "nothing"}),
+    "no norm of whole rows": ("olmo2", {"k_norm": "self_attn.nothing"}),
+    "a norm before attention": ("olmo2", {"attention_norm": "post_attention_layernorm"}),
+    "qkv together": ("gpt_neox", {"qkv_by_head": False}),
+    "qkv by head": ("gpt2", {"qkv_by_head": True}),
+    "sequential": ("gpt_neox", {"parallel": False}),
+    "no biases of scores": ("bloom", {"alibi": None}),
+    "scale": ("mpt", {"scale": "attn.head_dim"}),
+    "pairs of a table": ("gptj", {"interleaved": False}),
+    "scale of queries": ("opt", {"scale": None}),
+    "activation": ("bloom", {"activation": "relu"}),
 }
 
 
@@ -122,7 +228,32 @@ def test_wrong_rows_are_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert family.decoder is not None
     row = replace(family, decoder=replace(family.decoder, **change))
     monkeypatch.setattr(lowering, "family_of", lambda _: row)
-    with pytest.raises(SqCpuError, match=r"layers\.0 does something else than its row says"):
+    blocks = rf"{family.decoder.blocks}\.0 does something else than its row says"
+    with pytest.raises(SqCpuError, match=blocks):
+        compile_program(model)
+
+
+# The same of what is before the blocks, and after them.
+WRONG_ENDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no positions": ("gpt2", {"positions": None}, "wte does something else"),
+    "no norm of what enters": ("bloom", {"embedding_norm": None}, "word_embeddings does something"),
+    "final norm": ("llama", {"final_norm": "layers.0.input_layernorm"}, "input_layernorm does"),
+    "no final norm": ("llama", {"final_norm": "nothing"}, "nothing does something else"),
+    "blocks": ("opt", {"base": None}, "the model has no layers"),
+    "own attention": ("gptj", {"own_attention": False}, "does not attend through"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_ENDS)
+def test_wrong_ends_are_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, change, message = WRONG_ENDS[wrong]
+    model = quantized(name)
+    family = family_of(model)
+    assert family is not None
+    assert family.decoder is not None
+    row = replace(family, decoder=replace(family.decoder, **change))
+    monkeypatch.setattr(lowering, "family_of", lambda _: row)
+    with pytest.raises(SqCpuError, match=message):
         compile_program(model)
 
 
@@ -149,10 +280,18 @@ def test_int8_heads(name: str, tied: bool) -> None:
 def test_reasons() -> None:
     with pytest.raises(SqCpuError, match="not a model of transformers"):
         compile_program(torch.nn.Linear(2, 2))
-    with pytest.raises(SqCpuError, match="gpt2: its family has no decoder row"):
-        compile_program(quantized("gpt2"))
-    with pytest.raises(SqCpuError, match="q_proj is a Linear, not in int8"):
+    with pytest.raises(SqCpuError, match="mixtral: its family has no decoder row"):
+        compile_program(quantized("mixtral"))
+    with pytest.raises(SqCpuError, match="none of its linears is in int8"):
         compile_program(tiny_model("llama").eval())
+    with pytest.raises(SqCpuError, match=r"config\.attn_config\.clip_qkv is 100\.0"):
+        compile_program(quantized("mpt-clipped"))
+    with pytest.raises(SqCpuError, match=r"config\.alibi is True"):
+        compile_program(quantized("falcon-rw"))
+    with pytest.raises(SqCpuError, match="residual of 24, 32"):
+        compile_program(quantized("opt-350m"))
+    with pytest.raises(SqCpuError, match=r"h\.0 does something else"):
+        compile_program(quantized("bloom-postnorm"))
     with pytest.raises(SqCpuError, match="scale per tensor would depend on the other rows"):
         compile_program(quantized("llama", "O2"))
     model = quantized("llama")

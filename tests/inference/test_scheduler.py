@@ -15,9 +15,10 @@ from sq_cpu import Request, Sampling, Scheduler, SqCpuError, Token, generate_bat
 PAGE = 64
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "mistral", "gemma2"])
 def model(request: pytest.FixtureRequest) -> Any:
-    return fused(request.param, max_position_embeddings=1024, sliding_window=80, head="int8")
+    head = {} if request.param == "gemma2" else {"head": "int8"}
+    return fused(request.param, max_position_embeddings=1024, sliding_window=80, **head)
 
 
 def ids(count: int, seed: int) -> list[int]:

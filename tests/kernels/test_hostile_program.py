@@ -31,31 +31,42 @@ def linear(rows: int, columns: int) -> QuantLinear:
 
 QKV, OUT = linear(3 * WIDTH, WIDTH), linear(WIDTH, WIDTH)
 TABLE = torch.linspace(-1, 1, VOCABULARY * WIDTH).view(VOCABULARY, WIDTH)
+FLOATS = torch.linspace(-0.2, 0.2, WIDTH * WIDTH).view(WIDTH, WIDTH).bfloat16()
+POSITIONS = torch.linspace(-1, 1, 9 * WIDTH).view(9, WIDTH)
 NORM = (_core.NormKind.rms, torch.ones(WIDTH), None, 1e-5)
 ROTARY = torch.ones(8, 2, HEAD)
 QUANTIZER: Any = QKV._quantizer
 
 
 def of(layer: QuantLinear, out: int, accumulate: bool = False) -> tuple[Any, ...]:
-    sizes = (layer.packed, layer.out_features, layer.in_features)
-    return (*sizes, out, 0, _core.Activation.none, -1, accumulate, None, None)
+    sizes = (layer.packed, None, layer.out_features, layer.in_features)
+    return (*sizes, out, 0, _core.Activation.none, -1, accumulate, None, None, 0.5, 0.0)
+
+
+def in_float(out: int, accumulate: bool = False) -> tuple[Any, ...]:
+    sizes = (FLOATS, torch.ones(WIDTH), WIDTH, WIDTH)
+    return (*sizes, out, 0, _core.Activation.silu, -1, accumulate, None, None, 1.0, 3.0)
 
 
 def calls() -> list[tuple[str, tuple[Any, ...]]]:
     """Return the calls that make and run a program, whose buffers are 0, 1 and 2."""
     rows = BatchRows([3], [3], [[1]]).tensors
     pages = KvPages(2, 2, HEAD).tensor
-    attend = (1, 0, 32, 64, 2, 2, HEAD, None, None, 0, 0, 0.25, 0, 0.0, None, None, 2)
+    attend = (1, 0, 16, 32, 2, 2, HEAD, None, None, 0, 0, 0.25, 0, 0.0, None, None, 2, 3 * HEAD)
     ids = torch.tensor([1, 2, 3])
     return [
         ("buffer", (WIDTH,)),
         ("buffer", (3 * WIDTH,)),
         ("buffer", (WIDTH,)),
         ("embed", (TABLE, 1.0, 0)),
+        ("position", (POSITIONS, 2, 0)),
+        ("norm", (0, 0, WIDTH, NORM)),
         ("project", (0, 0, NORM, QUANTIZER, False, [of(QKV, 1)])),
         ("attend", attend),
         ("project", (2, 0, None, OUT._quantizer, False, [of(OUT, 0, accumulate=True)])),
         ("merge", (2, NORM, 0)),
+        ("project", (0, 0, NORM, None, False, [in_float(2)])),
+        ("project", (2, 0, None, None, False, [in_float(0, accumulate=True)])),
         ("result", (0,)),
         ("set_caches", ([(pages, HEAD, 0)],)),
         ("set_rotaries", ([(ROTARY, False)],)),

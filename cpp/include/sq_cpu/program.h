@@ -1,11 +1,14 @@
 // A decoder's forward as data: stages that run one after another in one parallel region.
 //
 //   embed     x[m, d] = table[id] * multiplier, or that row of a packed weight (gather_rows())
+//   position  x += table[position + offset]
 //   project   codes = quantize(norm(x)), once for all of its linears; each of them
-//             y[m, column ..] (+)= activation(codes W^T + bias) * other
+//             y[m, column ..] (+)= cap(activation(codes W^T + bias) * multiplier) * other
+//             or the same with norm(x) and a weight in float
 //   attend    q and k of a projection: norm per head, rotary embedding, append() to the cache;
 //             o[m, heads * head_dim] = attention()
 //   merge     x += norm(y), where a norm follows a block (Gemma 2)
+//   norm      x = norm(x): of some columns, in place
 //
 // A buffer is fp32 [rows, width]; a stage reads some and writes others. Between stages all threads
 // wait for each other, and nowhere else but where a comment says so.
@@ -14,8 +17,10 @@
 //   rms    y = x * r * w,             r = 1 / sqrt(sum x^2 / n + eps)
 //   layer  y = (x - mean) * r * w + b, r = 1 / sqrt(sum (x - mean)^2 / n + eps)
 //   rotary y[i] = x[i] * cos[i] + x[partner of i] * sin[i], whose sign is in the table
-// where sums go through 32 virtual lanes and a fixed tree. The same bits on every ISA, for any
-// thread count, any batch and any way to cut a prompt into calls.
+//   cap    y = softcap * tanh(x / softcap), to 2^-22 of softcap
+// where sums go through 32 virtual lanes and a fixed tree; products with weights in float through
+// 16. The same bits on every ISA, for any thread count, any batch and any way to cut a prompt into
+// calls.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +57,13 @@ struct PackedEmbedStage {
   Buffer out;
 };
 
+struct PositionStage {
+  const float* table;  // [count, width of out]
+  int64_t count;
+  int64_t offset;  // of position 0
+  Buffer out;
+};
+
 // Input channels that stay in float (LLM.int8(), arXiv 2208.07339): y += x[columns] W_o^T. What the
 // quantizer makes of them meets a weight of 0.
 struct FloatColumns {
@@ -60,15 +72,25 @@ struct FloatColumns {
   const float* weight = nullptr;     // [count, n]
 };
 
+// A weight that is not quantized, row after row.
+struct FloatWeight {
+  const void* data = nullptr;  // [n, k]
+  DType type = DType::kFloat32;
+  const float* bias = nullptr;  // [n], or null
+};
+
 struct ProjectedLinear {
-  PackedWeight weight;
+  PackedWeight weight;  // of a weight in float: n and k alone
   Buffer out;
   int64_t column = 0;  // of out
   Activation activation = Activation::kNone;
-  Buffer other = kNoBuffer;  // multiplied, column `column`: an earlier linear of this stage writes
-                             // it, of the same shape
+  Buffer other = kNoBuffer;  // multiplied, column `column`: an earlier stage writes it, or the
+                             // linear before, of the same shape
   bool accumulate = false;   // y is added to what out holds
-  FloatColumns float_columns = {};
+  FloatColumns float_columns = {};  // added to all else
+  float multiplier = 1.0f;
+  float softcap = 0.0f;       // 0: none
+  FloatWeight in_float = {};  // null: the weight is packed
 };
 
 constexpr int kMostLinears = 8;  // of a stage
@@ -77,9 +99,9 @@ struct ProjectStage {
   Buffer in;
   int64_t column = 0;  // of in
   Norm norm;
-  ActivationQuantizer quantizer;  // not per tensor
-  bool kept_rows = false;         // of the step's kept rows alone: a head
-  const ProjectedLinear* linears;
+  ActivationQuantizer quantizer;   // not per tensor; not read where weights are in float
+  bool kept_rows = false;          // of the step's kept rows alone: a head
+  const ProjectedLinear* linears;  // all packed, or all in float
   int count;
 };
 
@@ -93,12 +115,21 @@ struct AttendStage {
   int64_t kv_heads, head_dim;
   AttentionOptions options;
   Buffer out;
+  // Columns from a kv head's part, [its q heads, k, v], to the next one's, as GPT-NeoX has them.
+  // 0: heads of q, of k and of v follow one another.
+  int64_t stride = 0;
 };
 
 struct MergeStage {
   Buffer in;
   Norm norm;
   Buffer out;
+};
+
+struct NormStage {
+  Buffer buffer;
+  int64_t column, columns;
+  Norm norm;
 };
 
 struct Rotary {
@@ -110,7 +141,7 @@ struct Rotary {
 
 struct Step {
   const int64_t* ids;        // [rows]
-  const int64_t* positions;  // [rows]: of the rotary tables
+  const int64_t* positions;  // [rows]: of the rotary tables, and of learned positions
   Sequences sequences;       // rows are their new tokens
   const KvCache* caches;
   int cache_count;
@@ -133,9 +164,11 @@ class Program {
   Buffer buffer(int64_t width);
   void add(const EmbedStage& stage);
   void add(const PackedEmbedStage& stage);
+  void add(const PositionStage& stage);
   void add(const ProjectStage& stage);
   void add(const AttendStage& stage);
   void add(const MergeStage& stage);
+  void add(const NormStage& stage);
   void set_result(Buffer buffer);  // what step.result gets of the kept rows
 
   // Not from two threads at once. `threads`: of the pool, at most; 0: all.

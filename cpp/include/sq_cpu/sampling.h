@@ -38,7 +38,4 @@ constexpr int64_t kNothingAllowed = -2;
 // out of their ranges and edits of ids that there are not.
 void sample(const SampledRow* rows, int64_t count, int64_t vocabulary, int64_t* ids);
 
-// Philox-4x32-10 of a key of 64 bits at a counter of 64 bits: the first 64 of its 128.
-uint64_t random_bits(uint64_t key, uint64_t counter);
-
 }  // namespace sq_cpu
