@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,7 +142,9 @@ def work_items(settings: Settings) -> list[WorkItem]:
 def _figures(stats: Stats, item: WorkItem, weights: int | None) -> Row:
     decode = item.kind == "decode"
     tokens = item.rows * (item.steps if decode else item.tokens)
-    known = decode and weights is not None
+    bandwidth = None
+    if decode and weights is not None:
+        bandwidth = weights * item.steps / stats.median / 1e9
     return {
         "seconds": asdict(stats),
         "tokens_per_second": {
@@ -150,7 +152,7 @@ def _figures(stats: Stats, item: WorkItem, weights: int | None) -> Row:
             "p10": tokens / stats.p90,
             "p90": tokens / stats.p10,
         },
-        "weight_gb_per_second": weights * item.steps / stats.median / 1e9 if known else None,
+        "weight_gb_per_second": bandwidth,
     }
 
 
@@ -163,22 +165,23 @@ class Running:
     start_seconds: float
     weight_bytes: int | None = None
     timed: bool = True
-    facts: Row = field(default_factory=dict)
 
 
 def start(
-    name: str, how: Mapping[str, Any], files: Files, settings: Settings, log: Path
-) -> tuple[Worker, float]:
-    """Start a variant; return it, and the seconds from nothing to the first token."""
+    name: str, kind: str, how: Mapping[str, Any], files: Files, settings: Settings, log: Path
+) -> Running:
+    """Start a variant, and time it from nothing to the first token."""
     begin = time.perf_counter()
     worker = Worker.of(name, how, log, settings.limit)
     try:
         prompts = random_prompts(files.vocabulary, 1, _FIRST_PROMPT, seed=0)
         worker.ask("prefill", settings.limit, prompts=prompts)
+        seconds = time.perf_counter() - begin
+        weights = worker.ask("memory", settings.limit)["weight_bytes"]
     except WorkerError:
         worker.close()
         raise
-    return worker, time.perf_counter() - begin
+    return Running(worker, kind, seconds, weights, timed=kind in settings.kinds)
 
 
 def measure_work(
@@ -255,16 +258,14 @@ def _start_all(
     ]
     for name, kind, how in hows:
         try:
-            worker, seconds = start(name, how, files, settings, folder / "worker.log")
+            made = start(name, kind, how, files, settings, folder / "worker.log")
         except WorkerError as error:
             missing[name] = str(error)
             say(f"  {error}")
             continue
-        stack.callback(worker.close)
-        weights = worker.ask("memory", settings.limit)["weight_bytes"]
-        timed = kind in settings.kinds
-        running[name] = Running(worker, kind, seconds, weights, timed)
-        say(f"  {name}: first token after {seconds:.1f} s ({worker.runtime})")
+        stack.callback(made.worker.close)
+        running[name] = made
+        say(f"  {name}: first token after {made.start_seconds:.1f} s ({made.worker.runtime})")
     if FP32 not in running:
         raise sq_cpu.SqCpuError(f"nothing is measured without its reference: {missing[FP32]}")
     return running, missing
