@@ -258,7 +258,8 @@ def _start_all(
     ]
     for name, kind, how in hows:
         try:
-            made = start(name, kind, how, files, settings, folder / "worker.log")
+            log = folder / f"worker-{len(running)}.log"
+            made = start(name, kind, how, files, settings, log)
         except WorkerError as error:
             missing[name] = str(error)
             say(f"  {error}")
