@@ -33,6 +33,12 @@ class Candidate:
         """Go on to the next weight copy."""
         self.index = (self.index + 1) % self.copies
 
+    def time(self) -> float:
+        """Call it; return the seconds that it took."""
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -52,27 +58,13 @@ class Stats:
         return cls(statistics.median(seconds), deciles[0], deciles[-1], len(seconds))
 
 
-def _time_rounds(
-    call: Callable[[], object], setup: Callable[[], None], rounds: int
-) -> Sequence[float]:
-    seconds = []
-    for _ in range(rounds):
-        setup()
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return seconds
-
-
 def _plan_rounds(candidate: Candidate, warm: bool, share: float, budget: float) -> int:
     """Choose how often to time a candidate, by the quickest of a few calls."""
     quickest, spent = float("inf"), 0.0
     for _ in range(PLANNING_ROUNDS):  # the first one plans and allocates
         if not warm:
             candidate.rotate()
-        start = time.perf_counter()
-        candidate.run()
-        seconds = time.perf_counter() - start
+        seconds = candidate.time()
         quickest, spent = min(quickest, seconds), spent + seconds
         if spent > share:
             break
@@ -85,13 +77,12 @@ def interleave(
     *,
     warm: bool,
     budget: float,
-    time_rounds: TimeRounds = _time_rounds,
+    time_rounds: TimeRounds | None = None,
 ) -> dict[str, Stats]:
     """Time the candidates in turn, A/B/C A/B/C ..., so that all see the same noise.
 
     Each candidate gets an equal share of the budget. The first one is the subject: it is in every
-    round, timed by `time_rounds`, which a benchmark tool can provide; a slower peer sits out some
-    rounds, evenly spread.
+    round; a slower peer sits out some rounds, evenly spread.
 
     Parameters
     ----------
@@ -103,7 +94,7 @@ def interleave(
         Seconds to spend; a candidate is timed at least MIN_ROUNDS times (SLOW_ROUNDS if one call
         exceeds the budget) and at most MAX_ROUNDS times.
     time_rounds : callable
-        Runs and times the subject.
+        Runs and times the subject, as a benchmark tool does it; None: as the peers are timed.
     """
     (subject, ours), *peers = candidates.items()
     share = budget / len(candidates)
@@ -124,16 +115,21 @@ def interleave(
             if (current + 1) * planned[name] // rounds == current * planned[name] // rounds:
                 continue
             get_ready(peer)
-            start = time.perf_counter()
-            peer.run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(peer.time())
         current += 1
         get_ready(ours)
+
+    def time_subject() -> float:
+        turn()
+        return ours.time()
 
     gc.collect()
     gc.disable()
     try:
-        subject_seconds = time_rounds(ours.run, turn, rounds)
+        if time_rounds is None:
+            subject_seconds: Sequence[float] = [time_subject() for _ in range(rounds)]
+        else:
+            subject_seconds = time_rounds(ours.run, turn, rounds)
     finally:
         gc.enable()
     return {subject: Stats.of(subject_seconds)} | {n: Stats.of(s) for n, s in seconds.items()}

@@ -53,10 +53,16 @@ def measure(threads: int) -> dict[str, float]:
     library = _library()
     gops = {isa: library.sq_peak_gops(isa.encode(), threads, _SECONDS) for isa in ISAS}
     size = min(max(_READ_BYTES, beyond_cache()), psutil.virtual_memory().available // 4)
-    read: float = library.sq_peak_read_gb_per_s(threads, size)
+    read = read_gb_per_s(threads, size)
+    return {isa: value for isa, value in gops.items() if value > 0} | {READ: read}
+
+
+def read_gb_per_s(threads: int, size: int) -> float:
+    """Return the GB/s at which so many threads read `size` bytes, the best of four times."""
+    read: float = _library().sq_peak_read_gb_per_s(threads, size)
     if read <= 0:
         raise RuntimeError(f"cannot read {size >> 20} MB of memory by AVX2")
-    return {isa: value for isa, value in gops.items() if value > 0} | {READ: read}
+    return read
 
 
 def best(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:

@@ -1,8 +1,7 @@
-"""Tokens a second of whole models, int8 beside torch's fp32 and bf16; before and after a change.
+"""Tokens a second of whole models as a user runs them, ours beside its peers, in one run.
 
-A model alternates shapes, and our linears with torch's own operators, which the time of one linear
-alone does not show. Every thread count has a process of its own, as an OpenMP pool that once had
-another size is no fresh one.
+Every variant has a process of its own (`worker.py`), for each thread count a fresh one; they take
+turns. Two files of --out are compared by --compare: before and after a change.
 """
 
 from __future__ import annotations
@@ -14,31 +13,44 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import machine
+import model_tables
 import transformers
 import typer
-from rich.table import Table
-from whole_model import BF16, FLOATS, LEAST_COSINE, SHAPES, Row, Settings, measure, say
+from model_files import SHAPES, Files, prepare
+from whole_model import (
+    KINDS,
+    LEAST_COSINE,
+    LEAST_LIKELIHOOD,
+    Row,
+    Settings,
+    measure,
+    say,
+)
 
 import sq_cpu
+from sq_cpu.files import write_file
 
 
-def measure_apart(name: str, threads: int, settings: Settings, seconds: float) -> list[Row]:
-    """Measure in a process of its own, not a forked one: that would lack the pool's threads."""
+def prepare_apart(name: str, settings: Settings, folder: Path) -> Files:
+    """Write a model's files in a process of its own, whose memory ends with it."""
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure, name, threads, settings, seconds).result()
+            arguments = (name, settings.layers, settings.schemes, settings.kinds, folder)
+            return pool.submit(prepare, *arguments).result()
     except BrokenProcessPool:
         raise sq_cpu.SqCpuError(
-            f"the process of {name} with {threads} threads died; is there memory for it?"
+            f"the process that makes {name} died; is there memory for it?"
         ) from None
 
 
@@ -75,45 +87,9 @@ def describe_run(label: str | None, settings: Settings) -> Row:
         "openmp": openmp_runtimes(),
         "environment": {k: v for k, v in os.environ.items() if k.startswith(prefixes)},
         "settings": asdict(settings),
+        "processes": [],
         "rows": [],
     }
-
-
-def _table(headings: Iterable[str], title: str) -> Table:
-    table = Table("model", "layers", "threads", "work", "rows", "variant", title=title)
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
-
-
-def _names(row: Row) -> tuple[str, ...]:
-    """Return the cells that say what was measured."""
-    work = f"prefill {row['prompt']}" if row["work"] == "prefill" else "decode"
-    numbers = (row["layers"], row["threads"], work, row["rows"])
-    return (Path(row["model"]).name, *map(str, numbers))
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def print_rows(rows: Iterable[Row]) -> None:
-    headings = ("tokens/s (p10-p90)", "rounds", "/ bf16", "/ fp32", "weights GB/s", "cosine")
-    table = _table(headings, "medians; / bf16, / fp32: the speed of int8 over that of torch")
-    for row in rows:
-        for name, found in row["variants"].items():
-            speed, ratio = found["tokens_per_second"], row["ratio"].get(name, {})
-            table.add_row(
-                *_names(row),
-                name,
-                f"{speed['median']:.1f} ({speed['p10']:.1f}-{speed['p90']:.1f})",
-                str(found["seconds"]["rounds"]),
-                *(_cell(ratio.get(peer), ".2f") for peer in reversed(FLOATS)),
-                _cell(found["weight_gb_per_second"], ".1f"),
-                f"{found['cosine']:.4f}",
-            )
-        table.add_section()
-    machine.make_console().print(table)
 
 
 def read(path: Path) -> Row:
@@ -127,44 +103,17 @@ def read(path: Path) -> Row:
     return content
 
 
-def print_comparison(before: Row, after: Row) -> None:
-    """Print the speeds that both runs have; how alike the machines were is told by the floats'."""
-    for name, run in (("before", before), ("after", after)):
-        known = run["machine"]
-        versions = ", ".join(f"{key} {known[key]}" for key in ("isa", "torch", "transformers"))
-        label = "" if run["label"] is None else f"{run['label']}, "
-        print(f"{name}: {label}commit {run['commit']}, {known['cpu']}, {versions}")
-
-    def key(row: Row) -> tuple[object, ...]:
-        return (*_names(row), row.get("context"), row.get("steps"))
-
-    headings = ("before tokens/s", "after tokens/s", "after / before", "/ bf16 before", "after")
-    table = _table(headings, "medians; / bf16: the speed of int8 over that of bf16 in the same run")
-    old_rows = {key(row): row for row in before["rows"]}
-    for row in after["rows"]:
-        old = old_rows.get(key(row), {"variants": {}})
-        for name in row["variants"]:
-            if name not in old["variants"]:
-                continue
-            was, now = (
-                each["variants"][name]["tokens_per_second"]["median"] for each in (old, row)
-            )
-            ratios = [each["ratio"].get(name, {}).get(BF16) for each in (old, row)]
-            cells = (f"{was:.1f}", f"{now:.1f}", f"{now / was:.2f}")
-            table.add_row(*_names(row), name, *cells, *(_cell(ratio, ".2f") for ratio in ratios))
-        table.add_section()
-    if not table.rows:
-        raise sq_cpu.SqCpuError("the two files have nothing in common: measure the same models")
-    machine.make_console().print(table)
-
-
 def check(names: Sequence[str], threads: Sequence[int], settings: Settings) -> None:
     """Refuse what would fail after minutes."""
     cores = len(os.sched_getaffinity(0))
     if min(threads) < 1 or max(threads) > cores:
         raise sq_cpu.SqCpuError(f"--threads must be 1 to {cores}, the cores of this process")
-    if min(settings.rows) < 1:
-        raise sq_cpu.SqCpuError("--rows must be at least 1")
+    for option in ("rows", "prompts", "contexts"):
+        if min(getattr(settings, option)) < 1:
+            raise sq_cpu.SqCpuError(f"--{option} must be at least 1")
+    for kind in settings.kinds:
+        if kind not in KINDS:
+            raise sq_cpu.SqCpuError(f"--variants has {kind}; they are {', '.join(KINDS)}")
     for scheme in settings.schemes:
         sq_cpu.Scheme.of(scheme)
     for name in names:
@@ -178,68 +127,102 @@ def check(names: Sequence[str], threads: Sequence[int], settings: Settings) -> N
             raise sq_cpu.SqCpuError("--layers is for shapes; a model in a folder has its own")
 
 
+def measure_all(
+    names: Sequence[str],
+    threads: Sequence[int],
+    settings: Settings,
+    budget: float,
+    run: Row,
+    out: Path | None,
+) -> None:
+    """Measure every model with every thread count into `run`, and write that after each row."""
+
+    def keep(section: str, row: Row) -> None:
+        run[section].append(row)
+        if out is not None:
+            write_file(out, json.dumps(run, indent=1) + "\n")
+
+    todo = len(names) * len(threads)
+    end = time.monotonic() + budget
+    for name in names:
+        with tempfile.TemporaryDirectory(prefix="sq_cpu-bench-") as scratch:
+            say(f"{name}: making its files")
+            files = prepare_apart(name, settings, Path(scratch))
+            for count in threads:
+                say(f"{name}, {count} threads ({todo} to go)")
+                share = max(0.0, end - time.monotonic()) / todo
+                arguments = (name, files, count, settings, share, Path(scratch))
+                keep("processes", measure(*arguments, partial(keep, "rows")))
+                todo -= 1
+
+
 def main(
-    shapes: Annotated[str, typer.Option(help="Of random models.")] = ",".join(SHAPES),
+    shapes: Annotated[str, typer.Option(help="Of random models.")] = "smollm2-135m,llama-1b",
     model: Annotated[
         Path | None, typer.Option(help="Folder of a causal LM, in place of the shapes.")
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, help="Decoder blocks of the shapes; default: their own.")
     ] = None,
+    variants: Annotated[str, typer.Option(help="What to measure.")] = ",".join(KINDS),
     schemes: Annotated[str, typer.Option(help="Of the int8 models, such as O1,O3.")] = "O3",
     threads: Annotated[str, typer.Option(help='Thread counts; "all" for every core.')] = "all",
     rows: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1,16",
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prefill.")] = 512,
-    context: Annotated[int, typer.Option(min=1, help="Tokens before the decoded ones.")] = 128,
-    tokens: Annotated[int, typer.Option(min=1, help="Decoding steps of a timed call.")] = 8,
+    prompts: Annotated[str, typer.Option(help="Tokens of a prefill.")] = "512",
+    contexts: Annotated[str, typer.Option(help="Tokens before the decoded ones.")] = "128",
+    tokens: Annotated[int, typer.Option(min=1, help="Decoding steps of a timed call.")] = 16,
     budget: Annotated[float, typer.Option(min=0, help="Seconds for all.")] = 300,
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds until a variant's process must have answered.")
+    ] = 300,
     least_cosine: Annotated[
         float, typer.Option(help="Of a variant's logits with fp32's; one below is not reported.")
     ] = LEAST_COSINE,
-    fused: Annotated[
-        bool, typer.Option("--fused", help="Measure int8 as one native call, too.")
-    ] = False,
+    least_likelihood: Annotated[
+        float, typer.Option(help="Of its text to fp32: 0 is a random text, 1 fp32's own.")
+    ] = LEAST_LIKELIHOOD,
     label: Annotated[str | None, typer.Option(help="Of the build, for --compare.")] = None,
     out: Annotated[Path | None, typer.Option(help="The JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture of it, .png or .svg.")] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="BEFORE AFTER", help="Compare two files of --out; measure nothing."),
     ] = None,
 ) -> None:
-    """Print tokens/s of whole models, int8 beside torch; --out is written after every process."""
+    """Print tokens/s of whole models beside their peers; --out is written after every row."""
     try:
         if compare is not None:
-            print_comparison(*map(read, compare))
+            model_tables.print_comparison(*map(read, compare))
             return
         settings = Settings(
             layers=layers,
+            kinds=tuple(variants.split(",")),
             schemes=tuple(schemes.split(",")),
-            prompt=prompt,
-            context=context,
+            prompts=tuple(machine.numbers(prompts)),
+            contexts=tuple(machine.numbers(contexts)),
             tokens=tokens,
             rows=tuple(machine.numbers(rows)),
             least_cosine=least_cosine,
-            fused=fused,
+            least_likelihood=least_likelihood,
+            limit=limit,
         )
         names = shapes.split(",") if model is None else [str(model)]
         counts = machine.numbers(threads)
         check(names, counts, settings)
+        if plot is not None:
+            model_tables.check_plot(plot)
         run = describe_run(label, settings)
-        todo = [(name, count) for name in names for count in counts]
-        end = time.monotonic() + budget
-        for done, (name, count) in enumerate(todo):
-            say(f"{name}, {count} threads ({done + 1} of {len(todo)})")
-            share = max(0.0, end - time.monotonic()) / (len(todo) - done)
-            run["rows"] += measure_apart(name, count, settings, share)
-            if out is not None:
-                out.write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        measure_all(names, counts, settings, budget, run, out)
+        print(machine.headline() + ("" if label is None else f", {label}"))
+        model_tables.print_processes(run["processes"])
+        model_tables.print_rows(run["rows"])
+        if plot is not None:
+            model_tables.plot(run["rows"], plot)
     except sq_cpu.SqCpuError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
-    print(machine.headline() + ("" if label is None else f", {label}"))
-    print_rows(run["rows"])
     refused = [
-        f"{', '.join(_names(row))} rows, {name}: {reason}"
+        f"{', '.join(model_tables.names_of(row))} rows, {name}: {reason}"
         for row in run["rows"]
         for name, reason in row["refused"].items()
     ]

