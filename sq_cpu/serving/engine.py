@@ -79,8 +79,8 @@ class Engine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._built = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sq_cpu engine", daemon=True)
-        self._thread.start()
         try:
+            self._thread.start()
             self._built.wait()
         except BaseException:  # of a signal: Python cannot end while a thread is in native code
             self.stop()
