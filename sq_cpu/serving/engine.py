@@ -78,10 +78,13 @@ class Engine:
         self._open: set[Job] = set()  # the event loop's
         self._loop: asyncio.AbstractEventLoop | None = None
         self._built = threading.Event()
-        # A daemon: where the process has to end at once, no step keeps it.
         self._thread = threading.Thread(target=self._run, name="sq_cpu engine", daemon=True)
-        self._thread.start()
-        self._built.wait()
+        try:
+            self._thread.start()
+            self._built.wait()
+        except BaseException:  # of a signal: Python cannot end while a thread is in native code
+            self.stop()
+            raise
         if self.failure is not None:
             raise self.failure
 
@@ -108,10 +111,10 @@ class Engine:
             self._open.discard(job)
             self._commands.put(lambda: self._cancel(job))
 
-    def stop(self, timeout: float | None = None) -> None:
+    def stop(self) -> None:
         """End the thread after the step that runs; jobs get nothing more."""
         self._commands.put(None)
-        self._thread.join(timeout)
+        self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -248,6 +250,19 @@ def test_a_scheduler_that_is_not_built() -> None:
 
     with pytest.raises(SqCpuError, match="no program"):
         Engine(build)
+
+
+def test_interrupted_while_it_is_built() -> None:
+    """The thread ends first: Python must not end while it is in native code."""
+
+    def build() -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        return StandIn()
+
+    with pytest.raises(KeyboardInterrupt):
+        Engine(build)
+    assert "sq_cpu engine" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_metrics_have_the_names_of_vllm() -> None:
