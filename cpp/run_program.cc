@@ -234,10 +234,15 @@ class Program::Implementation::Runner {
       copy_normalized(stage.norm, source, k, x + row * ldx);
       std::fill_n(at(stage.zero, row, 0), program_.widths[stage.zero], 0.0f);
     }
-    float* const logits = routes.logits();
-    kernels_.multiply_floats[static_cast<int>(stage.weight.type)](
-        {x + rows.begin * ldx, ldx, rows.size(), stage.weight.data, k, stage.experts,
-         stage.weight.bias, nullptr, logits + rows.begin * stage.experts, stage.experts});
+    wait();
+    // Each worker some experts of all rows: the weight is read once, by all of them.
+    const Range own = part(stage.experts, kStripColumns, workers_, worker_);
+    const FloatWeight& weight = stage.weight;
+    kernels_.multiply_floats[static_cast<int>(weight.type)](
+        {x, ldx, m, static_cast<const char*>(weight.data) + own.begin * k * bytes_of(weight.type),
+         k, own.size(), weight.bias == nullptr ? nullptr : weight.bias + own.begin, nullptr,
+         routes.logits() + own.begin, stage.experts});
+    wait();
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       routes.choose(row, stage.experts, stage.top, stage.renormalize, kernels_);
     }
@@ -261,6 +266,7 @@ class Program::Implementation::Runner {
   int64_t count_of(int list) const {
     return list < 0 ? shared_.rows.size() : program_.routes.size(list);
   }
+
   void run(const MergeStage& stage) {
     const Range rows = mine(shared_.rows.size());
     for (int64_t row = rows.begin; row < rows.end; ++row) {

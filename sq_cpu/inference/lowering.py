@@ -375,9 +375,12 @@ class _Lowering:
         eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
         if not isinstance(eps, float):
             raise SqCpuError(f"{path} is a {type(norm).__name__}, which has no eps")
+        weight = norm.weight
+        if weight is None:  # OPT's without parameters
+            weight = torch.ones(norm.normalized_shape, dtype=torch.float32, device="cpu")
         return Norm(
             "layer" if isinstance(norm, nn.LayerNorm) else "rms",
-            norm.weight.detach().float() + self._norm_offset,
+            weight.detach().float() + self._norm_offset,
             _floats(getattr(norm, "bias", None)),
             eps,
         )

@@ -148,6 +148,21 @@ def test_quantizers_that_differ_beside_one_another() -> None:
     compile_program(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("opt", {"layer_norm_elementwise_affine": False, "enable_bias": False}),
+        ("opt", {"_remove_final_layer_norm": True}),
+        ("mpt", {"attn_config": {"softmax_scale": 0.3}}),
+        ("gptj", {"rotary_dim": 8}),
+        ("falcon", {"bias": False}),
+    ],
+)
+def test_what_configs_change(name: str, config: dict[str, Any]) -> None:
+    compile_program(quantized(name, **config))
+
+
 def test_where_stages_lie() -> None:
     """Norms of whole rows, norms of what enters, and learned positions have stages of their own."""
     counts = {
