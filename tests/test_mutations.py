@@ -25,6 +25,7 @@ ARGUMENTS = {
     "test_hostile": ["0", "300"],
     "test_kernels": ["1", "150"],
     "test_linear": ["1", "300"],
+    "test_program": ["reference"],
 }
 
 

@@ -313,10 +313,12 @@ void test_refusals() {
 
 }  // namespace
 
-int main() {
+// An argument: the one ISA whose programs run.
+int main(int argc, char** argv) {
   start();
   std::vector<Floats> first;
   for (Isa isa : isas_here()) {
+    if (argc > 1 && isa_name(isa) != argv[1]) continue;
     use(isa);
     const Part part("same bits " + isa_name(isa));
     std::vector<Floats> results;
