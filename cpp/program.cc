@@ -14,7 +14,7 @@ namespace {
 
 // A longer prompt goes through all layers in passes of so many rows: their activations stay in the
 // caches, and weights that are read once for so many rows cost little beside the products.
-constexpr int64_t kRowsOfPass = 256;
+constexpr int64_t kRowsOfPass = 512;
 constexpr int64_t kMostExperts = 1 << 16;
 
 // Of an embedding; 0 for other stages.
