@@ -19,6 +19,7 @@ from .evaluation.perplexity import perplexity as perplexity
 from .evaluation.perplexity import token_windows as token_windows
 from .inference.attach import use_int8_attention as use_int8_attention
 from .inference.cache import Int8Cache as Int8Cache
+from .inference.decoding_loop import decoding_loop as decoding_loop
 from .inference.fusing import fuse as fuse
 from .inference.generation import generate as generate
 from .inference.generation import generate_batch as generate_batch

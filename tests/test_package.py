@@ -44,6 +44,7 @@ PUBLIC = [
     "autotune",
     "calibrate",
     "count_saturation",
+    "decoding_loop",
     "fuse",
     "generate",
     "generate_batch",

@@ -35,6 +35,7 @@ __all__ = [
     "is_transformers",
     "load_again",
     "load_nothing",
+    "sampling_loop",
     "set_ties",
     "tied_weights",
 ]
@@ -310,3 +311,9 @@ def attending_by(model: Any, attention: Callable[..., tuple[Tensor, Any]]) -> It
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def sampling_loop(model: Any) -> Callable[..., Any]:
+    """Return the loop in which `generate` makes one token after another, greedily or sampled."""
+    check_version()
+    return model._sample  # type: ignore[no-any-return]
