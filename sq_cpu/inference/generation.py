@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -62,16 +63,18 @@ def generate(
     given = [integers(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     if stop_tokens is None:
         stop_tokens = stop_tokens_of(model)
-    requests = [
-        Request(
+    copies: Counter[tuple[int, ...]] = Counter()
+    requests = []
+    for prompt in given:
+        request = Request(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             sampling=Sampling() if sampling is None else sampling,
             stop_tokens=stop_tokens,
-            stream=given[:i].count(prompt),
+            stream=copies[tuple(prompt)],
         )
-        for i, prompt in enumerate(given)
-    ]
+        copies[tuple(prompt)] += 1
+        requests.append(request)
     return generate_batch(model, requests, on_token=on_token)
 
 
