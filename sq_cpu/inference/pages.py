@@ -127,8 +127,8 @@ class PagePool:
         return self._uses[page] > 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Count one use less of each."""
-        for page in pages:
+        """Count one use less of each; their room goes from the last to the first."""
+        for page in reversed(pages):
             self._uses[page] -= 1
             if not self._uses[page]:
                 if page in self._keys:
