@@ -17,6 +17,7 @@ from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace
 from sq_cpu.inference.lowering import compile_program, decoder_of
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram, StepRows
+from sq_cpu.kernels import _core
 from sq_cpu.kernels.paged_attention import KvPages
 from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.linears import head_of
@@ -104,6 +105,12 @@ class FusedDecoder:
         self.has_head = head_of(self._model) is not None
         head = self.program.head
         self._to_logits = None if head is None else self.program.followed_by(head)
+
+    @property
+    def page_bytes(self) -> int:
+        """Return the bytes of a page of keys and values in all layers."""
+        shapes = self.program.cache_shapes
+        return sum(kv_heads * _core.page_bytes(head_dim) for kv_heads, head_dim in shapes)
 
     def runs(self, program: DecoderProgram) -> bool:
         """Tell whether this is still the program of the model, and the model fused."""

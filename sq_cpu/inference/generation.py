@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.inference.pages import pages_of
+from sq_cpu.inference.fusing import fused_of
+from sq_cpu.inference.pages import pages_of, pages_that_fit
 from sq_cpu.inference.requests import Request, integers
 from sq_cpu.inference.sampling import Sampling
 from sq_cpu.inference.scheduler import Scheduler
@@ -117,7 +118,7 @@ def stop_tokens_of(model: Any) -> list[int]:
 
 
 def _pages(model: Any, requests: Sequence[Request]) -> int:
-    """Return as many pages as the largest requests that run at once can need."""
+    """Return as many pages as the largest requests that run at once can need, and memory holds."""
     config = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None) or _POSITIONS
     needs = [
@@ -125,4 +126,8 @@ def _pages(model: Any, requests: Sequence[Request]) -> int:
         for each in requests
         if isinstance(each.max_new_tokens, int)
     ]
-    return max(1, sum(sorted(needs)[-_SEQUENCES:]))
+    largest = sorted(needs)[-_SEQUENCES:]
+    fused = fused_of(model)
+    # The largest may need more: then one runs after the other.
+    fit = sum(largest) if fused is None else pages_that_fit(fused.page_bytes)
+    return max(1, *largest[-1:], min(sum(largest), fit))

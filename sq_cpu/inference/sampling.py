@@ -14,7 +14,7 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
 
-__all__ = ["Penalties", "Sampler", "Sampling", "mixed"]
+__all__ = ["Penalties", "Sampler", "Sampling", "likeliest", "log_probabilities", "mixed"]
 
 _MOST = 1e30  # so that neither it, its reciprocal, nor millions of it leave the range of fp32
 
@@ -185,3 +185,14 @@ def mixed(*values: object) -> int:
     """Return 63 bits that any of the values changes."""
     digest = hashlib.sha256(repr(values).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return them in fp64 [rows, vocabulary]: the same bits in any batch."""
+    return torch.stack([row.double().log_softmax(0) for row in logits])
+
+
+def likeliest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """Return the tokens of the highest values, and these; all where there are no more."""
+    values, ids = row.topk(min(count, len(row)))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))

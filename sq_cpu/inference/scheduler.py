@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.fusing import FusedDecoder, fused_of
-from sq_cpu.inference.pages import PagePool, pages_of
+from sq_cpu.inference.pages import PagePool, pages_of, pages_that_fit
 from sq_cpu.inference.program import StepRows
 from sq_cpu.inference.requests import Finish, Request, Statistics, Token, integers
-from sq_cpu.inference.sampling import Penalties, Sampler
+from sq_cpu.inference.sampling import Penalties, Sampler, likeliest, log_probabilities
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS, KvPages
 
 __all__ = ["Scheduler"]
@@ -170,7 +170,9 @@ class Scheduler:
     ----------
     model : a fused decoder (`fuse`) with a head
     pages : of 64 tokens, that all sequences share; None: as many as `sequences` of the model's
-        longest need, or of 4096 tokens where that is less. Memory is taken as they are written
+        longest need, or of 4096 tokens where that is less, and as half of the available memory
+        holds. Memory is taken as they are written, which in the end all are: those that nobody
+        uses keep what later sequences may begin with
     rows : of a step, at most: a longer prompt is computed in several
     sequences : that run at once, at most
 
@@ -194,7 +196,8 @@ class Scheduler:
             if (type(value) is not int or value < 1) and (name, value) != ("pages", None):
                 raise SqCpuError(f"{name} is {value!r}; it is an integer of at least 1")
         if pages is None:
-            pages = sequences * pages_of(int(min(self._positions, 4096)))
+            longest = pages_of(int(min(self._positions, 4096)))
+            pages = min(sequences * longest, pages_that_fit(fused.page_bytes))
         self._fused: FusedDecoder = fused
         self._program = fused.program
         self._vocabulary: int = config.vocab_size
@@ -317,7 +320,7 @@ class Scheduler:
         logits = self._fused.logits(batch.rows, self._caches)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             self._computed(sequence, count)
-        raw = _log_probabilities(logits) if batch.logprobs else None
+        raw = log_probabilities(logits) if batch.logprobs else None
         chosen = batch.choose(logits) if batch.sampled else []
         made = []
         for row, (sequence, token) in enumerate(zip(batch.sampled, chosen, strict=True)):
@@ -325,7 +328,7 @@ class Scheduler:
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
             if raw is not None and wanted is not None and token >= 0:
-                logprob, top = float(raw[row, token]), _likeliest(raw[row], wanted)
+                logprob, top = float(raw[row, token]), likeliest(raw[row], wanted)
             answer = Token(sequence.number, token, logprob, top, sequence.finish(token))
             made.append((sequence, len(sequence.ids), answer))
         self._made += made  # all or none, whatever is interrupted
@@ -442,13 +445,3 @@ class Scheduler:
 
 def _missing(sequence: _Sequence, count: int) -> int:
     return max(0, pages_of(sequence.computed + count) - len(sequence.table))
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    # Row by row: the same bits in any batch.
-    return torch.stack([row.double().log_softmax(0) for row in logits])
-
-
-def _likeliest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    values, ids = row.topk(min(count, len(row)))
-    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
