@@ -253,8 +253,8 @@ def _with_transformers(
             "top_p": sampling.top_p,
             "min_p": sampling.min_p or None,
         }
-    if sampling.repetition_penalty != 1:
-        options["repetition_penalty"] = sampling.repetition_penalty
+    # Else it would be that of the model's generation config.
+    options["repetition_penalty"] = sampling.repetition_penalty
     for index, ids in enumerate(given):
         torch.manual_seed(sampling.seed)
         with torch.inference_mode():

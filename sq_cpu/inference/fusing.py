@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace
 from sq_cpu.inference.lowering import compile_program, decoder_of
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram, StepRows
+from sq_cpu.kernels import _core
 from sq_cpu.kernels.paged_attention import KvPages
 from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.linears import head_of
@@ -78,7 +80,7 @@ class FusedDecoder:
         """Compile, and take the place of the base model's forward."""
         self.base: Any = decoder_of(model)
         self._model = model
-        self._given: Any = None
+        self._given = _Given()
         self._before = self.base.__dict__.get("forward")
         self._plain = self.base.forward
         self._compile()
@@ -104,6 +106,20 @@ class FusedDecoder:
         head = self.program.head
         self._to_logits = None if head is None else self.program.followed_by(head)
 
+    @property
+    def page_bytes(self) -> int:
+        """Return the bytes of a page of keys and values in all layers."""
+        shapes = self.program.cache_shapes
+        return sum(kv_heads * _core.page_bytes(head_dim) for kv_heads, head_dim in shapes)
+
+    def runs(self, program: DecoderProgram) -> bool:
+        """Tell whether this is still the program of the model, and the model fused."""
+        return self.program is program and self.base.__dict__.get("forward") is self
+
+    def changed(self) -> bool:
+        """Tell whether the model is another than the one that was compiled."""
+        return self._watch.changed()
+
     def refresh(self) -> None:
         """Compile again what has changed since; `SqCpuError` where it has no program any more."""
         if self._watch.changed():
@@ -127,8 +143,8 @@ class FusedDecoder:
         **others: Any,
     ) -> Any:
         """Return what the base model does."""
-        if self._given is not None:
-            return self._given
+        if self._given.output is not None:
+            return self._given.output
         begins = None
         if input_ids is not None and inputs_embeds is None and self._serves(others):
             begins = self._begins(input_ids, attention_mask, position_ids, past_key_values)
@@ -249,11 +265,11 @@ class FusedDecoder:
             return self._to_logits.run_step(step, caches)
         states = self.normed(self.program.run_step(step, caches))
         # What the model does after its base, to these states in the place of the base's.
-        self._given = self.program.output(last_hidden_state=states[None])
+        self._given.output = self.program.output(last_hidden_state=states[None])
         try:
             output = self._model(input_ids=torch.zeros(1, len(states)).long(), use_cache=False)
         finally:
-            self._given = None
+            self._given.output = None
         return output.logits[0].float()  # type: ignore[no-any-return]
 
     def normed(self, hidden: Tensor) -> Tensor:
@@ -268,6 +284,12 @@ def _pads(past: Cache, batch: int) -> list[int]:
     if isinstance(layer, Int8Layer) and layer.table.batch == batch:
         return layer.table.pads
     return [0] * batch
+
+
+class _Given(threading.local):
+    """What this thread's next call of the base returns, if anything."""
+
+    output: Any = None
 
 
 class _Watch:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.inference.pages import pages_of
+from sq_cpu.inference.fusing import fused_of
+from sq_cpu.inference.pages import pages_of, pages_that_fit
 from sq_cpu.inference.requests import Request, integers
 from sq_cpu.inference.sampling import Sampling
 from sq_cpu.inference.scheduler import Scheduler
@@ -62,16 +64,18 @@ def generate(
     given = [integers(prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
     if stop_tokens is None:
         stop_tokens = stop_tokens_of(model)
-    requests = [
-        Request(
+    copies: Counter[tuple[int, ...]] = Counter()
+    requests = []
+    for prompt in given:
+        request = Request(
             prompt=prompt,
             max_new_tokens=max_new_tokens,
             sampling=Sampling() if sampling is None else sampling,
             stop_tokens=stop_tokens,
-            stream=given[:i].count(prompt),
+            stream=copies[tuple(prompt)],
         )
-        for i, prompt in enumerate(given)
-    ]
+        copies[tuple(prompt)] += 1
+        requests.append(request)
     return generate_batch(model, requests, on_token=on_token)
 
 
@@ -114,7 +118,7 @@ def stop_tokens_of(model: Any) -> list[int]:
 
 
 def _pages(model: Any, requests: Sequence[Request]) -> int:
-    """Return as many pages as the largest requests that run at once can need."""
+    """Return as many pages as the largest requests that run at once can need, and memory holds."""
     config = getattr(model, "config", None)
     most = getattr(config, "max_position_embeddings", None) or _POSITIONS
     needs = [
@@ -122,4 +126,8 @@ def _pages(model: Any, requests: Sequence[Request]) -> int:
         for each in requests
         if isinstance(each.max_new_tokens, int)
     ]
-    return max(1, sum(sorted(needs)[-_SEQUENCES:]))
+    largest = sorted(needs)[-_SEQUENCES:]
+    fused = fused_of(model)
+    # The largest may need more: then one runs after the other.
+    fit = sum(largest) if fused is None else pages_that_fit(fused.page_bytes)
+    return max(1, *largest[-1:], min(sum(largest), fit))

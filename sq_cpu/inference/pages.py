@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS, BatchRows, KvPages
+from sq_cpu.kernels.runtime import available_memory
 
-__all__ = ["CallRows", "PagePool", "PageTable", "call_rows", "pages_of"]
+__all__ = ["CallRows", "PagePool", "PageTable", "call_rows", "pages_of", "pages_that_fit"]
 
 _FIRST_PAGES = 4
 _RELEASED = -1
@@ -127,8 +128,8 @@ class PagePool:
         return self._uses[page] > 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Count one use less of each."""
-        for page in pages:
+        """Count one use less of each; their room goes from the last to the first."""
+        for page in reversed(pages):
             self._uses[page] -= 1
             if not self._uses[page]:
                 if page in self._keys:
@@ -323,3 +324,8 @@ class PageTable:
 def pages_of(tokens: int) -> int:
     """Return how many pages hold so many tokens."""
     return -(-tokens // PAGE_TOKENS)
+
+
+def pages_that_fit(page_bytes: int) -> int:
+    """Return how many pages half of the available memory holds, at least one."""
+    return max(1, available_memory() // 2 // page_bytes)

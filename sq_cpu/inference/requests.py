@@ -39,8 +39,8 @@ class Request:
     stream: int = 0
     """Which stream of random numbers, beside the seed: continuation i of a prompt."""
     allowed: Callable[[], Tensor] | None = None
-    """Called before each token: int32 [vocabulary / 32], bit id % 32 of word id // 32 set where
-    that token may come next."""
+    """Called before each token, and again where a step failed: int32 [vocabulary / 32, rounded up],
+    bit id % 32 of word id // 32 set where that token may come next."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,9 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
 
-__all__ = ["Penalties", "Sampler", "Sampling", "mixed"]
+__all__ = ["Penalties", "Sampler", "Sampling", "likeliest", "log_probabilities", "mixed"]
+
+_MOST = 1e30  # so that neither it, its reciprocal, nor millions of it leave the range of fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +50,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("temperature", 0.0, math.inf),
-            ("top_p", 0.0, 1.0),
+            ("temperature", 0.0, _MOST),
+            ("top_p", 1 / _MOST, 1.0),
             ("min_p", 0.0, 1.0),
-            ("repetition_penalty", 0.0, math.inf),
-            ("presence_penalty", -math.inf, math.inf),
-            ("frequency_penalty", -math.inf, math.inf),
+            ("repetition_penalty", 1 / _MOST, _MOST),
+            ("presence_penalty", -_MOST, _MOST),
+            ("frequency_penalty", -_MOST, _MOST),
         ):
             value = getattr(self, name)
-            above = name in ("top_p", "repetition_penalty") and value == 0
-            fits = type(value) in (int, float) and low <= value <= high and math.isfinite(value)
-            if not fits or above:
-                least = f"above {low:g}" if name in ("top_p", "repetition_penalty") else f"{low:g}"
-                raise SqCpuError(f"{name} is {value!r}; it is a number from {least} to {high:g}")
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise SqCpuError(f"{name} is {value!r}; it is a number from {low:g} to {high:g}")
         for name in ("top_k", "seed"):
             if type(getattr(self, name)) is not int:
                 raise SqCpuError(f"{name} is {getattr(self, name)!r}; it is an integer")
@@ -71,8 +69,10 @@ class Sampling:
             bias = {operator.index(token): float(value) for token, value in self.logit_bias.items()}
         except (AttributeError, TypeError, ValueError):
             bias = {-1: 0.0}
-        if not all(token >= 0 and math.isfinite(value) for token, value in bias.items()):
-            raise SqCpuError(f"logit_bias is {self.logit_bias!r}; it maps ids to finite numbers")
+        if not all(token >= 0 and abs(value) <= _MOST for token, value in bias.items()):
+            raise SqCpuError(
+                f"logit_bias is {self.logit_bias!r}; it maps ids to numbers up to {_MOST:g}"
+            )
         object.__setattr__(self, "logit_bias", bias)
 
     @property
@@ -161,7 +161,7 @@ class Sampler:
         logits : fp32 [sequences, vocabulary]; penalties and masks change them
         positions : int64 [sequences]: of the new tokens among those generated
         ids : int64 [sequences]
-        allowed : gives int32 [vocabulary / 32], a bit for each token that may be next
+        allowed : gives int32 [vocabulary / 32, rounded up], a bit for each token that may be next
 
         Raises
         ------
@@ -185,3 +185,14 @@ def mixed(*values: object) -> int:
     """Return 63 bits that any of the values changes."""
     digest = hashlib.sha256(repr(values).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Return them in fp64 [rows, vocabulary]: the same bits in any batch."""
+    return torch.stack([row.double().log_softmax(0) for row in logits])
+
+
+def likeliest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """Return the tokens of the highest values, and these; all where there are no more."""
+    values, ids = row.topk(min(count, len(row)))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))

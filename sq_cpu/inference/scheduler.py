@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.fusing import FusedDecoder, fused_of
-from sq_cpu.inference.pages import PagePool, pages_of
+from sq_cpu.inference.pages import PagePool, pages_of, pages_that_fit
 from sq_cpu.inference.program import StepRows
 from sq_cpu.inference.requests import Finish, Request, Statistics, Token, integers
-from sq_cpu.inference.sampling import Penalties, Sampler
+from sq_cpu.inference.sampling import Penalties, Sampler, likeliest, log_probabilities
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS, KvPages
 
 __all__ = ["Scheduler"]
 
 _ROOM = 4  # pages of a table that a batch's sequences may take before it is made again
+_CHANGED = "the model has changed since the Scheduler was made: fuse it and make another"
 
 
 class _Sequence:
@@ -61,6 +62,21 @@ class _Sequence:
     def generated(self) -> int:
         """Return how many tokens it got."""
         return len(self.ids) - self.prompt_length
+
+    def finish(self, token: int) -> Finish | None:
+        """Return why a next token, negative where there is none, is the last."""
+        if token < 0:
+            return "error"
+        if token in self.stops:
+            return "stop"
+        return "length" if self.generated + 1 == self.request.max_new_tokens else None
+
+    def begin_again(self) -> None:
+        """Forget what was computed, and what may be half done."""
+        self.table, self.computed, self.keys = [], 0, []
+        if self.penalties is not None:
+            prompt, generated = self.ids[: self.prompt_length], self.ids[self.prompt_length :]
+            self.penalties = Penalties(self.request.sampling, prompt, generated)
 
     def key(self, page: int) -> bytes:
         """Return what tells all tokens up to the end of a page."""
@@ -148,11 +164,15 @@ class _Batch:
 class Scheduler:
     """Requests in, tokens out, step by step. All its calls are of one thread.
 
+    The model stays as it is meanwhile: its keys and values would be those of another.
+
     Parameters
     ----------
     model : a fused decoder (`fuse`) with a head
     pages : of 64 tokens, that all sequences share; None: as many as `sequences` of the model's
-        longest need, or of 4096 tokens where that is less. Memory is taken as they are written
+        longest need, or of 4096 tokens where that is less, and as half of the available memory
+        holds. Memory is taken as they are written, which in the end all are: those that nobody
+        uses keep what later sequences may begin with
     rows : of a step, at most: a longer prompt is computed in several
     sequences : that run at once, at most
 
@@ -176,8 +196,10 @@ class Scheduler:
             if (type(value) is not int or value < 1) and (name, value) != ("pages", None):
                 raise SqCpuError(f"{name} is {value!r}; it is an integer of at least 1")
         if pages is None:
-            pages = sequences * pages_of(int(min(self._positions, 4096)))
+            longest = pages_of(int(min(self._positions, 4096)))
+            pages = min(sequences * longest, pages_that_fit(fused.page_bytes))
         self._fused: FusedDecoder = fused
+        self._program = fused.program
         self._vocabulary: int = config.vocab_size
         self._rows = rows
         self._most = min(sequences, rows)
@@ -187,6 +209,9 @@ class Scheduler:
         self._waiting: deque[_Sequence] = deque()
         self._cancelled: set[int] = set()
         self._batch: _Batch | None = None
+        """That of the step before."""
+        self._made: list[tuple[_Sequence, int, Token]] = []
+        """Tokens not returned yet, and where among its ids each is."""
         self._next = 0
         self.statistics = Statistics()
 
@@ -202,8 +227,8 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether there is a request."""
-        return bool(self._running or self._waiting)
+        """Whether there is a request, or a token of one that a step has not returned yet."""
+        return bool(self._running or self._waiting or self._made)
 
     @property
     def pages(self) -> int:
@@ -222,14 +247,19 @@ class Scheduler:
         ------
         SqCpuError
             For an empty prompt, ids that are not in the vocabulary, and more tokens than the model
-            has positions or the cache pages.
+            has positions or the cache pages; and where the model has changed.
         """
+        if self._fused.changed() or not self._fused.runs(self._program):
+            raise SqCpuError(_CHANGED)
         prompt = integers(request.prompt, "the prompt")
         new = request.max_new_tokens
         if type(new) is not int or new < 1:
             raise SqCpuError(f"max_new_tokens is {new!r}; it is an integer of at least 1")
         if not prompt:
             raise SqCpuError("the prompt is empty")
+        top = request.logprobs
+        if top is not None and (type(top) is not int or top < 0):
+            raise SqCpuError(f"logprobs is {top!r}; it is None or an integer of at least 0")
         stops = integers(request.stop_tokens, "stop_tokens")
         given = [*prompt, *request.sampling.logit_bias]
         if not 0 <= min(given) <= max(given) < self._vocabulary:
@@ -260,51 +290,70 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Compute one forward, and return the tokens that came of it."""
+        """Compute one forward, and return the tokens that came of it.
+
+        After an exception, an interrupt among them, all sequences are computed again, and their
+        tokens are those that they would have been.
+
+        Raises
+        ------
+        SqCpuError
+            For a model that is fused no more, or was compiled again.
+        """
+        if not self._fused.runs(self._program):
+            raise SqCpuError(_CHANGED)
+        try:
+            self._compute()
+        except BaseException:
+            self._begin_again()
+            raise
+        answered, self._made = [answer for _, _, answer in self._made], []
+        return answered
+
+    def _compute(self) -> None:
+        """Compute one forward, and add its tokens to `_made`."""
         self._drop_cancelled()
         self._admit()
         batch = self._next_batch()
         if batch is None:
-            return []
-        try:
-            logits = self._fused.logits(batch.rows, self._caches)
-            for sequence, count in zip(batch.sequences, batch.counts, strict=True):
-                self._computed(sequence, count)
-            raw = _log_probabilities(logits) if batch.logprobs else None
-            chosen = batch.choose(logits) if batch.sampled else []
-        except BaseException:
-            self._batch = None
-            for sequence in batch.sampled:  # their last tokens are computed again
-                sequence.computed = min(sequence.computed, len(sequence.ids) - 1)
-            raise
+            return
+        logits = self._fused.logits(batch.rows, self._caches)
+        for sequence, count in zip(batch.sequences, batch.counts, strict=True):
+            self._computed(sequence, count)
+        raw = log_probabilities(logits) if batch.logprobs else None
+        chosen = batch.choose(logits) if batch.sampled else []
         made = []
         for row, (sequence, token) in enumerate(zip(batch.sampled, chosen, strict=True)):
-            finish = self._extend(sequence, token)
             wanted = sequence.request.logprobs
             logprob: float | None = None
             top: tuple[tuple[int, float], ...] = ()
             if raw is not None and wanted is not None and token >= 0:
-                logprob, top = float(raw[row, token]), _likeliest(raw[row], wanted)
-            made.append(Token(sequence.number, token, logprob, top, finish))
-        return made
+                logprob, top = float(raw[row, token]), likeliest(raw[row], wanted)
+            answer = Token(sequence.number, token, logprob, top, sequence.finish(token))
+            made.append((sequence, len(sequence.ids), answer))
+        self._made += made  # all or none, whatever is interrupted
+        for sequence, _, answer in made:
+            if answer.id >= 0:
+                sequence.ids.append(answer.id)
+                self.statistics.generated_tokens += 1
+                if sequence.penalties is not None:
+                    sequence.penalties.add(answer.id)
+            if answer.finish is not None:
+                self._end(sequence)
+        self._batch = batch
 
-    def _extend(self, sequence: _Sequence, token: int) -> Finish | None:
-        """Give a sequence its next token; return why it was the last."""
-        finish: Finish | None = None
-        if token < 0:
-            finish = "error"
-        else:
-            self.statistics.generated_tokens += 1
-            sequence.ids.append(token)
-            if sequence.penalties is not None:
-                sequence.penalties.add(token)
-            if token in sequence.stops:
-                finish = "stop"
-            elif sequence.generated == sequence.request.max_new_tokens:
-                finish = "length"
-        if finish is not None:
-            self._end(sequence)
-        return finish
+    def _begin_again(self) -> None:
+        """Have all sequences computed again, wherever the step was left."""
+        left = {each.number: each for each in (*self._running, *self._waiting)}
+        for sequence, end, answer in self._made:
+            sequence.ids[end:] = [answer.id]
+            if answer.finish is not None:
+                left.pop(sequence.number, None)
+        self._pool = PagePool(self._pool.capacity)
+        self._running, self._batch = [], None
+        self._waiting = deque(left[number] for number in sorted(left))
+        for sequence in self._waiting:
+            sequence.begin_again()
 
     def _drop_cancelled(self) -> None:
         if not self._cancelled:
@@ -318,7 +367,6 @@ class Scheduler:
     def _end(self, sequence: _Sequence) -> None:
         self._running.remove(sequence)
         self._pool.release(sequence.table)
-        self._batch = None
 
     def _admit(self) -> None:
         rows = sum(min(each.pending, self._rows) for each in self._running)
@@ -330,9 +378,8 @@ class Scheduler:
             if self._running and needed > self._pool.available:
                 self._give_up(sequence)
                 return
-            self._waiting.popleft()
             self._running.append(sequence)
-            self._batch = None
+            self._waiting.popleft()
             rows += sequence.pending
             self.statistics.prefix_query_tokens += len(sequence.ids)
             self.statistics.prefix_hit_tokens += sequence.computed
@@ -352,8 +399,9 @@ class Scheduler:
         sequence.table, sequence.computed = [], 0
 
     def _next_batch(self) -> _Batch | None:
-        if self._batch is not None and self._has_pages(1) and self._batch.advance():
-            return self._batch
+        last, self._batch = self._batch, None
+        if last is not None and last.sequences == self._running and self._advanced(last):
+            return last
         parts: list[tuple[_Sequence, int]] = []
         budget = self._rows - sum(each.pending == 1 for each in self._running)
         for sequence in [*self._running]:
@@ -363,28 +411,24 @@ class Scheduler:
             if count and self._make_room(sequence, count):
                 parts.append((sequence, count))
                 budget -= count if sequence.pending > 1 else 0
-        if not parts:
-            return None
-        batch = _Batch(parts)
-        self._batch = batch if batch.only_next and len(parts) == len(self._running) else None
-        return batch
+        return _Batch(parts) if parts else None
 
-    def _has_pages(self, count: int) -> bool:
-        """Give each running sequence pages for so many tokens more, if there are enough for all."""
-        needed = [each for each in self._running if _missing(each, count)]
-        if len(needed) > self._pool.available:
+    def _advanced(self, batch: _Batch) -> bool:
+        """Make a batch of all that run the one of their next tokens, if there are pages for all."""
+        needed = [each for each in self._running if _missing(each, 1)]
+        if not batch.only_next or len(needed) > self._pool.available:
             return False
-        return all(self._make_room(each, count) for each in needed)
+        return all(self._make_room(each, 1) for each in needed) and batch.advance()
 
     def _make_room(self, sequence: _Sequence, count: int) -> bool:
         """Give a sequence pages for so many tokens more; False where it was preempted itself."""
         for _ in range(_missing(sequence, count)):
             page = self._pool.take()
             while page is None:
-                youngest = self._running.pop()
-                self._give_up(youngest)
+                youngest = self._running[-1]
                 self._waiting.appendleft(youngest)
-                self._batch = None
+                self._running.pop()
+                self._give_up(youngest)
                 self.statistics.preemptions += 1
                 if youngest is sequence:
                     return False
@@ -401,13 +445,3 @@ class Scheduler:
 
 def _missing(sequence: _Sequence, count: int) -> int:
     return max(0, pages_of(sequence.computed + count) - len(sequence.table))
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    # Row by row: the same bits in any batch.
-    return torch.stack([row.double().log_softmax(0) for row in logits])
-
-
-def _likeliest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    values, ids = row.topk(min(count, len(row)))
-    return tuple(zip(ids.tolist(), values.tolist(), strict=True))

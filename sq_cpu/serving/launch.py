@@ -19,7 +19,6 @@ from sq_cpu.inference.fusing import FusedDecoder, fuse, fused_of
 from sq_cpu.inference.generation import stop_tokens_of
 from sq_cpu.inference.pages import pages_of
 from sq_cpu.inference.scheduler import Scheduler
-from sq_cpu.kernels import _core
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS
 from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.serving.app import make_app
@@ -108,7 +107,7 @@ def serve(
         host, port = bound.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         pages = engine.scheduler.pages
-        gigabytes = pages * _page_bytes(_fused(model)) / 1e9
+        gigabytes = pages * _fused(model).page_bytes / 1e9
         line = (
             f"serving {settings.name} at http://{host}:{port}/v1: {pages} pages of {PAGE_TOKENS} "
             f"tokens ({gigabytes:.2f} GB), {settings.threads} threads, "
@@ -133,7 +132,7 @@ def serve(
 def _scheduler(model: nn.Module, settings: Settings) -> Scheduler:
     torch.set_num_threads(settings.threads)  # of the calling thread's teams
     fuse(model)
-    page = _page_bytes(_fused(model))
+    page = _fused(model).page_bytes
     wanted = settings.cache_bytes
     if wanted is None:  # pages that are free keep what prefixes need, so in the end all are written
         longest = min(_positions(model) or _USUAL, _USUAL)
@@ -150,11 +149,6 @@ def _fused(model: nn.Module) -> FusedDecoder:
     fused = fused_of(model)
     assert fused is not None
     return fused
-
-
-def _page_bytes(fused: FusedDecoder) -> int:
-    """Return the bytes of one page in all layers."""
-    return sum(heads * _core.page_bytes(dim) for heads, dim in fused.program.cache_shapes)
 
 
 def _limits(model: nn.Module, scheduler: Scheduler, settings: Settings) -> Limits:

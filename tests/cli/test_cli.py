@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -287,6 +288,17 @@ def test_prompts_at_once(quantized: Path, tmp_path: Path, how: str) -> None:
     wanted = "\n\n".join(f"{each['prompt']}{shown(each['text'])}" for each in alone) + "\n"
     assert piped.stdout == wanted
     assert "tokens/s" in piped.stderr
+
+
+def test_the_penalty_is_the_one_asked_for(quantized: Path, tmp_path: Path) -> None:
+    """Not that of the model's generation config."""
+    model = tmp_path / "model"
+    shutil.copytree(quantized, model)
+    (model / "generation_config.json").write_text('{"repetition_penalty": 50.0}', encoding="utf-8")
+    options = ["Once upon", "--max-new-tokens", 12, "--no-fuse"]
+    plain = json_of("generate", quantized, *options)["results"]
+    assert json_of("generate", model, *options)["results"] == plain
+    assert json_of("generate", model, *options, "--repetition-penalty", 50)["results"] != plain
 
 
 def test_prompts_that_are_missing_or_twice_on_stdin(quantized: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from test_fusing import fused
 from test_lowering import quantized
 
-from sq_cpu import Sampling, SqCpuError, generate
+from sq_cpu import Sampling, Scheduler, SqCpuError, generate
 
 NEW = 24
 
@@ -68,6 +68,25 @@ def test_samples_do_not_depend_on_the_batch(model: Any, options: dict[str, Any])
     other = Sampling(temperature=1.3, seed=8, **options)
     changed = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[], sampling=other)
     assert changed != made
+
+
+def test_in_little_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many at once as half of it holds."""
+    whole = generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[])
+    assert Scheduler(model).pages == 256
+    page = Scheduler(model)._fused.page_bytes
+    monkeypatch.setattr("sq_cpu.inference.pages.available_memory", lambda: 4 * page)
+    assert Scheduler(model).pages == 2
+    made: list[int] = []
+    scheduler = Scheduler.__init__
+
+    def watched(self: Scheduler, *args: Any, **options: Any) -> None:
+        scheduler(self, *args, **options)
+        made.append(self.pages)
+
+    monkeypatch.setattr(Scheduler, "__init__", watched)
+    assert generate(model, prompts(), max_new_tokens=NEW, stop_tokens=[]) == whole
+    assert made == [2]
 
 
 def test_refusals(model: Any) -> None:

@@ -150,23 +150,44 @@ def test_what_is_allowed() -> None:
         choose(logits, Sampling(), allowed=words[:2])
 
 
+@pytest.mark.parametrize("least", [True, False])
+def test_the_ends_of_the_ranges(least: bool) -> None:
+    """What `Sampling` takes the library takes too: else a step of many requests would fail."""
+    sign, tiny = (-1, 1e-30) if least else (1, 1e30)
+    sampling = Sampling(
+        temperature=0.0 if least else 1e30,
+        top_p=1e-30 if least else 1.0,
+        repetition_penalty=tiny,
+        presence_penalty=sign * 1e30,
+        frequency_penalty=sign * 1e30,
+        logit_bias={1: -sign * 1e30},
+    )
+    edits = Penalties(sampling, [0, 1], [1] * 10_000)
+    assert choose(torch.randn(1, 40), sampling, penalties=edits)[0] in range(40)
+
+
 def test_refusals() -> None:
     for options in (
         {"temperature": -1.0},
         {"temperature": math.inf},
+        {"temperature": 1e39},
         {"temperature": "1"},
         {"temperature": True},
         {"top_k": -1},
         {"top_k": 2.5},
         {"top_k": 2**63},
         {"top_p": 0.0},
+        {"top_p": 1e-50},
         {"top_p": 1.1},
         {"min_p": math.nan},
         {"seed": 0.5},
         {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-46},
+        {"frequency_penalty": -1e39},
         {"presence_penalty": None},
         {"logit_bias": {-1: 0.0}},
         {"logit_bias": {1: math.inf}},
+        {"logit_bias": {1: 1e39}},
         {"logit_bias": [1]},
         {"logit_bias": {"a": 1.0}},
     ):

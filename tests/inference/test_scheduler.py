@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +14,8 @@ import torch
 from test_fusing import fused
 from test_lowering import quantized
 
-from sq_cpu import Request, Sampling, Scheduler, SqCpuError, Token, generate_batch
+from sq_cpu import Request, Sampling, Scheduler, SqCpuError, Token, fuse, generate_batch
+from sq_cpu.inference.pages import PagePool
 
 PAGE = 64
 
@@ -197,6 +202,121 @@ def test_a_step_that_fails_is_taken_again(model: Any, alone: list[list[Any]]) ->
     assert [told(made[number]) for number in numbers] == alone
 
 
+class Interruption:
+    """Raises KeyboardInterrupt at one of the lines of a module, counted as they run."""
+
+    def __init__(self, module: Any, line: int) -> None:
+        self.left = line
+        self._file = inspect.getfile(module)
+
+    def step(self, scheduler: Scheduler) -> list[Token]:
+        before = sys.gettrace()
+        sys.settrace(self._trace)
+        try:
+            return scheduler.step()
+        finally:
+            sys.settrace(before)
+
+    def _trace(self, frame: Any, event: str, _: Any) -> Callable[..., Any] | None:
+        if frame.f_code.co_filename != self._file:
+            return None
+        # Past the last line of a step its tokens are the caller's.
+        if event == "line" and not frame.f_locals.keys() & {"answered"}:
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return fused("llama", max_position_embeddings=1024, head="int8")
+
+
+def test_interrupts(llama: Any) -> None:
+    """Wherever a step is interrupted, no token is lost, wrong or twice, and no page is."""
+    given = requests()[:5]
+    alone = [told(run(Scheduler(llama, pages=10), [each])[0]) for each in given]
+
+    def interrupted(line: int) -> int:
+        interruption = Interruption(inspect.getmodule(Scheduler), line)
+        scheduler = Scheduler(llama, pages=9, rows=70, sequences=4)
+        made: dict[int, list[Token]] = {scheduler.add(each): [] for each in given}
+        for _ in range(1000):
+            try:
+                for token in interruption.step(scheduler):
+                    made[token.request].append(token)
+            except KeyboardInterrupt:
+                continue
+            if not scheduler.busy:
+                break
+        assert [told(each) for each in made.values()] == alone
+        assert scheduler.pages_used == 0
+        return line - interruption.left
+
+    lines = interrupted(1 << 40)
+    assert lines > 5000
+    for line in random.Random(0).sample(range(1, lines), 40):
+        interrupted(line)
+
+
+def test_a_model_that_changes() -> None:
+    """Another model's keys and values lie in the pages."""
+    model = fused("llama")
+    request = Request(prompt=[3, 4], max_new_tokens=4)
+    scheduler = Scheduler(model, pages=4)
+    scheduler.add(request)
+    with torch.no_grad():
+        model.model.norm.weight *= 2
+    with pytest.raises(SqCpuError, match="the model has changed"):
+        scheduler.add(request)
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=1)  # compiles it again
+    with pytest.raises(SqCpuError, match="the model has changed"):
+        scheduler.step()
+    scheduler = Scheduler(model, pages=4)
+    scheduler.add(request)
+    fuse(model, enabled=False)
+    with pytest.raises(SqCpuError, match="the model has changed"):
+        scheduler.step()
+
+
+def test_beside_a_call_from_another_thread() -> None:
+    """The model calls a head with hooks itself; its base has a step's states for it alone."""
+    model = quantized("llama")
+    ids_of_other = torch.tensor([[5, 6, 7]])
+    made: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def call() -> None:
+        made.append(model(ids_of_other).logits)
+
+    calls: list[Callable[[], None]] = []
+
+    def beside(*_: Any) -> None:
+        if calls:
+            thread = threading.Thread(target=calls.pop())
+            thread.start()
+            thread.join()
+
+    model.lm_head.register_forward_hook(beside)
+    fuse(model)
+    scheduler = Scheduler(model, pages=4)
+    call()
+    calls.append(call)
+    run(scheduler, [Request(prompt=[3], max_new_tokens=2)])
+    assert torch.equal(*made)
+
+
+def test_the_end_of_a_prefix_makes_room_first() -> None:
+    pool = PagePool(3)
+    pages = [pool.take() for _ in range(3)]
+    for page in pages:
+        pool.name(page, bytes([page]))
+    pool.release(pages)
+    assert pool.take() == pages[-1]
+    assert [pool.find(bytes([page])) for page in pages] == [pages[0], pages[1], None]
+
+
 def test_refusals(model: Any) -> None:
     for options in ({"pages": 0}, {"rows": -1}, {"sequences": 2.5}):
         with pytest.raises(SqCpuError, match=next(iter(options))):
@@ -212,6 +332,8 @@ def test_refusals(model: Any) -> None:
         ("exceed the model's 1024 positions", {"max_new_tokens": 1024}),
         ("130 tokens need 3 pages of the cache, which has 2", {"max_new_tokens": 129}),
         ("stop_tokens", {"stop_tokens": 3}),
+        ("logprobs is -1", {"logprobs": -1}),
+        ("logprobs is 2.0", {"logprobs": 2.0}),
         ("prompt or logit_bias has ids from 3 to 70", {"sampling": Sampling(logit_bias={70: 1})}),
     ):
         with pytest.raises(SqCpuError, match=message):
