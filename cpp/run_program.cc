@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t kPageInts = 1024;  // each worker's sums on pages of their own
 // Normalized and quantized by every worker on its own in less time than a barrier takes.
 constexpr int64_t kFewElements = 2048;
+
 void set_weights(const Project& project, const Product& product, GemmArgs* args) {
   for (int i = 0; i < product.count; ++i) {
     args[i].weight = project.linears[product.first + i].weight;
@@ -74,6 +75,7 @@ void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
       !product_plans.empty()) {
     return;
   }
+  planned_rows = -1;  // stands if an allocation fails
   product_plans.clear();
   isa = now;
   read_count = 0;

@@ -94,6 +94,7 @@ int64_t sample_row(const SampledRow& row, int64_t n, const RowKernels& kernels,
     edit(row, n);
     highest = kernels.highest_logit(row.logits, n);
     if (highest.value == kHiddenLogit) return kNothingAllowed;
+    if (highest.value == HUGE_VALF) return highest.index;  // edited beyond fp32: certain
   }
   if (row.temperature == 0.0f) return highest.index;
   const int64_t blocks = ceil_div(n, kLogitBlock);

@@ -166,6 +166,14 @@ def test_the_ends_of_the_ranges(least: bool) -> None:
     assert choose(torch.randn(1, 40), sampling, penalties=edits)[0] in range(40)
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_logit_that_is_edited_beyond_fp32(options: dict[str, Any]) -> None:
+    sampling = Sampling(temperature=1.0, repetition_penalty=0.1, **options)
+    logits = torch.zeros(1, 40)
+    logits[0, 33] = 1e38
+    assert choose(logits, sampling, penalties=Penalties(sampling, [33])) == [33]
+
+
 def test_refusals() -> None:
     for options in (
         {"temperature": -1.0},

@@ -31,7 +31,7 @@ struct SampledRow {
   const uint32_t* allowed = nullptr;  // a bit for each id, 32 to a word; null: all are
 };
 
-constexpr int64_t kNotFinite = -1;  // a logit is NaN or infinite
+constexpr int64_t kNotFinite = -1;  // a logit is NaN or infinite, before the edits
 constexpr int64_t kNothingAllowed = -2;
 
 // ids[i] = the token of row i, or one of the two above. Throws std::invalid_argument for options
