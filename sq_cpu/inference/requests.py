@@ -40,7 +40,8 @@ class Request:
     """Which stream of random numbers, beside the seed: continuation i of a prompt."""
     allowed: Callable[[], Tensor] | None = None
     """Called before each token, and again where a step failed: int32 [vocabulary / 32, rounded up],
-    bit id % 32 of word id // 32 set where that token may come next."""
+    bit id % 32 of word id // 32 set where that token may come next. Where it raises, the request
+    ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,13 @@ class Token:
     """The likeliest tokens and theirs."""
     finish: Finish | None
     """Why it is the last."""
+    failure: str | None = None
+    """What the request's `allowed` raised."""
 
     @property
     def error(self) -> str:
         """Return why a request failed."""
-        return _ERRORS[self.id]
+        return self.failure or _ERRORS[self.id]
 
 
 @dataclass

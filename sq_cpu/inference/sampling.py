@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -150,7 +150,7 @@ class Sampler:
         positions: Tensor,
         ids: Tensor,
         penalties: Sequence[Penalties | None] | None = None,
-        allowed: Sequence[Callable[[], Tensor] | None] | None = None,
+        allowed: Sequence[Tensor | None] | None = None,
     ) -> list[int]:
         """Return the next token of each sequence, and write them to `ids`.
 
@@ -161,7 +161,7 @@ class Sampler:
         logits : fp32 [sequences, vocabulary]; penalties and masks change them
         positions : int64 [sequences]: of the new tokens among those generated
         ids : int64 [sequences]
-        allowed : gives int32 [vocabulary / 32, rounded up], a bit for each token that may be next
+        allowed : int32 [vocabulary / 32, rounded up], a bit for each token that may be next
 
         Raises
         ------
@@ -175,7 +175,7 @@ class Sampler:
             None
             if penalties is None
             else [None if each is None else each.edits() for each in penalties],
-            None if allowed is None else [None if each is None else each() for each in allowed],
+            None if allowed is None else [*allowed],
             ids,
         )
         return ids.tolist()

@@ -11,9 +11,7 @@ sequence was cut into chunks.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
 from collections import deque
 from collections.abc import Sequence
 
@@ -21,71 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.continuation import Continuation
 from sq_cpu.inference.fusing import FusedDecoder, fused_of
 from sq_cpu.inference.pages import PagePool, pages_of, pages_that_fit
 from sq_cpu.inference.program import StepRows
-from sq_cpu.inference.requests import Finish, Request, Statistics, Token, integers
-from sq_cpu.inference.sampling import Penalties, Sampler, likeliest, log_probabilities
+from sq_cpu.inference.requests import Request, Statistics, Token, integers
+from sq_cpu.inference.sampling import Sampler, likeliest, log_probabilities
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS, KvPages
 
 __all__ = ["Scheduler"]
 
 _ROOM = 4  # pages of a table that a batch's sequences may take before it is made again
 _CHANGED = "the model has changed since the Scheduler was made: fuse it and make another"
-
-
-class _Sequence:
-    """A request on its way."""
-
-    def __init__(
-        self, number: int, request: Request, prompt: list[int], stops: Sequence[int]
-    ) -> None:
-        self.number = number
-        self.request = request
-        self.ids = prompt
-        self.prompt_length = len(prompt)
-        self.stream = request.sampling.stream(prompt, request.stream)
-        self.stops = frozenset(stops)
-        self.penalties = Penalties(request.sampling, prompt) if request.sampling.edits else None
-        self.table: list[int] = []
-        self.computed = 0
-        """Tokens whose keys and values are in the pages."""
-        self.keys: list[bytes] = []
-        """Of its full pages."""
-
-    @property
-    def pending(self) -> int:
-        """Return how many tokens are to be computed before the next is known."""
-        return len(self.ids) - self.computed
-
-    @property
-    def generated(self) -> int:
-        """Return how many tokens it got."""
-        return len(self.ids) - self.prompt_length
-
-    def finish(self, token: int) -> Finish | None:
-        """Return why a next token, negative where there is none, is the last."""
-        if token < 0:
-            return "error"
-        if token in self.stops:
-            return "stop"
-        return "length" if self.generated + 1 == self.request.max_new_tokens else None
-
-    def begin_again(self) -> None:
-        """Forget what was computed, and what may be half done."""
-        self.table, self.computed, self.keys = [], 0, []
-        if self.penalties is not None:
-            prompt, generated = self.ids[: self.prompt_length], self.ids[self.prompt_length :]
-            self.penalties = Penalties(self.request.sampling, prompt, generated)
-
-    def key(self, page: int) -> bytes:
-        """Return what tells all tokens up to the end of a page."""
-        while len(self.keys) <= page:
-            begin = len(self.keys) * PAGE_TOKENS
-            ids = self.ids[begin : begin + PAGE_TOKENS]
-            before = self.keys[-1] if self.keys else b""
-            self.keys.append(hashlib.sha256(before + struct.pack(f"{len(ids)}q", *ids)).digest())
-        return self.keys[page]
 
 
 class _Batch:
@@ -96,7 +41,7 @@ class _Batch:
     parts : sequences, and how many of each one's tokens are computed
     """
 
-    def __init__(self, parts: Sequence[tuple[_Sequence, int]]) -> None:
+    def __init__(self, parts: Sequence[tuple[Continuation, int]]) -> None:
         self.sequences = [sequence for sequence, _ in parts]
         self.counts = [count for _, count in parts]
         ids: list[int] = []
@@ -136,9 +81,7 @@ class _Batch:
         self._generated = torch.tensor([each.generated for each in self.sampled])
         self._ids = self.rows.ids if self.only_next else torch.empty(len(requests)).long()
         self._edited = any(each.penalties for each in self.sampled)
-        self._allowed = (
-            [each.allowed for each in requests] if any(each.allowed for each in requests) else None
-        )
+        self._masked = any(each.allowed for each in requests)
         self.logprobs = any(each.logprobs is not None for each in requests)
 
     def advance(self) -> bool:
@@ -158,7 +101,9 @@ class _Batch:
     def choose(self, logits: Tensor) -> list[int]:
         """Return the next token of each of `sampled`, which become the ids of the step after."""
         penalties = [each.penalties for each in self.sampled] if self._edited else None
-        return self._sampler.choose(logits, self._generated, self._ids, penalties, self._allowed)
+        words = -(-logits.shape[1] // 32)
+        masks = [each.mask(words) for each in self.sampled] if self._masked else None
+        return self._sampler.choose(logits, self._generated, self._ids, penalties, masks)
 
 
 class Scheduler:
@@ -205,12 +150,12 @@ class Scheduler:
         self._most = min(sequences, rows)
         self._pool = PagePool(pages)
         self._caches = [(KvPages(pages, *shape), 0) for shape in fused.program.cache_shapes]
-        self._running: list[_Sequence] = []
-        self._waiting: deque[_Sequence] = deque()
+        self._running: list[Continuation] = []
+        self._waiting: deque[Continuation] = deque()
         self._cancelled: set[int] = set()
         self._batch: _Batch | None = None
         """That of the step before."""
-        self._made: list[tuple[_Sequence, int, Token]] = []
+        self._made: list[tuple[Continuation, int, Token]] = []
         """Tokens not returned yet, and where among its ids each is."""
         self._next = 0
         self.statistics = Statistics()
@@ -280,7 +225,7 @@ class Scheduler:
                 f"{self._pool.capacity}"
             )
         self._next += 1
-        self._waiting.append(_Sequence(self._next, request, prompt, stops))
+        self._waiting.append(Continuation(self._next, request, prompt, stops))
         self.statistics.prompt_tokens += len(prompt)
         return self._next
 
@@ -329,7 +274,9 @@ class Scheduler:
             top: tuple[tuple[int, float], ...] = ()
             if raw is not None and wanted is not None and token >= 0:
                 logprob, top = float(raw[row, token]), likeliest(raw[row], wanted)
-            answer = Token(sequence.number, token, logprob, top, sequence.finish(token))
+            answer = Token(
+                sequence.number, token, logprob, top, sequence.finish(token), sequence.failure
+            )
             made.append((sequence, len(sequence.ids), answer))
         self._made += made  # all or none, whatever is interrupted
         for sequence, _, answer in made:
@@ -364,7 +311,7 @@ class Scheduler:
         self._waiting = deque(left)
         self._cancelled.clear()
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: Continuation) -> None:
         self._running.remove(sequence)
         self._pool.release(sequence.table)
 
@@ -384,7 +331,7 @@ class Scheduler:
             self.statistics.prefix_query_tokens += len(sequence.ids)
             self.statistics.prefix_hit_tokens += sequence.computed
 
-    def _find_prefix(self, sequence: _Sequence) -> None:
+    def _find_prefix(self, sequence: Continuation) -> None:
         """Take over the pages of what others have computed, but for the last token."""
         for page in range((len(sequence.ids) - 1) // PAGE_TOKENS):
             found = self._pool.find(sequence.key(page))
@@ -394,7 +341,7 @@ class Scheduler:
             sequence.table.append(found)
         sequence.computed = len(sequence.table) * PAGE_TOKENS
 
-    def _give_up(self, sequence: _Sequence) -> None:
+    def _give_up(self, sequence: Continuation) -> None:
         self._pool.release(sequence.table)
         sequence.table, sequence.computed = [], 0
 
@@ -402,7 +349,7 @@ class Scheduler:
         last, self._batch = self._batch, None
         if last is not None and last.sequences == self._running and self._advanced(last):
             return last
-        parts: list[tuple[_Sequence, int]] = []
+        parts: list[tuple[Continuation, int]] = []
         budget = self._rows - sum(each.pending == 1 for each in self._running)
         for sequence in [*self._running]:
             if sequence not in self._running:  # preempted
@@ -420,7 +367,7 @@ class Scheduler:
             return False
         return all(self._make_room(each, 1) for each in needed) and batch.advance()
 
-    def _make_room(self, sequence: _Sequence, count: int) -> bool:
+    def _make_room(self, sequence: Continuation, count: int) -> bool:
         """Give a sequence pages for so many tokens more; False where it was preempted itself."""
         for _ in range(_missing(sequence, count)):
             page = self._pool.take()
@@ -436,12 +383,12 @@ class Scheduler:
             sequence.table.append(page)
         return True
 
-    def _computed(self, sequence: _Sequence, count: int) -> None:
+    def _computed(self, sequence: Continuation, count: int) -> None:
         before = sequence.computed // PAGE_TOKENS
         sequence.computed += count
         for page in range(before, sequence.computed // PAGE_TOKENS):
             self._pool.name(sequence.table[page], sequence.key(page))
 
 
-def _missing(sequence: _Sequence, count: int) -> int:
+def _missing(sequence: Continuation, count: int) -> int:
     return max(0, pages_of(sequence.computed + count) - len(sequence.table))

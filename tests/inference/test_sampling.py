@@ -29,7 +29,7 @@ def choose(
         torch.zeros(rows).long(),
         torch.empty(rows).long(),
         None if penalties is None else [penalties] * rows,
-        None if allowed is None else [lambda: allowed] * rows,
+        None if allowed is None else [allowed] * rows,
     )
 
 

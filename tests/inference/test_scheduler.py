@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -315,6 +316,23 @@ def test_the_end_of_a_prefix_makes_room_first() -> None:
     pool.release(pages)
     assert pool.take() == pages[-1]
     assert [pool.find(bytes([page])) for page in pages] == [pages[0], pages[1], None]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "message"),
+    [
+        (lambda: 1 // 0, "raises ZeroDivisionError: integer"),
+        (lambda: torch.zeros(1), r"gives torch.float32 \[1\], not int32 \[2\]"),
+        (lambda: None, "raises AttributeError"),
+    ],
+)
+def test_a_request_whose_mask_fails_ends_alone(model: Any, allowed: Any, message: str) -> None:
+    other = Request(prompt=[4, 5], max_new_tokens=6)
+    bad = Request(prompt=[3], max_new_tokens=9, allowed=allowed)
+    made = run(Scheduler(model, pages=4), [bad, other])
+    assert [token.finish for token in made[0]] == ["error"]
+    assert re.search(message, made[0][0].error)
+    assert len(made[1]) == 6
 
 
 def test_refusals(model: Any) -> None:
