@@ -74,7 +74,7 @@ def _requests(model: Any, ids: Tensor, given: dict[str, Any]) -> list[Request] |
     """Return what a scheduler is to do; None where that is not all that is asked for."""
     config, cache = given["generation_config"], given.get("past_key_values")
     fused = fused_of(model)
-    if fused is None or not fused.has_head or given["synced_gpus"]:
+    if fused is None or not fused.has_head or fused.hooked() or given["synced_gpus"]:
         return None
     if config.num_beams != 1 or config.return_dict_in_generate:
         return None

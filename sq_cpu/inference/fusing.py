@@ -116,6 +116,12 @@ class FusedDecoder:
         """Tell whether this is still the program of the model, and the model fused."""
         return self.program is program and self.base.__dict__.get("forward") is self
 
+    def hooked(self) -> bool:
+        """Tell whether a module that the programs stand for has hooks."""
+        head = None if self._to_logits is None else head_of(self._model)
+        outside = head is not None and (head._forward_hooks or head._forward_pre_hooks)
+        return bool(outside) or self._watch.hooked()
+
     def changed(self) -> bool:
         """Tell whether the model is another than the one that was compiled."""
         return self._watch.changed()

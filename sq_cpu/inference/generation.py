@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import Any
 
 from torch import nn
@@ -124,7 +124,7 @@ def _pages(model: Any, requests: Sequence[Request]) -> int:
     needs = [
         pages_of(min(len(each.prompt) + each.max_new_tokens, most))  # more is refused
         for each in requests
-        if isinstance(each.max_new_tokens, int)
+        if isinstance(each.max_new_tokens, int) and isinstance(each.prompt, Sized)
     ]
     largest = sorted(needs)[-_SEQUENCES:]
     fused = fused_of(model)

@@ -30,6 +30,7 @@ from sq_cpu.kernels.paged_attention import PAGE_TOKENS, KvPages
 __all__ = ["Scheduler"]
 
 _ROOM = 4  # pages of a table that a batch's sequences may take before it is made again
+_HOOKED = "the model has hooks, which a Scheduler does not call: remove them, or use model.generate"
 _CHANGED = "the model has changed since the Scheduler was made: fuse it and make another"
 
 
@@ -192,8 +193,10 @@ class Scheduler:
         ------
         SqCpuError
             For an empty prompt, ids that are not in the vocabulary, and more tokens than the model
-            has positions or the cache pages; and where the model has changed.
+            has positions or the cache pages; and where the model has changed, or has hooks.
         """
+        if self._fused.hooked():
+            raise SqCpuError(_HOOKED)
         if self._fused.changed() or not self._fused.runs(self._program):
             raise SqCpuError(_CHANGED)
         prompt = integers(request.prompt, "the prompt")

@@ -318,6 +318,20 @@ def test_the_end_of_a_prefix_makes_room_first() -> None:
     assert [pool.find(bytes([page])) for page in pages] == [pages[0], pages[1], None]
 
 
+@pytest.mark.parametrize("where", ["lm_head", "model.layers.0.mlp"])
+def test_hooks_are_not_passed_over(model: Any, where: str) -> None:
+    scheduler = Scheduler(model, pages=4)
+    handle = model.get_submodule(where).register_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(SqCpuError, match="hooks"):
+            scheduler.add(Request(prompt=[3], max_new_tokens=2))
+        with pytest.raises(SqCpuError, match="hooks"):
+            generate_batch(model, [Request(prompt=[3], max_new_tokens=2)])
+    finally:
+        handle.remove()
+    assert len(generate_batch(model, [Request(prompt=[3], max_new_tokens=2)])[0]) == 2
+
+
 @pytest.mark.parametrize(
     ("allowed", "message"),
     [
