@@ -260,8 +260,12 @@ def test_interrupted_while_it_is_built() -> None:
         time.sleep(0.2)
         return StandIn()
 
-    with pytest.raises(KeyboardInterrupt):
-        Engine(build)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's is to ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Engine(build)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "sq_cpu engine" not in [thread.name for thread in threading.enumerate()]
 
 
