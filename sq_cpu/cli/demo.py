@@ -181,10 +181,10 @@ def answer_ids(tokenizer: Any, question: str, *, chat: bool) -> Tensor:
     if chat:
         text = chat_text(tokenizer, [{"role": "user", "content": question}])
     # A chat's text has its special tokens.
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    ids: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if ids.numel() == 0:
         raise SqCpuError("the prompt is empty; give at least one token of text")
-    return ids  # type: ignore[no-any-return]
+    return ids
 
 
 def _build(

@@ -276,7 +276,8 @@ class FusedDecoder:
             output = self._model(input_ids=torch.zeros(1, len(states)).long(), use_cache=False)
         finally:
             self._given.output = None
-        return output.logits[0].float()  # type: ignore[no-any-return]
+        logits: Tensor = output.logits[0].float()
+        return logits
 
     def normed(self, hidden: Tensor) -> Tensor:
         """Return the last hidden state of a residual, as the head takes it."""

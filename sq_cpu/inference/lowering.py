@@ -432,4 +432,5 @@ def _floats(x: Tensor | None) -> Tensor | None:
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

@@ -19,7 +19,7 @@ _Rows = tuple[int, int] | None
 
 def layer_at(block: nn.Module, path: str) -> Layer:
     """Return the linear at a path, or raise `SqCpuError` for what a program cannot run."""
-    layer = find(block, path)
+    layer: Layer = find(block, path)
     if is_altered(layer):
         raise SqCpuError(f"{path} has hooks, or a forward of its own")
     kind = type(layer)
@@ -27,7 +27,7 @@ def layer_at(block: nn.Module, path: str) -> Layer:
         return as_linear(layer)
     if kind not in (QuantLinear, DecomposedLinear, nn.Linear):
         raise SqCpuError(f"{path} is a {kind.__name__}, which a program cannot run")
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def gate_and_up(block: nn.Module, paths: tuple[str, ...]) -> list[tuple[Layer, _Rows]]:

@@ -337,7 +337,8 @@ def _activate(activation: str | None, y: Tensor) -> Tensor:
         return y
     if activation == "gelu_tanh":
         return nn.functional.gelu(y, approximate="tanh")
-    return getattr(nn.functional, activation)(y)  # type: ignore[no-any-return]
+    activated: Tensor = getattr(nn.functional, activation)(y)
+    return activated
 
 
 def _attend_reference(stage: Attend, x: Tensor) -> Tensor:

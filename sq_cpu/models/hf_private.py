@@ -316,4 +316,5 @@ def attending_by(model: Any, attention: Callable[..., tuple[Tensor, Any]]) -> It
 def sampling_loop(model: Any) -> Callable[..., Any]:
     """Return the loop in which `generate` makes one token after another, greedily or sampled."""
     check_version()
-    return model._sample  # type: ignore[no-any-return]
+    loop: Callable[..., Any] = model._sample
+    return loop
