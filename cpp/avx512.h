@@ -46,6 +46,12 @@ void stream_row(const TileArgs& t) {
   }
 }
 
+// A few rows wait for memory, too. Their strips are asked for by the panel before; long ones leave
+// L2 until they are read, and are asked for again.
+constexpr int kFewRows = 4;
+constexpr int64_t kAgainBytes = 2048;
+constexpr int64_t kLongStrip = 32 << 10;
+
 // Dot: __m512i operator()(__m512i sum, __m512i codes, __m512i weights).
 template <typename Dot, int kRows, int kStrips>
 void register_block(const TileArgs& t) {
@@ -56,6 +62,7 @@ void register_block(const TileArgs& t) {
   const std::byte* w[kStrips];
   for (int s = 0; s < kStrips; ++s) w[s] = t.strip + s * t.strip_stride;
   const std::byte* next = t.prefetch;
+  const int64_t again = t.k_blocks * kTileBytes > kLongStrip ? kAgainBytes : 0;
   for (int64_t kb = 0; kb < t.k_blocks; ++kb) {
 #pragma GCC unroll 4
     for (int quarter = 0; quarter < 4; ++quarter) {
@@ -69,6 +76,9 @@ void register_block(const TileArgs& t) {
 #pragma GCC unroll 4
         for (int s = 0; s < kStrips; ++s) {
           weights[s] = _mm512_loadu_si512(w[s] + g * 64);
+          if constexpr (kRows <= kFewRows) {
+            _mm_prefetch(reinterpret_cast<const char*>(w[s] + g * 64 + again), _MM_HINT_T0);
+          }
         }
 #pragma GCC unroll 6
         for (int row = 0; row < kRows; ++row) {
