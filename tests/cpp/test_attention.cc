@@ -174,6 +174,7 @@ void test_same_bits() {
     c.before = {0, 0, 0};
     c.window = turn % 4 == 3 ? 100 : 0;
     c.sinks = turn % 3 == 1;
+    if (is_slow(active_isa()) && !c.sinks && c.window == 0) continue;
     const Tokens t = make_tokens(c, rng);
     omp_set_num_threads(1);
     const auto whole = Layer(c, 0, rng).run(t);
