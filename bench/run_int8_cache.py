@@ -7,13 +7,13 @@ gain: the time of a prompt, and of each token that `generate` adds after a conte
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import machine
 import torch
 import typer
+from divergence import Divergence
 from harness import Candidate, interleave
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,9 +21,18 @@ from torch import Tensor, nn
 import sq_cpu
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.checkpoint.sources import load_source
+from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.progress import track
 
 INT8, FLOAT = "int8", "float"
+
+
+def text_windows(tokenizer: Any, text: str, sizes: str) -> list[list[Tensor]]:
+    """Cut the text as each word of "COUNTxTOKENS,..." says."""
+    numbers = [map(int, word.split("x")) for word in filter(None, sizes.split(","))]
+    return [
+        token_windows(tokenizer, text, window=tokens, windows=count) for count, tokens in numbers
+    ]
 
 
 def switch(model: nn.Module, kind: str) -> None:
@@ -32,43 +41,24 @@ def switch(model: nn.Module, kind: str) -> None:
 
 
 def quantized(folder: str) -> tuple[Any, Any]:
-    """Return a model with int8 linears as `quantize` makes them, and its tokenizer."""
+    """Return a model with int8 linears as `sq-cpu quantize` makes them, and its tokenizer."""
     model, tokenizer = load_source(folder)
-    ids = [
-        tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :512]
-        for text in sq_cpu.texts.calibration()
-    ]
-    sq_cpu.quantize(model, calibrate(model, ids))
+    batches = token_windows(tokenizer, sq_cpu.texts.calibration(), window=512, windows=16)
+    sq_cpu.quantize(model, calibrate(model, batches), head="float")
     return model.eval(), tokenizer
 
 
 def accuracy(model: Any, windows: list[Tensor]) -> dict[str, float]:
     """Compare int8 attention with float attention on windows of ids [1, tokens]."""
-    divergences, likelihoods, same = [], {INT8: 0.0, FLOAT: 0.0}, 0
+    found = Divergence()
     for ids in track(windows, "scoring"):
-        logs = {}
+        logits = {}
         for kind in (FLOAT, INT8):
             switch(model, kind)
             with torch.inference_mode():
-                logs[kind] = model(ids).logits[0].float().log_softmax(dim=1)
-            next_ids = ids[0, 1:, None]
-            likelihoods[kind] += float(logs[kind][:-1].gather(1, next_ids).double().sum())
-        divergences.append((logs[FLOAT].exp() * (logs[FLOAT] - logs[INT8])).sum(dim=1))
-        same += int((logs[FLOAT].argmax(1) == logs[INT8].argmax(1)).sum())
-    kl = torch.cat(divergences)
-    scored = len(kl) - len(windows)
-    perplexities = {kind: math.exp(-total / scored) for kind, total in likelihoods.items()}
-    return {
-        "tokens": len(windows[0][0]),
-        "windows": len(windows),
-        "float_perplexity": perplexities[FLOAT],
-        "int8_perplexity": perplexities[INT8],
-        "percent": 100 * (perplexities[INT8] / perplexities[FLOAT] - 1),
-        "kl_mean": float(kl.mean()),
-        "kl_median": float(kl.median()),
-        "kl_p99": float(kl.quantile(0.99)),
-        "same_top_1": same / len(kl),
-    }
+                logits[kind] = model(ids).logits[0]
+        found.add(logits[FLOAT], logits[INT8], ids[0])
+    return found.summary()
 
 
 def speed(
@@ -113,7 +103,7 @@ def speed(
 def main(
     model: Annotated[str, typer.Argument(help="Folder of a causal LM in float.")],
     windows: Annotated[str, typer.Option(help="COUNTxTOKENS, several by commas.")] = "20x512",
-    rows: Annotated[str, typer.Option(help="Sequences of a batch.")] = "1",
+    rows: Annotated[str, typer.Option(help="Sequences of a batch; empty: no timing.")] = "1",
     contexts: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128,1024",
     new: Annotated[int, typer.Option(help="Tokens that are timed after it.")] = 32,
     budget: Annotated[float, typer.Option(help="Seconds for each speed.")] = 60.0,
@@ -122,17 +112,16 @@ def main(
     """Print what int8 attention costs and gains."""
     subject, tokenizer = quantized(model)
     text = "\n".join(sq_cpu.texts.evaluation())
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    scores = []
-    for word in filter(None, windows.split(",")):
-        count, tokens = map(int, word.split("x"))
-        starts = [k * ((len(ids) - tokens) // count) for k in range(count)]
-        scores.append(accuracy(subject, [ids[None, s : s + tokens] for s in starts]))
-    speeds = [
-        speed(subject, ids, batch, context, new, budget)
-        for batch in machine.numbers(rows)
-        for context in machine.numbers(contexts)
-    ]
+    scores = [accuracy(subject, each) for each in text_windows(tokenizer, text, windows)]
+    speeds = []
+    if rows and contexts:
+        batches, lengths = machine.numbers(rows), machine.numbers(contexts)
+        ids = torch.cat(token_windows(tokenizer, text, window=max(lengths), windows=max(batches)))
+        speeds = [
+            speed(subject, ids.flatten(), batch, context, new, budget)
+            for batch in batches
+            for context in lengths
+        ]
     found = {"machine": machine.facts(), "accuracy": scores, "speed": speeds}
     if as_json:
         typer.echo(json.dumps(found, indent=1))

@@ -11,7 +11,7 @@ def test_it_compares_int8_with_floats() -> None:
     model = tiny_model("llama")
     found = run_int8_cache.accuracy(model, [ids[:1] for ids in batches()])
     assert 0 < found["kl_median"] < found["kl_p99"] < 0.01
-    assert found["float_perplexity"] != found["int8_perplexity"]
+    assert found["reference_perplexity"] != found["perplexity"]
     assert abs(found["percent"]) < 1
     assert found["same_top_1"] > 0.9
 
