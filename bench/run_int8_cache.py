@@ -1,13 +1,15 @@
 """Int8 attention and KV cache of one quantized model, beside float ones on the same int8 weights.
 
-What they cost: the perplexity of a text, and the divergence of each token's distribution. What they
+What they cost: the perplexity of a text, and the divergence of each token's distribution. Int8
+linears turn any difference into other codes of their inputs. So the same is told of a cache in
+bf16, and, with --no-int8-linears, of the same weights with inputs that are not quantized. What they
 gain: the time of a prompt, and of each token that `generate` adds after a context.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import machine
@@ -24,7 +26,7 @@ from sq_cpu.checkpoint.sources import load_source
 from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.progress import track
 
-INT8, FLOAT = "int8", "float"
+INT8, BF16, FLOAT = "int8", "bf16", "float"
 
 
 def text_windows(tokenizer: Any, text: str, sizes: str) -> list[list[Tensor]]:
@@ -36,8 +38,11 @@ def text_windows(tokenizer: Any, text: str, sizes: str) -> list[list[Tensor]]:
 
 
 def switch(model: nn.Module, kind: str) -> None:
-    """Have the model compute attention in int8, or in floats."""
-    sq_cpu.use_int8_attention(model, enabled=kind == INT8)
+    """Have the model compute attention over keys and values in int8 or bf16, or in floats."""
+    if kind == FLOAT:
+        sq_cpu.use_int8_attention(model, enabled=False)
+    else:
+        sq_cpu.use_int8_attention(model, kv=kind)
 
 
 def quantized(folder: str) -> tuple[Any, Any]:
@@ -48,17 +53,36 @@ def quantized(folder: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def accuracy(model: Any, windows: list[Tensor]) -> dict[str, float]:
-    """Compare int8 attention with float attention on windows of ids [1, tokens]."""
-    found = Divergence()
+def dequantize(model: nn.Module) -> None:
+    """Give each int8 linear its weight in float: the same weight, for inputs as they are."""
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, sq_cpu.QuantLinear):
+            weight = layer.weight_int8().float() * layer.weight_scale[:, None]
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias)
+            linear.weight.data = weight if layer.smoothing is None else weight / layer.smoothing
+            if layer.bias is not None:
+                linear.bias.data = layer.bias.float()
+            model.set_submodule(name, linear)
+
+
+def accuracy(
+    model: Any, windows: list[Tensor], kinds: Sequence[str] = (INT8, BF16)
+) -> list[dict[str, Any]]:
+    """Compare attention over a cache of these kinds with float attention.
+
+    `windows` are ids [1, tokens]; one row for each kind.
+    """
+    found = {kind: Divergence() for kind in kinds}
     for ids in track(windows, "scoring"):
         logits = {}
-        for kind in (FLOAT, INT8):
+        for kind in (FLOAT, *kinds):
             switch(model, kind)
             with torch.inference_mode():
                 logits[kind] = model(ids).logits[0]
-        found.add(logits[FLOAT], logits[INT8], ids[0])
-    return found.summary()
+        for kind in kinds:
+            found[kind].add(logits[FLOAT], logits[kind], ids[0])
+    switch(model, FLOAT)
+    return [{"cache": kind, **each.summary()} for kind, each in found.items()]
 
 
 def speed(
@@ -107,12 +131,21 @@ def main(
     contexts: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128,1024",
     new: Annotated[int, typer.Option(help="Tokens that are timed after it.")] = 32,
     budget: Annotated[float, typer.Option(help="Seconds for each speed.")] = 60.0,
+    int8_linears: Annotated[
+        bool, typer.Option(help="As they are, or with their int8 weights in float.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print what int8 attention costs and gains."""
     subject, tokenizer = quantized(model)
     text = "\n".join(sq_cpu.texts.evaluation())
-    scores = [accuracy(subject, each) for each in text_windows(tokenizer, text, windows)]
+    if not int8_linears:
+        dequantize(subject)
+    scores = [
+        {"linears": "int8" if int8_linears else "float", **row}
+        for each in text_windows(tokenizer, text, windows)
+        for row in accuracy(subject, each)
+    ]
     speeds = []
     if rows and contexts:
         batches, lengths = machine.numbers(rows), machine.numbers(contexts)
@@ -131,7 +164,7 @@ def main(
         if lines:
             table = Table(*lines[0], title=title)
             for line in lines:
-                table.add_row(*(f"{value:.4g}" for value in line.values()))
+                table.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in line.values()))
             machine.make_console().print(table)
 
 
