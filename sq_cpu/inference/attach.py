@@ -53,8 +53,6 @@ def use_int8_attention(model: nn.Module, enabled: bool = True, kv: KvChoice | No
             given.set_attn_implementation(hooks.pop(ours).before)
             given._forward_pre_hooks_with_kwargs.pop(ours)
         return
-    if kv is not None:
-        choose_kv(given.config, kv)
     before = attention_implementation(given.config)
     given.set_attn_implementation(ATTENTION)
     if attention_implementation(given.config) != ATTENTION:
@@ -62,6 +60,8 @@ def use_int8_attention(model: nn.Module, enabled: bool = True, kv: KvChoice | No
             f"{type(model).__name__} computes attention in code of its own: it takes no "
             "attn_implementation"
         )
+    if kv is not None:
+        choose_kv(given.config, kv)
     if ours is None:
         before_every_call(model, _Int8Caches(before))
 

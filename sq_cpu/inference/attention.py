@@ -90,9 +90,7 @@ def attention(
             softcap=softcap or 0.0,
             sinks=None if sinks is None else sinks.detach().float().flatten(),
         )
-        config = getattr(module, "config", None)
-        kind = "int8" if config is None else kv_kind(config, getattr(module, "layer_idx", None))
-        y = _over_pages(query, key, value, pattern, options, kind)
+        y = _over_pages(module, query, key, value, pattern, options)
         if y is not None:
             return y, None
     y, weights = _in_floats(
@@ -131,12 +129,12 @@ def attention_in_floats(
 
 
 def _over_pages(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     pattern: MaskPattern,
     options: AttentionOptions,
-    kind: KvKind,
 ) -> Tensor | None:
     """Return int8 attention, or bf16's; None where it is not possible, after a warning."""
     new, total = query.shape[2], key.shape[2]
@@ -157,6 +155,8 @@ def _over_pages(
         if pattern.causal:
             _say("a past that does not come from an int8 cache as it is")
         return None
+    config = getattr(module, "config", None)
+    kind = "int8" if config is None else kv_kind(config, getattr(module, "layer_idx", None))
     return _without_past(query, key, value, pattern, options, kind)
 
 
