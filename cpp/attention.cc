@@ -187,6 +187,10 @@ class Worker {
     const AttentionArgs& args = job_.args;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = block.rows.begin + r, from = first + row / job_.group;
+      if (r + 1 < rows) {
+        ask_for_head(args.q, args.transform, first + (row + 1) / job_.group, head(row + 1),
+                     job_.cache.head_dim);
+      }
       const float scale = job_.in_floats ? coder.widen(args.q, args.transform, from, head(row),
                                                        q_floats_ + r * job_.columns)
                                          : coder.rotate(args.q, args.transform, from, head(row),
