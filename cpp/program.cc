@@ -182,7 +182,7 @@ void Program::add(const AttendStage& stage) {
   SQ_CHECK(stage.cache >= 0, "attend: cache ", stage.cache);
   check_norm(stage.q_norm);
   check_norm(stage.k_norm);
-  check_options(stage.options, stage.head_dim);
+  check_options(stage.options);
   const PlanKey key{stage.heads, stage.kv_heads, stage.head_dim, stage.options.window,
                     stage.options.causal};
   const auto found = std::find(all.plan_keys.begin(), all.plan_keys.end(), key);

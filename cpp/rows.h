@@ -11,6 +11,7 @@
 #include "float_product.h"
 #include "kernel.h"
 #include "norm.h"
+#include "page_products.h"
 #include "sample.h"
 #include "softmax.h"
 #include "strips.h"
@@ -329,8 +330,11 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
           {weight_row<static_cast<DType>(kTypes)>...},
           arrange,
           {rotate<static_cast<DType>(kTypes)>...},
-          weigh,
+          weigh<true>,
           gather_values,
+          multiply_keys,
+          weigh<false>,
+          add_values,
           merge,
           {finish_row<static_cast<DType>(kTypes)>...},
           {multiply_floats<static_cast<DType>(kTypes)>...},

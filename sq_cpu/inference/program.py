@@ -102,7 +102,7 @@ class DecoderProgram:
         self._positions = 0  # that the rotary tables have
         self._lock = threading.Lock()
         self._team = TeamSize()
-        self._caches: list[tuple[Tensor, int, int]] = []
+        self._caches: list[tuple[Tensor, int, _core.KvType, int]] = []
         layer = 0
         for stage in self.stages:
             self._add(stage, layer)
@@ -244,11 +244,11 @@ class DecoderProgram:
         self, step: StepRows, caches: Sequence[tuple[KvPages, int]], threads: int = 0
     ) -> Tensor:
         """As `run`, with the rows as the library takes them."""
-        given = [(pages.tensor, pages.head_dim, table) for pages, table in caches]
+        given = [(pages.tensor, pages.head_dim, pages.type, table) for pages, table in caches]
         result = torch.empty((len(step.kept), self.width), dtype=torch.float32, device="cpu")
         with self._lock:  # from two threads, one waits
             if len(given) != len(self._caches) or any(
-                a[0] is not b[0] or a[2] != b[2] for a, b in zip(given, self._caches, strict=True)
+                a[0] is not b[0] or a[3] != b[3] for a, b in zip(given, self._caches, strict=True)
             ):
                 self._program.set_caches(given)
                 self._caches = given
