@@ -295,6 +295,7 @@ void test_refusals() {
 
 int main() {
   start();
+  test_refusals();
   Results first;
   for (Isa isa : isas_here()) {
     use(isa);
@@ -307,6 +308,5 @@ int main() {
     test_same_bits();
     test_not_finite();
   }
-  test_refusals();
   return finish();
 }
