@@ -356,6 +356,7 @@ void test_refusals() {
 
 int main() {
   start();
+  test_refusals();
   Results first;
   for (Isa isa : isas_here()) {
     use(isa);
@@ -368,6 +369,5 @@ int main() {
     test_same_bits();
     test_not_finite();
   }
-  test_refusals();
   return finish();
 }
