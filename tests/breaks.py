@@ -175,6 +175,13 @@ BREAKS = [
         "test_attention",
     ),
     Break(
+        "page products: tokens that a row does not see",
+        "cpp/page_products.h",
+        "token < a.last[row]; ++token",
+        "token < kPageTokens; ++token",
+        "test_attention",
+    ),
+    Break(
         "attention: the window's end",
         "cpp/attention.cc",
         "position + 1 - options.window",
