@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def test_results_and_order_stay() -> None:
     gather_weights(layer.packed for layer in layers)
     ends = [(layer.packed.data_ptr(), layer.packed.nbytes) for layer in layers]
     assert ends[0][0] % (2 << 20) == 0
-    for (begin, size), (after, _) in zip(ends, ends[1:], strict=False):
+    for (begin, size), (after, _) in itertools.pairwise(ends):
         assert begin + size == after
     for layer, each, result in zip(layers, x, wanted, strict=True):
         assert torch.equal(layer(each), result)
