@@ -232,6 +232,7 @@ void test_same_bits() {
     c.before = {0, 0, 0};
     c.window = turn % 4 == 3 ? 100 : 0;
     c.sinks = turn % 3 == 1;
+    if (is_slow(active_isa()) && !c.sinks && c.window == 0) continue;
     const Tokens t = make_tokens(c, rng);
     omp_set_num_threads(1);
     const auto whole = Layer(c, 0, rng).run(t);
@@ -355,6 +356,7 @@ void test_refusals() {
 
 int main() {
   start();
+  test_refusals();
   Results first;
   for (Isa isa : isas_here()) {
     use(isa);
@@ -367,6 +369,5 @@ int main() {
     test_same_bits();
     test_not_finite();
   }
-  test_refusals();
   return finish();
 }
