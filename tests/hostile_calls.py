@@ -198,6 +198,7 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         sinks=lambda: torch.rand(HEADS),
     ),
     "_core.page_bytes": {"head_dim": lambda: HEAD_DIM, "kind": lambda: _core.KvType.bfloat16},
+    "paged_attention.page_bytes": {"head_dim": lambda: HEAD_DIM, "kind": lambda: "bf16"},
     "BatchRows": {"new": lambda: NEW, "lengths": lambda: LENGTHS, "tables": lambda: TABLES},
     "KvPages": {
         "count": lambda: 4,

@@ -154,10 +154,10 @@ def extreme(kind: str, value: Any, rng: random.Random, *, is_core: bool) -> Any:
             return rng.choice(FLOATS)
         case "bool":
             return not value
-        case "str" | "Activation" if isinstance(value, str):
+        case "str" | "Activation" | "KvKind" if isinstance(value, str):
             names = ["", "static", "per_tensor", "__class__", "name", "a" * 10**5, "\0"]
             return rng.choice([*names, *get_args(Activation), "avx2", "reference"])
-        case "DType" | "Activation" | "BatchedType" | "Granularity" as name:
+        case "DType" | "Activation" | "BatchedType" | "Granularity" | "KvType" as name:
             enum: Any = getattr(_core, name)
             return enum(rng.choice([0, 1, 2, 3, 4, 5, 99, 2**31 - 1]))
         case "ActivationQuantizer":
