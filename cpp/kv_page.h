@@ -89,7 +89,7 @@ class HeadCoder {
                                  rotary.rotated, rotary.interleaved, transformed_});
       source.x = transformed_;
     }
-    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), rotated_);
+    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), 1.0f, rotated_);
     return code(DType::kFloat32, {rotated_, nullptr, head_dim_}, u, u_tile);
   }
 

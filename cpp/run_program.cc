@@ -137,7 +137,8 @@ class Program::Implementation::Runner {
         turn_(turn),
         ahead_(program.reads.data() + program.read_count * worker, program.read_count),
         memory_(program.workspace.get(0) + shared.worker_bytes * worker),
-        row_(reinterpret_cast<float*>(memory_ + shared.worker_bytes - shared.row_bytes)) {}
+        row_(reinterpret_cast<float*>(memory_ + shared.worker_bytes - shared.row_bytes)),
+        rotated_(row_ + shared.row_bytes / 2 / sizeof(float)) {}
 
   // Returns the turns of the barrier taken.
   uint32_t run() {
@@ -414,9 +415,10 @@ class Program::Implementation::Runner {
       normalize(stage.norm, source, x.k, row_, false);
       source = row_;
     }
-    const Activations only{
-        source, DType::kFloat32, x.m / x.terms, x.k, 0, stage.quantizer.inverse_smoothing};
-    quantize_rows(only, {row, row + 1}, stage.quantizer, {}, kernels_, x);
+    const ActivationQuantizer& q = stage.quantizer;
+    const Activations only{source, DType::kFloat32,     x.m / x.terms, x.k,
+                           0,      q.inverse_smoothing, q.hadamard,    rotated_};
+    quantize_rows(only, {row, row + 1}, q, {}, kernels_, 0, x);
     if (!project.float_columns) return;
     for (const ProjectedLinear& linear : project.linears) {
       const FloatColumns& columns = linear.float_columns;
@@ -513,6 +515,7 @@ class Program::Implementation::Runner {
   ReadAhead ahead_;
   std::byte* const memory_;
   float* const row_;
+  float* const rotated_;
   int64_t set_ = 0;
   size_t plan_ = 0;
 };
@@ -579,7 +582,7 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
     counters = std::vector<WorkCounter>(counter_count);
   }
   for (WorkCounter& counter : counters) counter.taken.store(0, std::memory_order_relaxed);
-  const int64_t row_bytes = whole_lines(whole_vectors(depth) * int64_t{sizeof(float)});
+  const int64_t row_bytes = 2 * whole_lines(whole_tiles(depth) * int64_t{sizeof(float)});
   const int64_t worker_bytes = whole_lines(own) + row_bytes;
   workspace.get(worker_bytes * workers);
   barrier.reserve(workers);
