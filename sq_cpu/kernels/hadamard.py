@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "fwht64", "hadamard", "whole_blocks"]
+from sq_cpu.errors import SqCpuError
+
+__all__ = ["BLOCK", "check_hadamard", "fwht64", "hadamard", "whole_blocks"]
 
 BLOCK = 64
 """Columns that one matrix mixes where activations are quantized: a tile of K."""
+
+
+def check_hadamard(size: object) -> None:
+    """Raise `SqCpuError` unless the kernels rotate blocks of so many columns; 0: none."""
+    if type(size) is not int or size not in (0, BLOCK):
+        raise SqCpuError(f"hadamard is {size!r}; blocks are of {BLOCK} columns, or 0: none")
 
 
 def hadamard(x: Tensor, size: int) -> Tensor:
