@@ -120,7 +120,7 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
                      ldx,
                      quantizer.inverse_smoothing,
                      quantizer.hadamard,
-                     rotated_rows(quantizer, weight.k)};
+                     rotated_rows(quantizer, m, weight.k)};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) {
     whole = tensor_stats(part_x, row_kernels(active_isa()));

@@ -77,9 +77,9 @@ RowCode residual_code(const ActivationQuantizer& q, const RowCode& code) {
   return residual;
 }
 
-float* rotated_rows(const ActivationQuantizer& q, int64_t k) {
+float* rotated_rows(const ActivationQuantizer& q, int64_t m, int64_t k) {
   thread_local Scratch<float> rotated;
-  return q.hadamard == 0 ? nullptr : rotated.get(pool_size() * whole_tiles(k));
+  return q.hadamard == 0 || m == 0 ? nullptr : rotated.get(pool_size() * whole_tiles(k));
 }
 
 TypedRow Activations::rotated_row(int64_t i, const RowKernels& kernels, int worker) const {
@@ -167,7 +167,7 @@ void quantize_activations(const void* x, DType x_type, int64_t ldx,
                         ldx,
                         quantizer.inverse_smoothing,
                         quantizer.hadamard,
-                        rotated_rows(quantizer, out.k)};
+                        rotated_rows(quantizer, m, out.k)};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows);
   run_team(worker_count(out.m, out.k, 1), [&](int worker, int workers) {

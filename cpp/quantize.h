@@ -44,8 +44,9 @@ struct Activations {
   TypedRow rotated_row(int64_t i, const RowKernels& kernels, int worker) const;
 };
 
-// What Activations::rotated needs, of the calling thread and until its next call; null without it.
-float* rotated_rows(const ActivationQuantizer& q, int64_t k);
+// What Activations::rotated needs, of the calling thread and until its next call; null where no row
+// is rotated.
+float* rotated_rows(const ActivationQuantizer& q, int64_t m, int64_t k);
 
 // Statistics over all finite rows, for a per-tensor scale. Opens a region of its own.
 RowStats tensor_stats(const Activations& x, const RowKernels& kernels);
