@@ -19,7 +19,7 @@ Entries = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def weight_columns(in_features: int, hadamard: int) -> int:
     """Return the columns of an int8 weight: whole blocks where they are rotated."""
-    return whole_blocks(in_features) if hadamard else in_features
+    return whole_blocks(in_features) if hadamard and in_features > 0 else in_features
 
 
 def linear_entries(

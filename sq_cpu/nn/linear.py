@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
-from sq_cpu.kernels.hadamard import fwht64
+from sq_cpu.kernels.hadamard import check_hadamard, fwht64
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
 from sq_cpu.nn.entries import (
     Entries,
@@ -70,6 +70,7 @@ class QuantLinear(nn.Module):
         hadamard: int = 0,
     ) -> None:
         """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
+        check_hadamard(hadamard)
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
