@@ -64,6 +64,7 @@ def quantize(
     *,
     scheme: str | Scheme | None = None,
     smooth: bool = True,
+    hadamard: int = 0,
     head: HeadKind = "float",
     progress: bool | None = None,
 ) -> nn.Module:
@@ -79,7 +80,8 @@ def quantize(
     is quantized blind, and a model that reads the weight of one (Mamba) fails when it runs.
     A linear that the plan gives `outliers`, or whose smoothed input reaches
     `scheme.outlier_threshold` in some channels, becomes a `DecomposedLinear`. One whose group the
-    plan gives `hadamard` is rotated.
+    plan gives `hadamard` is rotated; with `plan=None`, `hadamard=64` does so with the inputs of
+    down projections (`SmoothPlan.uniform`).
 
     `head="int8"` also quantizes the head of a model of transformers (`get_output_embeddings`),
     which schemes ignore: its activations in two int8 terms (`"per_token_x2"`), smoothed at alpha
@@ -97,7 +99,7 @@ def quantize(
     weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
     older than the weights, not finite, or without the rows that the scheme's range needs.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth, head=head)
+    recipe = Recipe.of(scheme, plan, smooth=smooth, hadamard=hadamard, head=head)
     return carry_out(model, calibration, recipe, progress=progress)
 
 
@@ -235,7 +237,13 @@ def _prepare(
         assert calibration is not None  # check_calibration raised otherwise
         ignore = scheme.ignore if head is None else (*scheme.ignore, head.name)
         plan = uniform_plan(
-            model, groups, calibration, recipe.alpha, rule=recipe.rule, ignore=ignore
+            model,
+            groups,
+            calibration,
+            recipe.alpha,
+            rule=recipe.rule,
+            ignore=ignore,
+            hadamard=recipe.hadamard,
         )
     if head is not None:
         plan = plan_head(plan, head.name)

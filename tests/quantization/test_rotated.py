@@ -71,12 +71,24 @@ def test_streamed_it_is_the_same(tmp_path: Path) -> None:
     )
     expected = sq_cpu.quantize(model, calibration, plan, scheme="O1")
     loaded = sq_cpu.load(tmp_path / "out")
+    source = tmp_path / "float"
+    sq_cpu.quantize_checkpoint(source, tmp_path / "b", batches(), alpha=0.8, hadamard=64)
+    assert_same_model(sq_cpu.load(tmp_path / "b"), loaded, logits)
     assert loaded.sq_cpu_config.hadamard == expected.sq_cpu_config.hadamard
     ids = torch.arange(3, 19)[None]
     with torch.no_grad():
         found, wanted = loaded(ids).logits, expected(ids).logits
     # Later blocks are calibrated on what the quantized ones before them give.
     assert (found - wanted).norm() / wanted.norm() < 0.05
+
+
+def test_without_a_plan_it_is_a_setting() -> None:
+    model, calibration = calibrated("llama", head_dim=8)
+    plan = SmoothPlan.uniform(model, calibration, hadamard=64)
+    found = sq_cpu.quantize(model, calibration, scheme="O3", hadamard=64)
+    assert found.sq_cpu_config.plan == plan
+    model, calibration = calibrated("llama", head_dim=8)
+    assert sq_cpu.quantize(model, calibration, scheme="O3").sq_cpu_config.hadamard == {}
 
 
 def test_experts_and_channels_in_float_are_rotated_too(tmp_path: Path) -> None:
