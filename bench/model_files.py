@@ -41,6 +41,14 @@ SHAPES: dict[str, dict[str, int]] = {  # name -> arguments of LlamaConfig
         "num_key_value_heads": 8,
         "vocab_size": 49152,
     },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+    },
 }
 CALIBRATION_WINDOWS, CALIBRATION_TOKENS = 2, 256
 

@@ -181,6 +181,10 @@ class Worker {
     const HeadCoder coder(job_.cache.head_dim, job_.kernels, head_);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = block.rows.begin + r;
+      if (r + 1 < rows) {
+        ask_for_head(job_.args.q, job_.args.transform, first + (row + 1) / job_.group,
+                     head(row + 1), job_.cache.head_dim);
+      }
       const float scale = coder.rotate(job_.args.q, job_.args.transform, first + row / job_.group,
                                        head(row), q_codes_ + codes_.offset(r), codes_.tile);
       q_scale_[r] = scale * job_.score;

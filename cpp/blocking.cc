@@ -11,7 +11,7 @@ constexpr int64_t kWorkspaceBytes = 32 << 20;
 constexpr int64_t kBytesPerThread = 128 << 10;
 
 // Units of each task and row block, and panels of a task that waits for memory.
-constexpr int64_t kUnits = 4;
+constexpr int64_t kUnits = 16;
 constexpr int64_t kPanels = 8;
 
 // With no more groups of rows than this, a panel is hardly read again from L1.
@@ -84,7 +84,7 @@ Blocking choose_blocking(const Microkernel& kernel, int64_t m, int64_t strips, i
   best.panel_strips = m > kernel.rows
                           ? kernel.strips
                           : std::clamp<int64_t>(task_strips / kPanels, 1, kernel.strips);
-  // Whole panels; a thread that is done early finds up to a quarter of another's work in one unit.
+  // Whole panels. The last worker to finish is late by a unit: others took the rest of its task.
   best.unit_strips =
       std::max<int64_t>(1, ceil_div(task_strips, kUnits * best.panel_strips)) * best.panel_strips;
   const int64_t groups = most_groups(kernel, best.rows);

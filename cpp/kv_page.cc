@@ -156,6 +156,10 @@ void append_page(const AppendArgs& args, const RowKernels& kernels, std::byte* w
   const int64_t last = std::min((page + 1) * kPageTokens, end);
   for (int64_t token = std::max(begin, page * kPageTokens); token < last; ++token) {
     const int64_t row = sequences.first_row[sequence] + token - begin, slot = token % kPageTokens;
+    if (token + 1 < last) {
+      ask_for_head(args.k, args.transform, row + 1, head, head_dim);
+      ask_for_head(args.v, {}, row + 1, head, head_dim);
+    }
     const float key_scale = coder.rotate(args.k, args.transform, row, head, u, kTileDepth);
     put_key(at, layout, slot, u, head_dim, key_scale);
     const float value_scale = coder.keep(args.v, row, head, u);

@@ -8,6 +8,7 @@
 #include "kernel.h"
 #include "layout.h"
 #include "quantize.h"
+#include "read_ahead.h"
 #include "sq_cpu/attention.h"
 #include "sq_cpu/program.h"
 
@@ -59,6 +60,21 @@ struct HeadTransform {
   int64_t gap = 0;
 };
 
+inline RowArgs head_row(const HeadRows& x, const HeadTransform& transform, int64_t row,
+                        int64_t head, int64_t head_dim) {
+  RowArgs at = head_row(x, row, head, head_dim);
+  if (transform.gap != 0) {
+    at.x = static_cast<const float*>(at.x) + head / transform.group * transform.gap;
+  }
+  return at;
+}
+
+// Others have written it: it is asked for while the row before becomes codes.
+inline void ask_for_head(const HeadRows& x, const HeadTransform& transform, int64_t row,
+                         int64_t head, int64_t head_dim) {
+  ask_for(head_row(x, transform, row, head, head_dim).x, head_dim * bytes_of(x.type));
+}
+
 // Rows of heads as codes, of which 128 is 0.
 class HeadCoder {
  public:
@@ -72,10 +88,7 @@ class HeadCoder {
   // Returns the scale of the codes of `rows`' row: transformed, then rotated.
   float rotate(const HeadRows& rows, const HeadTransform& transform, int64_t row, int64_t head,
                uint8_t* u, int64_t u_tile) const {
-    RowArgs source = head_row(rows, row, head, head_dim_);
-    if (transform.gap != 0) {
-      source.x = static_cast<const float*>(source.x) + head / transform.group * transform.gap;
-    }
+    RowArgs source = head_row(rows, transform, row, head, head_dim_);
     if (transform.norm.kind != Norm::Kind::kNone) {
       const Norm& norm = transform.norm;
       kernels_.normalize({static_cast<const float*>(source.x), head_dim_, norm.weight, norm.bias,

@@ -6,8 +6,8 @@
 
 #include "check.h"
 #include "operands.h"
-#include "program_stages.h"
 #include "quantize.h"
+#include "run_program.h"
 
 namespace sq_cpu {
 namespace {

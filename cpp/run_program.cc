@@ -1,34 +1,19 @@
 // How a step runs through the stages of a program, in one region.
+#include "run_program.h"
+
 #include <algorithm>
-#include <array>
-#include <limits>
-#include <set>
-#include <type_traits>
+#include <variant>
 
 #include "dispatch.h"
 #include "layout.h"
 #include "pack.h"
-#include "program_stages.h"
 #include "quantize.h"
 
 namespace sq_cpu {
 namespace {
 
-constexpr int64_t kPageInts = 1024;  // each worker's sums on pages of their own
 // Normalized and quantized by every worker on its own in less time than a barrier takes.
 constexpr int64_t kFewElements = 2048;
-
-void set_weights(const Project& project, const Product& product, GemmArgs* args) {
-  for (int i = 0; i < product.count; ++i) {
-    args[i].weight = project.linears[product.first + i].weight;
-  }
-}
-
-int64_t sums_of(const ProductPlan& plan, const PackedWeight& weight) {
-  return workspace_sums(*plan.kernel, plan.blocking, k_block_count(weight.k));
-}
-
-constexpr int kCounterSets = 3;  // in use, to be used next, and being cleared
 
 // Columns of a product with a weight in float that a worker takes at a time: their weights stay in
 // L2 while rows pass by, and there are enough for workers that are not equally fast.
@@ -41,81 +26,6 @@ int64_t columns_of_unit(const ProjectedLinear& linear, int workers) {
 
 }  // namespace
 
-ProductPlan Program::Implementation::plan_product(const Project& project, const Product& product,
-                                                  int64_t m, int workers) const {
-  GemmArgs args[kMostLinears] = {};
-  set_weights(project, product, args);
-  const int64_t strips = joined_strips(args, product.count, product.order);
-  const int64_t k = args[0].weight.k;
-  const Microkernel& kernel = choose_microkernel(isa, project.stage.quantizer.max_code(), m);
-  const bool dealt =
-      useful_threads(m, strips * kStripColumns, k, std::numeric_limits<int>::max()) > workers;
-  return {&kernel, choose_blocking(kernel, m, strips, k_block_count(k), workers), dealt};
-}
-
-void Program::Implementation::note_reads(const Project& project, const Product& product,
-                                         const Blocking& blocking, int workers, int64_t first) {
-  GemmArgs args[kMostLinears] = {};
-  set_weights(project, product, args);
-  const int64_t strips = joined_strips(args, product.count, product.order);
-  const int64_t stride = strip_bytes(args[0].weight.k);
-  for (int worker = 0; worker < workers; ++worker) {
-    const Range own =
-        part(strips, blocking.strip_step, blocking.strip_parts, worker % blocking.strip_parts);
-    WeightRange* const ranges = &reads[read_count * worker + first];
-    for_each_product(args, product.count, product.order, own, [&](int i, Range its) {
-      ranges[i] = {args[i].weight.data + its.begin * stride, its.size() * stride};
-    });
-  }
-}
-
-void Program::Implementation::plan(int64_t rows, int64_t kept, int workers) {
-  const Isa now = active_isa();
-  if (rows == planned_rows && kept == planned_kept && workers == planned_workers && now == isa &&
-      !product_plans.empty()) {
-    return;
-  }
-  planned_rows = -1;  // stands if an allocation fails
-  product_plans.clear();
-  isa = now;
-  read_count = 0;
-  for (const Stage& stage : stages) {
-    const auto* const project = std::get_if<Project>(&stage);
-    if (project != nullptr && project->is_read_in_order()) read_count += project->linears.size();
-  }
-  reads.assign(read_count * workers, {});
-  int64_t sums = 0, first_read = 0;
-  std::set<std::array<int64_t, 4>> listed;  // products of a list's rows, of which there may be any
-  for (const Stage& stage : stages) {
-    const auto* const project = std::get_if<Project>(&stage);
-    if (project == nullptr || project->in_float) continue;
-    const ActivationQuantizer& quantizer = project->stage.quantizer;
-    const int64_t m = (project->stage.kept_rows ? kept : rows) * quantizer.terms;
-    for (const Product& product : project->products) {
-      const PackedWeight& weight = project->linears[product.first].weight;
-      if (project->is_read_in_order()) {
-        product_plans.push_back(plan_product(*project, product, m, workers));
-        sums = std::max(sums, sums_of(product_plans.back(), weight));
-        note_reads(*project, product, product_plans.back().blocking, workers, first_read);
-        first_read += product.count;
-        continue;
-      }
-      GemmArgs args[kMostLinears] = {};
-      set_weights(*project, product, args);
-      const int64_t strips = joined_strips(args, product.count, product.order);
-      if (!listed.insert({strips, weight.k, quantizer.max_code(), quantizer.terms}).second)
-        continue;
-      for (int64_t some = quantizer.terms; some <= m; some += quantizer.terms) {
-        sums = std::max(sums, sums_of(plan_product(*project, product, some, workers), weight));
-      }
-    }
-  }
-  sums_bytes = ceil_div(sums, kPageInts) * kPageInts * int64_t{sizeof(int32_t)};
-  planned_rows = rows;
-  planned_kept = kept;
-  planned_workers = workers;
-}
-
 // One worker's way through the stages.
 class Program::Implementation::Runner {
  public:
@@ -124,21 +34,21 @@ class Program::Implementation::Runner {
     const Pass& pass;
     Range rows;
     const std::vector<AttentionPlan>& attention;
-    int64_t worker_bytes;
-    int64_t row_bytes;
   };
 
   Runner(Implementation& program, const Shared& shared, int worker, int workers, uint32_t turn)
       : program_(program),
         shared_(shared),
-        kernels_(row_kernels(program.isa)),
+        plan_(program.plan),
+        memory_(program.memory),
+        kernels_(row_kernels(plan_.isa())),
         worker_(worker),
         workers_(workers),
         turn_(turn),
-        ahead_(program.reads.data() + program.read_count * worker, program.read_count),
-        memory_(program.workspace.get(0) + shared.worker_bytes * worker),
-        row_(reinterpret_cast<float*>(memory_ + shared.worker_bytes - shared.row_bytes)),
-        rotated_(row_ + shared.row_bytes / 2 / sizeof(float)) {}
+        ahead_(plan_.reads(worker)),
+        workspace_(memory_.workspace(worker)),
+        row_(memory_.row(worker)),
+        rotated_(memory_.rotated_row(worker)) {}
 
   // Returns the turns of the barrier taken.
   uint32_t run() {
@@ -161,26 +71,24 @@ class Program::Implementation::Runner {
     const auto* const project = std::get_if<Project>(&stage);
     const auto* const add = std::get_if<AddStage>(&stage);
     const int list = project != nullptr ? project->stage.list : add != nullptr ? add->list : -1;
-    return list >= 0 && program_.routes.size(list) == 0;
+    return list >= 0 && memory_.routes.size(list) == 0;
   }
 
   Range mine(int64_t count) const { return part(count, 1, workers_, worker_); }
 
   float* at(Buffer buffer, int64_t row, int64_t column) const {
-    return program_.buffers[buffer] + row * program_.ld(buffer) + column;
+    return memory_.buffers[buffer] + row * program_.ld(buffer) + column;
   }
 
   // Counters that are 0. Those of the set before the last, which nobody uses any more, are cleared.
   WorkCounter* counters() {
-    const int64_t count = static_cast<int64_t>(program_.counters.size()) / kCounterSets;
-    WorkCounter* const all = program_.counters.data();
     if (worker_ == 0) {
-      WorkCounter* const next = all + (set_ + 1) % kCounterSets * count;
-      for (int64_t i = 0; i < count; ++i) next[i].taken.store(0, std::memory_order_relaxed);
+      WorkCounter* const next = memory_.counter_set(set_ + 1);
+      for (int64_t i = 0; i < memory_.counters_of_set(); ++i) {
+        next[i].taken.store(0, std::memory_order_relaxed);
+      }
     }
-    WorkCounter* const now = all + set_ * count;
-    set_ = (set_ + 1) % kCounterSets;
-    return now;
+    return memory_.counter_set(set_++);
   }
 
   void run(const EmbedStage& stage) {
@@ -229,8 +137,8 @@ class Program::Implementation::Runner {
 
   void run(const RouteStage& stage) {
     const int64_t m = shared_.rows.size(), k = stage.width, ldx = whole_vectors(k);
-    Routes& routes = program_.routes;
-    float* const x = program_.float_rows.get(0);
+    Routes& routes = memory_.routes;
+    float* const x = memory_.float_rows.get(0);
     const Range rows = mine(m);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       const float* const source = at(stage.in, row, stage.column);
@@ -258,16 +166,16 @@ class Program::Implementation::Runner {
     const bool gated = stage.gate != kNoBuffer;
     const Range rows = mine(count_of(stage.list));
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const float weight = stage.list >= 0 ? program_.routes.weights(stage.list)[row]
+      const float weight = stage.list >= 0 ? memory_.routes.weights(stage.list)[row]
                            : gated         ? *at(stage.gate, row, 0)
                                            : 1.0f;
-      const int64_t to = stage.list >= 0 ? program_.routes.rows(stage.list)[row] : row;
+      const int64_t to = stage.list >= 0 ? memory_.routes.rows(stage.list)[row] : row;
       kernels_.add_scaled(at(stage.in, row, 0), width, weight, gated, at(stage.out, to, 0));
     }
   }
 
   int64_t count_of(int list) const {
-    return list < 0 ? shared_.rows.size() : program_.routes.size(list);
+    return list < 0 ? shared_.rows.size() : memory_.routes.size(list);
   }
 
   void run(const MergeStage& stage) {
@@ -299,7 +207,7 @@ class Program::Implementation::Runner {
     const AttentionPlan& plan = shared_.attention[attend.plan];
     const bool within = plan.appends_within();
     if (!within) {
-      append_pages(append, kernels_, memory_, worker_, workers_);
+      append_pages(append, kernels_, workspace_, worker_, workers_);
       wait();
     }
     const AttentionArgs args{cache,
@@ -309,8 +217,8 @@ class Program::Implementation::Runner {
                              {stage.q_norm, rotary, positions, group, gap},
                              stage.options,
                              {at(stage.out, 0, 0), DType::kFloat32, program_.ld(stage.out), head}};
-    plan.run(args, program_.isa, *counters(), program_.finished.get(), memory_,
-             program_.partials.get(0), within ? &append : nullptr);
+    plan.run(args, plan_.isa(), *counters(), memory_.finished.get(), workspace_,
+             memory_.partials.get(0), within ? &append : nullptr);
   }
 
   void run(const Project& project) {
@@ -320,7 +228,7 @@ class Program::Implementation::Runner {
     WorkCounter* next = counters();
     if (project.is_read_in_order()) ahead_.begin(project.linears.size());
     if (m == 0) {
-      if (!project.in_float) plan_ += project.products.size();
+      if (!project.in_float) product_ += project.products.size();
       return;
     }
     if (project.in_float) return multiply_floats(project, m, next);
@@ -331,9 +239,9 @@ class Program::Implementation::Runner {
         own.codes, own.scale, own.zero_point, m * terms, k, stage.quantizer.max_code(), terms};
     const bool alone = OwnCodes::hold(x.m, k) && (m == 1 || m * k <= kFewElements);
     if (!alone) {
-      x.codes = program_.codes.get(0);
-      x.scale = program_.scales.get(0);
-      x.zero_point = program_.zero_points.get(0);
+      x.codes = memory_.codes.get(0);
+      x.scale = memory_.scales.get(0);
+      x.zero_point = memory_.zero_points.get(0);
     }
     const Range rows = alone ? Range{0, m} : mine(m);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
@@ -342,11 +250,10 @@ class Program::Implementation::Runner {
       quantize(project, row, x, alone);
     }
     if (!alone || project.float_columns) wait();
-    auto* const sums = reinterpret_cast<int32_t*>(memory_);
+    auto* const sums = reinterpret_cast<int32_t*>(workspace_);
     for (const Product& product : project.products) {
       const ProductPlan plan =
-          stage.list < 0 ? program_.product_plans[plan_++]
-                         : program_.plan_product(project, product, x.m, workers_planned());
+          stage.list < 0 ? plan_.known(product_++) : plan_.choose(project, product, x.m);
       GemmArgs args[kMostLinears];
       EpilogueSteps steps[kMostLinears];
       for (int i = 0; i < product.count; ++i) {
@@ -354,7 +261,7 @@ class Program::Implementation::Runner {
       }
       run_tasks(args, product.count, product.order, *plan.kernel, kernels_, plan.blocking,
                 plan.dealt ? next : nullptr, sums, worker_, workers_);
-      next += workers_planned();
+      next += plan_.workers();
     }
   }
 
@@ -366,7 +273,7 @@ class Program::Implementation::Runner {
     int64_t ldx = program_.ld(stage.in);
     if (stage.kept_rows || stage.gather || stage.norm.kind != Norm::Kind::kNone) {
       ldx = whole_vectors(k);
-      float* const rows = program_.float_rows.get(0);
+      float* const rows = memory_.float_rows.get(0);
       const Range own = mine(m);
       for (int64_t row = own.begin; row < own.end; ++row) {
         copy_normalized(stage.norm, source_of(stage, row), k, rows + row * ldx);
@@ -388,7 +295,7 @@ class Program::Implementation::Runner {
           }
         }
       }
-      next += workers_planned();
+      next += plan_.workers();
     }
   }
 
@@ -403,8 +310,6 @@ class Program::Implementation::Runner {
          columns.size(), weight.bias == nullptr ? nullptr : weight.bias + first,
          y.steps ? &steps : nullptr, y.data, y.ld});
   }
-
-  int workers_planned() const { return program_.planned_workers; }
 
   // A row of x into codes, and its float columns into what they are added to. `alone`: every worker
   // does all rows, and a part of those columns.
@@ -433,7 +338,7 @@ class Program::Implementation::Runner {
 
   const float* source_of(const ProjectStage& stage, int64_t row) const {
     const int64_t from = stage.kept_rows ? shared_.pass.kept[row]
-                         : stage.gather  ? program_.routes.rows(stage.list)[row]
+                         : stage.gather  ? memory_.routes.rows(stage.list)[row]
                                          : row;
     return at(stage.in, from, stage.column);
   }
@@ -509,20 +414,22 @@ class Program::Implementation::Runner {
 
   Implementation& program_;
   const Shared& shared_;
+  const StepPlan& plan_;
+  StepMemory& memory_;
   const RowKernels& kernels_;
   const int worker_, workers_;
   uint32_t turn_;
   ReadAhead ahead_;
-  std::byte* const memory_;
+  std::byte* const workspace_;
   float* const row_;
   float* const rotated_;
   int64_t set_ = 0;
-  size_t plan_ = 0;
+  size_t product_ = 0;  // of those that are planned
 };
 
 void Program::Implementation::run(const Step& step, const Pass& pass, Range rows, int workers) {
   const int64_t m = rows.size();
-  plan(m, pass.kept.size(), workers);
+  plan.make(stages, m, pass.kept.size(), workers);
   std::vector<AttentionPlan> attention;
   attention.reserve(plan_keys.size());
   for (const PlanKey& key : plan_keys) {
@@ -531,63 +438,10 @@ void Program::Implementation::run(const Step& step, const Pass& pass, Range rows
     visible.window = key.window;
     attention.emplace_back(pass.sequences, key.heads, key.kv_heads, key.head_dim, visible, workers);
   }
-  // Memory: nothing is allocated inside the region.
-  int64_t floats = 0, depth = 0, codes_size = 0, own = sums_bytes, part_floats = 0, blocks = 0;
-  int64_t rows_of_codes = 0, row_floats = 0, append_bytes = 0, experts = 0, choices = 0;
-  for (size_t i = 0; i < widths.size(); ++i) floats += m * ld(static_cast<Buffer>(i));
-  int64_t most_products = 1;
-  for (const Stage& stage : stages) {
-    if (const auto* const project = std::get_if<Project>(&stage)) {
-      const int64_t k = project->linears[0].weight.k;
-      depth = std::max(depth, k);
-      most_products = std::max<int64_t>(most_products, project->products.size());
-      if (project->in_float) {
-        row_floats = std::max(row_floats, m * whole_vectors(k));
-        continue;
-      }
-      const int64_t coded = m * project->stage.quantizer.terms;
-      codes_size = std::max(codes_size, codes_bytes(coded, k));
-      rows_of_codes = std::max(rows_of_codes, coded);
-    } else if (const auto* const route = std::get_if<RouteStage>(&stage)) {
-      row_floats = std::max(row_floats, m * whole_vectors(route->width));
-      experts = std::max(experts, route->experts);
-      choices = std::max(choices, m * route->top);
-    } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
-      append_bytes = std::max(append_bytes, append_workspace(attend->stage.head_dim));
-    }
-  }
-  for (const AttentionPlan& each : attention) {
-    own = std::max(own, each.workspace() + append_bytes);
-    part_floats = std::max(part_floats, each.partials());
-    blocks = std::max(blocks, each.blocks());
-  }
-  float* memory = buffer_memory.get(floats);
-  buffers.resize(widths.size());
-  for (size_t i = 0; i < widths.size(); ++i) {
-    buffers[i] = memory;
-    memory += m * ld(static_cast<Buffer>(i));
-  }
-  codes.get(codes_size);
-  scales.get(rows_of_codes);
-  zero_points.get(rows_of_codes);
-  float_rows.get(row_floats);
-  routes.reserve(m, experts, choices);
-  partials.get(part_floats);
-  if (blocks > finished_count) {
-    finished.reset(new std::atomic<int>[blocks] {});
-    finished_count = blocks;
-  }
-  const int64_t counter_count = kCounterSets * most_products * workers;
-  if (counter_count > static_cast<int64_t>(counters.size())) {
-    counters = std::vector<WorkCounter>(counter_count);
-  }
-  for (WorkCounter& counter : counters) counter.taken.store(0, std::memory_order_relaxed);
-  const int64_t row_bytes = 2 * whole_lines(whole_tiles(depth) * int64_t{sizeof(float)});
-  const int64_t worker_bytes = whole_lines(own) + row_bytes;
-  workspace.get(worker_bytes * workers);
+  memory.reserve(stages, widths, m, plan, attention);
   barrier.reserve(workers);
 
-  const Runner::Shared shared{step, pass, rows, attention, worker_bytes, row_bytes};
+  const Runner::Shared shared{step, pass, rows, attention};
   uint32_t after = turn;
   run_team(workers, [&](int worker, int count) {
     const uint32_t taken = Runner(*this, shared, worker, count, turn).run();

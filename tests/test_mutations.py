@@ -248,6 +248,13 @@ BREAKS = [
         "test_program",
     ),
     Break(
+        "step: where buffers of several rows lie",
+        "cpp/step_plan.cc",
+        "next += rows * whole_vectors(width);",
+        "next += whole_vectors(width);",
+        "test_program",
+    ),
+    Break(
         "float product: what is left of k",
         "cpp/float_product.h",
         "if (at < a.k) add(",
