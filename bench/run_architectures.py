@@ -25,8 +25,9 @@ from typing import Annotated, Any
 
 import transformers
 import typer
-from architectures import NO_CLASS, VERDICTS, Finding, examine, reload
+from architectures import VERDICTS, Finding, examine, reload
 from results import FOLDER, ResultFile, Row
+from subjects import NO_CLASS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from sq_cpu.files import write_file

@@ -1,19 +1,21 @@
 """Int8 attention and KV cache of one quantized model, beside float ones on the same int8 weights.
 
-What they cost: the perplexity of a text, and the divergence of each token's distribution. What they
+What they cost: the perplexity of a text, and the divergence of each token's distribution. Int8
+linears turn any difference into other codes of their inputs. So the same is told of a cache in
+bf16, and, with --no-int8-linears, of the same weights with inputs that are not quantized. What they
 gain: the time of a prompt, and of each token that `generate` adds after a context.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import machine
 import torch
 import typer
+from divergence import Divergence
 from harness import Candidate, interleave
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,54 +23,66 @@ from torch import Tensor, nn
 import sq_cpu
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.checkpoint.sources import load_source
+from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.progress import track
 
-INT8, FLOAT = "int8", "float"
+INT8, BF16, FLOAT = "int8", "bf16", "float"
+
+
+def text_windows(tokenizer: Any, text: str, sizes: str) -> list[list[Tensor]]:
+    """Cut the text as each word of "COUNTxTOKENS,..." says."""
+    numbers = [map(int, word.split("x")) for word in filter(None, sizes.split(","))]
+    return [
+        token_windows(tokenizer, text, window=tokens, windows=count) for count, tokens in numbers
+    ]
 
 
 def switch(model: nn.Module, kind: str) -> None:
-    """Have the model compute attention in int8, or in floats."""
-    sq_cpu.use_int8_attention(model, enabled=kind == INT8)
+    """Have the model compute attention over keys and values in int8 or bf16, or in floats."""
+    if kind == FLOAT:
+        sq_cpu.use_int8_attention(model, enabled=False)
+    else:
+        sq_cpu.use_int8_attention(model, kv=kind)
 
 
 def quantized(folder: str) -> tuple[Any, Any]:
-    """Return a model with int8 linears as `quantize` makes them, and its tokenizer."""
+    """Return a model with int8 linears as `sq-cpu quantize` makes them, and its tokenizer."""
     model, tokenizer = load_source(folder)
-    ids = [
-        tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :512]
-        for text in sq_cpu.texts.calibration()
-    ]
-    sq_cpu.quantize(model, calibrate(model, ids))
+    batches = token_windows(tokenizer, sq_cpu.texts.calibration(), window=512, windows=16)
+    sq_cpu.quantize(model, calibrate(model, batches), head="float")
     return model.eval(), tokenizer
 
 
-def accuracy(model: Any, windows: list[Tensor]) -> dict[str, float]:
-    """Compare int8 attention with float attention on windows of ids [1, tokens]."""
-    divergences, likelihoods, same = [], {INT8: 0.0, FLOAT: 0.0}, 0
+def dequantize(model: nn.Module) -> None:
+    """Give each int8 linear its weight in float: the same weight, for inputs as they are."""
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, sq_cpu.QuantLinear):
+            weight = layer.weight_int8().float() * layer.weight_scale[:, None]
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias)
+            linear.weight.data = weight if layer.smoothing is None else weight / layer.smoothing
+            if layer.bias is not None:
+                linear.bias.data = layer.bias.float()
+            model.set_submodule(name, linear)
+
+
+def accuracy(
+    model: Any, windows: list[Tensor], kinds: Sequence[str] = (INT8, BF16)
+) -> list[dict[str, Any]]:
+    """Compare attention over a cache of these kinds with float attention.
+
+    `windows` are ids [1, tokens]; one row for each kind.
+    """
+    found = {kind: Divergence() for kind in kinds}
     for ids in track(windows, "scoring"):
-        logs = {}
-        for kind in (FLOAT, INT8):
+        logits = {}
+        for kind in (FLOAT, *kinds):
             switch(model, kind)
             with torch.inference_mode():
-                logs[kind] = model(ids).logits[0].float().log_softmax(dim=1)
-            next_ids = ids[0, 1:, None]
-            likelihoods[kind] += float(logs[kind][:-1].gather(1, next_ids).double().sum())
-        divergences.append((logs[FLOAT].exp() * (logs[FLOAT] - logs[INT8])).sum(dim=1))
-        same += int((logs[FLOAT].argmax(1) == logs[INT8].argmax(1)).sum())
-    kl = torch.cat(divergences)
-    scored = len(kl) - len(windows)
-    perplexities = {kind: math.exp(-total / scored) for kind, total in likelihoods.items()}
-    return {
-        "tokens": len(windows[0][0]),
-        "windows": len(windows),
-        "float_perplexity": perplexities[FLOAT],
-        "int8_perplexity": perplexities[INT8],
-        "percent": 100 * (perplexities[INT8] / perplexities[FLOAT] - 1),
-        "kl_mean": float(kl.mean()),
-        "kl_median": float(kl.median()),
-        "kl_p99": float(kl.quantile(0.99)),
-        "same_top_1": same / len(kl),
-    }
+                logits[kind] = model(ids).logits[0]
+        for kind in kinds:
+            found[kind].add(logits[FLOAT], logits[kind], ids[0])
+    switch(model, FLOAT)
+    return [{"cache": kind, **each.summary()} for kind, each in found.items()]
 
 
 def speed(
@@ -113,26 +127,34 @@ def speed(
 def main(
     model: Annotated[str, typer.Argument(help="Folder of a causal LM in float.")],
     windows: Annotated[str, typer.Option(help="COUNTxTOKENS, several by commas.")] = "20x512",
-    rows: Annotated[str, typer.Option(help="Sequences of a batch.")] = "1",
+    rows: Annotated[str, typer.Option(help="Sequences of a batch; empty: no timing.")] = "1",
     contexts: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "128,1024",
     new: Annotated[int, typer.Option(help="Tokens that are timed after it.")] = 32,
     budget: Annotated[float, typer.Option(help="Seconds for each speed.")] = 60.0,
+    int8_linears: Annotated[
+        bool, typer.Option(help="As they are, or with their int8 weights in float.")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print what int8 attention costs and gains."""
     subject, tokenizer = quantized(model)
     text = "\n".join(sq_cpu.texts.evaluation())
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
-    scores = []
-    for word in filter(None, windows.split(",")):
-        count, tokens = map(int, word.split("x"))
-        starts = [k * ((len(ids) - tokens) // count) for k in range(count)]
-        scores.append(accuracy(subject, [ids[None, s : s + tokens] for s in starts]))
-    speeds = [
-        speed(subject, ids, batch, context, new, budget)
-        for batch in machine.numbers(rows)
-        for context in machine.numbers(contexts)
+    if not int8_linears:
+        dequantize(subject)
+    scores = [
+        {"linears": "int8" if int8_linears else "float", **row}
+        for each in text_windows(tokenizer, text, windows)
+        for row in accuracy(subject, each)
     ]
+    speeds = []
+    if rows and contexts:
+        batches, lengths = machine.numbers(rows), machine.numbers(contexts)
+        ids = torch.cat(token_windows(tokenizer, text, window=max(lengths), windows=max(batches)))
+        speeds = [
+            speed(subject, ids.flatten(), batch, context, new, budget)
+            for batch in batches
+            for context in lengths
+        ]
     found = {"machine": machine.facts(), "accuracy": scores, "speed": speeds}
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -142,7 +164,7 @@ def main(
         if lines:
             table = Table(*lines[0], title=title)
             for line in lines:
-                table.add_row(*(f"{value:.4g}" for value in line.values()))
+                table.add_row(*(v if isinstance(v, str) else f"{v:.4g}" for v in line.values()))
             machine.make_console().print(table)
 
 

@@ -12,8 +12,8 @@
 
 namespace sq_cpu {
 
-// Throws std::invalid_argument for options that heads of this size cannot have.
-void check_options(const AttentionOptions& options, int64_t head_dim);
+// Throws std::invalid_argument for options that no heads can have.
+void check_options(const AttentionOptions& options);
 
 struct AttentionArgs {
   const KvCache& cache;

@@ -36,13 +36,12 @@ Range visible(const AttentionOptions& options, int64_t position, int64_t length)
   return {options.window > 0 ? std::max<int64_t>(0, position + 1 - options.window) : 0, end};
 }
 
-// What a sum of products is multiplied by, with the query's and the key's scales, to give a score
-// in base 2 before its cap; and that cap.
+// What a product of a query and a key is multiplied by to give a score in base 2 before its cap;
+// and that cap.
 struct Scores {
-  Scores(const AttentionOptions& options, int64_t head_dim) {
-    const double rotated = 1.0 / rotated_block(head_dim);
+  explicit Scores(const AttentionOptions& options) {
     const double soft = options.softcap;
-    scale = static_cast<float>(options.scale * rotated * (soft > 0 ? 2 * kLog2E / soft : kLog2E));
+    scale = static_cast<float>(options.scale * (soft > 0 ? 2 * kLog2E / soft : kLog2E));
     cap = static_cast<float>(soft * kLog2E);
   }
   float scale, cap;
@@ -55,13 +54,16 @@ struct Job {
         cache(args_.cache),
         sequences(args_.sequences),
         options(args_.options),
-        page(cache.head_dim),
+        page(cache.head_dim, cache.type),
+        in_floats(cache.type == KvType::kBFloat16),
         group(args.heads / cache.kv_heads),
         columns(whole_vectors(cache.head_dim)),
         isa(isa_),
         kernels(row_kernels(isa)) {
-    const Scores factors(options, cache.head_dim);
-    score = factors.scale;
+    const Scores factors(options);
+    // A power of two; of rotated rows, products are as many times larger.
+    score = in_floats ? factors.scale
+                      : factors.scale / static_cast<float>(rotated_block(cache.head_dim));
     cap = factors.cap;
   }
 
@@ -70,6 +72,7 @@ struct Job {
   const Sequences& sequences;
   const AttentionOptions& options;
   const PageLayout page;
+  const bool in_floats;
   const int64_t group;    // query heads of a kv head
   const int64_t columns;  // of values, in whole vectors
   const Isa isa;
@@ -116,17 +119,19 @@ class Softmaxes {
 class Worker {
  public:
   static int64_t bytes(int64_t head_dim) {
-    const int64_t depth = k_block_count(head_dim) * kTileDepth, columns = whole_vectors(head_dim);
-    return whole_lines(kRowsOfTask * depth +                            // codes of q
-                       kRowsOfTask * kPageTokens +                      // codes of p
+    const int64_t columns = whole_vectors(head_dim);
+    return whole_lines(kRowsOfTask * columns * 4 +                      // q: floats, or codes
+                       kRowsOfTask * kPageTokens * 4 +                  // p likewise
                        kMaxRows * std::max(columns, kPageTokens) * 4 +  // sums
                        head_floats(head_dim) * 4 + 2 * Softmaxes::floats(columns) * 4);
   }
 
   Worker(const Job& job, std::byte* workspace)
       : job_(job),
-        q_codes_(take<uint8_t>(workspace, kRowsOfTask * job.page.depth_tiles * kTileDepth)),
-        p_codes_(take<uint8_t>(workspace, kRowsOfTask * kPageTokens)),
+        q_floats_(take<float>(workspace, kRowsOfTask * job.columns)),
+        p_floats_(take<float>(workspace, kRowsOfTask * kPageTokens)),
+        q_codes_(reinterpret_cast<uint8_t*>(q_floats_)),
+        p_codes_(reinterpret_cast<uint8_t*>(p_floats_)),
         sums_(take<int32_t>(workspace, kMaxRows * std::max(job.columns, kPageTokens))),
         head_(take<float>(workspace, head_floats(job.cache.head_dim))),
         chunk_(take<float>(workspace, Softmaxes::floats(job.columns)), job.columns),
@@ -176,17 +181,20 @@ class Worker {
     const int64_t rows = block.rows.size(), first = job_.sequences.first_row[block.sequence];
     const int64_t length = job_.sequences.length[block.sequence];
     const int64_t before = length - new_tokens(job_.sequences, block.sequence);
-    kernel_ = &choose_microkernel(job_.isa, 255, rows);
+    kernel_ = job_.in_floats ? nullptr : &choose_microkernel(job_.isa, 255, rows);
     codes_ = CodeLayout(rows, job_.cache.head_dim);
     const HeadCoder coder(job_.cache.head_dim, job_.kernels, head_);
+    const AttentionArgs& args = job_.args;
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = block.rows.begin + r;
+      const int64_t row = block.rows.begin + r, from = first + row / job_.group;
       if (r + 1 < rows) {
-        ask_for_head(job_.args.q, job_.args.transform, first + (row + 1) / job_.group,
-                     head(row + 1), job_.cache.head_dim);
+        ask_for_head(args.q, args.transform, first + (row + 1) / job_.group, head(row + 1),
+                     job_.cache.head_dim);
       }
-      const float scale = coder.rotate(job_.args.q, job_.args.transform, first + row / job_.group,
-                                       head(row), q_codes_ + codes_.offset(r), codes_.tile);
+      const float scale = job_.in_floats ? coder.widen(args.q, args.transform, from, head(row),
+                                                       q_floats_ + r * job_.columns)
+                                         : coder.rotate(args.q, args.transform, from, head(row),
+                                                        q_codes_ + codes_.offset(r), codes_.tile);
       q_scale_[r] = scale * job_.score;
       position_[r] = before + row / job_.group;
       keys_[r] = visible(job_.options, position_[r], length);
@@ -194,11 +202,11 @@ class Worker {
         slope_[r] = static_cast<float>(job_.options.slopes[head(row)] * kLog2E);
       }
     }
-    if (kernel_->begin != nullptr) kernel_->begin(state_);
+    if (kernel_ != nullptr && kernel_->begin != nullptr) kernel_->begin(state_);
   }
 
   void end() {
-    if (kernel_->end != nullptr) kernel_->end(state_);
+    if (kernel_ != nullptr && kernel_->end != nullptr) kernel_->end(state_);
   }
 
   int64_t head(int64_t row) const { return block_.kv_head * job_.group + row % job_.group; }
@@ -221,8 +229,12 @@ class Worker {
       if (key + kPageTokens < block_.keys.end)
         ask_for(page_with(key + kPageTokens), job_.page.bytes);
       see(key);
-      for_each_group(*kernel_, {0, block_.rows.size()},
-                     [&](Range rows) { attend(page, rows, to); });
+      const Range all{0, block_.rows.size()};
+      if (job_.in_floats) {
+        attend_in_floats(page, all, to);
+      } else {
+        for_each_group(*kernel_, all, [&](Range rows) { attend(page, rows, to); });
+      }
     }
   }
 
@@ -250,18 +262,48 @@ class Worker {
     multiply(q_codes_ + codes_.offset(rows.begin), codes_, page, layout.key_strip,
              layout.depth_tiles, kPageTokens / kStripColumns, count);
     const int64_t panel = kernel_->strips * kStripColumns;
+    job_.kernels.weigh(page_weights(page, rows, to, panel, p_codes_));
+    multiply(p_codes_, CodeLayout(count, kPageTokens), page + layout.values, layout.value_tile, 1,
+             layout.value_tiles, count);
+    job_.kernels.gather_values({sums_, panel, panel * count, count, job_.columns, carry_, unit_,
+                                to.row(rows.begin).o, job_.columns});
+  }
+
+  void attend_in_floats(const std::byte* page, Range rows, Softmaxes& to) {
+    const int count = static_cast<int>(rows.size());
+    job_.kernels.multiply_keys({q_floats_ + rows.begin * job_.columns, job_.columns, count, page,
+                                job_.cache.head_dim, reinterpret_cast<float*>(sums_)});
+    job_.kernels.weigh_floats(page_weights(page, rows, to, kPageTokens, p_floats_));
+    job_.kernels.add_values({p_floats_, first_ + rows.begin, last_ + rows.begin,
+                             page + job_.page.values, count, job_.columns, carry_,
+                             to.row(rows.begin).o, job_.columns});
+  }
+
+  // Of the sums of some rows with a page; a call gave `panel` columns of them.
+  PageWeights page_weights(const std::byte* page, Range rows, const Softmaxes& to, int64_t panel,
+                           void* weights) {
+    const PageLayout& layout = job_.page;
+    const int count = static_cast<int>(rows.size());
     const SoftmaxRow first = to.row(rows.begin);
     const bool sloped = job_.options.slopes != nullptr;
-    job_.kernels.weigh({sums_, panel, panel * count, count, q_scale_ + rows.begin,
-                        part_of<float>(page, layout.key_scale),
-                        part_of<float>(page, layout.value_scale),
-                        part_of<int32_t>(page, layout.key_offset), first_ + rows.begin,
-                        last_ + rows.begin, job_.cap, sloped ? slope_ + rows.begin : nullptr,
-                        distance_ + rows.begin, first.most, first.total, carry_, unit_, p_codes_});
-    multiply(p_codes_, CodeLayout(count, kPageTokens), page + layout.values, kTileBytes, 1,
-             layout.value_tiles, count);
-    job_.kernels.gather_values(
-        {sums_, panel, panel * count, count, job_.columns, carry_, unit_, first.o, job_.columns});
+    return {sums_,
+            panel,
+            panel * count,
+            count,
+            q_scale_ + rows.begin,
+            part_of<float>(page, layout.key_scale),
+            part_of<float>(page, layout.value_scale),
+            part_of<int32_t>(page, layout.key_offset),
+            first_ + rows.begin,
+            last_ + rows.begin,
+            job_.cap,
+            sloped ? slope_ + rows.begin : nullptr,
+            distance_ + rows.begin,
+            first.most,
+            first.total,
+            carry_,
+            unit_,
+            weights};
   }
 
   // `strips` of a right operand, in calls that each leave their sums side by side.
@@ -302,7 +344,9 @@ class Worker {
   }
 
   const Job& job_;
-  uint8_t* const q_codes_;
+  float* const q_floats_;
+  float* const p_floats_;
+  uint8_t* const q_codes_;  // in their place
   uint8_t* const p_codes_;
   int32_t* const sums_;
   float* const head_;
@@ -320,12 +364,12 @@ class Worker {
 
 }  // namespace
 
-void check_options(const AttentionOptions& options, int64_t head_dim) {
+void check_options(const AttentionOptions& options) {
   SQ_CHECK(std::isfinite(options.scale), "attention: scale is ", options.scale);
   SQ_CHECK(options.softcap >= 0, "attention: softcap is ", options.softcap);
   SQ_CHECK(options.window >= 0, "attention: window is ", options.window);
   SQ_CHECK(options.window == 0 || options.causal, "attention: a window needs causal attention");
-  const Scores scores(options, head_dim);
+  const Scores scores(options);
   SQ_CHECK(std::isfinite(scores.scale) && std::isfinite(scores.cap), "attention: scale ",
            options.scale, " and softcap ", options.softcap, " leave the range of fp32");
 }
@@ -394,7 +438,7 @@ void AttentionPlan::run(const AttentionArgs& args, Isa isa, WorkCounter& counter
 void attention(const KvCache& cache, const Sequences& sequences, int64_t heads, const HeadRows& q,
                const AttentionOptions& options, const HeadResult& y) {
   check_cache(cache, sequences);
-  check_options(options, cache.head_dim);
+  check_options(options);
   SQ_CHECK(heads > 0 && heads % cache.kv_heads == 0, "attention: ", heads,
            " heads are not a multiple of ", cache.kv_heads, " kv heads");
   const int64_t rows = row_count(sequences);

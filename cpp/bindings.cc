@@ -27,6 +27,7 @@ using sq_cpu::Activation;
 using sq_cpu::codes_bytes;
 using sq_cpu::DType;
 using sq_cpu::Granularity;
+using sq_cpu::KvType;
 using sq_cpu::packed_bytes;
 using namespace sq_cpu::bindings;
 
@@ -122,7 +123,7 @@ void use_isa(std::string name, bool emulated) {
   throw std::runtime_error(name + " is not an ISA of sq_cpu");
 }
 
-int64_t page_bytes(int64_t head_dim) { return sq_cpu::page_bytes(head_dim); }
+int64_t page_bytes(int64_t head_dim, KvType type) { return sq_cpu::page_bytes(head_dim, type); }
 
 PyMethodDef functions[] = {
 #define SQ_FUNCTION(name, parameters)                                         \
@@ -132,10 +133,10 @@ PyMethodDef functions[] = {
          return fastcall(#name, &name, args, count);                          \
        })),                                                                   \
    METH_FASTCALL, #name "($module, " parameters "/)\n--\n\n"}
-    SQ_FUNCTION(append, "pages, head_dim, first_row, length, table, k, v, "),
+    SQ_FUNCTION(append, "pages, head_dim, kind, first_row, length, table, k, v, "),
     SQ_FUNCTION(attention,
-                "pages, head_dim, first_row, length, table, q, scale, causal, window, softcap, "
-                "slopes, sinks, y, "),
+                "pages, head_dim, kind, first_row, length, table, q, scale, causal, window, "
+                "softcap, slopes, sinks, y, "),
     SQ_FUNCTION(batched_matmul, "a, b, transposed, alpha, a_scale, b_scale, y, y_type, "),
     SQ_FUNCTION(codes_bytes, "m, k, "),
     SQ_FUNCTION(count_saturation, "codes, zero_point, max_code, packed, n, k, "),
@@ -153,7 +154,7 @@ PyMethodDef functions[] = {
     SQ_FUNCTION(microkernel_name, "max_code, m, "),
     SQ_FUNCTION(pack_weight, "weight, scale, bias, out, "),
     SQ_FUNCTION(packed_bytes, "n, k, "),
-    SQ_FUNCTION(page_bytes, "head_dim, "),
+    SQ_FUNCTION(page_bytes, "head_dim, kind, "),
     SQ_FUNCTION(quantize_activations, "x, k, quantizer, codes, scale, zero_point, "),
     SQ_FUNCTION(
         sample,
@@ -197,6 +198,8 @@ PYBIND11_MODULE(_core, m) {
       .value("float16", sq_cpu::BatchedType::kFloat16)
       .value("int32", sq_cpu::BatchedType::kInt32)
       .value("int8", sq_cpu::BatchedType::kInt8);
+
+  py::enum_<KvType>(m, "KvType").value("int8", KvType::kInt8).value("bfloat16", KvType::kBFloat16);
 
   py::class_<Quantizer>(m, "ActivationQuantizer")
       .def(py::init(&make_quantizer), py::arg("granularity"), py::arg("symmetric"),

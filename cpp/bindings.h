@@ -13,6 +13,7 @@
 
 #include "bindings_torch.h"
 #include "check.h"
+#include "sq_cpu/attention.h"
 #include "sq_cpu/batched_matmul.h"
 #include "sq_cpu/linear.h"
 
@@ -93,11 +94,11 @@ std::pair<int64_t, int64_t> count_saturation(py::handle codes, py::handle zero_p
                                              py::handle packed, int64_t n, int64_t k);
 
 // bindings_attention.cc
-void append(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
-            py::handle table, py::handle k, py::handle v);
-void attention(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
-               py::handle table, py::handle q, double scale, bool causal, int64_t window,
-               double softcap, py::handle slopes, py::handle sinks, py::handle y);
+void append(py::handle pages, int64_t head_dim, KvType type, py::handle first_row,
+            py::handle length, py::handle table, py::handle k, py::handle v);
+void attention(py::handle pages, int64_t head_dim, KvType type, py::handle first_row,
+               py::handle length, py::handle table, py::handle q, double scale, bool causal,
+               int64_t window, double softcap, py::handle slopes, py::handle sinks, py::handle y);
 void batched_matmul(py::handle a, py::handle b, bool transposed, double alpha, py::handle a_scale,
                     py::handle b_scale, py::handle y, BatchedType y_type);
 

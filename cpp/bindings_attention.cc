@@ -32,15 +32,15 @@ struct Heads {
 
 // A layer's pages, and the sequences of a call.
 struct Call {
-  Call(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
+  Call(py::handle pages, int64_t head_dim, KvType type, py::handle first_row, py::handle length,
        py::handle table) {
     const Torch& torch = Torch::get();
     const std::vector<int64_t> page = shape_of("pages", pages, 3);
-    SQ_CHECK(page[2] == page_bytes(head_dim), "pages are of ", page[2], " bytes, not ",
-             page_bytes(head_dim));
+    SQ_CHECK(page[2] == page_bytes(head_dim, type), "pages are of ", page[2], " bytes, not ",
+             page_bytes(head_dim, type));
     cache = {
         array<std::byte>("pages", pages, torch.uint8, bounded_product(page[0], page[1], page[2])),
-        page[0], page[1], head_dim};
+        page[0], page[1], head_dim, type};
     const std::vector<int64_t> tables = shape_of("table", table, 2);
     sequences = {
         tables[0], array<const int64_t>("first_row", first_row, torch.int64, tables[0] + 1),
@@ -72,20 +72,20 @@ Matrices matrices(const char* name, py::handle x, const py::object& dtype) {
 
 }  // namespace
 
-void append(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
-            py::handle table, py::handle k, py::handle v) {
-  const Call call(pages, head_dim, first_row, length, table);
+void append(py::handle pages, int64_t head_dim, KvType type, py::handle first_row,
+            py::handle length, py::handle table, py::handle k, py::handle v) {
+  const Call call(pages, head_dim, type, first_row, length, table);
   const Heads keys("k", k, call.rows(), call.cache.kv_heads, head_dim);
   const Heads values("v", v, call.rows(), call.cache.kv_heads, head_dim);
   const Door door;
   sq_cpu::append(call.cache, call.sequences, keys.rows(), values.rows());
 }
 
-void attention(py::handle pages, int64_t head_dim, py::handle first_row, py::handle length,
-               py::handle table, py::handle q, double scale, bool causal, int64_t window,
-               double softcap, py::handle slopes, py::handle sinks, py::handle y) {
+void attention(py::handle pages, int64_t head_dim, KvType type, py::handle first_row,
+               py::handle length, py::handle table, py::handle q, double scale, bool causal,
+               int64_t window, double softcap, py::handle slopes, py::handle sinks, py::handle y) {
   const Torch& torch = Torch::get();
-  const Call call(pages, head_dim, first_row, length, table);
+  const Call call(pages, head_dim, type, first_row, length, table);
   const int64_t heads = shape_of("q", q, 3)[1];
   const Heads queries("q", q, call.rows(), heads, head_dim);
   const Heads result("y", y, call.rows(), heads, head_dim);

@@ -145,21 +145,21 @@ class PyProgram {
     result_ = buffer;
   }
 
-  // The pages of each cache, [pages, kv heads, bytes], with the size of its heads, and which of the
-  // page tables of a call is its.
-  void set_caches(const std::vector<std::tuple<py::object, int64_t, int64_t>>& caches) {
+  // The pages of each cache, [pages, kv heads, bytes], with the size of its heads, their type, and
+  // which of the page tables of a call is its.
+  void set_caches(const std::vector<std::tuple<py::object, int64_t, KvType, int64_t>>& caches) {
     check_idle();
     std::vector<KvCache> all;
     std::vector<int64_t> groups;
-    for (const auto& [pages, head_dim, group] : caches) {
+    for (const auto& [pages, head_dim, type, group] : caches) {
       SQ_CHECK(group >= 0, "table ", group);
       groups.push_back(group);
       const std::vector<int64_t> shape = shape_of("pages", pages, 3);
-      SQ_CHECK(shape[2] == page_bytes(head_dim), "pages are of ", shape[2], " bytes, not ",
-               page_bytes(head_dim));
+      SQ_CHECK(shape[2] == page_bytes(head_dim, type), "pages are of ", shape[2], " bytes, not ",
+               page_bytes(head_dim, type));
       all.push_back({array<std::byte>("pages", pages, Torch::get().uint8,
                                       bounded_product(shape[0], shape[1], shape[2])),
-                     shape[0], shape[1], head_dim});
+                     shape[0], shape[1], head_dim, type});
     }
     caches_ = std::move(all);
     groups_ = std::move(groups);

@@ -158,26 +158,26 @@ struct StripArgs {
 };
 
 // The softmax of some query rows over a page of keys (attention.h). `panel` columns of the sums
-// come from one call of the microkernel; those of the next are panel_stride ints on.
+// come from one call of the microkernel; those of the next are panel_stride elements on.
 struct PageWeights {
-  const int32_t* sums;  // q's codes times the keys'
+  const void* sums;  // q's codes times the keys', int32; of bf16 pages fp32
   int64_t panel;
   int64_t panel_stride;
   int rows;
   const float* q_scale;  // [rows]; also turns e into 2
   const float* key_scale;
   const float* value_scale;
-  const int32_t* key_offset;
-  const int32_t* first;  // [rows]: the page's keys first .. last - 1 are visible
+  const int32_t* key_offset;  // of codes only
+  const int32_t* first;       // [rows]: the page's keys first .. last - 1 are visible
   const int32_t* last;
   float cap;              // 0: none
   const float* slope;     // [rows], or null
   const float* distance;  // [rows]: of the page's first key from the query
   float* most;            // [rows]: m, l of the softmax so far
   float* total;
-  float* carry;  // [rows]: what the sums of values so far are multiplied by
-  float* unit;   // [rows]: of the codes
-  uint8_t* codes;
+  float* carry;   // [rows]: what the sums of values so far are multiplied by
+  float* unit;    // [rows]: of the codes
+  void* weights;  // [rows, kPageTokens]: u8 codes; of bf16 pages fp32
 };
 
 struct ValueSums {
@@ -188,6 +188,29 @@ struct ValueSums {
   int64_t columns;
   const float* carry;
   const float* unit;
+  float* o;
+  int64_t ldo;
+};
+
+// Some query rows times the keys of a bf16 page, as it lies.
+struct KeyProducts {
+  const float* q;  // [rows, head_dim], rows ldq apart
+  int64_t ldq;
+  int rows;
+  const void* keys;
+  int64_t head_dim;
+  float* sums;  // [rows, kPageTokens]
+};
+
+// o = o * carry + weights times the values of a bf16 page, as it lies.
+struct ValueProducts {
+  const float* weights;  // [rows, kPageTokens]
+  const int32_t* first;  // as in PageWeights
+  const int32_t* last;
+  const void* values;
+  int rows;
+  int64_t columns;  // a multiple of kStripColumns
+  const float* carry;
   float* o;
   int64_t ldo;
 };
@@ -275,7 +298,7 @@ struct LogitWeights {
 };
 
 // What is beside the product, compiled once per vector width from rows.h, count_saturated.h,
-// strips.h, softmax.h, norm.h, hadamard.h, float_product.h and sample.h.
+// strips.h, softmax.h, page_products.h, norm.h, hadamard.h, float_product.h and sample.h.
 struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
@@ -298,6 +321,10 @@ struct RowKernels {
   void (*rotate[kDTypes])(const RowArgs&, int64_t size, float factor, float* out);
   void (*weigh)(const PageWeights&);
   void (*gather_values)(const ValueSums&);
+  // The same of bf16 pages.
+  void (*multiply_keys)(const KeyProducts&);
+  void (*weigh_floats)(const PageWeights&);
+  void (*add_values)(const ValueProducts&);
   // Joins another softmax's row; `columns` of o.
   void (*merge)(const SoftmaxRow& to, const SoftmaxRow& from, int64_t columns);
   void (*finish_row[kDTypes])(const SoftmaxRow&, int64_t columns, void* y);

@@ -49,6 +49,23 @@ void put_value(std::byte* page, const PageLayout& layout, int64_t slot, const ui
   put(page, layout.value_scale, slot, scale);
 }
 
+// To the nearest, of two equally near ones the even; NaN becomes anything.
+uint16_t to_bfloat16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+void put_floats(std::byte* page, const PageLayout& layout, int64_t slot, const float* key,
+                const float* value, int64_t head_dim) {
+  std::byte* const strip = page + slot / kStripColumns * layout.key_strip;
+  for (int64_t c = 0; c < head_dim; ++c) {
+    put(strip, 0, c * kStripColumns + slot % kStripColumns, to_bfloat16(key[c]));
+    std::byte* const tile = page + layout.values + c / kStripColumns * layout.value_tile;
+    put(tile, 0, slot * kStripColumns + c % kStripColumns, to_bfloat16(value[c]));
+  }
+}
+
 // The pages that a sequence's new tokens lie in, as indices into its table.
 Range written(const Sequences& sequences, int64_t i) {
   const int64_t end = sequences.length[i], begin = end - new_tokens(sequences, i);
@@ -60,10 +77,10 @@ Range written(const Sequences& sequences, int64_t i) {
 void check_cache(const KvCache& cache, const Sequences& sequences) {
   SQ_CHECK(cache.kv_heads > 0 && cache.page_count >= 0, "the cache has ", cache.page_count,
            " pages of ", cache.kv_heads, " kv heads");
-  SQ_CHECK(
-      bounded_product(cache.page_count, cache.kv_heads, page_bytes(cache.head_dim)) <= kMostBytes,
-      "a cache of ", cache.page_count, " pages of ", cache.kv_heads,
-      " kv heads is more than any machine has");
+  SQ_CHECK(bounded_product(cache.page_count, cache.kv_heads,
+                           page_bytes(cache.head_dim, cache.type)) <= kMostBytes,
+           "a cache of ", cache.page_count, " pages of ", cache.kv_heads,
+           " kv heads is more than any machine has");
   SQ_CHECK(reinterpret_cast<uintptr_t>(cache.pages) % 64 == 0,
            "cache.pages begins within 64 bytes: align it");
   SQ_CHECK(sequences.count >= 0 && sequences.table_stride >= 0, sequences.count, " sequences of ",
@@ -119,14 +136,15 @@ void check_heads(const char* name, const HeadRows& x, int64_t rows, int64_t head
               std::array<Steps, 2>{{{x.row_stride, rows}, {x.head_stride, heads}}});
 }
 
-int64_t page_bytes(int64_t head_dim) {
+int64_t page_bytes(int64_t head_dim, KvType type) {
   SQ_CHECK(head_dim > 0 && head_dim <= kMaxHeadDim, "a head of ", head_dim, "; it has 1 .. ",
            kMaxHeadDim);
-  return PageLayout(head_dim).bytes;
+  SQ_CHECK(is_one_of(type, KvType::kBFloat16), "unknown KvType ", static_cast<int>(type));
+  return PageLayout(head_dim, type).bytes;
 }
 
 int64_t append_workspace(int64_t head_dim) {
-  return whole_lines(head_floats(head_dim) * 4 + k_block_count(head_dim) * kTileDepth);
+  return whole_lines((head_floats(head_dim) + 2 * whole_vectors(head_dim)) * 4);
 }
 
 void append_pages(const AppendArgs& args, const RowKernels& kernels, std::byte* workspace,
@@ -147,9 +165,11 @@ void append_page(const AppendArgs& args, const RowKernels& kernels, std::byte* w
                  int64_t sequence, int64_t page, int64_t head) {
   const Sequences& sequences = args.sequences;
   const int64_t head_dim = args.cache.head_dim;
-  const PageLayout layout(head_dim);
+  const PageLayout layout(head_dim, args.cache.type);
   auto* const floats = reinterpret_cast<float*>(workspace);
-  auto* const u = reinterpret_cast<uint8_t*>(floats + head_floats(head_dim));
+  float* const key = floats + head_floats(head_dim);
+  float* const value = key + whole_vectors(head_dim);
+  auto* const u = reinterpret_cast<uint8_t*>(key);  // codes of either, in their place
   const HeadCoder coder(head_dim, kernels, floats);
   const int64_t end = sequences.length[sequence], begin = end - new_tokens(sequences, sequence);
   std::byte* const at = page_of(args.cache, sequences, layout, sequence, page * kPageTokens, head);
@@ -159,6 +179,12 @@ void append_page(const AppendArgs& args, const RowKernels& kernels, std::byte* w
     if (token + 1 < last) {
       ask_for_head(args.k, args.transform, row + 1, head, head_dim);
       ask_for_head(args.v, {}, row + 1, head, head_dim);
+    }
+    if (args.cache.type == KvType::kBFloat16) {
+      put(at, layout.key_scale, slot, coder.widen(args.k, args.transform, row, head, key));
+      put(at, layout.value_scale, slot, coder.widen(args.v, {}, row, head, value));
+      put_floats(at, layout, slot, key, value, head_dim);
+      continue;
     }
     const float key_scale = coder.rotate(args.k, args.transform, row, head, u, kTileDepth);
     put_key(at, layout, slot, u, head_dim, key_scale);

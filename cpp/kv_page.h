@@ -14,20 +14,25 @@
 
 namespace sq_cpu {
 
+constexpr int64_t kPageFloatBytes = 2;
+
 // Where the parts of a page lie.
 struct PageLayout {
-  explicit PageLayout(int64_t head_dim)
+  PageLayout(int64_t head_dim, KvType type)
       : depth_tiles(k_block_count(head_dim)),
         value_tiles(strip_count(head_dim)),
-        key_strip(depth_tiles * kTileBytes),
+        key_strip(type == KvType::kInt8 ? depth_tiles * kTileBytes
+                                        : head_dim * kStripColumns * kPageFloatBytes),
+        value_tile(type == KvType::kInt8 ? kTileBytes
+                                         : kPageTokens * kStripColumns * kPageFloatBytes),
         values(kPageTokens / kStripColumns * key_strip),
-        key_scale(values + value_tiles * kTileBytes),
+        key_scale(values + value_tiles * value_tile),
         value_scale(key_scale + kPageTokens * int64_t{sizeof(float)}),
         key_offset(value_scale + kPageTokens * int64_t{sizeof(float)}),
         bytes(key_offset + kPageTokens * int64_t{sizeof(int32_t)}) {}
   const int64_t depth_tiles;
   const int64_t value_tiles;
-  const int64_t key_strip;                                   // bytes of a strip of keys
+  const int64_t key_strip, value_tile;                       // bytes of each
   const int64_t values, key_scale, value_scale, key_offset;  // offsets
   const int64_t bytes;
 };
@@ -75,7 +80,7 @@ inline void ask_for_head(const HeadRows& x, const HeadTransform& transform, int6
   ask_for(head_row(x, transform, row, head, head_dim).x, head_dim * bytes_of(x.type));
 }
 
-// Rows of heads as codes, of which 128 is 0.
+// Rows of heads as codes, of which 128 is 0, or as floats.
 class HeadCoder {
  public:
   // `floats`: head_floats() of them.
@@ -88,6 +93,28 @@ class HeadCoder {
   // Returns the scale of the codes of `rows`' row: transformed, then rotated.
   float rotate(const HeadRows& rows, const HeadTransform& transform, int64_t row, int64_t head,
                uint8_t* u, int64_t u_tile) const {
+    const RowArgs source = transformed(rows, transform, row, head);
+    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), 1.0f, rotated_);
+    return code(DType::kFloat32, {rotated_, nullptr, head_dim_}, u, u_tile);
+  }
+
+  float keep(const HeadRows& rows, int64_t row, int64_t head, uint8_t* u) const {
+    return code(rows.type, head_row(rows, row, head, head_dim_), u, kTileDepth);
+  }
+
+  // Writes the row itself, transformed, as fp32; returns 1, or NaN for one that is not finite.
+  float widen(const HeadRows& rows, const HeadTransform& transform, int64_t row, int64_t head,
+              float* x) const {
+    const RowArgs source = transformed(rows, transform, row, head);
+    kernels_.widen_row[static_cast<int>(rows.type)](source.x, head_dim_, 1.0f, x);
+    const RowArgs wide{x, nullptr, head_dim_};
+    return kernels_.stats[static_cast<int>(DType::kFloat32)](wide).finite ? 1.0f
+                                                                          : __builtin_nanf("");
+  }
+
+ private:
+  RowArgs transformed(const HeadRows& rows, const HeadTransform& transform, int64_t row,
+                      int64_t head) const {
     RowArgs source = head_row(rows, transform, row, head, head_dim_);
     if (transform.norm.kind != Norm::Kind::kNone) {
       const Norm& norm = transform.norm;
@@ -102,15 +129,9 @@ class HeadCoder {
                                  rotary.rotated, rotary.interleaved, transformed_});
       source.x = transformed_;
     }
-    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), 1.0f, rotated_);
-    return code(DType::kFloat32, {rotated_, nullptr, head_dim_}, u, u_tile);
+    return source;
   }
 
-  float keep(const HeadRows& rows, int64_t row, int64_t head, uint8_t* u) const {
-    return code(rows.type, head_row(rows, row, head, head_dim_), u, kTileDepth);
-  }
-
- private:
   float code(DType type, const RowArgs& row, uint8_t* u, int64_t u_tile) const {
     constexpr ActivationQuantizer kPerRow;  // symmetric
     const RowCode code = make_code(kPerRow, kernels_.stats[static_cast<int>(type)](row));

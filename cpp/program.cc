@@ -37,6 +37,137 @@ void check_norm(const Norm& norm) {
   SQ_CHECK(norm.eps >= 0.0f && norm.eps < 1.0f, "a norm's eps is ", norm.eps);
 }
 
+void check_linear(const Project& project, const ProjectedLinear& linear) {
+  const ProjectStage& stage = project.stage;
+  const int64_t n = linear.weight.n, k = project.linears[0].weight.k;
+  SQ_CHECK((linear.in_float.data != nullptr) == project.in_float,
+           "project: weights in float beside packed ones");
+  project.in_float ? check_float(linear.in_float, n, linear.weight.k) : check_weight(linear.weight);
+  SQ_CHECK(!project.in_float || linear.weight.data == nullptr,
+           "project: a weight in float, packed");
+  SQ_CHECK(stage.list < 0 || !linear.accumulate, "project: a list's rows are not added to");
+  SQ_CHECK(linear.weight.k == k && n > 0, "project: a weight [", n, ", ", linear.weight.k,
+           "] beside others of ", k, " columns");
+  SQ_CHECK(linear.out != stage.in, "project: reads and writes buffer ", stage.in);
+  SQ_CHECK(is_one_of(linear.activation, Activation::kSilu), "unknown Activation ",
+           static_cast<int>(linear.activation));
+  SQ_CHECK(std::isfinite(linear.multiplier), "project: multiplier is ", linear.multiplier);
+  SQ_CHECK(linear.softcap == 0.0f || (linear.softcap >= 1e-6f && linear.softcap <= 1e6f),
+           "project: softcap is ", linear.softcap);
+}
+
+// Whether linear i is multiplied by what the one before it writes.
+bool is_joined(const Project& project, int i) {
+  if (i == 0) return false;
+  const ProjectedLinear& linear = project.linears[i];
+  const ProjectedLinear& before = project.linears[i - 1];
+  return linear.other != kNoBuffer && before.out == linear.other &&
+         before.column == linear.column && before.weight.n == linear.weight.n;
+}
+
+void check_other(const Project& project, int i) {
+  const ProjectedLinear& linear = project.linears[i];
+  const auto writes = [&](const ProjectedLinear& each) { return each.out == linear.other; };
+  const bool before = !project.stage.kept_rows &&
+                      std::none_of(project.linears.begin(), project.linears.end(), writes);
+  SQ_CHECK(linear.other != linear.out && (is_joined(project, i) || before),
+           "project: other is not what the linear before writes, or a stage before");
+}
+
+void check_float_columns(const Project& project, const ProjectedLinear& linear) {
+  const FloatColumns& columns = linear.float_columns;
+  const int64_t k = linear.weight.k;
+  SQ_CHECK(columns.count > 0 && columns.count <= k, "project: ", columns.count,
+           " float columns of ", k);
+  SQ_CHECK(columns.columns != nullptr && columns.weight != nullptr,
+           "project: float columns are null");
+  SQ_CHECK(!project.in_float, "project: float columns of a weight in float");
+  SQ_CHECK(
+      linear.activation == Activation::kNone && linear.other == kNoBuffer && linear.softcap == 0.0f,
+      "project: float columns would be added after the activation");
+  for (int64_t c = 0; c < columns.count; ++c) {
+    SQ_CHECK(columns.columns[c] >= 0 && columns.columns[c] < k, "project: float column ",
+             columns.columns[c], " of ", k);
+  }
+}
+
+// Whether linear i writes what none before it does.
+void check_apart(const Project& project, int i) {
+  const ProjectedLinear& linear = project.linears[i];
+  for (int j = 0; j < i; ++j) {
+    const ProjectedLinear& before = project.linears[j];
+    SQ_CHECK(before.out != linear.out || before.column + before.weight.n <= linear.column ||
+                 linear.column + linear.weight.n <= before.column,
+             "project: two linears write column ", linear.column, " of buffer ", linear.out);
+  }
+}
+
+// Linear i goes into the products: to the one that it is joined with, or beside others.
+void deal(Project& project, int i) {
+  std::vector<Product>& products = project.products;
+  const bool alternating = !products.empty() && products.back().order == Order::kAlternating;
+  if (is_joined(project, i)) {
+    if (!alternating && products.back().count > 1) {  // the one before is none of those
+      --products.back().count;
+      products.push_back({i - 1, 1, Order::kAlternating});
+    }
+    ++products.back().count;
+    products.back().order = Order::kAlternating;
+  } else if (products.empty() || alternating || project.in_float) {
+    products.push_back({i, 1, Order::kSideBySide});
+  } else {
+    ++products.back().count;
+  }
+}
+
+void check_ids(const Step& step, int64_t rows, int64_t vocabulary) {
+  for (int64_t row = 0; row < rows; ++row) {
+    SQ_CHECK(step.ids[row] >= 0 && step.ids[row] < vocabulary, "token ", step.ids[row],
+             " is not in the vocabulary of ", vocabulary);
+  }
+}
+
+void check_positions(const Step& step, int64_t rows, const PositionStage& learned) {
+  const int64_t count = learned.count - learned.offset;
+  for (int64_t row = 0; row < rows; ++row) {
+    SQ_CHECK(step.positions[row] >= 0 && step.positions[row] < count, "position ",
+             step.positions[row], " is not one of the ", count, " learned ones");
+  }
+}
+
+// `checked`: the last table of pages that was found to be written once.
+void check_attention(const Step& step, int64_t rows, const AttendStage& wanted,
+                     const int32_t*& checked) {
+  SQ_CHECK(wanted.cache < step.cache_count, "the step has ", step.cache_count, " caches");
+  const KvCache& cache = step.caches[wanted.cache];
+  SQ_CHECK(cache.kv_heads == wanted.kv_heads && cache.head_dim == wanted.head_dim, "cache ",
+           wanted.cache, " has ", cache.kv_heads, " heads of ", cache.head_dim, ", not ",
+           wanted.kv_heads, " of ", wanted.head_dim);
+  const Sequences own = sequences_of(step, step.sequences, wanted.cache);
+  check_cache(cache, own);
+  if (own.table != checked) check_written_once(own);
+  checked = own.table;
+  if (wanted.rotary < 0) return;
+  SQ_CHECK(wanted.rotary < step.rotary_count, "the step has ", step.rotary_count, " rotary tables");
+  const Rotary& rotary = step.rotaries[wanted.rotary];
+  SQ_CHECK(rotary.table != nullptr && rotary.rotated > 0 && rotary.rotated % 2 == 0 &&
+               rotary.rotated <= wanted.head_dim,
+           "a rotary table of ", rotary.rotated, " channels for heads of ", wanted.head_dim);
+  for (int64_t row = 0; row < rows; ++row) {
+    SQ_CHECK(step.positions[row] >= 0 && step.positions[row] < rotary.positions, "position ",
+             step.positions[row], " is not in a rotary table of ", rotary.positions);
+  }
+}
+
+void check_kept(const Step& step, int64_t rows) {
+  SQ_CHECK(step.kept_count == 0 || (step.kept != nullptr && step.result != nullptr),
+           "kept rows or the result are null");
+  for (int64_t i = 0; i < step.kept_count; ++i) {
+    SQ_CHECK(step.kept[i] >= (i == 0 ? 0 : step.kept[i - 1] + 1) && step.kept[i] < rows,
+             "kept row ", step.kept[i], " of ", rows, ", which must ascend");
+  }
+}
+
 }  // namespace
 
 Program::Program() : implementation_(new Implementation) {}
@@ -86,78 +217,24 @@ void Program::add(const ProjectStage& stage) {
            "project: list ", stage.list, " of ", all.lists);
   SQ_CHECK(stage.list < 0 || !stage.kept_rows, "project: kept rows of a list");
   Project project{stage, {stage.linears, stage.linears + stage.count}, {}, false, false};
-  const int64_t k = stage.linears[0].weight.k;
+  project.stage.linears = nullptr;  // they are copied
   project.in_float = stage.linears[0].in_float.data != nullptr;
-  all.check_columns("project: in", stage.in, stage.column, k);
+  all.check_columns("project: in", stage.in, stage.column, stage.linears[0].weight.k);
   for (int i = 0; i < stage.count; ++i) {
     const ProjectedLinear& linear = project.linears[i];
-    SQ_CHECK((linear.in_float.data != nullptr) == project.in_float,
-             "project: weights in float beside packed ones");
-    const int64_t n = linear.weight.n;
-    project.in_float ? check_float(linear.in_float, n, linear.weight.k)
-                     : check_weight(linear.weight);
-    SQ_CHECK(!project.in_float || linear.weight.data == nullptr,
-             "project: a weight in float, packed");
-    SQ_CHECK(stage.list < 0 || !linear.accumulate, "project: a list's rows are not added to");
-    SQ_CHECK(linear.weight.k == k && n > 0, "project: a weight [", n, ", ", linear.weight.k,
-             "] beside others of ", k, " columns");
-    all.check_columns("project: out", linear.out, linear.column, n);
-    SQ_CHECK(linear.out != stage.in, "project: reads and writes buffer ", stage.in);
-    SQ_CHECK(is_one_of(linear.activation, Activation::kSilu), "unknown Activation ",
-             static_cast<int>(linear.activation));
-    SQ_CHECK(std::isfinite(linear.multiplier), "project: multiplier is ", linear.multiplier);
-    SQ_CHECK(linear.softcap == 0.0f || (linear.softcap >= 1e-6f && linear.softcap <= 1e6f),
-             "project: softcap is ", linear.softcap);
-    bool joined = false;
+    check_linear(project, linear);
+    all.check_columns("project: out", linear.out, linear.column, linear.weight.n);
     if (linear.other != kNoBuffer) {
-      all.check_columns("project: other", linear.other, linear.column, n);
-      joined = i > 0 && project.linears[i - 1].out == linear.other &&
-               project.linears[i - 1].column == linear.column &&
-               project.linears[i - 1].weight.n == n;
-      const auto writes = [&](const ProjectedLinear& each) { return each.out == linear.other; };
-      const bool before =
-          !stage.kept_rows && std::none_of(project.linears.begin(), project.linears.end(), writes);
-      SQ_CHECK(linear.other != linear.out && (joined || before),
-               "project: other is not what the linear before writes, or a stage before");
+      all.check_columns("project: other", linear.other, linear.column, linear.weight.n);
+      check_other(project, i);
     }
-    const FloatColumns& columns = linear.float_columns;
-    SQ_CHECK(columns.count >= 0 && columns.count <= k, "project: ", columns.count,
-             " float columns of ", k);
-    if (columns.count > 0) {
+    if (linear.float_columns.count != 0) {
+      check_float_columns(project, linear);
       project.float_columns = true;
-      SQ_CHECK(columns.columns != nullptr && columns.weight != nullptr,
-               "project: float columns are null");
-      SQ_CHECK(!project.in_float, "project: float columns of a weight in float");
-      SQ_CHECK(linear.activation == Activation::kNone && linear.other == kNoBuffer &&
-                   linear.softcap == 0.0f,
-               "project: float columns would be added after the activation");
-      for (int64_t c = 0; c < columns.count; ++c) {
-        SQ_CHECK(columns.columns[c] >= 0 && columns.columns[c] < k, "project: float column ",
-                 columns.columns[c], " of ", k);
-      }
     }
-    for (int j = 0; j < i; ++j) {
-      const ProjectedLinear& before = project.linears[j];
-      SQ_CHECK(before.out != linear.out || before.column + before.weight.n <= linear.column ||
-                   linear.column + n <= before.column,
-               "project: two linears write column ", linear.column, " of buffer ", linear.out);
-    }
-    std::vector<Product>& products = project.products;
-    const bool alternating = !products.empty() && products.back().order == Order::kAlternating;
-    if (joined) {
-      if (!alternating && products.back().count > 1) {  // the one before is none of those
-        --products.back().count;
-        products.push_back({i - 1, 1, Order::kAlternating});
-      }
-      ++products.back().count;
-      products.back().order = Order::kAlternating;
-    } else if (products.empty() || alternating || project.in_float) {
-      products.push_back({i, 1, Order::kSideBySide});
-    } else {
-      ++products.back().count;
-    }
+    check_apart(project, i);
+    deal(project, i);
   }
-  project.stage.linears = nullptr;  // they are copied
   all.append(std::move(project));
 }
 
@@ -182,7 +259,7 @@ void Program::add(const AttendStage& stage) {
   SQ_CHECK(stage.cache >= 0, "attend: cache ", stage.cache);
   check_norm(stage.q_norm);
   check_norm(stage.k_norm);
-  check_options(stage.options, stage.head_dim);
+  check_options(stage.options);
   const PlanKey key{stage.heads, stage.kv_heads, stage.head_dim, stage.options.window,
                     stage.options.causal};
   const auto found = std::find(all.plan_keys.begin(), all.plan_keys.end(), key);
@@ -256,46 +333,14 @@ void Program::run(const Step& step, int threads) {
   const int32_t* checked = nullptr;
   for (const Stage& stage : all.stages) {
     if (const int64_t vocabulary = vocabulary_of(stage); vocabulary > 0) {
-      for (int64_t row = 0; row < rows; ++row) {
-        SQ_CHECK(step.ids[row] >= 0 && step.ids[row] < vocabulary, "token ", step.ids[row],
-                 " is not in the vocabulary of ", vocabulary);
-      }
+      check_ids(step, rows, vocabulary);
     } else if (const auto* const learned = std::get_if<PositionStage>(&stage)) {
-      const int64_t count = learned->count - learned->offset;
-      for (int64_t row = 0; row < rows; ++row) {
-        SQ_CHECK(step.positions[row] >= 0 && step.positions[row] < count, "position ",
-                 step.positions[row], " is not one of the ", count, " learned ones");
-      }
+      check_positions(step, rows, *learned);
     } else if (const auto* const attend = std::get_if<Attend>(&stage)) {
-      const AttendStage& wanted = attend->stage;
-      SQ_CHECK(wanted.cache < step.cache_count, "the step has ", step.cache_count, " caches");
-      const KvCache& cache = step.caches[wanted.cache];
-      SQ_CHECK(cache.kv_heads == wanted.kv_heads && cache.head_dim == wanted.head_dim, "cache ",
-               wanted.cache, " has ", cache.kv_heads, " heads of ", cache.head_dim, ", not ",
-               wanted.kv_heads, " of ", wanted.head_dim);
-      const Sequences own = sequences_of(step, sequences, wanted.cache);
-      check_cache(cache, own);
-      if (own.table != checked) check_written_once(own);
-      checked = own.table;
-      if (wanted.rotary < 0) continue;
-      SQ_CHECK(wanted.rotary < step.rotary_count, "the step has ", step.rotary_count,
-               " rotary tables");
-      const Rotary& rotary = step.rotaries[wanted.rotary];
-      SQ_CHECK(rotary.table != nullptr && rotary.rotated > 0 && rotary.rotated % 2 == 0 &&
-                   rotary.rotated <= wanted.head_dim,
-               "a rotary table of ", rotary.rotated, " channels for heads of ", wanted.head_dim);
-      for (int64_t row = 0; row < rows; ++row) {
-        SQ_CHECK(step.positions[row] >= 0 && step.positions[row] < rotary.positions, "position ",
-                 step.positions[row], " is not in a rotary table of ", rotary.positions);
-      }
+      check_attention(step, rows, attend->stage, checked);
     }
   }
-  SQ_CHECK(step.kept_count == 0 || (step.kept != nullptr && step.result != nullptr),
-           "kept rows or the result are null");
-  for (int64_t i = 0; i < step.kept_count; ++i) {
-    SQ_CHECK(step.kept[i] >= (i == 0 ? 0 : step.kept[i - 1] + 1) && step.kept[i] < rows,
-             "kept row ", step.kept[i], " of ", rows, ", which must ascend");
-  }
+  check_kept(step, rows);
   if (rows == 0) return;
   SQ_CHECK(!all.running.exchange(true), "the program runs already, in another thread");
   struct Stop {

@@ -12,6 +12,7 @@
 #include "hadamard.h"
 #include "kernel.h"
 #include "norm.h"
+#include "page_products.h"
 #include "sample.h"
 #include "softmax.h"
 #include "strips.h"
@@ -365,8 +366,11 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
           {weight_row<static_cast<DType>(kTypes)>...},
           arrange,
           {rotate<static_cast<DType>(kTypes)>...},
-          weigh,
+          weigh<true>,
           gather_values,
+          multiply_keys,
+          weigh<false>,
+          add_values,
           merge,
           {finish_row<static_cast<DType>(kTypes)>...},
           {multiply_floats<static_cast<DType>(kTypes)>...},

@@ -72,16 +72,29 @@ struct AllVisible {
   F32 operator()(int, F32 v, float) const { return v; }
 };
 
-// Where the sums of a page's vectors of keys lie, in row 0.
+// Where the sums of a page's vectors of keys lie.
 struct PageSums {
-  explicit PageSums(const PageWeights& a) : row(a.panel) {
+  explicit PageSums(const PageWeights& a) : row_bytes(a.panel * int64_t{sizeof(float)}) {
     for (int i = 0; i < kPageVectors; ++i) {
-      vector[i] = a.sums + i * kLanes / a.panel * a.panel_stride + i * kLanes % a.panel;
+      const int64_t at = i * kLanes / a.panel * a.panel_stride + i * kLanes % a.panel;
+      vector[i] = static_cast<const char*>(a.sums) + at * int64_t{sizeof(float)};
     }
   }
-  const int32_t* vector[kPageVectors];
-  const int64_t row;  // ints from a row to the next
+  const void* of(int row, int i) const { return vector[i] + row * row_bytes; }
+  const char* vector[kPageVectors];  // in row 0
+  const int64_t row_bytes;           // from a row to the next
 };
+
+// Products of codes, or of floats.
+template <bool kCodes>
+F32 products(const PageWeights& a, const PageSums& sums, int row, int i) {
+  if constexpr (kCodes) {
+    const U32 sum = load_bits<U32>(sums.of(row, i)) - load_bits<U32>(a.key_offset + i * kLanes);
+    return __builtin_convertvector((I32)sum, F32);
+  } else {
+    return load_bits<F32>(sums.of(row, i));
+  }
+}
 
 // A soft-capped and sloped score.
 inline F32 bend(const PageWeights& a, int row, int key, F32 v) {
@@ -95,15 +108,14 @@ inline F32 bend(const PageWeights& a, int row, int key, F32 v) {
 }
 
 // Scores in base 2, as far as the row sees them; returns the highest of them and of `most`.
-template <bool kBent, typename See>
+template <bool kCodes, bool kBent, typename See>
 float score_row(const PageWeights& a, const PageSums& sums, int row, See see,
                 F32 (&s)[kPageVectors]) {
   F32 highest = splat(a.most[row]);
   for (int i = 0; i < kPageVectors; ++i) {
     const int key = i * kLanes;
-    const U32 sum = load_bits<U32>(sums.vector[i] + row * sums.row);
-    const I32 t = (I32)(sum - load_bits<U32>(a.key_offset + key));
-    F32 v = __builtin_convertvector(t, F32) * (a.q_scale[row] * load_bits<F32>(a.key_scale + key));
+    F32 v =
+        products<kCodes>(a, sums, row, i) * (a.q_scale[row] * load_bits<F32>(a.key_scale + key));
     if constexpr (kBent) v = bend(a, row, key, v);
     s[i] = see(i, v, kHidden);
     highest = max(s[i], highest);
@@ -111,8 +123,15 @@ float score_row(const PageWeights& a, const PageSums& sums, int row, See see,
   return highest_lane(highest);
 }
 
+template <bool kCodes>
+void* weights_of(const PageWeights& a, int row, int key) {
+  constexpr int64_t kBytes = kCodes ? 1 : sizeof(float);
+  return static_cast<char*>(a.weights) + (row * kPageTokens + key) * kBytes;
+}
+
 // What a row without a score so far makes of a page: nothing, or NaN where it saw one.
-inline void weigh_nothing(const PageWeights& a, int row, const F32 (&s)[kPageVectors]) {
+template <bool kCodes>
+void weigh_nothing(const PageWeights& a, int row, const F32 (&s)[kPageVectors]) {
   for (const F32& v : s) {
     for (int lane = 0; lane < kLanes; ++lane) {
       if (v[lane] != kHidden) a.total[row] = v[lane];
@@ -120,14 +139,14 @@ inline void weigh_nothing(const PageWeights& a, int row, const F32 (&s)[kPageVec
   }
   a.carry[row] = 1.0f;
   a.unit[row] = 0.0f;
-  std::memset(a.codes + row * kPageTokens, 0, kPageTokens);
+  std::memset(weights_of<kCodes>(a, row, 0), 0, kPageTokens * (kCodes ? 1 : sizeof(float)));
 }
 
-template <bool kBent, typename See>
+template <bool kCodes, bool kBent, typename See>
 void weigh_row(const PageWeights& a, const PageSums& page, int row, See see) {
   F32 s[kPageVectors], heaviest = {};
-  const float before = a.most[row], now = score_row<kBent>(a, page, row, see, s);
-  if (now == kHidden) return weigh_nothing(a, row, s);
+  const float before = a.most[row], now = score_row<kCodes, kBent>(a, page, row, see, s);
+  if (now == kHidden) return weigh_nothing<kCodes>(a, row, s);
   F32 sums[kVirtualLanes / kLanes] = {};
   for (int i = 0; i < kPageVectors; ++i) {
     const F32 p = exp2_weight(s[i] - now);
@@ -136,35 +155,43 @@ void weigh_row(const PageWeights& a, const PageSums& page, int row, See see) {
     // NaN where a value is not finite.
     sums[i % (kVirtualLanes / kLanes)] += fma(s[i], splat(0.0f), p);
   }
-  const float top = highest_lane(heaviest), carry = exp2_weight(splat(before - now))[0];
+  const float carry = exp2_weight(splat(before - now))[0];
   a.most[row] = now;
   a.carry[row] = carry;
   a.total[row] = a.total[row] * carry + tree_sum(sums);
+  if constexpr (!kCodes) {
+    for (int i = 0; i < kPageVectors; ++i) {
+      store_bits(weights_of<kCodes>(a, row, i * kLanes), s[i]);
+    }
+    return;
+  }
   // So little that 255 / top might overflow adds nothing.
+  const float top = highest_lane(heaviest);
   const bool heavy = top > 0x1p-100f;
   const float inverse = heavy ? 255.0f / top : 0.0f;
   a.unit[row] = heavy ? top * (1.0f / 255.0f) : 0.0f;
   for (int i = 0; i < kPageVectors; ++i) {
     const F32 shifted = fma(s[i], splat(inverse), splat(kRoundMagic));
-    store_bits(a.codes + row * kPageTokens + i * kLanes, narrow((U32)shifted));
+    store_bits(weights_of<kCodes>(a, row, i * kLanes), narrow((U32)shifted));
   }
 }
 
-template <bool kBent>
+template <bool kCodes, bool kBent>
 void weigh_rows(const PageWeights& a) {
   const PageSums page(a);
   for (int row = 0; row < a.rows; ++row) {
     const int first = a.first[row], last = a.last[row];
     if (first <= 0 && last >= kPageTokens) {
-      weigh_row<kBent>(a, page, row, AllVisible());
+      weigh_row<kCodes, kBent>(a, page, row, AllVisible());
     } else {
-      weigh_row<kBent>(a, page, row, Visible(first, last));
+      weigh_row<kCodes, kBent>(a, page, row, Visible(first, last));
     }
   }
 }
 
-inline void weigh(const PageWeights& a) {
-  a.cap != 0.0f || a.slope != nullptr ? weigh_rows<true>(a) : weigh_rows<false>(a);
+template <bool kCodes>
+void weigh(const PageWeights& a) {
+  a.cap != 0.0f || a.slope != nullptr ? weigh_rows<kCodes, true>(a) : weigh_rows<kCodes, false>(a);
 }
 
 // o = o * carry + sums * unit

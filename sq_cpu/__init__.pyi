@@ -1,6 +1,8 @@
 from . import texts as texts
 from .analysis.analysis import Analysis as Analysis
 from .analysis.analysis import analyze as analyze
+from .analysis.kv_cache import KvReport as KvReport
+from .analysis.kv_cache import measure_kv as measure_kv
 from .analysis.report import report as report
 from .analysis.saturation import Saturation as Saturation
 from .analysis.saturation import SaturationCount as SaturationCount

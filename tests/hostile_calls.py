@@ -122,6 +122,7 @@ def paged(**others: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
     return {
         "pages": lambda: KvPages(4, KV_HEADS, HEAD_DIM)._pages,
         "head_dim": lambda: HEAD_DIM,
+        "kind": lambda: _core.KvType.int8,
         "first_row": lambda: batch_rows().tensors[0],
         "length": lambda: batch_rows().tensors[1],
         "table": lambda: batch_rows().tensors[2],
@@ -198,12 +199,13 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
         slopes=lambda: torch.rand(HEADS),
         sinks=lambda: torch.rand(HEADS),
     ),
-    "_core.page_bytes": {"head_dim": lambda: HEAD_DIM},
+    "_core.page_bytes": {"head_dim": lambda: HEAD_DIM, "kind": lambda: _core.KvType.bfloat16},
     "BatchRows": {"new": lambda: NEW, "lengths": lambda: LENGTHS, "tables": lambda: TABLES},
     "KvPages": {
         "count": lambda: 4,
         "kv_heads": lambda: KV_HEADS,
         "head_dim": lambda: HEAD_DIM,
+        "kind": lambda: "bf16",
     },
     "KvPages.append": {"rows": batch_rows, "k": keys, "v": keys},
     "KvPages.attend": {

@@ -108,6 +108,8 @@ def good(
             return {"model": sq_cpu.load(saved), "path": tmp_path / "out"}
         if name in ("fuse", "use_int8_attention"):
             return {"model": sq_cpu.load(saved)}
+        if name == "measure_kv":
+            return {"model": float_model, "batches": batches(2), "progress": False}
         if name == "Int8Cache":
             return {"model_or_config": fused_model}
         if name == "generate":
@@ -133,7 +135,7 @@ def good(
 FUNCTIONS = (
     *("calibrate", "tune", "quantize", "save", "load", "autotune", "fuse", "generate"),
     *("analyze", "count_saturation", "perplexity", "token_windows", "quantize_checkpoint"),
-    *("use_int8_attention", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
+    *("use_int8_attention", "measure_kv", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
     "Calibration.load",
 )
 

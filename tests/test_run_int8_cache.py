@@ -4,16 +4,32 @@ import run_int8_cache
 import torch
 from tiny import batches, tiny_model
 
+import sq_cpu
 from sq_cpu.inference.cache import Int8Layer
 
 
 def test_it_compares_int8_with_floats() -> None:
     model = tiny_model("llama")
-    found = run_int8_cache.accuracy(model, [ids[:1] for ids in batches()])
-    assert 0 < found["kl_median"] < found["kl_p99"] < 0.01
-    assert found["float_perplexity"] != found["int8_perplexity"]
-    assert abs(found["percent"]) < 1
-    assert found["same_top_1"] > 0.9
+    int8, bf16 = run_int8_cache.accuracy(model, [ids[:1] for ids in batches()])
+    assert (int8["cache"], bf16["cache"]) == ("int8", "bf16")
+    assert 0 < bf16["kl_median"] < int8["kl_median"] < int8["kl_p99"] < 0.01
+    for row in (int8, bf16):
+        assert row["reference_perplexity"] != row["perplexity"]
+        assert abs(row["percent"]) < 1
+        assert row["same_top_1"] > 0.9
+
+
+def test_the_same_weights_in_float() -> None:
+    model = tiny_model("llama")
+    sq_cpu.quantize(model, sq_cpu.calibrate(model, batches()), head="float")
+    layer = model.model.layers[0].self_attn.o_proj
+    x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    y = layer(x)
+    run_int8_cache.dequantize(model)
+    linear = model.model.layers[0].self_attn.o_proj
+    assert type(linear) is torch.nn.Linear
+    # Rounded are the inputs alone, to 1 / 127 of the largest of their row.
+    assert 0 < (linear(x) - y).norm() < 0.01 * y.norm()
 
 
 def test_it_times_both() -> None:

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.attention import ATTENTION
 from sq_cpu.inference.cache import replace_layers
+from sq_cpu.inference.kv_kinds import KvChoice, choose_kv
 from sq_cpu.models.hf_private import attention_implementation, is_transformers
 from sq_cpu.models.hooks import before_every_call
 
@@ -21,7 +22,7 @@ _POSITIONAL = 3
 """Ids, mask, positions: a call with more positional arguments may have named its cache so."""
 
 
-def use_int8_attention(model: nn.Module, enabled: bool = True) -> None:
+def use_int8_attention(model: nn.Module, enabled: bool = True, kv: KvChoice | None = None) -> None:
     """Have a model of transformers compute attention in int8, over int8 keys and values.
 
     Its calls and its `generate` stay as they are. A call without a cache, where the model would
@@ -32,11 +33,15 @@ def use_int8_attention(model: nn.Module, enabled: bool = True) -> None:
     ----------
     model : a model of transformers with attention functions to choose from
     enabled : False undoes it
+    kv : what keys and values are kept in: "int8", "bf16" with attention in floats, or by the number
+        of the layer, {11: "bf16"}. The model's config keeps it, and so does a checkpoint; None: as
+        it says, else int8. `sq_cpu.measure_kv` tells which layers need bf16
 
     Raises
     ------
     SqCpuError
-        For another model, and one that computes attention in code of its own.
+        For another model, one that computes attention in code of its own, and a layer that it has
+        not.
     """
     if not is_transformers(model):
         raise SqCpuError(f"{type(model).__name__} is no model of transformers")
@@ -55,6 +60,8 @@ def use_int8_attention(model: nn.Module, enabled: bool = True) -> None:
             f"{type(model).__name__} computes attention in code of its own: it takes no "
             "attn_implementation"
         )
+    if kv is not None:
+        choose_kv(given.config, kv)
     if ours is None:
         before_every_call(model, _Int8Caches(before))
 

@@ -18,9 +18,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import update_of
+from sq_cpu.inference.kv_kinds import kv_kind
 from sq_cpu.inference.masks import MaskPattern, make_mask, pattern_of
 from sq_cpu.inference.pages import call_rows
-from sq_cpu.kernels.paged_attention import PAGE_TOKENS, AttentionOptions, KvPages
+from sq_cpu.kernels.paged_attention import PAGE_TOKENS, AttentionOptions, KvKind, KvPages
 
 __all__ = ["ATTENTION", "attention", "attention_in_floats"]
 
@@ -89,7 +90,7 @@ def attention(
             softcap=softcap or 0.0,
             sinks=None if sinks is None else sinks.detach().float().flatten(),
         )
-        y = _in_int8(query, key, value, pattern, options)
+        y = _over_pages(module, query, key, value, pattern, options)
         if y is not None:
             return y, None
     y, weights = _in_floats(
@@ -127,10 +128,15 @@ def attention_in_floats(
     return _in_floats(query, key, value, added, scale, softcap, s_aux, 0.0)
 
 
-def _in_int8(
-    query: Tensor, key: Tensor, value: Tensor, pattern: MaskPattern, options: AttentionOptions
+def _over_pages(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: MaskPattern,
+    options: AttentionOptions,
 ) -> Tensor | None:
-    """Return int8 attention; None where it is not possible, after a warning."""
+    """Return int8 attention, or bf16's; None where it is not possible, after a warning."""
     new, total = query.shape[2], key.shape[2]
     if (pattern.new, pattern.total) != (new, total):
         _say("a mask of other positions than the keys")
@@ -149,13 +155,20 @@ def _in_int8(
         if pattern.causal:
             _say("a past that does not come from an int8 cache as it is")
         return None
-    return _without_past(query, key, value, pattern, options)
+    config = getattr(module, "config", None)
+    kind = "int8" if config is None else kv_kind(config, getattr(module, "layer_idx", None))
+    return _without_past(query, key, value, pattern, options, kind)
 
 
 def _without_past(
-    query: Tensor, key: Tensor, value: Tensor, pattern: MaskPattern, options: AttentionOptions
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: MaskPattern,
+    options: AttentionOptions,
+    kind: KvKind,
 ) -> Tensor:
-    """Return int8 attention over the keys and values of the call alone."""
+    """Return attention over the keys and values of the call alone."""
     batch, kv_heads, total, channels = key.shape
     begins = pattern.begins or [0] * batch
     ends = pattern.ends or [total] * batch
@@ -164,7 +177,7 @@ def _without_past(
     first = [sum(pages[:i]) for i in range(batch)]
     tables = [list(range(start, start + count)) for start, count in zip(first, pages, strict=True)]
     rows = call_rows(lengths, lengths, tables, begins, total)
-    pool = KvPages(max(1, sum(pages)), kv_heads, channels)
+    pool = KvPages(max(1, sum(pages)), kv_heads, channels, kind)
     pool.append(rows.rows, rows.take(key), rows.take(value))
     return rows.put_back(pool.attend(rows.rows, rows.take(query), options))
 

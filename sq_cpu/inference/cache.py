@@ -1,4 +1,4 @@
-"""The int8 KV cache, as a `Cache` of transformers.
+"""The int8 KV cache, as a `Cache` of transformers; bf16 in layers whose config says so.
 
 Its layers hold keys and values in pages, with a scale for each token and head, and share one
 `PageTable` where they see alike. `update` gives lazy tensors: int8 attention reads the pages that
@@ -23,9 +23,10 @@ from transformers.cache_utils import (
 )
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.kv_kinds import kv_kind
 from sq_cpu.inference.lazy import LazyTensor
 from sq_cpu.inference.pages import CallRows, PageTable
-from sq_cpu.kernels.paged_attention import AttentionOptions, KvPages
+from sq_cpu.kernels.paged_attention import AttentionOptions, KvKind, KvPages
 from sq_cpu.parsing import check_kind
 
 __all__ = ["Int8Cache", "Int8Layer", "Update", "prepare_layers", "replace_layers", "update_of"]
@@ -108,15 +109,17 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
     Parameters
     ----------
     table : which pages they lie in, with other layers of the same window
+    kind : what they are kept in
     """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, table: PageTable) -> None:
+    def __init__(self, table: PageTable, kind: KvKind = "int8") -> None:
         table.members.append(self)
         self.table = table
+        self.kind: KvKind = kind
         self.version = 0
         """Another one when what is in the cache changes."""
         self._forget()
@@ -166,7 +169,8 @@ class Int8Layer(CacheLayerMixin):  # type: ignore[misc]
         self.k_dim, self.v_dim, self.dtype = k_dim, value_states.shape[3], key_states.dtype
         if self.table.batch == 0:
             self.table.begin(batch)
-        self.pool = KvPages(self.table.capacity, kv_heads, max(self.k_dim, self.v_dim))
+        head_dim = max(self.k_dim, self.v_dim)
+        self.pool = KvPages(self.table.capacity, kv_heads, head_dim, self.kind)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
@@ -361,7 +365,7 @@ def replace_layers(cache: Cache, config: Any) -> bool:
             window = getattr(layer, "sliding_window", 0)
             table = tables.setdefault(window, PageTable(window))
             table.keep_all |= getattr(layer, "record_past", False)
-            cache.layers[i] = Int8Layer(table)
+            cache.layers[i] = Int8Layer(table, kv_kind(config, i))
     return bool(tables)
 
 

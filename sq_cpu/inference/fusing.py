@@ -14,11 +14,11 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace_layers
+from sq_cpu.inference.kv_kinds import KvChoice, choose_kv, kv_kinds
 from sq_cpu.inference.lowering import compile_program, decoder_of
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram, StepRows
-from sq_cpu.kernels import _core
-from sq_cpu.kernels.paged_attention import KvPages
+from sq_cpu.kernels.paged_attention import KvKind, KvPages, page_bytes
 from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.linears import head_of
 
@@ -28,7 +28,7 @@ __all__ = ["FusedDecoder", "fuse", "fused_of"]
 _INDIFFERENT = {"cache_position", "logits_to_keep", "num_items_in_batch", "return_dict"}
 
 
-def fuse(model: nn.Module, enabled: bool = True) -> None:
+def fuse(model: nn.Module, enabled: bool = True, kv: KvChoice | None = None) -> None:
     """Have a quantized decoder of transformers run as one native call, with int8 attention.
 
     Its calls and its `generate` stay as they are. A call that the program does not serve runs as
@@ -41,6 +41,7 @@ def fuse(model: nn.Module, enabled: bool = True) -> None:
     ----------
     model : with a head or without; linears of all blocks in int8
     enabled : False undoes it
+    kv : what keys and values are kept in, as in `use_int8_attention`
 
     Raises
     ------
@@ -54,7 +55,9 @@ def fuse(model: nn.Module, enabled: bool = True) -> None:
             fused.undo()
         return
     if fused is None:
-        FusedDecoder(model)
+        fused = FusedDecoder(model)
+    if kv is not None:
+        choose_kv(fused.base.config, kv)
 
 
 def fused_of(model: Any) -> FusedDecoder | None:
@@ -109,8 +112,24 @@ class FusedDecoder:
     @property
     def page_bytes(self) -> int:
         """Return the bytes of a page of keys and values in all layers."""
-        shapes = self.program.cache_shapes
-        return sum(kv_heads * _core.page_bytes(head_dim) for kv_heads, head_dim in shapes)
+        return sum(
+            kv_heads * page_bytes(head_dim, kind)
+            for (kv_heads, head_dim), kind in zip(
+                self.program.cache_shapes, self.kv_kinds, strict=True
+            )
+        )
+
+    @property
+    def kv_kinds(self) -> list[KvKind]:
+        """Return what new caches keep keys and values in, by layer."""
+        return kv_kinds(self.base.config, len(self.program.cache_shapes))
+
+    def make_pages(self, count: int) -> list[KvPages]:
+        """Return so many pages for each layer."""
+        return [
+            KvPages(count, *shape, kind)
+            for shape, kind in zip(self.program.cache_shapes, self.kv_kinds, strict=True)
+        ]
 
     def runs(self, program: DecoderProgram) -> bool:
         """Tell whether this is still the program of the model, and the model fused."""

@@ -42,6 +42,7 @@ from sq_cpu.models.groups import config_value
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.linears import head_of
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.nn.packed_weight import gather_weights
 
 __all__ = ["compile_program", "decoder_of"]
 
@@ -114,6 +115,12 @@ class _Lowering:
     def program(self) -> DecoderProgram:
         stages = self._embedding(self._multiplier)
         stages += (stage for block in self._blocks for stage in self._stages(block))
+        projects = (stage for stage in stages if isinstance(stage, Project))
+        layers: list[Any] = [linear.layer for project in projects for linear in project.linears]
+        if self._head is not None:
+            layers.append(self._head.layer)
+        # In the order in which a step reads them.
+        gather_weights(layer.packed for layer in layers if isinstance(layer, QuantLinear))
         return DecoderProgram(
             stages,
             self._widths,

@@ -102,7 +102,7 @@ class DecoderProgram:
         self._positions = 0  # that the rotary tables have
         self._lock = threading.Lock()
         self._team = TeamSize()
-        self._caches: list[tuple[Tensor, int, int]] = []
+        self._caches: list[tuple[Tensor, int, _core.KvType, int]] = []
         layer = 0
         for stage in self.stages:
             self._add(stage, layer)
@@ -139,42 +139,9 @@ class DecoderProgram:
             columns = len(stage.norm.weight)
             self._program.norm(at[stage.buffer], stage.column, columns, _norm(stage.norm))
         elif isinstance(stage, Attend):
-            options = stage.options
-            # Of each kv head, or of all: its q heads, its keys, its values.
-            kv_heads = 1 if stage.by_head else stage.kv_heads
-            group = stage.heads * kv_heads // stage.kv_heads
-            self._program.attend(
-                at[stage.source],
-                0,
-                group * stage.head_dim,
-                (group + kv_heads) * stage.head_dim,
-                stage.heads,
-                stage.kv_heads,
-                stage.head_dim,
-                None if stage.q_norm is None else _norm(stage.q_norm),
-                None if stage.k_norm is None else _norm(stage.k_norm),
-                -1 if stage.rotary is None else self._rotaries.index(stage.rotary),
-                layer,
-                options.scale,
-                options.window,
-                options.softcap,
-                options.slopes,
-                options.sinks,
-                at[stage.out],
-                (group + 2) * stage.head_dim if stage.by_head else 0,
-            )
+            self._attend(stage, layer)
         else:
-            for quantizer, linears in _by_quantizer(stage.linears):
-                self._program.project(
-                    at[stage.source],
-                    0,
-                    None if stage.norm is None else _norm(stage.norm),
-                    quantizer,
-                    stage.kept,
-                    [self._linear(linear) for linear in linears],
-                    -1 if stage.list is None else stage.list,
-                    stage.gather,
-                )
+            self._project(stage)
 
     def _embed(self, stage: Embed) -> None:
         out, head = self._buffers[stage.out], stage.table
@@ -189,6 +156,45 @@ class DecoderProgram:
             out,
         )
         return None
+
+    def _attend(self, stage: Attend, layer: int) -> None:
+        options = stage.options
+        # Of each kv head, or of all: its q heads, its keys, its values.
+        kv_heads = 1 if stage.by_head else stage.kv_heads
+        group = stage.heads * kv_heads // stage.kv_heads
+        self._program.attend(
+            self._buffers[stage.source],
+            0,
+            group * stage.head_dim,
+            (group + kv_heads) * stage.head_dim,
+            stage.heads,
+            stage.kv_heads,
+            stage.head_dim,
+            None if stage.q_norm is None else _norm(stage.q_norm),
+            None if stage.k_norm is None else _norm(stage.k_norm),
+            -1 if stage.rotary is None else self._rotaries.index(stage.rotary),
+            layer,
+            options.scale,
+            options.window,
+            options.softcap,
+            options.slopes,
+            options.sinks,
+            self._buffers[stage.out],
+            (group + 2) * stage.head_dim if stage.by_head else 0,
+        )
+
+    def _project(self, stage: Project) -> None:
+        for quantizer, linears in _by_quantizer(stage.linears):
+            self._program.project(
+                self._buffers[stage.source],
+                0,
+                None if stage.norm is None else _norm(stage.norm),
+                quantizer,
+                stage.kept,
+                [self._linear(linear) for linear in linears],
+                -1 if stage.list is None else stage.list,
+                stage.gather,
+            )
 
     def _linear(self, linear: Linear) -> tuple[object, ...]:
         layer = linear.layer
@@ -244,11 +250,11 @@ class DecoderProgram:
         self, step: StepRows, caches: Sequence[tuple[KvPages, int]], threads: int = 0
     ) -> Tensor:
         """As `run`, with the rows as the library takes them."""
-        given = [(pages.tensor, pages.head_dim, table) for pages, table in caches]
+        given = [(pages.tensor, pages.head_dim, pages.type, table) for pages, table in caches]
         result = torch.empty((len(step.kept), self.width), dtype=torch.float32, device="cpu")
         with self._lock:  # from two threads, one waits
             if len(given) != len(self._caches) or any(
-                a[0] is not b[0] or a[2] != b[2] for a, b in zip(given, self._caches, strict=True)
+                a[0] is not b[0] or a[3] != b[3] for a, b in zip(given, self._caches, strict=True)
             ):
                 self._program.set_caches(given)
                 self._caches = given

@@ -25,7 +25,7 @@ from sq_cpu.inference.pages import PagePool, pages_of, pages_that_fit
 from sq_cpu.inference.program import StepRows
 from sq_cpu.inference.requests import Request, Statistics, Token, integers
 from sq_cpu.inference.sampling import Sampler, likeliest, log_probabilities
-from sq_cpu.kernels.paged_attention import PAGE_TOKENS, KvPages
+from sq_cpu.kernels.paged_attention import PAGE_TOKENS
 
 __all__ = ["Scheduler"]
 
@@ -150,7 +150,7 @@ class Scheduler:
         self._rows = rows
         self._most = min(sequences, rows)
         self._pool = PagePool(pages)
-        self._caches = [(KvPages(pages, *shape), 0) for shape in fused.program.cache_shapes]
+        self._caches = [(each, 0) for each in fused.make_pages(pages)]
         self._running: list[Continuation] = []
         self._waiting: deque[Continuation] = deque()
         self._cancelled: set[int] = set()

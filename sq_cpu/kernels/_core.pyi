@@ -64,6 +64,10 @@ class BatchedType(_Enum):
     int32: ClassVar[BatchedType]
     int8: ClassVar[BatchedType]
 
+class KvType(_Enum):
+    int8: ClassVar[KvType]
+    bfloat16: ClassVar[KvType]
+
 class NormKind(_Enum):
     rms: ClassVar[NormKind]
     layer: ClassVar[NormKind]
@@ -134,8 +138,8 @@ class Program:
     def merge(self, in_buffer: int, norm: _Norm, out: int) -> None: ...
     def norm(self, buffer: int, column: int, columns: int, norm: _Norm) -> None: ...
     def result(self, buffer: int) -> None: ...
-    # Pages, size of a head, number of the page table of a call.
-    def set_caches(self, caches: Sequence[tuple[Tensor, int, int]]) -> None: ...
+    # Pages, size of a head, their type, number of the page table of a call.
+    def set_caches(self, caches: Sequence[tuple[Tensor, int, KvType, int]]) -> None: ...
     # Tables [positions, 2, channels], and whether pairs are interleaved.
     def set_rotaries(self, rotaries: Sequence[tuple[Tensor, bool]]) -> None: ...
     # table: int32 [tables, sequences, pages]; result: fp32 [kept, width].
@@ -299,13 +303,14 @@ def batched_matmul(
 
 PAGE_TOKENS: int
 
-def page_bytes(head_dim: int, /) -> int: ...
+def page_bytes(head_dim: int, kind: KvType, /) -> int: ...
 
 # Of pages uint8 [pages, kv_heads, page_bytes], first_row int64 [sequences + 1], length int64
 # [sequences], table int32 [sequences, pages of one]; k, v, q, y [rows, heads, head_dim].
 def append(
     pages: Tensor,
     head_dim: int,
+    kind: KvType,
     first_row: Tensor,
     length: Tensor,
     table: Tensor,
@@ -316,6 +321,7 @@ def append(
 def attention(
     pages: Tensor,
     head_dim: int,
+    kind: KvType,
     first_row: Tensor,
     length: Tensor,
     table: Tensor,

@@ -1,10 +1,11 @@
-"""Attention in int8 over keys and values that lie in pages.
+"""Attention over keys and values that lie in pages, in int8, or in floats where they are bf16.
 
 A page holds 64 tokens of one layer and kv head as int8, with a scale for each token, in the layout
 of the kernels; cpp/include/sq_cpu/attention.h draws it and defines the arithmetic. Keys and queries
 are multiplied by a Hadamard matrix first (QuaRot, arXiv 2404.00456, section 4), which leaves their
 products and evens out their channels. A row's result has the same bits however its sequence was cut
-into calls, and whatever else is in the batch. `attend_reference` is what it approximates.
+into calls, and whatever else is in the batch. `attend_reference` is what it approximates. A layer
+whose keys int8 would spoil has pages of bf16 and sums of floats, in a fixed order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +23,19 @@ from sq_cpu.kernels import _core
 from sq_cpu.kernels.hadamard import hadamard
 from sq_cpu.kernels.ops import empty, is_dense
 
-__all__ = ["PAGE_TOKENS", "AttentionOptions", "BatchRows", "KvPages", "attend_reference"]
+__all__ = [
+    "PAGE_TOKENS",
+    "AttentionOptions",
+    "BatchRows",
+    "KvKind",
+    "KvPages",
+    "attend_reference",
+    "page_bytes",
+]
 
 PAGE_TOKENS: int = _core.PAGE_TOKENS
+KvKind = Literal["int8", "bf16"]
+_TYPES: dict[str, _core.KvType] = {"int8": _core.KvType.int8, "bf16": _core.KvType.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +108,28 @@ class KvPages:
     ----------
     count : pages
     kv_heads, head_dim : of a token's keys, and of its values
+    kind : of keys and values: "int8" with a scale for each token and head, or "bf16"
 
     Raises
     ------
     SqCpuError
-        For a number that is not positive, a head of more than 1024 channels, and more pages than
-        there is memory for.
+        For a number that is not positive, a head of more than 1024 channels, another kind, and
+        more pages than there is memory for.
     """
 
-    def __init__(self, count: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, count: int, kv_heads: int, head_dim: int, kind: KvKind = "int8") -> None:
         if min(count, kv_heads, head_dim) < 1:
             raise SqCpuError(
                 f"{count} pages of {kv_heads} kv heads of {head_dim} channels: each is at least 1"
             )
         self.kv_heads = kv_heads
         self.head_dim = head_dim
+        self.kind = kind
+        size = page_bytes(head_dim, kind)
+        self.type = _TYPES[kind]
+        """`kind`, as the extension names it."""
         # Not zeroed: the operating system gives a page of memory when it is first written.
-        self._pages = empty((count, kv_heads, _core.page_bytes(head_dim)), torch.uint8)
+        self._pages = empty((count, kv_heads, size), torch.uint8)
 
     @property
     def tensor(self) -> Tensor:
@@ -142,7 +159,8 @@ class KvPages:
         SqCpuError
             For other shapes, dtypes and devices, and a page that there is not.
         """
-        _core.append(self._pages, self.head_dim, *rows.tensors, _dense("k", k), _dense("v", v))
+        k, v = _dense("k", k), _dense("v", v)
+        _core.append(self._pages, self.head_dim, self.type, *rows.tensors, k, v)
 
     def attend(self, rows: BatchRows, q: Tensor, options: AttentionOptions) -> Tensor:
         """Return the attention of the new tokens over all tokens of their sequences.
@@ -173,6 +191,7 @@ class KvPages:
         _core.attention(
             self._pages,
             self.head_dim,
+            self.type,
             *rows.tensors,
             q,
             options.scale,
@@ -206,11 +225,22 @@ class KvPages:
         if not 0 <= length <= len(table) * PAGE_TOKENS:
             raise SqCpuError(f"{length} tokens in {len(table)} pages of {PAGE_TOKENS}")
         pages = self._pages[torch.tensor(table, dtype=torch.int64)]  # [pages, kv_heads, bytes]
-        depth = math.ceil(self.head_dim / 64) * 64
         width = math.ceil(self.head_dim / 16) * 16
+        head = pages.shape[:2]
+        if self.kind == "bf16":
+            sizes = [PAGE_TOKENS * 2 * self.head_dim, PAGE_TOKENS * 2 * width]
+            sizes.append(pages.shape[2] - sum(sizes))
+            k, v, _ = torch.split(pages, sizes, dim=2)
+            # [strip, channel, token], [tile, token, channel]
+            keys = k.contiguous().view(torch.bfloat16).reshape(*head, 4, self.head_dim, 16)
+            values = v.contiguous().view(torch.bfloat16).reshape(*head, width // 16, -1, 16)
+            keys = keys.transpose(3, 4).flatten(2, 3).float()
+            values = values.transpose(2, 3).flatten(3)[..., : self.head_dim].float()
+            keys, values = (x.transpose(0, 1).flatten(1, 2)[:, :length] for x in (keys, values))
+            return keys, values
+        depth = math.ceil(self.head_dim / 64) * 64
         sizes = [PAGE_TOKENS * depth, PAGE_TOKENS * width, *[PAGE_TOKENS * 4] * 3]
         k, v, k_scale, v_scale, _ = torch.split(pages, sizes, dim=2)
-        head = pages.shape[:2]
         # [strip, tile, group, token, 4 channels], [tile, group, channel, 4 tokens]: linear.h
         keys = k.view(torch.int8).reshape(*head, 4, depth // 64, 16, 16, 4)
         keys = keys.permute(0, 1, 2, 5, 3, 4, 6).reshape(*head, PAGE_TOKENS, depth)
@@ -243,6 +273,13 @@ class KvPages:
         for page in pages:
             if not 0 <= page < self.count:
                 raise SqCpuError(f"page {page} of {self.count}")
+
+
+def page_bytes(head_dim: int, kind: KvKind = "int8") -> int:
+    """Return the bytes of a page of one kv head; `SqCpuError` for heads and kinds there are not."""
+    if kind not in get_args(KvKind):
+        raise SqCpuError(f"pages of {kind!r}; they are of {' or '.join(get_args(KvKind))}")
+    return _core.page_bytes(head_dim, _TYPES[kind])
 
 
 def rotated_heads(x: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ def quantize(
     which schemes ignore: its activations in two int8 terms (`"per_token_x2"`), smoothed at alpha
     0.15. An embedding that is tied to it becomes a `QuantEmbedding`, which reads the head's weight:
     the model holds one copy. A head that cannot be int8 stays in float, and the record says why.
+    It is not the default: alone it costs SmolLM2-135M 0.100 % +- 0.047 of perplexity, where 0.1 %
+    is the bound, and Gemma-3-270M 0.004 % (median KL 9.0e-4 and 4.6e-4 nats; bench/results).
 
     Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
     as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and

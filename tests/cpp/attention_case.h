@@ -26,12 +26,14 @@ struct Case {
   bool sloped = false;
   bool sinks = false;
   float spread = 1;  // of q: how sharp the softmax is
+  KvType kv = KvType::kInt8;
 
   int64_t heads() const { return kv_heads * group; }
   std::string describe() const {
     std::string text = join(isa_name(active_isa()), " head_dim=", head_dim, " kv_heads=", kv_heads,
                             " group=", group, " window=", window, " softcap=", softcap);
-    for (int option : {int(type), int(causal), int(sloped), int(sinks)}) text += join(",", option);
+    for (int option : {int(type), int(causal), int(sloped), int(sinks), int(kv)})
+      text += join(",", option);
     for (size_t i = 0; i < rows.size(); ++i) text += join(" ", before[i], "+", rows[i]);
     return text;
   }
@@ -113,7 +115,8 @@ inline Tokens make_tokens(const Case& c, Rng& rng) {
 // A cache, its page table in random order, and calls that append and attend.
 class Layer {
  public:
-  Layer(const Case& c, int64_t spare_pages, Rng& rng) : c_(c), bytes_(page_bytes(c.head_dim)) {
+  Layer(const Case& c, int64_t spare_pages, Rng& rng)
+      : c_(c), bytes_(page_bytes(c.head_dim, c.kv)) {
     for (size_t i = 0; i < c.rows.size(); ++i) {
       stride_ = std::max(stride_, (c.before[i] + c.rows[i] + kPageTokens - 1) / kPageTokens);
     }
@@ -148,7 +151,7 @@ class Layer {
         for (int64_t e = 0; e < width; ++e) q.push_back(row < 0 ? 1 : t.q[s][row * width + e]);
       }
     }
-    const KvCache cache{pages_, page_count_, c_.kv_heads, c_.head_dim};
+    const KvCache cache{pages_, page_count_, c_.kv_heads, c_.head_dim, c_.kv};
     const Sequences sequences{static_cast<int64_t>(which.size()), first_row.data(), length.data(),
                               table.data(), stride_};
     const int64_t element = c_.type == DType::kFloat32 ? 4 : 2;

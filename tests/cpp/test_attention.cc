@@ -46,6 +46,37 @@ Codes codes_of(const float* x, int64_t head_dim, bool rotate) {
   return codes;
 }
 
+// Softmax(q k^T) v of bf16 keys and values, in double precision, of one row.
+std::vector<double> expected_of_bf16(const Case& c, const Tokens& t, size_t s, int64_t row,
+                                     int64_t head) {
+  const int64_t length = c.before[s] + c.rows[s], position = c.before[s] + row;
+  const int64_t d = c.head_dim, kv_head = head / c.group;
+  const int64_t end = c.causal ? position + 1 : length;
+  const int64_t begin = c.window ? std::max<int64_t>(0, position + 1 - c.window) : 0;
+  const auto bf16 = [](float v) { return static_cast<double>(rounded(DType::kBFloat16, v)); };
+  double most = c.sinks ? t.sinks[head] : -std::numeric_limits<double>::infinity();
+  std::vector<double> score, y(d);
+  for (int64_t j = begin; j < end; ++j) {
+    const float* const k = &t.k[s][(j * c.kv_heads + kv_head) * d];
+    double v = 0;
+    for (int64_t e = 0; e < d; ++e) {
+      v +=
+          t.q[s][(row * c.heads() + head) * d + e] * bf16(k[e]) / std::sqrt(static_cast<double>(d));
+    }
+    if (c.softcap > 0) v = c.softcap * std::tanh(v / c.softcap);
+    if (c.sloped) v += t.slopes[head] * static_cast<double>(j - position);
+    score.push_back(v);
+    most = std::max(most, v);
+  }
+  double total = c.sinks ? std::exp(t.sinks[head] - most) : 0.0;
+  for (double& v : score) total += v = std::exp(v - most);
+  for (int64_t j = begin; j < end; ++j) {
+    const float* const v = &t.v[s][(j * c.kv_heads + kv_head) * d];
+    for (int64_t e = 0; e < d; ++e) y[e] += score[j - begin] / total * bf16(v[e]);
+  }
+  return y;
+}
+
 // Softmax(q k^T) v of the dequantized codes, in double precision, of one row; and how far codes of
 // p may be from it, half of one each, and the variance of that.
 struct Expected {
@@ -119,6 +150,28 @@ void check_values(const Case& c, const Tokens& t, const std::vector<std::vector<
         c.describe() + join(": squared errors ", squares, ", of codes ", variance));
 }
 
+void check_values_of_bf16(const Case& c, const Tokens& t, const std::vector<std::vector<char>>& y) {
+  const int64_t element = c.type == DType::kFloat32 ? 4 : 2;
+  const double ulp = c.type == DType::kFloat32 ? 0 : c.type == DType::kFloat16 ? 0x1p-11 : 0x1p-8;
+  // Of scores: head_dim products of up to 8 * 8 * spread, each rounded; and exp's, 2.9e-6.
+  const double own =
+      8 * (c.spread * std::sqrt(static_cast<double>(c.head_dim)) * 64 * 0x1p-24 + 3e-6);
+  double worst = 0;
+  for (size_t s = 0; s < c.rows.size(); ++s) {
+    for (int64_t row = 0; row < c.rows[s]; row += std::max<int64_t>(1, c.rows[s] / 7)) {
+      for (int64_t head = 0; head < c.heads(); ++head) {
+        const std::vector<double> right = expected_of_bf16(c, t, s, row, head);
+        for (int64_t e = 0; e < c.head_dim; ++e) {
+          const int64_t at = (row * c.heads() + head) * c.head_dim + e;
+          const double error = std::fabs(value_of(c.type, &y[s][at * element]) - right[e]);
+          worst = std::max(worst, error - ulp * std::fabs(right[e]));
+        }
+      }
+    }
+  }
+  check(worst < own, c.describe() + join(": bf16 beyond the bound ", own, " by ", worst));
+}
+
 std::vector<Case> cases() {
   std::vector<Case> all;
   int turn = 0;
@@ -138,6 +191,8 @@ std::vector<Case> cases() {
       c.sinks = turn % 5 == 3;
       c.spread = turn % 3 == 2 ? 20 : 1;
       all.push_back(c);
+      c.kv = KvType::kBFloat16;
+      all.push_back(c);
       ++turn;
     }
   }
@@ -155,7 +210,9 @@ Results test_values() {
     Layer layer(c, 3, rng);
     results.push_back(layer.run(t));
     // Every ISA gives the first one's bits; the first is compared with plain arithmetic.
-    if (active_isa() == Isa::kReference) check_values(c, t, results.back());
+    if (active_isa() != Isa::kReference) continue;
+    c.kv == KvType::kInt8 ? check_values(c, t, results.back())
+                          : check_values_of_bf16(c, t, results.back());
   }
   return results;
 }
@@ -165,8 +222,9 @@ void test_same_bits() {
   const Part part("same bits " + isa_name(active_isa()));
   const int threads = omp_get_max_threads();
   Rng rng(2);
-  for (int turn = 0; turn < 6; ++turn) {
+  for (int turn = 0; turn < 12; ++turn) {
     Case c;
+    c.kv = turn < 6 ? KvType::kInt8 : KvType::kBFloat16;
     c.head_dim = std::vector<int64_t>{64, 80, 128}[turn % 3];
     c.kv_heads = 1 + turn % 2;
     c.group = std::vector<int64_t>{1, 4, 6}[turn / 2 % 3];
@@ -174,6 +232,7 @@ void test_same_bits() {
     c.before = {0, 0, 0};
     c.window = turn % 4 == 3 ? 100 : 0;
     c.sinks = turn % 3 == 1;
+    if (is_slow(active_isa()) && !c.sinks && c.window == 0) continue;
     const Tokens t = make_tokens(c, rng);
     omp_set_num_threads(1);
     const auto whole = Layer(c, 0, rng).run(t);
@@ -217,7 +276,9 @@ void test_not_finite() {
   c.rows = {70};
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const float inf = std::numeric_limits<float>::infinity();
-  for (float bad : {nan, inf, -inf}) {
+  for (int turn = 0; turn < 6; ++turn) {
+    const float bad = std::vector<float>{nan, inf, -inf}[turn % 3];
+    c.kv = turn < 3 ? KvType::kInt8 : KvType::kBFloat16;
     for (int what : {0, 1, 2}) {
       Tokens t = make_tokens(c, rng);
       // Token 5, in its first head.
@@ -252,6 +313,7 @@ void test_refusals() {
   const HeadRows k{x.data(), DType::kFloat32, 64, 64};
   check_refused("head of 0", [] { page_bytes(0); });
   check_refused("head of 1025", [] { page_bytes(1025); });
+  check_refused("unknown KvType 2", [] { page_bytes(64, static_cast<KvType>(2)); });
   check_refused("0 kv heads", [&] { append({pages, 1, 0, 64}, sequences, k, k); });
   check_refused("has 2 new ones", [&] { append(cache, {1, rows, short_length, table, 1}, k, k); });
   check_refused("only 1 pages", [&] { append(cache, {1, rows, long_length, table, 1}, k, k); });
@@ -294,6 +356,7 @@ void test_refusals() {
 
 int main() {
   start();
+  test_refusals();
   Results first;
   for (Isa isa : isas_here()) {
     use(isa);
@@ -306,6 +369,5 @@ int main() {
     test_same_bits();
     test_not_finite();
   }
-  test_refusals();
   return finish();
 }

@@ -280,7 +280,7 @@ void attack_all(Attack attack) {
   const KvCache cache{o.pages, kPages, kKvHeads, kHeadDim};
   const Sequences sequences{kSequences, kRows.data(), kLengths.data(), kTable.data(), kPagesOfOne};
   const HeadRows kv{o.kv.data() + kBefore, fp32, kKvHeads * kHeadDim, kHeadDim};
-  attack("page_bytes", &page_bytes, kHeadDim);
+  attack("page_bytes", &page_bytes, kHeadDim, KvType::kBFloat16);
   attack("append", &append, cache, sequences, kv, kv);
   attack("attention", &attention, cache, sequences, kHeads,
          HeadRows{o.q.data() + kBefore, fp32, kHeads * kHeadDim, kHeadDim},

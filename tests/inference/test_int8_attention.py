@@ -50,10 +50,12 @@ def seen_by(pattern: MaskPattern, batch: int) -> Tensor:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Count the calls that were computed in int8 and in floats; check the former."""
     counts = {"int8": 0, "floats": 0}
-    in_int8, in_floats = attention_module._in_int8, attention_module._in_floats
+    over_pages, in_floats = attention_module._over_pages, attention_module._in_floats
 
-    def int8(q: Tensor, k: Tensor, v: Tensor, pattern: Any, options: Any) -> Tensor | None:
-        y = in_int8(q, k, v, pattern, options)
+    def int8(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, pattern: Any, options: Any
+    ) -> Tensor | None:
+        y = over_pages(module, q, k, v, pattern, options)
         if y is not None:
             counts["int8"] += 1
             seen = seen_by(pattern, len(q))
@@ -71,7 +73,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
         return in_floats(*arguments)
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(attention_module, "_in_int8", int8)
+        patch.setattr(attention_module, "_over_pages", int8)
         patch.setattr(attention_module, "_in_floats", floats)
         yield counts
 

@@ -73,7 +73,7 @@ def calls() -> list[tuple[str, tuple[Any, ...]]]:
         ("add", (4, 1, -1, 2)),
         ("add", (2, -1, 3, 0)),
         ("result", (0,)),
-        ("set_caches", ([(pages, HEAD, 0)],)),
+        ("set_caches", ([(pages, HEAD, _core.KvType.int8, 0)],)),
         ("set_rotaries", ([(ROTARY, False)],)),
         (
             "run",

@@ -13,6 +13,7 @@ from sq_cpu.kernels.paged_attention import (
     PAGE_TOKENS,
     AttentionOptions,
     BatchRows,
+    KvKind,
     KvPages,
     attend_reference,
     rotated_heads,
@@ -60,8 +61,9 @@ def test_near_plain_attention(name: str, head_dim: int, before: int, new: int) -
     assert y.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_any_cut_and_batch_give_the_same_bits(dtype: torch.dtype) -> None:
+def test_any_cut_and_batch_give_the_same_bits(dtype: torch.dtype, kind: KvKind) -> None:
     lengths = (200, 5, 300)
     q, k, v = (
         [tokens(n, heads, 64, seed + i).to(dtype) for i, n in enumerate(lengths)]
@@ -71,12 +73,12 @@ def test_any_cut_and_batch_give_the_same_bits(dtype: torch.dtype) -> None:
     alone = []
     for i, length in enumerate(lengths):
         tables = pages_for(length)
-        cache = KvPages(len(tables[0]), 2, 64)
+        cache = KvPages(len(tables[0]), 2, 64, kind)
         rows = BatchRows([length], [length], tables)
         cache.append(rows, k[i], v[i])
         alone.append(cache.attend(rows, q[i], options))
     tables = pages_for(*lengths)
-    cache = KvPages(sum(map(len, tables)), 2, 64)
+    cache = KvPages(sum(map(len, tables)), 2, 64, kind)
     pieces: list[list[Tensor]] = [[], [], []]
     done = [0, 0, 0]
     for step in (7, 64, 1, 100, 1, 200):
@@ -105,6 +107,36 @@ def test_read_gives_back_what_was_appended(head_dim: int) -> None:
         # A key's rounding is spread over its block: at most sqrt(block) / 2 steps in one channel.
         steps = 0.5 if read is values else math.sqrt(head_dim & -head_dim)
         assert ((read - given).abs() <= steps * step + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [8, 20, 64, 96, 128])
+def test_bf16_pages_hold_what_was_appended(head_dim: int, dtype: torch.dtype) -> None:
+    k, v = (tokens(150, 3, head_dim, seed).to(dtype) for seed in (1, 2))
+    k[:, :, ::7] *= 1000  # outliers take nothing from the others
+    tables = pages_for(150)
+    cache = KvPages(3, 3, head_dim, "bf16")
+    cache.append(BatchRows([150], [150], tables), k, v)
+    for read, given in zip(cache.read(tables[0], 150), (k, v), strict=True):
+        assert torch.equal(read, given.bfloat16().float().transpose(0, 1))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("head_dim", "before", "new"), [(64, 0, 150), (80, 100, 1), (128, 63, 3)])
+def test_bf16_pages_are_near_plain_attention(
+    name: str, head_dim: int, before: int, new: int
+) -> None:
+    options = OPTIONS[name]
+    length = before + new
+    tables = pages_for(length)
+    cache = KvPages(len(tables[0]), 2, head_dim, "bf16")
+    q = tokens(new, 6, head_dim, 1)
+    k, v = (tokens(length, 2, head_dim, seed).bfloat16() for seed in (2, 3))
+    cache.append(BatchRows([length], [length], tables), k, v)
+    y = cache.attend(BatchRows([new], [length], tables), q, options)
+    expected = attend_reference(q, k, v, options, before)
+    # head_dim products of some 4 in a score, rounded to 2^-24 each; and exp's 2.9e-6.
+    assert (y - expected).abs().max() < 2e-5
 
 
 def test_views_and_copied_pages() -> None:
@@ -140,6 +172,7 @@ def test_planted_outliers_of_keys_cost_little() -> None:
     [
         (lambda: KvPages(0, 1, 64), "0 pages"),
         (lambda: KvPages(1, 1, 1025), "head of 1025"),
+        (lambda: KvPages(1, 1, 64, "fp8"), "pages of 'fp8'; they are of int8 or bf16"),  # type: ignore[arg-type]
         (lambda: BatchRows([1], [1], []), "0 page tables"),
         (lambda: BatchRows([2], [1], [[0]]), "1 tokens, 2 of them new"),
         (lambda: BatchRows([1], [65], [[0]]), "in 1 pages"),

@@ -14,6 +14,9 @@
 //     codes[j] = rne(w[j] * 255 / max w), u8: a scale for each row and page
 //     o = o * e^(m - m') + (sum_j codes[j] v8[j]) * (max w / 255)
 //   by chunks of 256 keys, which are merged in order; then y = o / l, rounded once to y's type.
+// A layer whose keys int8 would spoil has pages of bf16. There q, k are not rotated and v is not
+// scaled; q stays fp32, and p, and every sum is of fp32 products, one after another:
+//   s[j] = sum_c q[c] k[j][c];  o = o * e^(m - m') + sum_j p[j] v[j]
 // e^x has a relative error of 2.9e-6, and is 2^-126 below that. A row that sees no key gives 0.
 // NaN or Inf in a row of q makes that row of y NaN, and in a key or value every row that sees it.
 //
@@ -30,13 +33,17 @@ namespace sq_cpu {
 constexpr int64_t kPageTokens = 64;
 constexpr int64_t kMaxHeadDim = 1024;  // q8 k8 sums stay exact in fp32: 127 * 127 * 1024 < 2^24
 
-// The cache of one layer: pages[page][kv head], each of page_bytes(head_dim) bytes:
+enum class KvType { kInt8, kBFloat16 };
+
+// The cache of one layer: pages[page][kv head], each of page_bytes() bytes:
 //
 //   keys        4 strips of 16 tokens, ceil(head_dim / 64) tiles each; a tile as linear.h draws it
+//               bf16: [4, head_dim, 16 tokens]
 //   values      ceil(head_dim / 16) tiles, 16 channels wide and 64 tokens deep
-//   key_scale   fp32 [64]
-//   value_scale fp32 [64]
-//   key_offset  int32 [64]: 128 times the sum of a key's codes
+//               bf16: [ceil(head_dim / 16), 64 tokens, 16 channels]
+//   key_scale   fp32 [64]; bf16: 1, or NaN for a key that is not finite
+//   value_scale fp32 [64]; bf16: likewise
+//   key_offset  int32 [64]: 128 times the sum of a key's codes; bf16: not used
 //
 // Both are operands of the kernels as they lie. What no token has written may hold anything.
 struct KvCache {
@@ -44,9 +51,10 @@ struct KvCache {
   int64_t page_count;
   int64_t kv_heads;
   int64_t head_dim;  // of keys and of values, 1 .. kMaxHeadDim
+  KvType type = KvType::kInt8;
 };
 
-int64_t page_bytes(int64_t head_dim);
+int64_t page_bytes(int64_t head_dim, KvType type = KvType::kInt8);
 
 // The sequences of a call. Their new tokens lie one after another in q, k, v and y; sequence i has
 // rows first_row[i] .. first_row[i + 1] - 1, which are its last ones.

@@ -9,7 +9,9 @@ endfunction()
 set(tools -G ${generator} -D CMAKE_MAKE_PROGRAM=${make_program} -D CMAKE_CXX_COMPILER=${compiler})
 if(kind STREQUAL "shared")
   set(build ${work}/library)
-  run(${CMAKE_COMMAND} -S ${source} -B ${build} ${tools} -D BUILD_SHARED_LIBS=ON)
+  # Without optimization, which the package does not depend on and takes most of a build.
+  run(${CMAKE_COMMAND} -S ${source} -B ${build} ${tools} -D BUILD_SHARED_LIBS=ON
+      -D CMAKE_BUILD_TYPE=None)
   run(${CMAKE_COMMAND} --build ${build})
 endif()
 run(${CMAKE_COMMAND} --install ${build} --prefix ${work}/prefix)

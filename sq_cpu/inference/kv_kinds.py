@@ -1,0 +1,53 @@
+"""What a model's keys and values are cached in, layer by layer: int8, or bf16 where it must be.
+
+The model's config keeps it, as the numbers of the layers in bf16, and goes with the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels.paged_attention import KvKind
+
+__all__ = ["KvChoice", "choose_kv", "kv_kind", "kv_kinds"]
+
+KvChoice = KvKind | Mapping[int, KvKind]
+"""Of all layers, or by the layer's number; those that it does not name are int8."""
+
+_IN_BF16 = "sq_cpu_bf16_kv_layers"
+
+
+def choose_kv(config: Any, kv: KvChoice) -> None:
+    """Have the layers of a model keep keys and values so; caches that it has stay as they are.
+
+    Raises
+    ------
+    SqCpuError
+        For a layer that the model has not, and for another kind.
+    """
+    text = config.get_text_config(decoder=True)
+    layers = range(text.num_hidden_layers)
+    by_layer = kv if isinstance(kv, Mapping) else dict.fromkeys(layers, kv)
+    for layer, kind in by_layer.items():
+        if type(layer) is not int or layer not in layers:
+            raise SqCpuError(f"kv names layer {layer!r}; the model has 0 .. {len(layers) - 1}")
+        if kind not in get_args(KvKind):
+            raise SqCpuError(f"kv is {kind!r}; it is {' or '.join(get_args(KvKind))}")
+    in_bf16 = sorted(layer for layer, kind in by_layer.items() if kind == "bf16")
+    if in_bf16 or hasattr(text, _IN_BF16):
+        setattr(text, _IN_BF16, in_bf16)
+
+
+def kv_kind(config: Any, layer: int | None) -> KvKind:
+    """Return what a layer's keys and values are cached in; None: of no layer, int8."""
+    given = getattr(config.get_text_config(decoder=True), _IN_BF16, ())
+    if not isinstance(given, list | tuple) or not all(type(each) is int for each in given):
+        raise SqCpuError(f"the model's config has {_IN_BF16} {given!r}: it is a list of layers")
+    return "bf16" if layer in given else "int8"
+
+
+def kv_kinds(config: Any, layers: int) -> list[KvKind]:
+    """Return it of so many layers."""
+    return [kv_kind(config, layer) for layer in range(layers)]

@@ -1,0 +1,106 @@
+"""Layers whose keys and values are bf16: which they are, in every way that a model runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_fusing import GREEDY, fused, prompt
+from test_lowering import quantized
+from tiny import tiny_model
+from torch import Tensor
+
+import sq_cpu
+from sq_cpu import Int8Cache, Scheduler, SqCpuError
+from sq_cpu.inference.fusing import fuse, fused_of
+from sq_cpu.inference.kv_kinds import choose_kv, kv_kind, kv_kinds
+from sq_cpu.kernels.paged_attention import page_bytes
+
+
+def logits(model: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt"])
+def test_bf16_is_nearer_to_floats_than_int8_with_and_without_a_cache(name: str) -> None:
+    model = tiny_model(name)  # in float: int8 linears turn any difference into other codes
+    ids = prompt(2, 50)
+    exact = logits(model, ids)
+    errors = {}
+    for kv in ("int8", "bf16"):
+        sq_cpu.use_int8_attention(model, kv=kv)
+        model.config.use_cache = True
+        with_cache = logits(model, ids)
+        model.config.use_cache = False
+        assert torch.equal(logits(model, ids), with_cache)
+        errors[kv] = float((with_cache - exact).norm() / exact.norm())
+    assert 0 < errors["bf16"] < errors["int8"]
+
+
+@torch.no_grad()
+def test_a_fused_model_has_the_bits_of_any_cut_and_batch() -> None:
+    model = fused("llama", head="int8")
+    fuse(model, kv={1: "bf16"})
+    ids = prompt(3, 70)
+    whole = logits(model, ids)
+    fuse(model, kv="int8")
+    assert not torch.equal(logits(model, ids), whole)
+    fuse(model, kv={1: "bf16"})
+    cache = Int8Cache(model)
+    assert [layer.kind for layer in cache.layers] == ["int8", "bf16"]
+    pieces = [model(part, past_key_values=cache).logits for part in ids.split([1, 30, 39], dim=1)]
+    assert torch.equal(torch.cat(pieces, dim=1), whole)
+    assert torch.equal(logits(model, ids[1:2]), whole[1:2])
+    # What the pages hold is read back as floats.
+    keys = cache.layers[1].keys
+    assert keys is not None
+    assert keys.shape[2] == 70
+    assert torch.equal(keys, keys.bfloat16().float())
+
+
+@torch.no_grad()
+def test_the_scheduler_and_generate_use_them() -> None:
+    model = fused("llama", head="int8")
+    fuse(model, kv={0: "bf16"})
+    decoder = fused_of(model)
+    assert decoder is not None
+    assert decoder.kv_kinds == ["bf16", "int8"]
+    heads, size = decoder.program.cache_shapes[0]
+    assert decoder.page_bytes == heads * (page_bytes(size, "bf16") + page_bytes(size, "int8"))
+    assert [pages.kind for pages, _ in Scheduler(model, pages=4)._caches] == ["bf16", "int8"]
+    ids = prompt(1, 30)
+    expected = model.generate(ids, **GREEDY)[0, 30:].tolist()
+    made = sq_cpu.generate(model, [ids[0].tolist()], max_new_tokens=20, stop_tokens=[])
+    assert made[0] == expected
+
+
+def test_a_checkpoint_keeps_them(tmp_path: Path) -> None:
+    model = quantized("llama")
+    sq_cpu.use_int8_attention(model, kv={1: "bf16"})
+    sq_cpu.use_int8_attention(model, enabled=False)
+    sq_cpu.save(model, tmp_path / "saved")
+    loaded = sq_cpu.load(tmp_path / "saved")
+    assert kv_kinds(loaded.config, 2) == ["int8", "bf16"]
+    fuse(loaded)
+    decoder = fused_of(loaded)
+    assert decoder is not None
+    assert decoder.kv_kinds == ["int8", "bf16"]
+
+
+def test_refused() -> None:
+    config = quantized("llama").config
+    for kv, message in (
+        ({2: "bf16"}, r"kv names layer 2; the model has 0 .. 1"),
+        ({"1": "bf16"}, r"kv names layer '1'"),
+        ({1: "fp8"}, r"kv is 'fp8'; it is int8 or bf16"),
+        ("bf17", r"kv is 'bf17'"),
+    ):
+        with pytest.raises(SqCpuError, match=message):
+            choose_kv(config, kv)  # type: ignore[arg-type]
+    assert kv_kinds(config, 2) == ["int8", "int8"]
+    config.sq_cpu_bf16_kv_layers = "all"
+    with pytest.raises(SqCpuError, match="it is a list of layers"):
+        kv_kind(config, 0)
