@@ -40,6 +40,7 @@ struct Quantizer {
   int32_t zero_point;
   std::vector<float> inverse_smoothing;  // empty: none
   int terms;
+  int hadamard;
 
   ActivationQuantizer view(int64_t k) const {
     const auto size = static_cast<int64_t>(inverse_smoothing.size());
@@ -52,20 +53,21 @@ struct Quantizer {
     view.scale = scale;
     view.zero_point = zero_point;
     view.terms = terms;
+    view.hadamard = hadamard;
     view.inverse_smoothing = size == 0 ? nullptr : inverse_smoothing.data();
     return view;
   }
   int max_code() const { return view(static_cast<int64_t>(inverse_smoothing.size())).max_code(); }
   auto key() const {
     return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing,
-                    terms);
+                    terms, hadamard);
   }
 };
 
 // bindings_linear.cc
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
                          const py::object& zero_point, std::vector<float> inverse_smoothing,
-                         const py::object& terms);
+                         const py::object& terms, const py::object& hadamard);
 void pack_weight(py::handle codes, py::handle scale, py::handle bias, py::handle out);
 void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py::handle scale,
                    py::handle bias);

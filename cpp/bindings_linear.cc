@@ -85,15 +85,16 @@ int32_t bounded(size_t index, const py::object& argument, int64_t low, int64_t h
 
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
                          const py::object& zero_point, std::vector<float> inverse_smoothing,
-                         const py::object& terms) {
-  // The ends are no codes, and no numbers of terms.
+                         const py::object& terms, const py::object& hadamard) {
+  // The ends are no codes, no numbers of terms, and no sizes of blocks.
   Quantizer quantizer{granularity,
                       symmetric,
                       reduce_range,
                       static_cast<float>(scale),
                       bounded(4, zero_point, -1, 256),
                       std::move(inverse_smoothing),
-                      bounded(6, terms, 0, 3)};
+                      bounded(6, terms, 0, 3),
+                      bounded(7, hadamard, -1, kTileDepth + 1)};
   check_quantizer(quantizer.view(static_cast<int64_t>(quantizer.inverse_smoothing.size())));
   return quantizer;
 }

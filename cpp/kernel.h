@@ -298,7 +298,7 @@ struct LogitWeights {
 };
 
 // What is beside the product, compiled once per vector width from rows.h, count_saturated.h,
-// strips.h, softmax.h, page_products.h, norm.h, float_product.h and sample.h.
+// strips.h, softmax.h, page_products.h, norm.h, hadamard.h, float_product.h and sample.h.
 struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
@@ -316,8 +316,9 @@ struct RowKernels {
   // Returns the union of the bits of 8 codes at a time.
   uint64_t (*arrange)(const void* x, int64_t k, uint8_t flip, uint8_t* u, int64_t u_tile);
   // By DType of x: each `size` elements, a power of two, times the Hadamard matrix of ones and
-  // minus ones. `out` has room for whole vectors of 16.
-  void (*rotate[kDTypes])(const RowArgs&, int64_t size, float* out);
+  // minus ones, and times `factor`, a power of two. A last block is padded with zeros. `out` has
+  // room for whole blocks and whole vectors of 16.
+  void (*rotate[kDTypes])(const RowArgs&, int64_t size, float factor, float* out);
   void (*weigh)(const PageWeights&);
   void (*gather_values)(const ValueSums&);
   // The same of bf16 pages.

@@ -94,7 +94,7 @@ class HeadCoder {
   float rotate(const HeadRows& rows, const HeadTransform& transform, int64_t row, int64_t head,
                uint8_t* u, int64_t u_tile) const {
     const RowArgs source = transformed(rows, transform, row, head);
-    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), rotated_);
+    kernels_.rotate[static_cast<int>(rows.type)](source, rotated_block(head_dim_), 1.0f, rotated_);
     return code(DType::kFloat32, {rotated_, nullptr, head_dim_}, u, u_tile);
   }
 

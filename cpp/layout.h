@@ -19,6 +19,8 @@ constexpr int64_t strip_count(int64_t n) { return ceil_div(n, kStripColumns); }
 
 constexpr int64_t k_block_count(int64_t k) { return ceil_div(k, kTileDepth); }
 
+constexpr int64_t whole_tiles(int64_t k) { return k_block_count(k) * kTileDepth; }
+
 constexpr int64_t strip_bytes(int64_t k) { return k_block_count(k) * kTileBytes + kTrailerBytes; }
 
 // Where blocked codes [m, k] lie.

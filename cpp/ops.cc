@@ -83,16 +83,16 @@ void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuan
   if (OwnCodes::hold(args.x.m, x.k)) {
     // Not in the lambda's own frame: the codes must outlive it.
     thread_local OwnCodes storage;
-    run_product(args, [&](GemmArgs& own, int, int) {
+    run_product(args, [&](GemmArgs& own, int worker, int) {
       own.x.codes = storage.codes;
       own.x.scale = storage.scale;
       own.x.zero_point = storage.zero_point;
-      quantize_rows(x, {0, x.m}, quantizer, whole, rows, own.x);
+      quantize_rows(x, {0, x.m}, quantizer, whole, rows, worker, own.x);
     });
   } else {
     Barrier quantized;
     run_product(args, [&](GemmArgs& own, int worker, int workers) {
-      quantize_rows(x, part(x.m, 1, workers, worker), quantizer, whole, rows, own.x);
+      quantize_rows(x, part(x.m, 1, workers, worker), quantizer, whole, rows, worker, own.x);
       quantized.wait(workers);
     });
   }
@@ -113,7 +113,14 @@ void linear(const void* x, DType x_type, int64_t m, int64_t ldx, const PackedWei
   const EpilogueSteps* const given = make_steps(epilogue, m, weight.n, steps);
   if (m == 0 || weight.n == 0) return;
 
-  Activations part_x{x, x_type, m, weight.k, ldx, quantizer.inverse_smoothing};
+  Activations part_x{x,
+                     x_type,
+                     m,
+                     weight.k,
+                     ldx,
+                     quantizer.inverse_smoothing,
+                     quantizer.hadamard,
+                     rotated_rows(quantizer, m, weight.k)};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) {
     whole = tensor_stats(part_x, row_kernels(active_isa()));
@@ -166,8 +173,9 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight,
   check_scale("x", x);
   check_quantizer(y_quantizer);
   SQ_CHECK(y_quantizer.granularity == Granularity::kStatic &&
-               y_quantizer.inverse_smoothing == nullptr && y_quantizer.terms == 1 && y.terms == 1,
-           "int8 out needs a static quantizer of one term, without smoothing");
+               y_quantizer.inverse_smoothing == nullptr && y_quantizer.hadamard == 0 &&
+               y_quantizer.terms == 1 && y.terms == 1,
+           "int8 out needs a static quantizer of one term, without smoothing or a Hadamard matrix");
   check_activation("y", y);
   check_scale("y", y);
   const int64_t m = x.m / x.terms;

@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "layout.h"
 #include "operands.h"
+#include "scratch.h"
 #include "team.h"
 
 namespace sq_cpu {
@@ -21,6 +22,8 @@ void check_quantizer(const ActivationQuantizer& q) {
   SQ_CHECK(is_one_of(q.granularity, Granularity::kStatic), "the quantizer has the unknown ",
            "Granularity ", static_cast<int>(q.granularity));
   check_terms("the quantizer", q.terms);
+  SQ_CHECK(q.hadamard == 0 || q.hadamard == kTileDepth, "the quantizer's Hadamard blocks are of ",
+           q.hadamard, " columns; they are of ", kTileDepth, ", or 0: none");
   if (q.granularity != Granularity::kStatic) return;
   SQ_CHECK(q.scale > 0.0f && std::isfinite(q.scale) && std::isfinite(1.0f / q.scale),
            "static activation scale is ", q.scale,
@@ -74,14 +77,28 @@ RowCode residual_code(const ActivationQuantizer& q, const RowCode& code) {
   return residual;
 }
 
+float* rotated_rows(const ActivationQuantizer& q, int64_t m, int64_t k) {
+  thread_local Scratch<float> rotated;
+  return q.hadamard == 0 || m == 0 ? nullptr : rotated.get(pool_size() * whole_tiles(k));
+}
+
+TypedRow Activations::rotated_row(int64_t i, const RowKernels& kernels, int worker) const {
+  const int source = static_cast<int>(type);
+  if (hadamard == 0) return {row(i), source};
+  constexpr float kOrthonormal = 1.0f / 8;  // 64^-1/2
+  float* const own = rotated + worker * whole_tiles(k);
+  kernels.rotate[source](row(i), hadamard, kOrthonormal, own);
+  return {{own, nullptr, whole_tiles(k)}, static_cast<int>(DType::kFloat32)};
+}
+
 RowStats tensor_stats(const Activations& x, const RowKernels& kernels) {
-  const auto stats = kernels.stats[static_cast<int>(x.type)];
   RowStats whole{0.0f, 0.0f, true};
   run_team(worker_count(x.m, x.k, 1), [&](int worker, int workers) {
     float low = 0.0f, high = 0.0f;
     const Range rows = part(x.m, 1, workers, worker);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const RowStats s = stats(x.row(row));
+      const TypedRow from = x.rotated_row(row, kernels, worker);
+      const RowStats s = kernels.stats[from.type](from.args);
       if (!s.finite) continue;
       low = std::min(low, s.min);
       high = std::max(high, s.max);
@@ -96,14 +113,12 @@ RowStats tensor_stats(const Activations& x, const RowKernels& kernels) {
 }
 
 void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
-                   const RowStats& whole, const RowKernels& kernels,
+                   const RowStats& whole, const RowKernels& kernels, int worker,
                    const QuantizedActivation& out) {
-  const auto stats = kernels.stats[static_cast<int>(x.type)];
-  const auto quantize = kernels.quantize[static_cast<int>(x.type)];
-  const auto quantize_twice = kernels.quantize_twice[static_cast<int>(x.type)];
   const CodeLayout layout(out.m, out.k);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const RowStats own = stats(x.row(row));
+    const TypedRow from = x.rotated_row(row, kernels, worker);
+    const RowStats own = kernels.stats[from.type](from.args);
     const bool shared = q.granularity == Granularity::kPerTensor;
     const RowCode code = make_code(q, shared ? RowStats{whole.min, whole.max, own.finite} : own);
     const int64_t first = row * q.terms;  // of the rows of codes
@@ -111,11 +126,12 @@ void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& 
     out.scale[first] = code.scale;
     out.zero_point[first] = code.grid.zero_point;
     if (q.terms == 1) {
-      quantize(x.row(row), code.grid, codes, layout.tile);
+      kernels.quantize[from.type](from.args, code.grid, codes, layout.tile);
       continue;
     }
     const RowCode residual = residual_code(q, code);
-    quantize_twice(x.row(row), code.grid, {code.scale, residual.grid}, codes, layout.tile);
+    kernels.quantize_twice[from.type](from.args, code.grid, {code.scale, residual.grid}, codes,
+                                      layout.tile);
     out.scale[first + 1] = residual.scale;
     out.zero_point[first + 1] = residual.grid.zero_point;
   }
@@ -144,11 +160,18 @@ void quantize_activations(const void* x, DType x_type, int64_t ldx,
   const int64_t m = out.m / out.terms;
   check_matrix("x", x, m, out.k, ldx);
   const RowKernels& rows = row_kernels(active_isa());
-  const Activations all{x, x_type, m, out.k, ldx, quantizer.inverse_smoothing};
+  const Activations all{x,
+                        x_type,
+                        m,
+                        out.k,
+                        ldx,
+                        quantizer.inverse_smoothing,
+                        quantizer.hadamard,
+                        rotated_rows(quantizer, m, out.k)};
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows);
   run_team(worker_count(out.m, out.k, 1), [&](int worker, int workers) {
-    quantize_rows(all, part(m, 1, workers, worker), quantizer, whole, rows, out);
+    quantize_rows(all, part(m, 1, workers, worker), quantizer, whole, rows, worker, out);
   });
 }
 

@@ -23,17 +23,30 @@ RowCode make_code(const ActivationQuantizer& q, const RowStats& stats);
 // Of what those codes leave over: at most half a step, which becomes 127 (63) steps.
 RowCode residual_code(const ActivationQuantizer& q, const RowCode& code);
 
+// A row as the grid meets it, and its type.
+struct TypedRow {
+  RowArgs args;
+  int type;  // of RowKernels' arrays
+};
+
 struct Activations {
   const void* x;
   DType type;
   int64_t m, k, ldx;
   const float* inverse_smoothing;
+  int hadamard;    // as in ActivationQuantizer
+  float* rotated;  // of each worker, whole tiles of k, where a row is rotated; else not looked at
 
   RowArgs row(int64_t i) const {
     const int64_t bytes = type == DType::kFloat32 ? 4 : 2;
     return {static_cast<const char*>(x) + i * ldx * bytes, inverse_smoothing, k};
   }
+  TypedRow rotated_row(int64_t i, const RowKernels& kernels, int worker) const;
 };
+
+// What Activations::rotated needs, of the calling thread and until its next call; null where no row
+// is rotated.
+float* rotated_rows(const ActivationQuantizer& q, int64_t m, int64_t k);
 
 // Statistics over all finite rows, for a per-tensor scale. Opens a region of its own.
 RowStats tensor_stats(const Activations& x, const RowKernels& kernels);
@@ -41,7 +54,7 @@ RowStats tensor_stats(const Activations& x, const RowKernels& kernels);
 // Rows of x, by one thread, to `out`, where each is q.terms rows; `whole` is what tensor_stats()
 // gave, read for a per-tensor scale only.
 void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
-                   const RowStats& whole, const RowKernels& kernels,
+                   const RowStats& whole, const RowKernels& kernels, int worker,
                    const QuantizedActivation& out);
 
 // So little that every thread quantizes it all, for itself: quicker than to share it and wait.

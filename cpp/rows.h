@@ -9,6 +9,7 @@
 #include "activations.h"
 #include "count_saturated.h"
 #include "float_product.h"
+#include "hadamard.h"
 #include "kernel.h"
 #include "norm.h"
 #include "page_products.h"
@@ -34,15 +35,37 @@ struct Turn {
   static constexpr int value = kTurn;
 };
 
-template <DType kType, bool kSmooth, typename Step>
-void for_each_vector(RowArgs row, Step step) {
+// Elements of a row as the grid meets them.
+template <DType kType, bool kSmooth>
+struct RowLoader {
   using E = Element<kType>;
-  const auto* x = static_cast<const char*>(row.x);
-  const auto load = [&](int64_t i) {
-    F32 v = E::load(x + i * E::kBytes);
+  F32 operator()(int64_t i) const {
+    F32 v = E::load(static_cast<const char*>(row.x) + i * E::kBytes);
     if constexpr (kSmooth) v *= load_bits<F32>(row.inverse_smoothing + i);
     return v;
-  };
+  }
+  // The last ones, fewer than kLanes, padded with zeros.
+  F32 tail(int64_t i) const {
+    char padded[kLanes * E::kBytes] = {};
+    std::memcpy(padded, static_cast<const char*>(row.x) + i * E::kBytes, (row.k - i) * E::kBytes);
+    F32 v = E::load(padded);
+    if constexpr (kSmooth) {
+      F32 inverse = {};
+      std::memcpy(&inverse, row.inverse_smoothing + i, (row.k - i) * sizeof(float));
+      v *= inverse;
+    }
+    return v;
+  }
+  // Also beyond the last ones: zeros.
+  F32 padded(int64_t i) const {
+    return i + kLanes <= row.k ? (*this)(i) : i < row.k ? tail(i) : F32{};
+  }
+  RowArgs row;
+};
+
+template <DType kType, bool kSmooth, typename Step>
+void for_each_vector(RowArgs row, Step step) {
+  const RowLoader<kType, kSmooth> load{row};
   int64_t i = 0;
   for (; i + 2 * kLanes <= row.k; i += 2 * kLanes) {
     step(i, load(i), Turn<0>());
@@ -52,17 +75,7 @@ void for_each_vector(RowArgs row, Step step) {
     step(i, load(i), Turn<0>());
     i += kLanes;
   }
-  if (i < row.k) {
-    char tail[kLanes * E::kBytes] = {};
-    std::memcpy(tail, x + i * E::kBytes, (row.k - i) * E::kBytes);
-    F32 v = E::load(tail);
-    if constexpr (kSmooth) {
-      F32 inverse = {};
-      std::memcpy(&inverse, row.inverse_smoothing + i, (row.k - i) * sizeof(float));
-      v *= inverse;
-    }
-    step(i, v, Turn<1>());
-  }
+  if (i < row.k) step(i, load.tail(i), Turn<1>());
 }
 
 template <DType kType, typename Step>
@@ -311,10 +324,33 @@ void multiply_floats(const FloatProductArgs& args) {
   });
 }
 
+template <DType kType, bool kSmooth>
+void rotate(const RowArgs& row, int64_t size, float factor, float* out) {
+  const RowLoader<kType, kSmooth> load{row};
+  const int64_t end = (row.k + size - 1) / size * size;
+  F32 v[kTransformVectors];
+  int64_t i = 0;
+  for (; i + kTransform <= row.k; i += kTransform) {
+#pragma GCC unroll 16
+    for (int n = 0; n < kTransformVectors; ++n) v[n] = load(i + n * kLanes);
+    transform(v, size);
+#pragma GCC unroll 16
+    for (int n = 0; n < kTransformVectors; ++n) store_bits(out + i + n * kLanes, v[n] * factor);
+  }
+  if (i < end) {
+    for (int n = 0; n < kTransformVectors; ++n) v[n] = load.padded(i + n * kLanes);
+    transform(v, size);
+    for (int n = 0; i + n * kLanes < end && n < kTransformVectors; ++n) {
+      store_bits(out + i + n * kLanes, v[n] * factor);
+    }
+  }
+  transform_further(out, end, size);
+}
+
 template <DType kType>
-void rotate(const RowArgs& row, int64_t size, float* out) {
-  for_each_vector<kType>(row, [&](int64_t i, F32 v, auto) { store_bits(out + i, v); });
-  hadamard(out, row.k, size);
+void rotate(const RowArgs& row, int64_t size, float factor, float* out) {
+  row.inverse_smoothing == nullptr ? rotate<kType, false>(row, size, factor, out)
+                                   : rotate<kType, true>(row, size, factor, out);
 }
 
 template <int... kTypes, int... kResults>

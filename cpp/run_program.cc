@@ -47,7 +47,8 @@ class Program::Implementation::Runner {
         turn_(turn),
         ahead_(plan_.reads(worker)),
         workspace_(memory_.workspace(worker)),
-        row_(memory_.row(worker)) {}
+        row_(memory_.row(worker)),
+        rotated_(memory_.rotated_row(worker)) {}
 
   // Returns the turns of the barrier taken.
   uint32_t run() {
@@ -319,9 +320,10 @@ class Program::Implementation::Runner {
       normalize(stage.norm, source, x.k, row_, false);
       source = row_;
     }
-    const Activations only{
-        source, DType::kFloat32, x.m / x.terms, x.k, 0, stage.quantizer.inverse_smoothing};
-    quantize_rows(only, {row, row + 1}, stage.quantizer, {}, kernels_, x);
+    const ActivationQuantizer& q = stage.quantizer;
+    const Activations only{source, DType::kFloat32,     x.m / x.terms, x.k,
+                           0,      q.inverse_smoothing, q.hadamard,    rotated_};
+    quantize_rows(only, {row, row + 1}, q, {}, kernels_, 0, x);
     if (!project.float_columns) return;
     for (const ProjectedLinear& linear : project.linears) {
       const FloatColumns& columns = linear.float_columns;
@@ -420,6 +422,7 @@ class Program::Implementation::Runner {
   ReadAhead ahead_;
   std::byte* const workspace_;
   float* const row_;
+  float* const rotated_;
   int64_t set_ = 0;
   size_t product_ = 0;  // of those that are planned
 };

@@ -1,6 +1,6 @@
-// The float work of attention: the rotation, the softmax of a page of keys, and the sums of values.
-// Compiled once per vector width (vec.h), with the same bits on each: what is summed over lanes
-// goes through 16 virtual ones and a fixed tree.
+// The float work of attention: the softmax of a page of keys, and the sums of values. Compiled once
+// per vector width (vec.h), with the same bits on each: what is summed over lanes goes through 16
+// virtual ones and a fixed tree.
 #pragma once
 
 #include "activations.h"
@@ -24,46 +24,6 @@ inline F32 exp2_weight(F32 x) {
   p = fma(p, r, splat(0x1.ec0378p-3f));
   p = fma(p, r, splat(0x1.62e12cp-1f));
   return scale_exp2(fma(p, r, splat(1.0f)), shifted);
-}
-
-// a + b in lanes whose index lacks the bit, partner's a - b in the others.
-template <int kBit>
-F32 butterfly(F32 v) {
-  I32 partner;
-  F32 sign;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    partner[lane] = lane ^ kBit;
-    sign[lane] = lane & kBit ? -1.0f : 1.0f;
-  }
-  return __builtin_shuffle(v, partner) + v * sign;
-}
-
-template <int kBit>
-void butterflies(F32& v, int64_t size) {
-  if constexpr (kBit < kLanes) {
-    if (kBit >= size) return;
-    v = butterfly<kBit>(v);
-    butterflies<2 * kBit>(v, size);
-  }
-}
-
-// Multiplies each `size` elements, a power of two, by the Hadamard matrix without its factor
-// size^-1/2. x is padded to whole vectors.
-inline void hadamard(float* x, int64_t count, int64_t size) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    F32 v = load_bits<F32>(x + i);
-    butterflies<1>(v, size);
-    store_bits(x + i, v);
-  }
-  for (int64_t half = kLanes; half < size; half *= 2) {
-    for (int64_t base = 0; base < count; base += 2 * half) {
-      for (int64_t i = base; i < base + half; i += kLanes) {
-        const F32 a = load_bits<F32>(x + i), b = load_bits<F32>(x + i + half);
-        store_bits(x + i, a + b);
-        store_bits(x + i + half, a - b);
-      }
-    }
-  }
 }
 
 // Every lane and its partner, whose index has the bit turned over.

@@ -176,8 +176,8 @@ void StepMemory::reserve(const std::vector<Stage>& stages, const std::vector<int
     counters = std::vector<WorkCounter>(counter_count);
   }
   for (WorkCounter& counter : counters) counter.taken.store(0, std::memory_order_relaxed);
-  row_bytes = whole_lines(whole_vectors(needs.depth) * int64_t{sizeof(float)});
-  worker_bytes = whole_lines(own) + row_bytes;
+  row_bytes = whole_lines(whole_tiles(needs.depth) * int64_t{sizeof(float)});
+  worker_bytes = whole_lines(own) + 2 * row_bytes;
   workspaces.get(worker_bytes * plan.workers());
 }
 

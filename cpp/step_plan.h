@@ -74,8 +74,9 @@ struct StepMemory {
 
   // A worker's own: its sums, or what attention needs.
   std::byte* workspace(int worker) { return workspaces.get(0) + worker_bytes * worker; }
-  // And a row of floats behind it.
-  float* row(int worker) {
+  // And two rows of floats behind it: as it is read, and rotated.
+  float* row(int worker) { return rotated_row(worker) - row_bytes / sizeof(float); }
+  float* rotated_row(int worker) {
     return reinterpret_cast<float*>(workspace(worker) + worker_bytes - row_bytes);
   }
 

@@ -77,6 +77,20 @@ BREAKS = [
         "test_linear",
     ),
     Break(
+        "rotation: the sign of a butterfly between vectors",
+        "cpp/hadamard.h",
+        "v[i + kHalf] = a - b;",
+        "v[i + kHalf] = b - a;",
+        "test_linear",
+    ),
+    Break(
+        "rotation: zeros beyond the last column",
+        "cpp/rows.h",
+        "i < row.k ? tail(i) : F32{};",
+        "i < row.k ? tail(i) : splat(1.0f);",
+        "test_linear",
+    ),
+    Break(
         "gathered rows: the column of a strip",
         "cpp/rows.h",
         "row.strip + 4 * row.column;",

@@ -31,6 +31,7 @@ def layers() -> dict[str, QuantLinear]:
         "dynamic": QuantLinear.from_float(nn.Linear(K, N), Scheme()),
         "seven bits": QuantLinear.from_float(nn.Linear(K, N), Scheme(reduce_range=True)),
         "smoothed": QuantLinear.from_float(nn.Linear(K, N), Scheme(), smoothing=torch.ones(K)),
+        "rotated": QuantLinear.from_float(nn.Linear(K, N), Scheme(), hadamard=64),
         "next": QuantLinear.from_float(nn.Linear(N, K), static, (-1.0, 1.0)),
     }
     return made
@@ -61,6 +62,7 @@ def good() -> dict[str, Any]:
         "zero_point": q.zero_point,
         "max_code": 255,
         "terms": 1,
+        "hadamard": 64,
         "ids": torch.randint(0, N, (2, M)),
         "y_quantizer": layers()["next"]._quantizer,
         "y_codes": static.codes,

@@ -22,7 +22,7 @@ from sq_cpu import Calibration, QuantLinear, SmoothPlan
 
 FOLDER = Path(__file__).resolve().parent / "data" / "checkpoints"
 CHECKPOINTS = ["o1", "o2-asymmetric", "smoothing", "streamed", "tuned", "weight-groups"]
-CHECKPOINTS[5:5] = ["version-4-head", "version-4-mixed", "version-5-mixed"]
+CHECKPOINTS[5:5] = ["version-4-head", "version-4-mixed", "version-5-mixed", "version-6-head"]
 
 
 def test_all_are_tested() -> None:

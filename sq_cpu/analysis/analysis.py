@@ -32,6 +32,7 @@ from sq_cpu.quantization.checks import check_layers
 from sq_cpu.quantization.kept import kept_linears
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import (
+    GroupPlan,
     SmoothPlan,
     check_groups,
     quantized_consumers,
@@ -85,6 +86,8 @@ class GroupAnalysis:
     """Of the rule "smoothquant"; None with another."""
     fold: bool
     clip: float
+    hadamard: int
+    """Columns of a block that is rotated; 0: none."""
     """Fraction of the calibrated range that a static scale covers."""
     note: str
     curve: tuple[tuple[float, float], ...]
@@ -250,10 +253,10 @@ def _group(
         (s,) = plan_scales(
             model, alone, calibration, scheme=scheme, among=(group,), weights=weights
         ).values()
-    clip = 1.0 if planned is None else planned.clip
+    carried = planned or GroupPlan(name=group.name)
     names = quantized_consumers(model, group, calibration, scheme)
     linears = tuple(
-        _linear(naive, sample, s, plan, clip, places.of(group, name))
+        _linear(naive, sample, s, plan, carried, places.of(group, name))
         for name, sample in zip(names, naive.samples, strict=True)
     )
     return GroupAnalysis(
@@ -263,7 +266,8 @@ def _group(
         rule=None if planned is None else planned.rule,
         alpha=planned.alpha if planned is not None and planned.rule == "smoothquant" else None,
         fold=planned is not None and planned.fold,
-        clip=clip,
+        clip=carried.clip,
+        hadamard=carried.hadamard,
         note="" if planned is None else planned.note,
         curve=() if planned is None else planned.curve,
         act_absmax=naive.act_absmax,
@@ -280,7 +284,7 @@ def _linear(
     sample: LinearSample,
     s: Tensor,
     plan: SmoothPlan,
-    clip: float,
+    group: GroupPlan,
     place: _Place,
 ) -> LinearAnalysis:
     assert naive.scheme is not None  # _group passes it
@@ -288,7 +292,7 @@ def _linear(
     wide = naive.widen(s)
     as_naive = FakeQuantizedLinear(sample, torch.ones_like(wide), naive.scheme)
     planned = replace(sample, weight_clip=layer.weight_clip, outliers=layer.outliers)
-    as_planned = FakeQuantizedLinear(planned, wide, own, clip)
+    as_planned = FakeQuantizedLinear(planned, wide, own, group.clip, group.hadamard)
     return LinearAnalysis(
         name=place.name,
         kind=place.kind,
@@ -315,7 +319,7 @@ def _clipped(linear: FakeQuantizedLinear) -> float:
     if linear.scheme.symmetric:
         high = max(-low, high)
         low = -high
-    rows = linear.smoothed(linear.sample.inputs())
+    rows = linear.coded(linear.sample.inputs())
     return float(((rows < low) | (rows > high)).double().mean())
 
 

@@ -68,7 +68,7 @@ def estimated_errors(
                 statistics = replace(of_group, scheme=scheme.with_activations(choice))
                 s = torch.ones_like(statistics.act_absmax)
                 if entry is not None:
-                    statistics = replace(statistics, clip=entry.clip)
+                    statistics = replace(statistics, clip=entry.clip, hadamard=entry.hadamard)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
                 for linear in statistics.fake_quantized(s):
                     error = loss_of(loss, linear, calibration.tokens)

@@ -24,13 +24,15 @@ from sq_cpu.parsing import parsed_json, typed
 __all__ = ["FOLDS", "TENSORS", "Calibration", "check_is_calibration", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
-_VERSION = 5
+_VERSION = 6
 TENSORS = (
     "channel_min",
     "channel_max",
     "rows",
     "row_folds",
     "row_places",
+    "peaks",
+    "peak_folds",
     "gradient_rows",
     "gradients",
     "gradient_weights",
@@ -68,6 +70,12 @@ class Calibration:
     """The fold of each of `rows`, uint8: its batch's number modulo `FOLDS`."""
     row_places: dict[str, Tensor] = field(default_factory=dict)
     """The number of each of `rows` among all that the linear saw, int64."""
+    peaks: dict[str, Tensor] = field(default_factory=dict)
+    """The rows of each fold that reach farthest where blocks of 64 channels are rotated, like
+    `rows`: a static scale of such a linear covers them, as ranges of single channels do not tell
+    what they add up to. Files up to version 5 have none."""
+    peak_folds: dict[str, Tensor] = field(default_factory=dict)
+    """The fold of each of `peaks`, uint8."""
     rows_seen: dict[str, int] = field(default_factory=dict)
     """Rows that each linear saw, without padding where that can be told."""
     gradient_rows: dict[str, Tensor] = field(default_factory=dict)
@@ -175,6 +183,8 @@ class Calibration:
         def part(kind: dict[str, Tensor], folds: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: kind[name][folds[name] == fold] for name in reached if name in kind}
 
+        peaks = {n: self.peaks[n][self.peak_folds[n] != fold] for n in reached if n in self.peaks}
+
         return replace(
             self,
             channel_min={name: low[name] for name in reached},
@@ -182,6 +192,8 @@ class Calibration:
             rows=part(self.rows, self.row_folds),
             row_folds={},
             row_places={},
+            peaks=peaks,
+            peak_folds={},
             gradient_rows=part(self.gradient_rows, self.gradient_folds),
             gradients=part(self.gradients, self.gradient_folds),
             gradient_weights=part(self.gradient_weights, self.gradient_folds),

@@ -14,6 +14,7 @@ from sq_cpu.calibration.calibration import FOLDS, TENSORS, Calibration, fingerpr
 from sq_cpu.calibration.sampling import InputRows, Reservoir
 from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels.hadamard import BLOCK, whole_blocks
 from sq_cpu.models.calls import Example
 from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.models.padding import Padding
@@ -29,6 +30,7 @@ class _LinearObserver:
         self.linear = linear
         self.rows = 0
         self.sample = Reservoir(rows)
+        self.peaks = [Reservoir(-(-rows // FOLDS)) for _ in range(FOLDS)]
         self.costly = Reservoir(gradient_rows)
         self.differentiated = False
         # One seed for all: linears that share an input keep the same rows.
@@ -60,6 +62,14 @@ class _LinearObserver:
             fold=_all_of(fold, recent.rows),
             place=torch.arange(first, self.rows, device="cpu"),
         )
+        if self.sample.size:
+            reach = _reach(recent.rows, self._ends())
+            self.peaks[fold].add(reach, rows=recent.rows, fold=_all_of(fold, recent.rows))
+
+    def _ends(self) -> Tensor:
+        """Return max|X_j| so far, fp32."""
+        ends = torch.maximum(-self.low.amin(dim=0), self.high.amax(dim=0))
+        return ends.clamp_min(1e-30)
 
     def gradient_taker(self, recent: InputRows) -> Callable[[Tensor], None]:
         """Return the function that takes the gradient of the output for the input added last.
@@ -74,8 +84,7 @@ class _LinearObserver:
         rows, kept = recent.copy(), recent.kept
         batch, fold = recent.batch, recent.batch % FOLDS
         places = torch.arange(self.rows - len(rows), self.rows, device="cpu")
-        ends = torch.maximum(-self.low.amin(dim=0), self.high.amax(dim=0))
-        near = (rows.abs() / ends.clamp_min(1e-30)).amax(dim=1).float()
+        near = (rows.abs() / self._ends()).amax(dim=1).float()
 
         def take(gradient: Tensor) -> None:
             of_rows = gradient.detach().reshape(-1, gradient.shape[-1])
@@ -114,10 +123,13 @@ class _LinearObserver:
         if not self.sample.size:
             return {}
         column = self.sample.columns
+        peaks = [of_fold.columns for of_fold in self.peaks if of_fold.columns]
         return {
             "rows": column["rows"],
             "row_folds": column["fold"],
             "row_places": column["place"],
+            "peaks": torch.cat([each["rows"] for each in peaks]),
+            "peak_folds": torch.cat([each["fold"] for each in peaks]),
         }
 
     def gradients(self) -> dict[str, Tensor]:
@@ -143,6 +155,18 @@ class _LinearObserver:
             "gradient_folds": column["fold"],
             "gradient_places": column["place"],
         }
+
+
+def _reach(rows: Tensor, ends: Tensor) -> Tensor:
+    """Return the greatest norm of a block of 64 channels of each row, fp32 [rows].
+
+    Rotated, a block reaches 1 / 8 of it or a few times that. Channels are divided by the root of
+    their absmax, as SmoothQuant's alpha of 0.5 does for equal weights.
+    """
+    squares = (rows.float() * ends.rsqrt()).square()
+    columns = squares.shape[1]
+    squares = torch.nn.functional.pad(squares, (0, whole_blocks(columns) - columns))
+    return squares.view(len(rows), -1, BLOCK).sum(dim=2).amax(dim=1).sqrt()
 
 
 def _all_of(fold: int, rows: Tensor) -> Tensor:

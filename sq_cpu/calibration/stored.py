@@ -25,6 +25,8 @@ _LAYOUT: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
     "rows": (_FLOATS, "RK"),
     "row_folds": (_FOLD, "R"),
     "row_places": (_PLACE, "R"),
+    "peaks": (_FLOATS, "PK"),
+    "peak_folds": (_FOLD, "P"),
     "gradient_rows": (_FLOATS, "GK"),
     "gradients": (_FLOATS, "GN"),
     "gradient_weights": (_FP32, "G"),
@@ -35,6 +37,7 @@ _LAYOUT: dict[str, tuple[tuple[torch.dtype, ...], str]] = {
 # lack some kinds.
 _TOGETHER = (
     ("channel_min", "channel_max", "fold_min", "fold_max", "rows", "row_folds", "row_places"),
+    ("channel_min", "peaks", "peak_folds"),
     ("gradient_rows", "gradients", "gradient_weights", "gradient_folds", "gradient_places"),
 )
 _NEEDED = ("channel_max", "gradients", "gradient_weights")

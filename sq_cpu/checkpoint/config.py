@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.kernels.hadamard import check_hadamard
 from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
@@ -36,7 +37,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -98,14 +99,19 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
             type(count) is int and count > 0 for count in decomposed.values()
         ):
             raise SqCpuError("decomposed is not a table of layers and positive counts")
+        hadamard = settings.get("hadamard", {})
+        if not isinstance(hadamard, dict):
+            raise SqCpuError("hadamard is not a table of layers and columns")
+        for size in hadamard.values():
+            check_hadamard(size)
         embeddings = settings.get("embeddings", {})
         if not isinstance(embeddings, dict) or not set(embeddings.values()) <= set(
             settings["layers"]
         ):
             raise SqCpuError("embeddings is not a table of modules and layers")
-        if set(embeddings.values()) & set(decomposed):
-            raise SqCpuError("embeddings names a layer with channels in float")
-        for key in ("smoothed", "decomposed"):
+        if set(embeddings.values()) & (set(decomposed) | set(hadamard)):
+            raise SqCpuError("embeddings names a layer with channels in float, or a rotated one")
+        for key in ("smoothed", "decomposed", "hadamard"):
             if unknown := sorted(set(settings.get(key, ())) - set(settings["layers"])):
                 raise SqCpuError(f"{key} names {unknown[0]}, which is not one of layers")
         return QuantizationRecord.from_dict(settings)

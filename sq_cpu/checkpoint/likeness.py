@@ -50,6 +50,7 @@ def check_layers(model: nn.Module, record: QuantizationRecord) -> None:
             )
         outliers = len(layer.columns) if isinstance(layer, DecomposedLinear) else 0
         same = regular.scheme == record.layer_scheme(name)
+        same = same and regular.hadamard == record.hadamard.get(name, 0)
         if not same or outliers != record.decomposed.get(name, 0):
             raise SqCpuError(
                 f"{name} is not the layer that the model's record describes; quantize the float "

@@ -116,10 +116,12 @@ def fit(
 def _layer_headers(linear: nn.Linear, name: str, record: QuantizationRecord) -> dict[str, Header]:
     scheme, bias = record.layer_scheme(name), linear.bias is not None
     arguments = linear.in_features, linear.out_features, scheme
+    block = record.hadamard.get(name, 0)
     if name not in record.decomposed:
-        entries = linear_entries(*arguments, bias=bias, smoothed=name in record.smoothed)
+        smoothed = name in record.smoothed
+        entries = linear_entries(*arguments, bias=bias, smoothed=smoothed, hadamard=block)
         return {key: Header(*entry) for key, entry in entries.items()}
-    entries = linear_entries(*arguments, bias=bias, smoothed=True)
+    entries = linear_entries(*arguments, bias=bias, smoothed=True, hadamard=block)
     outliers = record.decomposed[name]
     return {
         **{f"regular.{key}": Header(*entry) for key, entry in entries.items()},
@@ -222,11 +224,14 @@ def _empty_layer(
 ) -> nn.Module:
     assert isinstance(linear, nn.Linear)  # `fit` raised otherwise
     arguments = linear.in_features, linear.out_features, record.layer_scheme(name)
-    bias = linear.bias is not None
+    bias, block = linear.bias is not None, record.hadamard.get(name, 0)
     try:
         if name in record.decomposed:
-            return DecomposedLinear.empty(*arguments, record.decomposed[name], bias=bias)
-        return QuantLinear(*arguments, bias=bias, smoothed=name in record.smoothed)
+            return DecomposedLinear.empty(
+                *arguments, record.decomposed[name], bias=bias, hadamard=block
+            )
+        smoothed = name in record.smoothed
+        return QuantLinear(*arguments, bias=bias, smoothed=smoothed, hadamard=block)
     except Exception as error:  # also a size that no memory holds
         raise SqCpuError(
             f"{folder}: layer {name} cannot be made ({first_line(error)}); save the model again"
@@ -247,7 +252,8 @@ def _fill_layer(
         for key in ("columns", "outlier_weight"):
             put_tensor(layer, key, _own(values.pop(key), dtype))
         values = {key.removeprefix("regular."): value for key, value in values.items()}
-    values["weight"] = values["weight"].view(inner.out_features, inner.in_features)
+    packed = inner.packed_weight
+    values["weight"] = values["weight"].view(packed.out_features, packed.in_features)
     try:
         inner.load_state_dict(values)
         if inner is not layer:

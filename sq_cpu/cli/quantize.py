@@ -26,6 +26,7 @@ from sq_cpu.cli.common import (
     read_all,
     say,
 )
+from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
@@ -84,6 +85,12 @@ def quantize_command(
         typer.Option(help="Smoothing rule. [default: smoothquant, the one that takes --alpha]"),
     ] = None,
     smooth: Annotated[bool, typer.Option(help="Smooth before quantizing.")] = True,
+    hadamard: Annotated[
+        bool,
+        typer.Option(
+            "--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."
+        ),
+    ] = False,
     calib: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
@@ -150,6 +157,10 @@ def quantize_command(
         raise typer.BadParameter(
             "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
         )
+    if hadamard and (plan is not None or not smooth):
+        raise typer.BadParameter(
+            "--hadamard goes with smoothing, and a --plan says it itself; drop one of them"
+        )
     if alpha is not None and not smooth:
         raise typer.BadParameter("--alpha has no effect with --no-smooth; drop one of them")
     if rule is not None and not smooth:
@@ -180,6 +191,7 @@ def quantize_command(
         smooth=smooth,
         alpha=Recipe.alpha if alpha is None else alpha,
         rule=Recipe.rule if rule is None else rule.value,
+        hadamard=BLOCK if hadamard else 0,
         head=head.value,
     )
     check_not_quantized(model)
@@ -211,6 +223,7 @@ def quantize_command(
         "plan": None if plan is None else str(plan),
         "rule": recipe.rule if recipe.is_uniform else None,
         "alpha": recipe.alpha if recipe.is_uniform and recipe.rule == "smoothquant" else None,
+        "hadamard": len(record.hadamard),
         "head": head.value,
         "layers": len(record.layers),
         "groups": {

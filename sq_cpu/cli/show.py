@@ -81,6 +81,7 @@ def layer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
             facts[name] = {
                 "shape": [layer.out_features, layer.in_features],
                 "activations": layer.scheme.activations,
+                "hadamard": layer.hadamard,
                 "bytes": layer.nbytes,
                 "input_scale": layer.input_scale,
                 "input_zero_point": None if layer.input_scale is None else layer.input_zero_point,
@@ -106,6 +107,10 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
         lines += [f"  {_linears(n)} with {kind} activations" for kind, n in others.most_common()]
         if clipped := sum(layer.weight_clip != 1 for layer in planned):
             lines.append(f"  {_linears(clipped)} with a weight clip")
+    if record.hadamard:
+        lines.append(
+            f"  {_linears(len(record.hadamard))} rotated by Hadamard matrices of 64 columns"
+        )
     if record.decomposed:
         channels = sum(record.decomposed.values())
         lines.append(f"  {_linears(len(record.decomposed))} with {channels} channels in float")
@@ -145,7 +150,7 @@ def _percent(share: float) -> str:
 
 
 _HEADINGS = (
-    *("out x in", "MB", "activations", "input scale", "zero point"),
+    *("out x in", "MB", "activations", "hadamard", "input scale", "zero point"),
     *("pairs", "saturated", "share"),
 )
 
@@ -155,6 +160,8 @@ def _layer_cells(facts: dict[str, Any], mixed: bool) -> dict[str, str]:
     cells = {"out x in": " x ".join(map(str, facts["shape"])), "MB": f"{facts['bytes'] / 1e6:.2f}"}
     if mixed:
         cells["activations"] = facts["activations"]
+    if facts["hadamard"]:
+        cells["hadamard"] = str(facts["hadamard"])
     if facts["input_scale"] is not None:
         cells["input scale"] = f"{facts['input_scale']:.4g}"
         cells["zero point"] = str(facts["input_zero_point"])

@@ -19,6 +19,7 @@ from sq_cpu.cli.common import (
     hold,
 )
 from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
+from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.scheme import Scheme
 from sq_cpu.tuning.tune import OUTLIERS, tune
 
@@ -55,15 +56,21 @@ def tune_command(
             help=f"Massive channels that a linear may keep in float. [default: {OUTLIERS}]",
         ),
     ] = None,
+    hadamard: Annotated[
+        bool,
+        typer.Option(
+            "--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."
+        ),
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
     if goal is not None:
-        if scheme is not None or sequential or outliers is not None:
+        if scheme is not None or sequential or outliers is not None or hadamard:
             raise typer.BadParameter(
-                "--goal leaves all of the plan to autotune; drop it, or --scheme, --sequential and "
-                "--outliers"
+                "--goal leaves all of the plan to autotune; drop it, or --scheme, --sequential, "
+                "--outliers and --hadamard"
             )
         autotune_command(
             ctx,
@@ -91,6 +98,7 @@ def tune_command(
         scheme=settings,
         sequential=sequential,
         outliers=OUTLIERS if outliers is None else outliers,
+        hadamard=BLOCK if hadamard else 0,
         batches=batches,
     )
     plan.save(out)

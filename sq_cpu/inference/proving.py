@@ -92,9 +92,7 @@ def in_floats(block: nn.Module) -> Iterator[dict[QuantLinear, Tensor]]:
             if not isinstance(layer, QuantLinear | DecomposedLinear):
                 continue
             regular = layer.regular if isinstance(layer, DecomposedLinear) else layer
-            weight = regular.weight_int8().float() * regular.weight_scale[:, None]
-            if regular.smoothing is not None:
-                weight /= regular.smoothing
+            weight = regular.weight_float()
             weights[regular] = weight
             if isinstance(layer, DecomposedLinear):
                 weight = weight.index_copy(1, layer.columns, layer.outlier_weight.float())

@@ -48,7 +48,10 @@ class ActivationQuantizer:
         zero_point: int = 0,
         inverse_smoothing: Sequence[float] = (),
         terms: int = 1,
+        hadamard: int = 0,
     ) -> None: ...
+    @property
+    def hadamard(self) -> int: ...
     @property
     def max_code(self) -> int: ...
     @property

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.kernels import _core
+from sq_cpu.kernels.hadamard import check_hadamard, fwht64, whole_blocks
 
 __all__ = [
     "FLOATS",
@@ -112,8 +113,8 @@ class QuantizedActivation:
         return self.quantizer.terms
 
     def rows(self) -> Tensor:
-        """Return the codes in row-major order, uint8 [m, in_features]."""
-        m, k = len(self.scale), self.in_features
+        """Return the codes in row-major order, uint8 [m, in_features], or those of whole blocks."""
+        m, k = len(self.scale), self._columns
         height, tiles = max(1, min(16, m)), -(-k // 64)
         blocks = self.codes.view(-(-m // height), tiles, height, 64).transpose(1, 2)
         return blocks.reshape(-1, tiles * 64)[:m, :k]
@@ -121,11 +122,19 @@ class QuantizedActivation:
     def dequantize(self) -> Tensor:
         """Return the activations, [*leading, in_features] of `dtype`, as far as 8 bits hold them.
 
-        They are those that were quantized, thus divided by the smoothing scale if there was one.
+        They are those that were quantized, thus divided by the smoothing scale if there was one;
+        a rotation by Hadamard is undone.
         """
         centred = self.rows().int() - self.zero_point[:, None]
-        terms = (centred * self.scale[:, None]).view(-1, self.terms, self.in_features)
-        return terms.sum(dim=1).to(self.dtype).view(*self.leading, self.in_features)
+        x = (centred * self.scale[:, None]).view(-1, self.terms, self._columns).sum(dim=1)
+        if self.quantizer.hadamard:
+            x = fwht64(x)[:, : self.in_features]
+        return x.to(self.dtype).view(*self.leading, self.in_features)
+
+    @property
+    def _columns(self) -> int:
+        k = self.in_features
+        return whole_blocks(k) if self.quantizer.hadamard else k
 
 
 # Per smoothing tensor, as long as it lives: its version, and the quantizers made of that.
@@ -141,8 +150,11 @@ def make_quantizer(
     scale: float,
     zero_point: int,
     smoothing: Tensor | None,
+    hadamard: int = 0,
 ) -> _core.ActivationQuantizer:
     """Return the kernels' quantizer of a scheme; `smoothing` is s, fp32 [in_features].
+
+    `hadamard` is 64 where blocks of so many columns are rotated then (`fwht64`), else 0.
 
     It is made once per smoothing tensor, as the traced operator asks for it at each call and 1 / s
     takes longer than a short product. A tensor that is changed in place gets a new one.
@@ -151,8 +163,9 @@ def make_quantizer(
     ------
     SqCpuError
         When s or 1 / s is not positive and finite, and for a static scale or zero point that no
-        grid has.
+        grid has, or another size of blocks.
     """
+    check_hadamard(hadamard)
     if activations not in _ACTIVATION_KINDS:
         raise SqCpuError(
             f"activations are quantized {', '.join(_ACTIVATION_KINDS)}; not {activations!r}"
@@ -162,16 +175,16 @@ def make_quantizer(
     granularity, terms = _ACTIVATION_KINDS[activations]
     settings = (granularity, symmetric, reduce_range, scale, zero_point)
     if smoothing is None:
-        return _core.ActivationQuantizer(*settings, terms=terms)
+        return _core.ActivationQuantizer(*settings, terms=terms, hadamard=hadamard)
     if smoothing.is_inference():  # such a tensor does not tell when it is changed
-        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms)
+        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms, hadamard)
     version, made = _quantizers.get(smoothing, (None, {}))
     if version != smoothing._version:
         made = {}
         _quantizers[smoothing] = smoothing._version, made
-    key = (activations, *settings[1:])
+    key = (activations, *settings[1:], hadamard)
     if key not in made:
-        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms)
+        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms, hadamard)
     return made[key]
 
 
@@ -393,10 +406,13 @@ def _linear_op(
     activation: str | None = None,
     other: Tensor | None = None,
     residual: Tensor | None = None,
+    hadamard: int = 0,
 ) -> Tensor:
     """Run the kernel where torch traces or transforms; plain calls go straight to `linear`."""
     _check_packed(x, packed, out_features)
-    quantizer = make_quantizer(activations, symmetric, reduce_range, scale, zero_point, smoothing)
+    quantizer = make_quantizer(
+        activations, symmetric, reduce_range, scale, zero_point, smoothing, hadamard
+    )
     epilogue = Epilogue(activation, other, residual)
     return linear(x, packed, x.shape[-1], out_features, quantizer, epilogue)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
+from sq_cpu.kernels.hadamard import hadamard
 from sq_cpu.kernels.ops import empty, is_dense
 
 __all__ = [
@@ -251,7 +252,7 @@ class KvPages:
             x = codes[..., : self.head_dim].float() * scales
             return x.transpose(0, 1).flatten(1, 2)[:, :length]
 
-        return hadamard(dequantized(keys, k_scale)) / _block(self.head_dim), dequantized(
+        return rotated_heads(dequantized(keys, k_scale)) / _block(self.head_dim), dequantized(
             values, v_scale
         )
 
@@ -281,18 +282,9 @@ def page_bytes(head_dim: int, kind: KvKind = "int8") -> int:
     return _core.page_bytes(head_dim, _TYPES[kind])
 
 
-def hadamard(x: Tensor) -> Tensor:
-    """Multiply the last dimension, in blocks of the largest power of two that divides it.
-
-    The matrix is Hadamard's of ones and minus ones: twice gives x times the block's size.
-    """
-    size = _block(x.shape[-1])
-    shape, half = x.shape, 1
-    while half < size:
-        a, b = x.reshape(*shape[:-1], shape[-1] // (2 * half), 2, half).unbind(-2)
-        x = torch.stack((a + b, a - b), dim=-2).reshape(shape)
-        half *= 2
-    return x
+def rotated_heads(x: Tensor) -> Tensor:
+    """Multiply the last dimension by `hadamard`, in blocks of the largest power of two in it."""
+    return hadamard(x, _block(x.shape[-1]))
 
 
 def _block(head_dim: int) -> int:

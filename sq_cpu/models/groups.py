@@ -21,6 +21,7 @@ __all__ = [
     "Layout",
     "SmoothingGroup",
     "config_value",
+    "narrows",
     "norm_weight",
     "smoothing_groups",
     "stack_paths",
@@ -120,6 +121,17 @@ def norm_weight(model: nn.Module, group: SmoothingGroup) -> Tensor | None:
         return None
     weight = model.get_parameter(f"{group.producer}.weight").detach().float()
     return weight + group.norm_offset if weight.dim() == 1 else None
+
+
+def narrows(model: nn.Module, group: SmoothingGroup) -> bool:
+    """Say whether no norm makes a group's input, and all of its linears have fewer outputs.
+
+    So are the down projections of MLPs, whose inputs have the largest outliers.
+    """
+    if norm_weight(model, group) is not None:
+        return False
+    shapes = (model.get_parameter(f"{name}.weight").shape for name in group.consumers)
+    return all(columns > rows for rows, columns in shapes)
 
 
 def _without_producer(

@@ -39,6 +39,7 @@ def decomposed_reference(
     static: tuple[float, int] | None = None,
     *,
     smoothing: Tensor | None = None,
+    hadamard: int = 0,
 ) -> Tensor:
     """Compute in plain torch what `DecomposedLinear` computes.
 
@@ -48,12 +49,13 @@ def decomposed_reference(
     Parameters
     ----------
     x : fp32, bf16 or fp16 [..., in_features]
-    weight : int8 [out_features, in_features]
+    weight : int8 [out_features, in_features], or with whole blocks of columns (`hadamard`)
     weight_scale, bias : fp32 [out_features]
     columns : int64 [outliers], the channels in float
     outlier_weight : floating point [out_features, outliers]
     static : (scale, zero point) of a static scheme's activations, from `static_code`
     smoothing : s, fp32 [in_features]; the other channels are multiplied by 1 / s first
+    hadamard : 64 where blocks of so many of these are rotated then, else 0
 
     Returns
     -------
@@ -64,7 +66,15 @@ def decomposed_reference(
     outliers = torch.where(finite, outliers, torch.nan).to(x.dtype)
     rest = x.index_fill(-1, columns, 0)
     return linear_reference(
-        rest, weight, weight_scale, bias, scheme, static, smoothing=smoothing, residual=outliers
+        rest,
+        weight,
+        weight_scale,
+        bias,
+        scheme,
+        static,
+        smoothing=smoothing,
+        hadamard=hadamard,
+        residual=outliers,
     )
 
 
@@ -99,13 +109,14 @@ class DecomposedLinear(nn.Module):
         *,
         smoothing: Tensor | None = None,
         weight_clip: float = 1.0,
+        hadamard: int = 0,
     ) -> DecomposedLinear:
         """Quantize `linear` but for its input channels `columns`, int64 and ascending.
 
         `input_range` is, for a static scheme, that of the channels that are quantized, smoothed.
         `smoothing` is s, [in_features], of the channels that are quantized: the weight is
         multiplied by it, the input will be divided. Entries for outlier channels are not used.
-        `weight_clip` is that of `QuantLinear.from_float`, for the int8 channels.
+        `weight_clip` and `hadamard` are those of `QuantLinear.from_float`, for the int8 channels.
 
         Raises
         ------
@@ -125,16 +136,30 @@ class DecomposedLinear(nn.Module):
             smoothing = torch.ones(linear.in_features, dtype=torch.float32, device="cpu")
         hiding = smoothing.detach().float().index_fill(0, columns, _HIDDEN)
         regular = QuantLinear.from_float(
-            rest, scheme, input_range, smoothing=hiding, weight_clip=weight_clip
+            rest,
+            scheme,
+            input_range,
+            smoothing=hiding,
+            weight_clip=weight_clip,
+            hadamard=hadamard,
         )
         return cls(regular, columns.clone(), outlier_weight)
 
     @classmethod
     def empty(
-        cls, in_features: int, out_features: int, scheme: Scheme, outliers: int, *, bias: bool
+        cls,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        outliers: int,
+        *,
+        bias: bool,
+        hadamard: int = 0,
     ) -> DecomposedLinear:
         """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
-        regular = QuantLinear(in_features, out_features, scheme, bias=bias, smoothed=True)
+        regular = QuantLinear(
+            in_features, out_features, scheme, bias=bias, smoothed=True, hadamard=hadamard
+        )
         columns = torch.zeros(outliers, dtype=torch.int64, device="cpu")
         weight = torch.zeros(out_features, outliers, dtype=torch.float32, device="cpu")
         return cls(regular, columns, weight)
@@ -177,6 +202,7 @@ class DecomposedLinear(nn.Module):
             self.regular.scheme,
             self.regular.static,
             smoothing=self.regular.smoothing,
+            hadamard=self.regular.hadamard,
         )
 
     def check(self) -> None:

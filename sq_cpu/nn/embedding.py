@@ -87,8 +87,8 @@ class QuantEmbedding(nn.Module):
         Raises
         ------
         SqCpuError
-            When the head's weight has another shape, and for a module that does more than
-            `is_lookup` finds.
+            When the head's weight has another shape or is rotated (`hadamard`), and for a module
+            that does more than `is_lookup` finds.
         """
         super().__init__()
         if not is_lookup(embedding):
@@ -102,6 +102,8 @@ class QuantEmbedding(nn.Module):
                 f"the embedding is [{self.num_embeddings}, {self.embedding_dim}], the head "
                 f"[{head.out_features}, {head.in_features}]: they are not tied"
             )
+        if head.hadamard:
+            raise SqCpuError("an embedding cannot read the rotated weight of its head: hadamard=0")
         scale = getattr(embedding, "embed_scale", None)
         if isinstance(scale, Tensor):
             self.register_buffer("embed_scale", scale, persistent=False)

@@ -9,7 +9,6 @@ arXiv 2211.10438, eq. 1 and 2):
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +18,17 @@ from torch.compiler import is_compiling
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
+from sq_cpu.kernels.hadamard import check_hadamard, fwht64
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
-from sq_cpu.nn.entries import Entries, linear_entries
+from sq_cpu.nn.entries import (
+    Entries,
+    found_entries,
+    linear_entries,
+    unknown_keys,
+    weight_columns,
+)
 from sq_cpu.nn.packed_weight import PackedWeight
+from sq_cpu.nn.quantizer import layer_quantizer, own_copy
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.scheme import Scheme
@@ -45,6 +52,9 @@ class QuantLinear(nn.Module):
     input_scale, input_zero_point : of a static scheme; None and 0 otherwise
     smoothing : s, fp32 [in_features], which divides the input (SmoothQuant, arXiv 2211.10438,
         eq. 3) while it is quantized; None where that was folded into the layer before
+    hadamard : 64 where blocks of so many columns of X / s and W s are multiplied by the Hadamard
+        matrix, which leaves their product and spreads outliers (QuaRot, arXiv 2404.00456); else 0.
+        The int8 weight then has in_features rounded up to whole blocks.
     """
 
     packed: Tensor
@@ -57,15 +67,18 @@ class QuantLinear(nn.Module):
         *,
         bias: bool,
         smoothed: bool = False,
+        hadamard: int = 0,
     ) -> None:
         """Allocate a layer of zeros, for `load_state_dict` to fill; `scheme` must be resolved."""
+        check_hadamard(hadamard)
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.has_bias = bias
         self.scheme = scheme
+        self.hadamard = hadamard
         self.dtype = torch.float32
-        packed = PackedWeight.zeros(out_features, in_features)
+        packed = PackedWeight.zeros(out_features, weight_columns(in_features, hadamard))
         self.register_buffer("packed", packed.buffer, persistent=False)
         static = None if scheme.activations != "static" else (1.0, scheme.zero_point)
         smoothing = torch.ones(in_features, dtype=torch.float32, device="cpu") if smoothed else None
@@ -80,14 +93,17 @@ class QuantLinear(nn.Module):
         *,
         smoothing: Tensor | None = None,
         weight_clip: float = 1.0,
+        hadamard: int = 0,
     ) -> QuantLinear:
         """Quantize `linear`.
 
         Parameters
         ----------
-        input_range : (min, max) of the layer's input, divided by `smoothing`, for a static scheme
+        input_range : (min, max) of the layer's input, divided by `smoothing` and then rotated, for
+            a static scheme
         smoothing : s, [in_features]: the weight is multiplied by it, the input will be divided
         weight_clip : fraction, in (0, 1], of each weight scale's absmax that the codes cover
+        hadamard : 64 to rotate blocks of so many columns of both, or 0
 
         Raises
         ------
@@ -101,13 +117,16 @@ class QuantLinear(nn.Module):
             if input_range is None:
                 raise SqCpuError("a static scheme needs the input's range: calibrate the model")
             static = static_code(scheme, *input_range)
-        layer = cls(linear.in_features, linear.out_features, scheme, bias=linear.bias is not None)
+        bias = linear.bias is not None
+        layer = cls(linear.in_features, linear.out_features, scheme, bias=bias, hadamard=hadamard)
         layer.dtype = linear.weight.dtype
-        smoothing = None if smoothing is None else _own_copy(smoothing)
+        smoothing = None if smoothing is None else own_copy(smoothing)
         layer._set_quantizer(static, smoothing)
         weight = linear.weight.detach()
         if smoothing is not None:
             weight = weight.float() * smoothing
+        if hadamard:
+            weight = fwht64(weight.float())
         layer.packed_weight.pack(
             *quantize_weight(weight, scheme.weights, scheme.rows_per_scale, weight_clip),
             None if linear.bias is None else linear.bias.detach(),
@@ -169,12 +188,13 @@ class QuantLinear(nn.Module):
             activation,
             other,
             residual,
+            self.hadamard,
         )
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
         """Quantize x [..., in_features] once for every layer that quantizes alike.
 
-        Alike are layers of one width and scheme, with equal static scales and smoothings.
+        Alike are layers of one width and scheme, with equal static scales, smoothings and rotation.
 
         Raises
         ------
@@ -199,7 +219,8 @@ class QuantLinear(nn.Module):
 
         y is not rounded to a float dtype between: its codes are those of the fp32 values. A row
         that is not finite has a scale of NaN. The scheme must be static, and `next_layer` without
-        a smoothing of its own.
+        a smoothing of its own and without `hadamard`, whose blocks lie across what one step of the
+        product makes.
 
         Raises
         ------
@@ -211,10 +232,11 @@ class QuantLinear(nn.Module):
                 f"int8 linear: the next layer takes {next_layer.in_features} features, "
                 f"this one gives {self.out_features}"
             )
-        if next_layer.input_scale is None or next_layer.smoothing is not None:
+        divides = next_layer.smoothing is not None or next_layer.hadamard
+        if next_layer.input_scale is None or divides:
             raise SqCpuError(
-                "int8 linear: codes for the next layer need its static input scale and no "
-                "smoothing of its own; call this layer, then that one"
+                "int8 linear: codes for the next layer need its static input scale, no smoothing "
+                "of its own and no Hadamard matrix; call this layer, then that one"
             )
         if isinstance(x, QuantizedActivation):
             self._check_quantized(x)
@@ -247,6 +269,7 @@ class QuantLinear(nn.Module):
             self.scheme,
             self.static,
             smoothing=self.smoothing,
+            hadamard=self.hadamard,
             activation=activation,
             other=other,
             residual=residual,
@@ -268,17 +291,31 @@ class QuantLinear(nn.Module):
             codes.max_code,
             self.packed,
             self.out_features,
-            self.in_features,
+            weight_columns(self.in_features, self.hadamard),
         )
 
     @property
     def packed_weight(self) -> PackedWeight:
         """The packed weight, a view of `packed`."""
-        return PackedWeight(self.packed, self.out_features, self.in_features)
+        columns = weight_columns(self.in_features, self.hadamard)
+        return PackedWeight(self.packed, self.out_features, columns)
 
     def weight_int8(self) -> Tensor:
-        """Return the weight, int8 [out_features, in_features], unpacked into new memory."""
+        """Return the weight, int8 [out_features, in_features], unpacked into new memory.
+
+        With `hadamard` it is rotated, and has whole blocks of columns.
+        """
         return self.packed_weight.weight()
+
+    def weight_float(self) -> Tensor:
+        """Return the weight that the codes stand for, fp32 [out_features, in_features].
+
+        Smoothing and rotation are undone: it is that of the float linear, rounded.
+        """
+        weight = self.weight_int8().float() * self.weight_scale[:, None]
+        if self.hadamard:
+            weight = fwht64(weight)[:, : self.in_features]
+        return weight if self.smoothing is None else weight / self.smoothing
 
     @property
     def weight(self) -> Tensor:
@@ -287,7 +324,8 @@ class QuantLinear(nn.Module):
         For models that look at their linears' weights first (T5 casts its input to their dtype).
         Whatever computes with it raises `SqCpuError`; `weight_int8` has the values.
         """
-        return self.packed_weight.unreadable(self.dtype)
+        weight = PackedWeight(self.packed, self.out_features, self.in_features)
+        return weight.unreadable(self.dtype)
 
     @property
     def weight_scale(self) -> Tensor:
@@ -311,6 +349,7 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.has_bias}, scheme={self.scheme.name}"
+            + (f", hadamard={self.hadamard}" if self.hadamard else "")
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
@@ -327,39 +366,13 @@ class QuantLinear(nn.Module):
             )
         if x.quantizer != self._quantizer:
             raise SqCpuError(
-                "int8 linear: input is quantized by another scheme, static scale or smoothing; "
-                "use this layer's quantize_input"
+                "int8 linear: input is quantized by another scheme, static scale, smoothing or "
+                "Hadamard matrix; use this layer's quantize_input"
             )
         if not self.packed.is_cpu:
             raise SqCpuError(
                 f"int8 linear: weights are on {self.packed.device}; sq_cpu runs on the CPU only"
             )
-
-    def _make_quantizer(
-        self, static: tuple[float, int] | None, smoothing: Tensor | None
-    ) -> _core.ActivationQuantizer:
-        if static is not None:
-            scale, zero_point = static
-            symmetric = zero_point == self.scheme.zero_point
-            fits = symmetric if self.scheme.symmetric else 0 <= zero_point <= self.scheme.levels
-            if not (0 < scale < math.inf and fits):
-                raise SqCpuError(
-                    f"static input scale {scale:g} with zero point {zero_point} is not of this "
-                    "scheme: calibrate and quantize the model again"
-                )
-        if smoothing is not None and smoothing.shape != (self.in_features,):
-            raise SqCpuError(
-                f"the smoothing scale is {list(smoothing.shape)}, the layer needs "
-                f"[{self.in_features}]"
-            )
-        return ops.make_quantizer(
-            self.scheme.activations,
-            self.scheme.symmetric,
-            self.scheme.qmax == 63,
-            0.0 if static is None else static[0],
-            0 if static is None else static[1],
-            smoothing,
-        )
 
     def _set_quantizer(
         self,
@@ -367,7 +380,9 @@ class QuantLinear(nn.Module):
         smoothing: Tensor | None,
         quantizer: _core.ActivationQuantizer | None = None,
     ) -> None:
-        quantizer = quantizer or self._make_quantizer(static, smoothing)
+        quantizer = quantizer or layer_quantizer(
+            self.scheme, self.in_features, static, smoothing, self.hadamard
+        )
         # Neither parameters nor buffers: .to(bfloat16) must not round them.
         self.input_scale = None if static is None else static[0]
         self.input_zero_point = 0 if static is None else static[1]
@@ -382,6 +397,7 @@ class QuantLinear(nn.Module):
             self.scheme,
             bias=self.has_bias,
             smoothed=self.smoothing is not None,
+            hadamard=self.hadamard,
         )
 
     def _save_to_state_dict(
@@ -412,24 +428,9 @@ class QuantLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         entries = self.entries()
-        found: dict[str, Tensor] = {}
-        for name, (shape, dtype) in entries.items():
-            tensor = state_dict.get(prefix + name)
-            if tensor is None:
-                missing_keys.append(prefix + name)
-            elif tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                error_msgs.append(
-                    f"{prefix}{name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"the layer needs {dtype} {shape}"
-                )
-            else:
-                found[name] = tensor
+        found = found_entries(entries, state_dict, prefix, missing_keys, error_msgs)
         if strict:
-            unexpected_keys += [
-                key
-                for key in state_dict
-                if key.startswith(prefix) and key.removeprefix(prefix) not in entries
-            ]
+            unexpected_keys += unknown_keys(entries, state_dict, prefix)
         if len(found) < len(entries):
             return
         # Checked before, taken over after the weight: a refusal leaves the layer as it was.
@@ -437,13 +438,7 @@ class QuantLinear(nn.Module):
         if "input_scale" in found:
             static = float(found["input_scale"]), int(found["input_zero_point"])
         smoothing = found.get("smoothing")
-        smoothing = None if smoothing is None else _own_copy(smoothing)
-        quantizer = self._make_quantizer(static, smoothing)
+        smoothing = None if smoothing is None else own_copy(smoothing)
+        quantizer = layer_quantizer(self.scheme, self.in_features, static, smoothing, self.hadamard)
         self.packed_weight.pack(found["weight"], found["weight_scale"], found.get("bias"))
         self._set_quantizer(static, smoothing, quantizer)
-
-
-def _own_copy(smoothing: Tensor) -> Tensor:
-    # No tensor of inference mode, for its quantizer would be made at each traced call.
-    with torch.inference_mode(False):
-        return smoothing.detach().to("cpu", torch.float32, copy=True).contiguous()

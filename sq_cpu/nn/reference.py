@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from sq_cpu.kernels.hadamard import fwht64
 from sq_cpu.kernels.ops import Activation
 from sq_cpu.numerics.rounding import quantize_rows
 from sq_cpu.scheme import Scheme
@@ -35,6 +36,7 @@ def linear_reference(
     static: tuple[float, int] | None = None,
     *,
     smoothing: Tensor | None = None,
+    hadamard: int = 0,
     activation: Activation | None = None,
     other: Tensor | None = None,
     residual: Tensor | None = None,
@@ -47,10 +49,11 @@ def linear_reference(
     Parameters
     ----------
     x : fp32, bf16 or fp16 [..., in_features]
-    weight : int8 [out_features, in_features]
+    weight : int8 [out_features, in_features], or with whole blocks of columns (`hadamard`)
     weight_scale, bias : fp32 [out_features]
     static : (scale, zero point) of a static scheme's activations, from `static_code`
     smoothing : s, fp32 [in_features]; x is multiplied by 1 / s first
+    hadamard : 64 where blocks of so many columns are rotated then, else 0
     activation : "relu", "gelu", "gelu_tanh" or "silu"
     other, residual : multiplied and added after the activation, [..., out_features]
 
@@ -61,6 +64,8 @@ def linear_reference(
     rows = x.reshape(-1, x.shape[-1]).float()
     if smoothing is not None:
         rows = rows * (1 / smoothing)
+    if hadamard:
+        rows = fwht64(rows)
     codes, row_scale, zero_point = quantize_rows(rows, scheme, static)
     # Integers up to 2^31 and their products are exact in fp64.
     total = (codes.double() - zero_point.double()[:, None]) @ weight.double().T

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels.hadamard import fwht64
 from sq_cpu.numerics.ranges import static_range
 from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.scheme import Scheme
@@ -39,6 +40,8 @@ class LinearSample:
     """Of the model's loss with respect to the output for each of them, [rows, out_features]."""
     gradient_weights: Tensor | None = None
     """How many rows each of them stands for, fp32."""
+    peaks: Tensor | None = None
+    """The rows that reach farthest where they are rotated, like `rows`; None if none were kept."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
     outliers: tuple[int, ...] = ()
@@ -81,7 +84,7 @@ class LinearSample:
 
 @dataclass(frozen=True, eq=False)
 class FakeQuantizedLinear:
-    """Q(X / s) Q(W s)^T of one linear, for any rows X.
+    """Q(X / s) Q(W s)^T of one linear, for any rows X; with `hadamard` of both times that matrix.
 
     What does not depend on the rows (range, codes of the weight) is found when first asked for, and
     kept.
@@ -94,6 +97,8 @@ class FakeQuantizedLinear:
     """Resolved."""
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
+    hadamard: int = 0
+    """64 where blocks of so many columns are rotated (`fwht64`), else 0."""
 
     @cached_property
     def outliers(self) -> Tensor:
@@ -117,11 +122,19 @@ class FakeQuantizedLinear:
                 f"the calibrated range of {sample.name} is not finite: calibrate again, or ignore "
                 "it"
             )
+        rows = sample.rows
+        if self.hadamard:
+            if sample.peaks is None:
+                raise SqCpuError(
+                    f"the calibration holds no peaks of {sample.name}, whose static range is that "
+                    "of rotated rows: calibrate with rows=64"
+                )
+            low, high = self.coded(sample.peaks).aminmax(dim=0)
+            return static_range(low, high, None if rows is None else self.coded(rows), self.scheme)
         left_out = self.outliers | self._unread
         low, high = (end.masked_fill(left_out, 0.0) for end in (low, high))
-        rows = sample.rows
         if rows is not None:
-            rows = self.smoothed(rows).masked_fill(left_out, 0.0)
+            rows = self.coded(rows).masked_fill(left_out, 0.0)
         return static_range(low, high, rows, self.scheme)
 
     @property
@@ -143,15 +156,16 @@ class FakeQuantizedLinear:
 
     @cached_property
     def weight(self) -> Tensor:
-        """Q(W s), fp32 [out_features, in_features]."""
+        """Q(W s), fp32 [out_features, columns of `quantize`]."""
         weight = self.sample.weight.detach().float() * self.s
+        rest = weight.masked_fill(self.outliers, 0.0)
         codes, scale = quantize_weight(
-            weight.masked_fill(self.outliers, 0.0),
+            fwht64(rest) if self.hadamard else rest,
             self.scheme.weights,
             self.scheme.rows_per_scale,
             self.sample.weight_clip,
         )
-        return torch.where(self.outliers, weight, codes.float() * scale[:, None])
+        return self._beside(codes.float() * scale[:, None], weight)
 
     def with_clip(self, clip: float) -> FakeQuantizedLinear:
         """Return this linear with another clip; what does not depend on it is shared."""
@@ -161,19 +175,28 @@ class FakeQuantizedLinear:
             vars(other).update(_full_range=self._full_range)
         return other
 
-    def smoothed(self, rows: Tensor) -> Tensor:
-        """Return X / s of rows X, fp32, with 0 in the channels that stay in float."""
-        return (rows.float() / self.s).masked_fill(self.outliers, 0.0)
+    def coded(self, rows: Tensor) -> Tensor:
+        """Return what becomes codes of rows X: X / s, 0 in the channels that stay in float; fp32.
+
+        With `hadamard` it is rotated, and padded to whole blocks.
+        """
+        smoothed = (rows.float() / self.s).masked_fill(self.outliers, 0.0)
+        return fwht64(smoothed) if self.hadamard else smoothed
 
     def quantize(self, rows: Tensor) -> Tensor:
-        """Return Q(X / s) of rows X, floating point [rows, in_features]; fp32."""
+        """Return Q(X / s) of rows X, fp32, and then the channels that stay in float."""
         static = None
         if self.scheme.activations == "static":
             static = static_code(self.scheme, *self.range)
-        codes, row_scale, zero_point = quantize_rows(self.smoothed(rows), self.scheme, static)
+        codes, row_scale, zero_point = quantize_rows(self.coded(rows), self.scheme, static)
         made = (codes.float() - zero_point[:, None]) * row_scale[:, None]
-        made = made.view(len(rows), self.scheme.terms, rows.shape[-1]).sum(dim=1)
-        return torch.where(self.outliers, rows.float() / self.s, made)
+        made = made.view(len(rows), self.scheme.terms, codes.shape[1]).sum(dim=1)
+        return self._beside(made, rows.float() / self.s)
+
+    def _beside(self, quantized: Tensor, exact: Tensor) -> Tensor:
+        if not self.outliers.any():
+            return quantized
+        return torch.cat([quantized, exact[:, self.outliers]], dim=1)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Return the output for rows X, without bias: fp32 [rows, out_features]."""

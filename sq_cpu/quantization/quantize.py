@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
@@ -43,7 +44,7 @@ from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import SmoothPlan, uniform_plan
+from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, uniform_plan
 from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
 from sq_cpu.smoothing.scales import (
     WeightStatistics,
@@ -63,6 +64,7 @@ def quantize(
     *,
     scheme: str | Scheme | None = None,
     smooth: bool = True,
+    hadamard: int = 0,
     head: HeadKind = "float",
     progress: bool | None = None,
 ) -> nn.Module:
@@ -77,7 +79,9 @@ def quantize(
     in float wherever a calibration found them. Without a calibration neither is known: every linear
     is quantized blind, and a model that reads the weight of one (Mamba) fails when it runs.
     A linear that the plan gives `outliers`, or whose smoothed input reaches
-    `scheme.outlier_threshold` in some channels, becomes a `DecomposedLinear`.
+    `scheme.outlier_threshold` in some channels, becomes a `DecomposedLinear`. One whose group the
+    plan gives `hadamard` is rotated; with `plan=None`, `hadamard=64` does so with the inputs of
+    down projections (`SmoothPlan.uniform`).
 
     `head="int8"` also quantizes the head of a model of transformers (`get_output_embeddings`),
     which schemes ignore: its activations in two int8 terms (`"per_token_x2"`), smoothed at alpha
@@ -97,7 +101,7 @@ def quantize(
     weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
     older than the weights, not finite, or without the rows that the scheme's range needs.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth, head=head)
+    recipe = Recipe.of(scheme, plan, smooth=smooth, hadamard=hadamard, head=head)
     return carry_out(model, calibration, recipe, progress=progress)
 
 
@@ -206,6 +210,8 @@ class _Prepared:
     at_run_time: frozenset[str]
     ranges: _Ranges
     outliers: Mapping[str, Tensor]
+    hadamard: Mapping[str, int]
+    """Of those that are rotated: full name -> columns of a block."""
     embeddings: Mapping[str, str]
     """Those that will read the weight of a quantized linear: full name -> the linear's."""
 
@@ -233,7 +239,13 @@ def _prepare(
         assert calibration is not None  # check_calibration raised otherwise
         ignore = scheme.ignore if head is None else (*scheme.ignore, head.name)
         plan = uniform_plan(
-            model, groups, calibration, recipe.alpha, rule=recipe.rule, ignore=ignore
+            model,
+            groups,
+            calibration,
+            recipe.alpha,
+            rule=recipe.rule,
+            ignore=ignore,
+            hadamard=recipe.hadamard,
         )
     if head is not None:
         plan = plan_head(plan, head.name)
@@ -241,27 +253,35 @@ def _prepare(
             plan = plan_head_group(plan, head.name, groups)
     scales: dict[SmoothingGroup, Tensor] = {}
     schemes = dict.fromkeys(linears, scheme)
-    clips: dict[str, float] = {}
+    group_of: dict[str, GroupPlan] = {}
     if plan is not None:
         plan = _of_quantized(plan, groups, linears)
         schemes = {name: plan.layer_scheme(scheme, name) for name in linears}
     if plan is not None and plan.groups:
         assert calibration is not None  # likewise
         scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups, weights=weights)
-        clip_of = {group.name: group.clip for group in plan.groups}
-        clips = {name: clip_of[group.name] for group in scales for name in group.consumers}
+        planned = {group.name: group for group in plan.groups}
+        group_of = {name: planned[group.name] for group in scales for name in group.consumers}
+    hadamard = {n: g.hadamard for n, g in group_of.items() if g.hadamard and n in linears}
+    embeddings: dict[str, str] = {}
+    if head is not None:
+        if head.embeddings and head.name in hadamard:
+            raise SqCpuError(
+                f"embeddings read the weight of {head.name}, which cannot be rotated then: drop "
+                "hadamard from its group"
+            )
+        embeddings = dict.fromkeys(head.embeddings, head.name)
     by_linear = consumer_scales(scales)
-    ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, clips)
+    ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, group_of)
     at_run_time: frozenset[str] = frozenset()
     if plan is not None and plan.groups:
         assert calibration is not None  # likewise
         proof = prove(scales).without(calibration.in_float)
         smoothed = fold_scales(model, plan, scales, proof)
         plan, at_run_time = smoothed.plan, smoothed.at_run_time
-    embeddings = {}
-    if head is not None and head.name not in outliers:
-        embeddings = dict.fromkeys(head.embeddings, head.name)
-    return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers, embeddings)
+    if head is not None and head.name in outliers:
+        embeddings = {}
+    return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers, hadamard, embeddings)
 
 
 def _of_quantized(
@@ -288,6 +308,7 @@ def _swap(
         linear = linears.pop(name)
         s = prepared.scales[name] if name in prepared.at_run_time else None
         clip = 1.0 if prepared.plan is None else prepared.plan.layer(name).weight_clip
+        block = prepared.hadamard.get(name, 0)
         layer: nn.Module
         if name in outliers:
             layer = DecomposedLinear.from_float(
@@ -297,10 +318,16 @@ def _swap(
                 ranges.get(name),
                 smoothing=s,
                 weight_clip=clip,
+                hadamard=block,
             )
         else:
             layer = QuantLinear.from_float(
-                linear, schemes[name], ranges.get(name), smoothing=s, weight_clip=clip
+                linear,
+                schemes[name],
+                ranges.get(name),
+                smoothing=s,
+                weight_clip=clip,
+                hadamard=block,
             )
         put(layer, places[name])
         if isinstance(layer, QuantLinear):
@@ -312,6 +339,7 @@ def _swap(
         layers=layers,
         smoothed=tuple(name for name in layers if name in at_run_time),
         decomposed={name: len(outliers[name]) for name in layers if name in outliers},
+        hadamard=prepared.hadamard,
         dtypes=dtypes_of(model, (*layers, *prepared.embeddings)),
         embeddings=prepared.embeddings,
     )
@@ -323,7 +351,7 @@ def _ranges_and_outliers(
     base: Scheme,
     calibration: Calibration | None,
     scales: Mapping[str, Tensor],
-    clips: Mapping[str, float],
+    group_of: Mapping[str, GroupPlan],
 ) -> tuple[_Ranges, dict[str, Tensor]]:
     """Return what each static scale covers, and which channels stay in float: int64, ascending.
 
@@ -337,12 +365,14 @@ def _ranges_and_outliers(
         seen = calibration if scheme.needs_calibration else None
         if seen is not None and name in seen.unreached:
             seen = None
+        group = group_of.get(name, GroupPlan(name=name))
         # Its weight is the model's own: none is held.
         fake = FakeQuantizedLinear(
             linear_sample(name, linear.weight, base, plan, seen),
             scales.get(name, torch.ones(linear.in_features, dtype=torch.float32, device="cpu")),
             scheme,
-            clips.get(name, 1.0),
+            group.clip,
+            group.hadamard,
         )
         if fake.outliers.any():
             outliers[name] = fake.outliers.nonzero().flatten()

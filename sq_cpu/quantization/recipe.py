@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels.hadamard import check_hadamard
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
@@ -34,6 +35,8 @@ class Recipe:
     """Migration strength of every group, in [0, 1] (SmoothQuant, arXiv 2211.10438, eq. 4)."""
     rule: str = "smoothquant"
     """Smoothing rule of every group, a key of `rules.RULES`."""
+    hadamard: int = 0
+    """64 rotates the inputs of down projections (`SmoothPlan.uniform`), 0 none."""
     head: HeadKind = "float"
     """"int8": the head of a model of transformers with two terms of activations, and the embeddings
     that are tied to it, although the scheme ignores it. "float": as the scheme says."""
@@ -50,6 +53,9 @@ class Recipe:
         if not is_number or not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"alpha is {self.alpha!r}; the migration strength lies in [0, 1]")
         check_rule(self.rule)
+        check_hadamard(self.hadamard)
+        if self.hadamard and not self.is_uniform:
+            raise SqCpuError("hadamard goes with smoothing, and a plan says it itself: drop it")
         if self.head not in get_args(HeadKind):
             raise SqCpuError(f"head is {self.head!r}; it is {' or '.join(get_args(HeadKind))}")
 
@@ -62,6 +68,7 @@ class Recipe:
         smooth: bool = True,
         alpha: float = 0.5,
         rule: str = "smoothquant",
+        hadamard: int = 0,
         head: HeadKind = "float",
     ) -> Recipe:
         """Return the recipe of these arguments, `reduce_range="auto"` decided for this machine.
@@ -70,7 +77,15 @@ class Recipe:
         """
         _check_plan(plan)
         resolved = scheme_of(scheme, plan).resolve(has_vnni())
-        return cls(scheme=resolved, plan=plan, smooth=smooth, alpha=alpha, rule=rule, head=head)
+        return cls(
+            scheme=resolved,
+            plan=plan,
+            smooth=smooth,
+            alpha=alpha,
+            rule=rule,
+            hadamard=hadamard,
+            head=head,
+        )
 
     @property
     def is_uniform(self) -> bool:
@@ -91,6 +106,7 @@ class Recipe:
             "plan": None if self.plan is None else self.plan.to_dict(),
             "alpha": self.alpha if self.is_uniform else None,
             "rule": self.rule if self.is_uniform else None,
+            "hadamard": self.hadamard,
             "smooth": self.smooth,
             "head": self.head,
         }

@@ -29,6 +29,8 @@ class QuantizationRecord:
     decomposed: Mapping[str, int] = field(default_factory=dict)
     """Full names of those that are a `DecomposedLinear`, and how many channels each has in float.
     """
+    hadamard: Mapping[str, int] = field(default_factory=dict)
+    """Full names of those that are rotated (`GroupPlan.hadamard`), and the columns of a block."""
     kept: Mapping[str, str] = field(default_factory=dict)
     """Linears left in float, by full name, and why."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
@@ -42,11 +44,12 @@ class QuantizationRecord:
         return self.scheme if self.plan is None else self.plan.layer_scheme(self.scheme, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types; the last five only where there are such layers."""
+        """Return the record as JSON types; the last six only where there are such layers."""
         plan = None if self.plan is None else self.plan.to_dict()
         tables: dict[str, Any] = {
             "smoothed": list(self.smoothed),
             "decomposed": dict(self.decomposed),
+            "hadamard": dict(self.hadamard),
             "kept": dict(self.kept),
             "dtypes": dict(self.dtypes),
             "embeddings": dict(self.embeddings),
@@ -77,6 +80,7 @@ class QuantizationRecord:
             layers=tuple(layers),
             smoothed=tuple(values.get("smoothed", ())),
             decomposed=dict(values.get("decomposed", {})),
+            hadamard=dict(values.get("hadamard", {})),
             kept=dict(values.get("kept", {})),
             dtypes=dtypes,
             embeddings=dict(values.get("embeddings", {})),
@@ -91,6 +95,7 @@ class QuantizedPart:
     layers: tuple[str, ...]
     smoothed: tuple[str, ...]
     decomposed: Mapping[str, int]
+    hadamard: Mapping[str, int] = field(default_factory=dict)
     kept: Mapping[str, str] = field(default_factory=dict)
     """Those that stay in float for what the calibration says, and why."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
@@ -104,6 +109,7 @@ class QuantizedPart:
             layers=self.layers,
             smoothed=self.smoothed,
             decomposed=self.decomposed,
+            hadamard=self.hadamard,
             kept={**kept, **self.kept},
             dtypes=self.dtypes,
             embeddings=self.embeddings,

@@ -19,8 +19,9 @@ from torch import nn
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import as_path, json_text, write_file
+from sq_cpu.kernels.hadamard import check_hadamard
 from sq_cpu.models.checks import check_model
-from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
+from sq_cpu.models.groups import SmoothingGroup, narrows, norm_weight, smoothing_groups
 from sq_cpu.models.linears import check_ignore, is_ignored, linearized
 from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
@@ -56,6 +57,9 @@ class GroupPlan:
     clip: float = 1.0
     """Fraction, in (0, 2], of the range that `Scheme.static_range` finds, which the static scale
     covers. It has no effect on linears whose activations are quantized dynamically."""
+    hadamard: int = 0
+    """64: after the division by s, blocks of so many columns are multiplied by the Hadamard matrix,
+    as are those of W s (`fwht64`), which spreads an outlier over its block; 0: none."""
     curve: tuple[tuple[float, float], ...] = ()
     """(alpha, loss) that a search tried, kept sorted by alpha, with 6 significant digits."""
 
@@ -63,6 +67,7 @@ class GroupPlan:
         check_fields(self, f"group {self.name}")
         try:
             check_rule(self.rule)
+            check_hadamard(self.hadamard)
         except SqCpuError as error:
             raise SqCpuError(f"group {self.name}: {error}") from None
         if not 0.0 <= self.alpha <= 1.0:
@@ -75,9 +80,10 @@ class GroupPlan:
         object.__setattr__(self, "curve", tuple(curve))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; `clip` and `curve` only where they say something."""
+        """Return the fields as JSON types; the last three only where they say something."""
         curve = [list(point) for point in self.curve]
-        return _without_defaults(self, asdict(self) | {"curve": curve}, ("clip", "curve"))
+        optional = ("clip", "hadamard", "curve")
+        return _without_defaults(self, asdict(self) | {"curve": curve}, optional)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,19 +153,23 @@ class SmoothPlan:
         *,
         rule: str = "smoothquant",
         ignore: tuple[str, ...] = (),
+        hadamard: int = 0,
     ) -> SmoothPlan:
         """Plan one rule for every group with a consumer that is calibrated and not ignored.
 
         "outlier_suppression" is planned only for the groups behind a norm: it has no scale for
-        others. Raises `SqCpuError` on an unknown rule, and on weights that changed since the
-        calibration.
+        others. `hadamard=64` rotates the inputs of down projections (see `narrows`), where static
+        and per-token activations lose most (`GroupPlan.hadamard`). Raises `SqCpuError` on an
+        unknown rule or size, and on weights that changed since the calibration.
         """
         check_model(model)
         check_is_calibration(calibration)
         with linearized(model):
             check_ignore(model, ignore)
             groups = smoothing_groups(model)
-            return uniform_plan(model, groups, calibration, alpha, rule=rule, ignore=ignore)
+            return uniform_plan(
+                model, groups, calibration, alpha, rule=rule, ignore=ignore, hadamard=hadamard
+            )
 
     @cached_property
     def _by_name(self) -> dict[str, LayerPlan]:
@@ -240,9 +250,11 @@ def uniform_plan(
     *,
     rule: str = "smoothquant",
     ignore: tuple[str, ...],
+    hadamard: int = 0,
 ) -> SmoothPlan:
     """Do what `SmoothPlan.uniform` does, for these groups of a linearized model."""
     check_rule(rule)
+    check_hadamard(hadamard)
     planned = []
     for group in groups:
         covered = covered_consumers(group, calibration)
@@ -259,6 +271,7 @@ def uniform_plan(
                 alpha=alpha,
                 fold=group.producer is not None,
                 note=group.reason,
+                hadamard=hadamard if narrows(model, group) else 0,
             )
         )
     return SmoothPlan(tuple(planned))

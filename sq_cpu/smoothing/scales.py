@@ -230,6 +230,7 @@ def linear_sample(
     return replace(
         sample,
         rows=calibration.rows.get(name),
+        peaks=calibration.peaks.get(name),
         low=low,
         high=high,
         gradient_rows=calibration.gradient_rows.get(name),
@@ -248,7 +249,7 @@ def _group_scales(
     weights: WeightStatistics | None,
 ) -> Tensor:
     statistics = group_statistics(model, group, calibration, scheme, plan, weights)
-    statistics = replace(statistics, clip=planned.clip)
+    statistics = replace(statistics, clip=planned.clip, hadamard=planned.hadamard)
     try:
         return smoothing_scale(planned.rule, statistics, planned.alpha)
     except SqCpuError as error:

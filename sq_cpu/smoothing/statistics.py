@@ -41,6 +41,8 @@ class GroupStatistics:
     """[channels] -> [in_features]."""
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
+    hadamard: int = 0
+    """64 where blocks of so many columns are rotated (`fwht64`), else 0."""
 
     def fake_quantized(self, s: Tensor) -> Iterator[FakeQuantizedLinear]:
         """Yield each linear that will be quantized, with the smoothing scale s, fp32 [channels].
@@ -54,7 +56,8 @@ class GroupStatistics:
             )
         wide = self.widen(s)
         for sample in self.samples:
-            yield FakeQuantizedLinear(sample, wide, sample.scheme or self.scheme, self.clip)
+            scheme = sample.scheme or self.scheme
+            yield FakeQuantizedLinear(sample, wide, scheme, self.clip, self.hadamard)
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def quantize_checkpoint(
     plan: SmoothPlan | None = None,
     alpha: float = 0.5,
     rule: str = "smoothquant",
+    hadamard: int = 0,
     smooth: bool = True,
     head: HeadKind = "float",
     dtype: torch.dtype | None = torch.float32,
@@ -107,6 +108,8 @@ def quantize_checkpoint(
         As for `quantize`.
     alpha, rule
         Migration strength and rule of every group, where there is no plan.
+    hadamard
+        64 rotates the inputs of down projections, where there is no plan; 0 none.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
         as stored.
@@ -126,7 +129,9 @@ def quantize_checkpoint(
         missing or damaged one; a model whose blocks are not one stack, or that does not hand the
         hidden states alone from block to block; unfinished work of other settings.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth, alpha=alpha, rule=rule, head=head)
+    recipe = Recipe.of(
+        scheme, plan, smooth=smooth, alpha=alpha, rule=rule, hadamard=hadamard, head=head
+    )
     with staged(out, streamed=True) as staging:
         return stream_checkpoint(
             source,

@@ -50,6 +50,7 @@ class Part:
     layers: tuple[str, ...] = ()
     smoothed: tuple[str, ...] = ()
     decomposed: dict[str, int] = field(default_factory=dict)
+    hadamard: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, str] = field(default_factory=dict)

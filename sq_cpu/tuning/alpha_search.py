@@ -33,7 +33,7 @@ class ScoredGroup:
 
     def __init__(self, planned: GroupPlan, folds: Sequence[GroupStatistics]) -> None:
         self.planned = planned
-        self._folds = folds
+        self._folds = [replace(of_fold, hadamard=planned.hadamard) for of_fold in folds]
         # Of the alpha asked for last: many clips are tried with one, and weights take most time.
         self._alpha = math.nan
         self._linears: list[FakeQuantizedLinear] = []

@@ -26,7 +26,7 @@ def fake_quantized(
 ) -> Iterator[FakeQuantizedLinear]:
     """Yield the linears of a group as its plan has them quantized; none where it has none."""
     if statistics.samples:
-        statistics = replace(statistics, clip=planned.clip)
+        statistics = replace(statistics, clip=planned.clip, hadamard=planned.hadamard)
         s = smoothing_scale(planned.rule, statistics, planned.alpha)
         yield from statistics.fake_quantized(s)
 

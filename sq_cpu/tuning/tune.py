@@ -58,6 +58,7 @@ def tune(
     sequential: bool = False,
     clip: bool = True,
     outliers: int = OUTLIERS,
+    hadamard: int = 0,
     method: Literal["offline", "inc"] = "offline",
     batches: Iterable[Batch] | None = None,
     progress: bool | None = None,
@@ -95,6 +96,9 @@ def tune(
         They are those of massive activations, whose absmax is 16 times the median channel's or
         more. They do where that halves the loss of their group, and by more than
         `losses.NEGLIGIBLE`. 0: none.
+    hadamard : 0 or 64
+        64 rotates the inputs of down projections, as `SmoothPlan.uniform` does; they are then
+        scored so.
     method : "offline" or "inc"
         "inc" is Neural Compressor's auto-alpha (see `inc_auto_alpha`), a baseline: it runs the
         model on `batches`, and takes of these settings only `criterion` and `alphas`.
@@ -104,9 +108,10 @@ def tune(
     Raises
     ------
     SqCpuError
-        For an unknown scheme, loss or criterion, negative `outliers`, alphas outside [0, 1], a
-        calibration without sampled rows (or gradients, for "kl"), and weights that changed since
-        it; with `sequential` for other batches, and a model whose blocks are not one chain.
+        For an unknown scheme, loss, criterion or `hadamard`, negative `outliers`, alphas outside
+        [0, 1], a calibration without sampled rows (or gradients, for "kl"), and weights that
+        changed since it; with `sequential` for other batches, and a model whose blocks are not
+        one chain.
     """
     check_model(model)
     check_is_calibration(calibration)
@@ -123,7 +128,9 @@ def tune(
     grid = _grid(alphas)
     with linearized(model), unchanged(model):
         groups = {group.name: group for group in smoothing_groups(model)}
-        uniform = uniform_plan(model, groups.values(), calibration, ignore=scheme.ignore)
+        uniform = uniform_plan(
+            model, groups.values(), calibration, ignore=scheme.ignore, hadamard=hadamard
+        )
         if batches is None and (sequential or method == "inc"):
             which = 'method="inc"' if method == "inc" else "sequential=True"
             raise SqCpuError(f"{which} runs the model: pass batches, as to calibrate")

@@ -124,13 +124,15 @@ struct Layer {
   PackedWeight weight;
 
   std::vector<bool> finite;    // the rows whose codes, zero points and integers mean something
-  std::vector<uint8_t> codes;  // [m * terms, k]
+  std::vector<uint8_t> codes;  // [m * terms, depth()]
   std::vector<float> scale;
   std::vector<int32_t> zero_point;
   std::vector<int32_t> t;  // [m * terms, n]
   std::vector<float> v;    // [m, n], before the last rounding
 
   int64_t rows_of_codes() const { return m * quantizer.terms; }
+  // Columns of the codes and the weight.
+  int64_t depth() const { return quantizer.hadamard == 0 ? k : (k + 63) / 64 * 64; }
 };
 
 struct Inputs {
@@ -188,7 +190,7 @@ ActivationQuantizer random_quantizer(Rng& rng) {
 }
 
 void make_weight(Layer& layer, Inputs& in, Rng& rng) {
-  const auto [n, k] = std::pair{layer.n, layer.k};
+  const auto [n, k] = std::pair{layer.n, layer.depth()};
   const Problem p = make_problem(layer.m, n, k, 255, Fill::kUniform, rng);
   std::vector<float> scale(n), bias(n);
   for (int64_t i = 0; i < n; ++i) scale[i] = 1e-3f * (1 + rng.below(50));
@@ -196,21 +198,38 @@ void make_weight(Layer& layer, Inputs& in, Rng& rng) {
   const bool with_bias = rng.coin();
   auto* packed = in.weight.place_filled<std::byte>(packed_bytes(n, k), layer.at_end);
   pack_weight(p.w.data(), scale.data(), with_bias ? bias.data() : nullptr, n, k, packed);
-  layer.weight = {packed, n, k};
+  layer.weight = {packed, n, layer.k};
+}
+
+// Blocks of 64, times the orthonormal Hadamard matrix.
+void rotate_plainly(float* x, int64_t count) {
+  for (int64_t half = 1; half < 64; half *= 2) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (i & half) continue;
+      const float a = x[i], b = x[i + half];
+      x[i] = a + b;
+      x[i + half] = a - b;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) x[i] *= 0.125f;
 }
 
 // What the layer must give, by its definition in linear.h.
 void compute_plainly(Layer& layer) {
-  const int64_t m = layer.m, n = layer.n, k = layer.k;
+  const int64_t m = layer.m, n = layer.n, k = layer.depth();
   const ActivationQuantizer& q = layer.quantizer;
   std::vector<float> x(m * k), low(m), high(m);
   layer.finite.assign(m, true);
   float lowest = 0.0f, highest = 0.0f;
   for (int64_t row = 0; row < m; ++row) {
-    for (int64_t i = 0; i < k; ++i) {
+    for (int64_t i = 0; i < layer.k; ++i) {
       float v = read(layer.x_type, layer.x, row * layer.ldx + i);
       if (q.inverse_smoothing != nullptr) v *= q.inverse_smoothing[i];
       x[row * k + i] = v;
+    }
+    if (q.hadamard != 0) rotate_plainly(x.data() + row * k, k);
+    for (int64_t i = 0; i < k; ++i) {
+      const float v = x[row * k + i];
       if (!std::isfinite(v)) layer.finite[row] = false;
       low[row] = std::min(low[row], v), high[row] = std::max(high[row], v);
     }
@@ -230,7 +249,7 @@ void compute_plainly(Layer& layer) {
             std::vector<int8_t>(n * k),
             {}};
   std::vector<float> weight_scale(n), bias(n);
-  unpack_weight(layer.weight, p.w.data(), weight_scale.data(), bias.data());
+  unpack_weight({layer.weight.data, n, k}, p.w.data(), weight_scale.data(), bias.data());
   layer.scale.clear(), layer.v.resize(m * n);
   for (int64_t row = 0; row < m; ++row) {
     const bool shared = q.granularity == Granularity::kPerTensor;
@@ -286,6 +305,7 @@ Layer random_layer(uint64_t seed, Inputs& in, Rng& rng) {
   layer.at_end = rng.coin();
   layer.quantizer = random_quantizer(rng);
   layer.quantizer.terms = 1 + rng.coin();
+  layer.quantizer.hadamard = rng.coin() ? 64 : 0;
   if (rng.coin()) {
     auto* s = in.inverse_smoothing.place<float>(layer.k, layer.at_end);
     for (int64_t i = 0; i < layer.k; ++i) s[i] = std::ldexp(1.0f + i % 7 / 7.0f, i % 5 - 2);
@@ -333,8 +353,8 @@ std::string describe(const Layer& layer) {
               static_cast<int>(layer.x_type), " ", layer.to_codes ? 3 : int(layer.y_type),
               " granularity ", static_cast<int>(q.granularity), q.symmetric ? " symmetric" : "",
               q.reduce_range ? " reduced" : "", q.terms == 2 ? " twice" : "",
-              q.inverse_smoothing != nullptr ? " smooth" : "", " activation ",
-              static_cast<int>(e.activation), e.other ? " other" : "",
+              q.inverse_smoothing != nullptr ? " smooth" : "", q.hadamard != 0 ? " rotated" : "",
+              " activation ", static_cast<int>(e.activation), e.other ? " other" : "",
               e.residual ? " residual" : "", " operands ", static_cast<int>(e.operand_type));
 }
 

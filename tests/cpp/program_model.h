@@ -33,7 +33,7 @@ struct Shape {
   int64_t longest = 300;  // prompt
   Norm::Kind norm = Norm::Kind::kRms;
   bool interleaved = false, head_norms = false, sandwich = false, head = false;
-  bool smoothed = false, tied = false;
+  bool smoothed = false, hadamard = false, tied = false;
   bool in_float[5] = {};  // q, k and v; out; gate; up; down and the head
   DType float_type = DType::kFloat32;
   float multiplier = 1.0f;  // of what is added to the residual
@@ -63,6 +63,7 @@ struct Shape {
                       int64_t(sandwich),
                       int64_t(head),
                       int64_t(smoothed),
+                      int64_t(hadamard),
                       int64_t(granularity),
                       int64_t(float_type),
                       int64_t(learned),
@@ -177,6 +178,7 @@ struct Model {
       for (float& v : inverse) v += 1.0f;
       q.inverse_smoothing = keep(std::move(inverse));
     }
+    if (s.hadamard) q.hadamard = 64;
     return q;
   }
   Layer make_layer() {

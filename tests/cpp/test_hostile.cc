@@ -94,7 +94,7 @@ void spoil(QuantizedActivation& x, Rng& rng) {
 }
 void spoil(ActivationQuantizer& q, Rng& rng) {
   spoil_one(rng, q.granularity, q.symmetric, q.reduce_range, q.scale, q.zero_point,
-            q.inverse_smoothing, q.terms);
+            q.inverse_smoothing, q.terms, q.hadamard);
 }
 void spoil(Epilogue& e, Rng& rng) {
   // Not operand_type: a wider one than the buffers' is a lie.

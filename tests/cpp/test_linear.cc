@@ -21,7 +21,7 @@ std::vector<char> check_layer(const Layer& layer, int threads, Outputs& out,
       place_activation(layer.rows_of_codes(), layer.k, layer.quantizer.max_code(), out.codes,
                        out.scale, out.zero_point, at_end, layer.quantizer.terms);
   quantize_activations(layer.x, layer.x_type, layer.ldx, layer.quantizer, q);
-  check(rows_are_right(layer, layer.codes, gather_codes(q.codes, q.m, q.k).data()),
+  check(rows_are_right(layer, layer.codes, gather_codes(q.codes, q.m, layer.depth()).data()),
         what + ": the codes");
   check(std::equal(layer.scale.begin(), layer.scale.end(), q.scale, same), what + ": the scales");
   check(rows_are_right(layer, layer.zero_point, q.zero_point), what + ": the zero points");
@@ -132,6 +132,28 @@ void test_half(Isa isa) {
     same &= std::memcmp(&half, &y[i], 2) == 0;
   }
   check(same, isa_name(isa) + " rounds to half once, to nearest even");
+}
+
+// Powers of two, and sums of few of them, come through the rotation exactly, and twice gives x.
+void test_rotation(Isa isa) {
+  use(isa);
+  Part part("rotation on " + isa_name(isa));
+  const RowKernels& kernels = row_kernels(isa);
+  for (int64_t k : {1, 15, 16, 63, 64, 65, 100, 128, 191, 200}) {
+    const int64_t whole = (k + 63) / 64 * 64;
+    for (int64_t one = 0; one < k; ++one) {
+      std::vector<float> x(k), rotated(whole, -1.0f), again(whole, -1.0f), expected(whole);
+      x[one] = -4096.0f;
+      kernels.rotate[0]({x.data(), nullptr, k}, 64, 0.125f, rotated.data());
+      for (int64_t i = one / 64 * 64; i < one / 64 * 64 + 64; ++i) {
+        expected[i] = __builtin_parityll(i & one & 63) ? 512.0f : -512.0f;
+      }
+      check(rotated == expected, join("element ", one, " of ", k));
+      kernels.rotate[0]({rotated.data(), nullptr, whole}, 64, 0.125f, again.data());
+      check(std::equal(x.begin(), x.end(), again.begin()),
+            join("element ", one, " of ", k, ", twice"));
+    }
+  }
 }
 
 // So deep and long that it takes two passes: the operands and y move on with the rows.
@@ -273,6 +295,10 @@ void test_refusals() {
   bad.terms = 1;
   check_refused("y is [2, 4], the product [1, 4]", [&] { linear(x, weight, fixed, bad); });
   check_refused("needs a static quantizer", [&] { linear(x, weight, {}, x); });
+  fixed.hadamard = 64;
+  check_refused("needs a static quantizer", [&] { linear(x, weight, fixed, x); });
+  fixed.hadamard = 32;
+  check_refused("blocks are of 32 columns", [&] { quantize_activations(f, fp32, 4, fixed, x); });
 }
 
 }  // namespace
@@ -284,6 +310,7 @@ int main(int argc, char** argv) {
   if (!fuzzed.chosen) {
     test_refusals();
     for (Isa isa : isas) test_half(isa);
+    for (Isa isa : isas) test_rotation(isa);
     // What cuts the rows is the same on all: the quickest that is not emulated.
     test_passes(emulated(isas.back()) ? isas[isas.size() - 2] : isas.back());
   }

@@ -73,11 +73,12 @@ std::vector<Shape> shapes() {
   all[3].head_norms = true, all[3].head_dim = 64, all[3].rotated = 64, all[3].kv_heads = 1;
   all[4].sandwich = true, all[4].window = 40, all[4].activation = Activation::kGeluTanh;
   all[5].head = true, all[5].vocabulary = 301;
-  all[6].float_columns = 3, all[6].smoothed = true;
+  all[6].float_columns = 3, all[6].smoothed = true, all[6].hadamard = true;
   all[7].granularity = Granularity::kStatic, all[7].rotated = 0;
   // Codes of 16 rows that a worker does not make for itself: wide, of fewer rows.
   for (int j : {8, 10}) all[j].longest = 40;
   all[8].width = 1200, all[8].ffn = 1100, all[8].layers = 1, all[8].float_columns = 2;
+  all[8].hadamard = true, all[8].granularity = Granularity::kStatic;
   all[9].tied = true, all[9].head = true, all[9].smoothed = true, all[9].vocabulary = 77;
   // Two terms of more rows than a worker quantizes for itself.
   all[10].tied = true, all[10].head = true, all[10].width = 600, all[10].layers = 1;
@@ -95,6 +96,7 @@ std::vector<Shape> shapes() {
   // Mixtures, the second expert in float: of few rows each, and of more than one block of codes.
   all[18].experts = 7, all[18].top = 2, all[18].renormalize = true;
   all[19].experts = 3, all[19].top = 3, all[19].shared = true, all[19].smoothed = true;
+  all[19].hadamard = true;
   all[20].experts = 20, all[20].top = 4, all[20].layers = 1;
   for (int j : {18, 19, 20}) all[j].activation = Activation::kRelu;
   all[16].float_type = DType::kBFloat16, all[16].sandwich = true, all[16].ffn = 300;

@@ -36,7 +36,7 @@ DOORS = {name: door for name, door in doors().items() if name not in PLAIN}
 def test_every_method_of_the_layer_has_a_row() -> None:
     own = {name for name, f in vars(QuantLinear).items() if inspect.isfunction(f)}
     # from_float, reference and the methods without arguments are plain torch around the others
-    plain = {"from_float", "reference", "weight_int8", "extra_repr", "entries"}
+    plain = {"from_float", "reference", "weight_int8", "weight_float", "extra_repr", "entries"}
     assert {name for name in own if not name.startswith("_")} - plain == set(METHODS)
     assert OTHERS.keys() <= DOORS.keys()
 

@@ -16,7 +16,7 @@ from sq_cpu.kernels.paged_attention import (
     KvKind,
     KvPages,
     attend_reference,
-    hadamard,
+    rotated_heads,
 )
 
 
@@ -101,8 +101,8 @@ def test_read_gives_back_what_was_appended(head_dim: int) -> None:
     cache = KvPages(3, 3, head_dim)
     cache.append(BatchRows([150], [150], tables), k, v)
     keys, values = cache.read(tables[0], 150)
-    for read, given in ((keys, hadamard(k.transpose(0, 1))), (values, v.transpose(0, 1))):
-        given = hadamard(given) / (head_dim & -head_dim) if read is keys else given
+    for read, given in ((keys, rotated_heads(k.transpose(0, 1))), (values, v.transpose(0, 1))):
+        given = rotated_heads(given) / (head_dim & -head_dim) if read is keys else given
         step = given.abs().amax(dim=-1, keepdim=True) / 127
         # A key's rounding is spread over its block: at most sqrt(block) / 2 steps in one channel.
         steps = 0.5 if read is values else math.sqrt(head_dim & -head_dim)

@@ -31,6 +31,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"alpha": True}, r"alpha is True; the migration strength lies in \[0, 1\]"),
     ({"smooth": "no"}, "smooth is 'no'; it is True or False"),
     ({"rule": "smooth"}, "smooth.*smoothquant"),
+    ({"hadamard": 8}, "hadamard is 8; blocks are of 64 columns, or 0: none"),
+    ({"hadamard": 64, "plan": PLAN}, "hadamard goes with smoothing, and a plan says it itself"),
+    ({"hadamard": 64, "smooth": False}, "hadamard goes with smoothing"),
 ]
 
 

@@ -5,6 +5,7 @@
 //   y  [m, n]  fp32 | bf16 | fp16, rows ldy elements apart   (or u8 codes for the next int8 layer)
 //
 // Arithmetic, the same bits on every ISA, thread count and blocking:
+//   x[m,k] = x * inverse_smoothing, then rotated    (each optional, see ActivationQuantizer; fp32)
 //   u[m,k] = clamp(rne(x * inv_scale), lo - zp, hi - zp) + zp
 //   t[m,n] = sum_k u * w - zp * colsum[n]                       (int32)
 //   v[m,n] = fma(float(t), row_scale[m] * weight_scale[n], bias[n])                 (fp32)
@@ -28,7 +29,8 @@
 //
 // Memory: each calling thread keeps the workspace of its calls for the next ones and frees it when
 // it ends. That grows to the largest call: codes of x, up to 32 MB and 8 bytes a row, and for each
-// worker 4 or 8 KB of int32 sums; where k is cut into blocks, up to 75 KB or a quarter of L2. A
+// worker 4 or 8 KB of int32 sums; where k is cut into blocks, up to 75 KB or a quarter of L2; where
+// rows are rotated, one in fp32 for each thread of the pool. A
 // worker keeps 16 KB of its own for codes that each makes for itself.
 #pragma once
 
@@ -87,7 +89,7 @@ void gather_rows(const PackedWeight& weight, const int64_t* ids, int64_t count,
 //   byte (row i, column j) of tile b at 64i + j holds the code of x[Hr + i][64b + j]
 //
 // A tile is one A tile of AMX. Codes beyond k, and rows beyond m of the last block, may hold
-// anything: the weights they meet are zero, the rows are never read.
+// anything: the weights they meet are zero (or rotated, as the codes are), the rows are never read.
 constexpr int64_t kBlockRows = 16;
 
 struct QuantizedActivation {
@@ -118,6 +120,12 @@ struct ActivationQuantizer {
   // scale (SmoothQuant, arXiv 2211.10438, eq. 3), where s cannot be folded into another layer. A
   // product that overflows makes its row one that is not finite.
   const float* inverse_smoothing = nullptr;
+  // 0, or 64: each 64 columns are then multiplied by the orthonormal Hadamard matrix, which spreads
+  // an outlier over them (QuaRot, arXiv 2404.00456): butterflies a + b, a - b at strides 1, 2, 4,
+  // .. 32, then times 1/8, in fp32. The last columns are padded with zeros, so that codes are of k
+  // rounded up to 64 columns. They take a weight of so many columns, W diag(s) rotated alike, which
+  // fills whole tiles; where a function takes or makes them, k stands for either.
+  int hadamard = 0;
 
   int max_code() const { return reduce_range ? 127 : 255; }
 };
@@ -150,9 +158,9 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, D
             int64_t ldy, const Epilogue& epilogue = {});
 
 // The second half with int8 out, so that int8 layers chain (the paper's W8A8B8O8): y becomes u8 by
-// y_quantizer, which must be kStatic, of one term and without smoothing. Writes y's three arrays; y
-// is [x.m / x.terms, weight.n]. Where a row's value before quantization is not finite, y.scale is
-// NaN.
+// y_quantizer, which must be kStatic, of one term, without smoothing and not rotated. Writes y's
+// three arrays; y is [x.m / x.terms, weight.n]. Where a row's value before quantization is not
+// finite, y.scale is NaN.
 void linear(const QuantizedActivation& x, const PackedWeight& weight,
             const ActivationQuantizer& y_quantizer, const QuantizedActivation& y,
             const Epilogue& epilogue = {});

@@ -87,7 +87,7 @@ def expect(folder: Path) -> None:
 
 
 def mixed(out: Path, name: str) -> None:
-    """Save a checkpoint with a searched plan, from which linears depart in all ways."""
+    """Save a checkpoint with a searched plan, from which linears depart in all ways (4, 5)."""
     float_folder = save_float(out / "float", "llama")
     model = load_float(float_folder)
     calibration = sq_cpu.calibrate(model, batches(), rows=8)
@@ -106,6 +106,15 @@ def mixed(out: Path, name: str) -> None:
     remove(float_folder)
 
 
+def head(out: Path, name: str) -> None:
+    """Save a checkpoint whose embedding reads the int8 head's weight."""
+    float_folder = save_float(out / "float", "qwen2")
+    model = load_float(float_folder)
+    calibration = sq_cpu.calibrate(model, batches(), rows=8)
+    sq_cpu.save(sq_cpu.quantize(model, calibration, scheme="O3", head="int8"), out / name)
+    remove(float_folder)
+
+
 def remove(folder: Path) -> None:
     for file in folder.iterdir():
         file.unlink()
@@ -115,8 +124,8 @@ def remove(folder: Path) -> None:
 def main(out: Path) -> None:
     """Write everything into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    mixed(out, "version-5-mixed")
-    expect(out / "version-5-mixed")
+    head(out, "version-6-head")
+    expect(out / "version-6-head")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""The rows that reach farthest when rotated: what a rotated static scale covers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import sq_cpu
+from sq_cpu import Calibration
+from sq_cpu.kernels.hadamard import fwht64
+
+
+def calibrated(rows: int = 32) -> tuple[list[torch.Tensor], Calibration]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 24))
+    batches = [torch.randn(200, 100) * torch.logspace(-1, 1, 100) for _ in range(4)]
+    batches[2][77, 5] = 400.0
+    batches[0] *= 1.2
+    return batches, sq_cpu.calibrate(model, batches, ignore=(), rows=rows)
+
+
+def test_they_reach_as_far_as_any_row() -> None:
+    batches, calibration = calibrated()
+    peaks, every = calibration.peaks["0"], torch.cat(batches)
+    assert peaks.shape == (32, 100)
+    assert batches[2][77].tolist() in peaks.tolist()
+    for alpha in (0.25, 0.5, 0.75):
+        s = calibration.absmax("0") ** alpha
+        reach, most = (fwht64(x / s).abs().max() for x in (peaks, every))
+        assert 0.85 * most <= reach <= most
+    assert calibrated(rows=0)[1].peaks == {}
+
+
+def test_a_part_that_is_held_out_has_those_of_the_others() -> None:
+    batches, calibration = calibrated()
+    held = calibration.held_out(["0"])
+    assert len(held) == 4
+    for fold, part in enumerate(held):
+        own = {tuple(row) for row in batches[fold].tolist()}
+        assert own.isdisjoint(map(tuple, part.peaks["0"].tolist()))
+    assert batches[2][77].tolist() in held[0].peaks["0"].tolist()
+
+
+def test_saved_and_loaded_they_are_the_same(tmp_path: Path) -> None:
+    _, calibration = calibrated()
+    loaded = Calibration.load(calibration.save(tmp_path / "calibration"))
+    assert torch.equal(loaded.peaks["0"], calibration.peaks["0"])
+    assert torch.equal(loaded.peak_folds["0"], calibration.peak_folds["0"])
