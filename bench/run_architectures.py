@@ -193,7 +193,8 @@ def markdown(content: Mapping[str, Any]) -> str:
         "## Right",
         "",
         "int8: linears quantized under O1 / O3 / O3 with the output head. folds: groups of O3 "
-        "folded / divided at run time. error: of the largest output, O1 / O3.",
+        "folded / divided at run time. error: of the largest output, O1 / O3; inf: of another "
+        "length, which fake quantization with nudged weights gives, too.",
         "",
         "| type | class | linears | int8 | kept in float (O3) | folds | error | generate |",
         "|---|---|---|---|---|---|---|---|",
