@@ -28,10 +28,9 @@ void ask_for_huge_pages(std::byte* data, int64_t bytes) {
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
-// Offset of W[16s + c][k] within strip s.
-int64_t element_offset(int64_t c, int64_t k) {
-  return k / kTileDepth * kTileBytes + k % kTileDepth / 4 * 64 + 4 * c + k % 4;
-}
+// Offset of W[16s][k] to W[16s][k + 3] within strip s, k a multiple of 4; those of the next row
+// follow.
+int64_t group_offset(int64_t k) { return k / kTileDepth * kTileBytes + k % kTileDepth / 4 * 64; }
 
 void check_shape(int64_t n, int64_t k) {
   SQ_CHECK(n >= 0 && k >= 0, "weight shape [", n, ", ", k, "] is negative");
@@ -105,20 +104,30 @@ void gather_rows(const PackedWeight& weight, const int64_t* ids, int64_t count,
 void unpack_weight(const PackedWeight& packed, int8_t* weight, float* scale, float* bias) {
   check_shape(packed.n, packed.k);
   SQ_CHECK(packed.data != nullptr || packed.n == 0, "the packed weight is null");
-  const int64_t tiles = k_block_count(packed.k) * kTileBytes;
+  const int64_t k = packed.k, tiles = k_block_count(k) * kTileBytes;
+  const int64_t strips = strip_count(packed.n);
   run_team(pool_size(), [&](int worker, int workers) {
-    const Range rows = part(packed.n, 1, workers, worker);
-    for (int64_t n = rows.begin; n < rows.end; ++n) {
-      const std::byte* strip = packed.data + n / kStripColumns * strip_bytes(packed.k);
-      const int64_t c = n % kStripColumns;
-      if (weight != nullptr) {
-        for (int64_t k = 0; k < packed.k; ++k) {
-          weight[n * packed.k + k] = static_cast<int8_t>(strip[element_offset(c, k)]);
+    const Range mine = part(strips, 1, workers, worker);
+    for (int64_t s = mine.begin; s < mine.end; ++s) {
+      const std::byte* const strip = packed.data + s * strip_bytes(k);
+      const int64_t n0 = s * kStripColumns, columns = std::min(kStripColumns, packed.n - n0);
+      for (int64_t i = 0; weight != nullptr && i < k; i += 4) {
+        const std::byte* const group = strip + group_offset(i);
+        int8_t* const to = weight + n0 * k + i;
+        if (i + 4 <= k) {  // of a size that is known
+          for (int64_t c = 0; c < columns; ++c) std::memcpy(to + c * k, group + 4 * c, 4);
+        } else {
+          for (int64_t c = 0; c < columns; ++c) std::memcpy(to + c * k, group + 4 * c, k - i);
         }
       }
-      const std::byte* trailer = strip + tiles;
-      if (scale != nullptr) std::memcpy(scale + n, trailer + 4 * (kStripColumns + c), 4);
-      if (bias != nullptr) std::memcpy(bias + n, trailer + 4 * (2 * kStripColumns + c), 4);
+      const std::byte* const trailer = strip + tiles + kStripColumns * sizeof(int32_t);
+      const auto copy = [&](float* to, int64_t index) {
+        if (to == nullptr) return;
+        std::memcpy(to + n0, trailer + index * kStripColumns * sizeof(float),
+                    columns * sizeof(float));
+      };
+      copy(scale, 0);
+      copy(bias, 1);
     }
   });
 }
