@@ -41,8 +41,8 @@ from sq_cpu.models.family import Decoder, Mixture
 from sq_cpu.models.groups import config_value
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.linears import head_of
+from sq_cpu.nn.gathering import gather_weights
 from sq_cpu.nn.linear import QuantLinear
-from sq_cpu.nn.packed_weight import gather_weights
 
 __all__ = ["compile_program", "decoder_of"]
 
@@ -120,7 +120,7 @@ class _Lowering:
         if self._head is not None:
             layers.append(self._head.layer)
         # In the order in which a step reads them.
-        gather_weights(layer.packed for layer in layers if isinstance(layer, QuantLinear))
+        gather_weights(layer for layer in layers if isinstance(layer, QuantLinear))
         return DecoderProgram(
             stages,
             self._widths,

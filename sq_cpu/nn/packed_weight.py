@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +13,9 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core
 from sq_cpu.kernels.ops import is_dense
 
-__all__ = ["PackedWeight", "gather_weights"]
+__all__ = ["PackedWeight", "untouched_pages"]
 
 _ONE_THREAD = 32 << 10  # torch fills fewer bytes by the caller alone (GRAIN_SIZE)
-_HUGE_PAGE = 2 << 20
-_MOST_GATHERED = 64 << 20  # bytes that exist twice while weights move
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,39 +125,6 @@ class PackedWeight:
         _core.unpack_weight(self.buffer, *shape, *outputs)
 
 
-def gather_weights(buffers: Iterable[Tensor]) -> None:
-    """Move the buffers of weights next to each other, in their order, into huge pages.
-
-    A weight of a megabyte has 256 small pages, each a miss of the TLB and an end to what the
-    processor fetches ahead. Those that were gathered, and larger ones, stay where they are. A
-    buffer stays the tensor that it is; views of it that were taken before keep the old memory.
-    """
-    group: list[Tensor] = []
-    for buffer in dict.fromkeys(buffers):
-        if buffer.nbytes < _MOST_GATHERED and buffer.untyped_storage().nbytes() == buffer.nbytes:
-            group.append(buffer)
-        if sum(each.nbytes for each in group) >= _MOST_GATHERED:
-            _gather(group)
-            group = []
-    _gather(group)
-
-
-def _gather(buffers: list[Tensor]) -> None:
-    size = sum(buffer.nbytes for buffer in buffers)
-    if size < 2 * _HUGE_PAGE:
-        return
-    pages = _pages(size + _HUGE_PAGE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    memory = torch.frombuffer(pages, dtype=torch.uint8)
-    begin = -memory.data_ptr() % _HUGE_PAGE
-    for buffer in buffers:
-        moved = memory[begin : begin + buffer.nbytes].copy_(buffer)
-        buffer.set_(moved)  # type: ignore[call-overload]
-        begin += buffer.nbytes
-
-
 class _Unreadable(Tensor):
     """A tensor without values; one on the meta device is no safe one, as products take it.
 
@@ -195,10 +158,11 @@ def _untouched_zeros(size: int) -> Tensor:
     """
     if size < _ONE_THREAD:
         return torch.zeros(size, dtype=torch.uint8, device="cpu")
-    return torch.frombuffer(_pages(size), dtype=torch.uint8)
+    return torch.frombuffer(untouched_pages(size), dtype=torch.uint8)
 
 
-def _pages(size: int) -> mmap.mmap:
+def untouched_pages(size: int) -> mmap.mmap:
+    """Return `size` bytes of zeros, of this process alone; `SqCpuError` without memory."""
     try:
         return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
