@@ -27,8 +27,7 @@ def choose_kv(config: Any, kv: KvChoice) -> None:
     SqCpuError
         For a layer that the model has not, and for another kind.
     """
-    text = config.get_text_config(decoder=True)
-    layers = range(text.num_hidden_layers)
+    layers = range(config.get_text_config(decoder=True).num_hidden_layers)
     by_layer = kv if isinstance(kv, Mapping) else dict.fromkeys(layers, kv)
     for layer, kind in by_layer.items():
         if type(layer) is not int or layer not in layers:
@@ -36,13 +35,16 @@ def choose_kv(config: Any, kv: KvChoice) -> None:
         if kind not in get_args(KvKind):
             raise SqCpuError(f"kv is {kind!r}; it is {' or '.join(get_args(KvKind))}")
     in_bf16 = sorted(layer for layer, kind in by_layer.items() if kind == "bf16")
-    if in_bf16 or hasattr(text, _IN_BF16):
-        setattr(text, _IN_BF16, in_bf16)
+    keeper = _keeper(config)
+    if in_bf16:
+        setattr(keeper, _IN_BF16, in_bf16)
+    elif hasattr(keeper, _IN_BF16):
+        delattr(keeper, _IN_BF16)
 
 
 def kv_kind(config: Any, layer: int | None) -> KvKind:
     """Return what a layer's keys and values are cached in; None: of no layer, int8."""
-    given = getattr(config.get_text_config(decoder=True), _IN_BF16, ())
+    given = getattr(_keeper(config), _IN_BF16, ())
     if not isinstance(given, list | tuple) or not all(type(each) is int for each in given):
         raise SqCpuError(f"the model's config has {_IN_BF16} {given!r}: it is a list of layers")
     return "bf16" if layer in given else "int8"
@@ -51,3 +53,14 @@ def kv_kind(config: Any, layer: int | None) -> KvKind:
 def kv_kinds(config: Any, layers: int) -> list[KvKind]:
     """Return it of so many layers."""
     return [kv_kind(config, layer) for layer in range(layers)]
+
+
+def _keeper(config: Any) -> Any:
+    """Return the config that keeps it: the text's, or the model's where the text has none.
+
+    Of an encoder-decoder without sub-configs (BART) transformers makes a text config at every call.
+    """
+    if config.is_encoder_decoder and not config.sub_configs:
+        return config
+    text = config.get_text_config(decoder=True)
+    return config if type(text) is type(config) else text

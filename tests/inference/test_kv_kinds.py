@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from test_fusing import GREEDY, fused, prompt
 from test_lowering import quantized
 from tiny import tiny_model
@@ -88,6 +89,35 @@ def test_a_checkpoint_keeps_them(tmp_path: Path) -> None:
     decoder = fused_of(loaded)
     assert decoder is not None
     assert decoder.kv_kinds == ["int8", "bf16"]
+
+
+def test_an_encoder_decoder_with_one_config_has_them_in_its_decoder(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=99,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=3,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    ids = prompt(2, 20)
+    sq_cpu.use_int8_attention(model, kv="int8")
+    in_int8 = logits(model, ids)
+    sq_cpu.use_int8_attention(model, kv={2: "bf16"})
+    assert kv_kinds(model.config, 3) == ["int8", "int8", "bf16"]
+    assert not torch.equal(logits(model, ids), in_int8)
+    model.config.save_pretrained(tmp_path)
+    assert kv_kinds(transformers.BartConfig.from_pretrained(tmp_path), 3)[2] == "bf16"
+
+
+def test_a_model_with_a_text_config_keeps_them_there() -> None:
+    config = transformers.AutoConfig.for_model("llava")
+    choose_kv(config, {1: "bf16"})
+    assert kv_kinds(config, 2) == kv_kinds(config.text_config, 2) == ["int8", "bf16"]
+    assert "sq_cpu_bf16_kv_layers" not in vars(config)
 
 
 def test_refused() -> None:
