@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.attention import ATTENTION
 from sq_cpu.inference.cache import replace_layers
-from sq_cpu.inference.kv_kinds import KvChoice, choose_kv
+from sq_cpu.inference.kv_kinds import KvChoice, check_kv, choose_kv
 from sq_cpu.models.hf_private import attention_implementation, is_transformers
 from sq_cpu.models.hooks import before_every_call
 
@@ -40,11 +40,12 @@ def use_int8_attention(model: nn.Module, enabled: bool = True, kv: KvChoice | No
     Raises
     ------
     SqCpuError
-        For another model, one that computes attention in code of its own, and a layer that it has
-        not.
+        For another model, one that computes attention in code of its own, a layer that it has
+        not, and `kv` with enabled=False; the model is as it was.
     """
     if not is_transformers(model):
         raise SqCpuError(f"{type(model).__name__} is no model of transformers")
+    check_kv(model, enabled, kv)
     given: Any = model
     hooks = given._forward_pre_hooks
     ours = next((key for key, hook in hooks.items() if isinstance(hook, _Int8Caches)), None)

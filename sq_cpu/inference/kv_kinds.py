@@ -11,7 +11,7 @@ from typing import Any, get_args
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.paged_attention import KvKind
 
-__all__ = ["KvChoice", "choose_kv", "kv_kind", "kv_kinds"]
+__all__ = ["KvChoice", "check_kv", "choose_kv", "kv_kind", "kv_kinds"]
 
 KvChoice = KvKind | Mapping[int, KvKind]
 """Of all layers, or by the layer's number; those that it does not name are int8."""
@@ -27,6 +27,16 @@ def choose_kv(config: Any, kv: KvChoice) -> None:
     SqCpuError
         For a layer that the model has not, and for another kind.
     """
+    in_bf16 = layers_in_bf16(config, kv)
+    keeper = _keeper(config)
+    if in_bf16:
+        setattr(keeper, _IN_BF16, in_bf16)
+    elif hasattr(keeper, _IN_BF16):
+        delattr(keeper, _IN_BF16)
+
+
+def layers_in_bf16(config: Any, kv: KvChoice) -> list[int]:
+    """Return the layers that `choose_kv` would have in bf16, and raise what it would."""
     layers = range(config.get_text_config(decoder=True).num_hidden_layers)
     by_layer = kv if isinstance(kv, Mapping) else dict.fromkeys(layers, kv)
     for layer, kind in by_layer.items():
@@ -34,12 +44,16 @@ def choose_kv(config: Any, kv: KvChoice) -> None:
             raise SqCpuError(f"kv names layer {layer!r}; the model has 0 .. {len(layers) - 1}")
         if kind not in get_args(KvKind):
             raise SqCpuError(f"kv is {kind!r}; it is {' or '.join(get_args(KvKind))}")
-    in_bf16 = sorted(layer for layer, kind in by_layer.items() if kind == "bf16")
-    keeper = _keeper(config)
-    if in_bf16:
-        setattr(keeper, _IN_BF16, in_bf16)
-    elif hasattr(keeper, _IN_BF16):
-        delattr(keeper, _IN_BF16)
+    return sorted(layer for layer, kind in by_layer.items() if kind == "bf16")
+
+
+def check_kv(model: Any, enabled: bool, kv: KvChoice | None) -> None:
+    """Raise `SqCpuError` for a `kv` that a model of transformers cannot be switched to."""
+    if kv is None:
+        return
+    if not enabled:
+        raise SqCpuError("kv is given with enabled=False, which changes no cache: leave it out")
+    layers_in_bf16(model.config, kv)
 
 
 def kv_kind(config: Any, layer: int | None) -> KvKind:

@@ -120,6 +120,23 @@ def test_a_model_with_a_text_config_keeps_them_there() -> None:
     assert "sq_cpu_bf16_kv_layers" not in vars(config)
 
 
+def test_a_model_is_as_it_was_after_a_kv_that_it_cannot_have() -> None:
+    model = quantized("llama")
+    attention = model.config._attn_implementation
+    for switch in (sq_cpu.use_int8_attention, fuse):
+        with pytest.raises(SqCpuError, match="kv names layer 9"):
+            switch(model, kv={9: "bf16"})
+        assert model.config._attn_implementation == attention
+        assert not model._forward_pre_hooks
+        assert fused_of(model) is None
+        switch(model)
+        with pytest.raises(SqCpuError, match="kv is given with enabled=False"):
+            switch(model, enabled=False, kv="int8")
+        switch(model, enabled=False)
+        assert model.config._attn_implementation == attention
+        assert fused_of(model) is None
+
+
 def test_refused() -> None:
     config = quantized("llama").config
     for kv, message in (
