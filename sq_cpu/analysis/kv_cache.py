@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.inference.attach import use_int8_attention
-from sq_cpu.inference.attention import ATTENTION
+from sq_cpu.inference.attach import attend_in_floats, attention_restored, use_int8_attention
 from sq_cpu.inference.fusing import fused_of
 from sq_cpu.inference.kv_kinds import KvChoice, choose_kv, kv_kinds
 from sq_cpu.kernels.paged_attention import KvKind
 from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.checks import check_is_module
-from sq_cpu.models.hf_private import attention_implementation, is_transformers
+from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.progress import track
 
 __all__ = ["KvReport", "measure_kv"]
@@ -79,29 +78,27 @@ def measure_kv(
     if is_transformers(model) and fused_of(model) is not None:
         raise SqCpuError("the model is fused: sq_cpu.fuse(model, enabled=False) first")
     calls = list(model_inputs(model, batches, "the cache's cost", "", False))
-    config: Any = getattr(model, "config", None)
-    in_use = is_transformers(model) and attention_implementation(config) == ATTENTION
-    use_int8_attention(model)  # refuses other models
-    layers = config.get_text_config(decoder=True).num_hidden_layers
-    before = dict(enumerate(kv_kinds(config, layers)))
+    with attention_restored(model), evaluating(model):
+        use_int8_attention(model)  # refuses what has no such attention
+        attend_in_floats(model)
+        references = [_log_probabilities(model, *call) for call in calls]
+        use_int8_attention(model)
+        config: Any = model.config
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        before = dict(enumerate(kv_kinds(config, layers)))
 
-    def divergence(kv: KvChoice) -> Tensor:
-        choose_kv(config, kv)
-        found = [
-            (reference.exp() * (reference - _log_probabilities(model, *call))).sum(dim=1)
-            for reference, call in zip(references, calls, strict=True)
-        ]
-        return torch.cat(found)
+        def divergence(kv: KvChoice) -> Tensor:
+            choose_kv(config, kv)
+            found = [
+                _divergence(reference, _log_probabilities(model, *call))
+                for reference, call in zip(references, calls, strict=True)
+            ]
+            return torch.cat(found)
 
-    try:
-        with evaluating(model):
-            use_int8_attention(model, enabled=False)
-            references = [_log_probabilities(model, *call) for call in calls]
-            use_int8_attention(model)
+        try:
             return _choose(divergence, layers, most, progress)
-    finally:
-        use_int8_attention(model, enabled=in_use)
-        choose_kv(config, before)
+        finally:
+            choose_kv(config, before)
 
 
 def _choose(
@@ -119,6 +116,16 @@ def _choose(
         kv[layer] = "bf16"
         chosen = float(divergence(kv).median())
     return KvReport(int8, by_layer, dict(sorted(kv.items())), chosen)
+
+
+def _divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """Return KL(reference || other) of log probabilities [tokens, vocabulary], by token."""
+    p = reference.exp()
+    # Where p is 0 both logarithms may be -inf: a token that the model forbids.
+    found = torch.where(p == 0, 0.0, p * (reference - other)).sum(dim=1)
+    if found.isnan().any():
+        raise SqCpuError("the model's logits have NaN or Inf: it overflows on these batches")
+    return found
 
 
 def _log_probabilities(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -63,6 +63,45 @@ def test_a_model_that_int8_does_not_spoil_keeps_it() -> None:
     assert kv_kinds(model.config, 2) == ["bf16", "int8"]
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_reference_is_in_floats_whatever_attention_the_model_has(hooked: bool) -> None:
+    expected = measure_kv(tiny_model("llama"), batches())
+    model = tiny_model("llama")
+    model.set_attn_implementation("sq_cpu")
+    if hooked:
+        sq_cpu.use_int8_attention(model)
+    hooks = dict(model._forward_pre_hooks)
+    report = measure_kv(model, batches())
+    assert report.int8 == pytest.approx(expected.int8, rel=1e-2)
+    assert report.by_layer == pytest.approx(expected.by_layer, rel=1e-2)
+    # The model is as it was, its config too.
+    assert model.config._attn_implementation == "sq_cpu"
+    assert dict(model._forward_pre_hooks) == hooks
+    assert not hasattr(model.config, "sq_cpu_bf16_kv_layers")
+
+
+def test_tokens_that_the_model_forbids_count_nothing_and_nan_is_refused() -> None:
+    model = tiny_model("llama")
+
+    def replaced(value: float) -> Any:
+        def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            return output.index_fill(2, torch.tensor([3]), value)
+
+        return model.lm_head.register_forward_hook(hook)
+
+    handle = replaced(-1e9)
+    expected = measure_kv(model, batches())
+    handle.remove()
+    handle = replaced(-torch.inf)
+    assert measure_kv(model, batches()) == expected
+    handle.remove()
+    replaced(torch.nan)
+    with pytest.raises(SqCpuError, match="logits have NaN or Inf"):
+        measure_kv(model, batches())
+    assert model.config._attn_implementation != "sq_cpu"
+    assert not model._forward_pre_hooks
+
+
 def test_refused() -> None:
     with pytest.raises(SqCpuError, match="a divergence is at least 0"):
         measure_kv(tiny_model("llama"), batches(), most=-1.0)
