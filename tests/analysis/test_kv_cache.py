@@ -102,6 +102,22 @@ def test_tokens_that_the_model_forbids_count_nothing_and_nan_is_refused() -> Non
     assert not model._forward_pre_hooks
 
 
+def test_padding_is_left_out() -> None:
+    model = tiny_model("llama")
+    ids = batches()[0]
+    expected = measure_kv(model, [ids[:, 4:]])
+    padded = torch.cat([torch.zeros_like(ids).repeat(1, 2), ids[:, 4:]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :32] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    batch = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+    report = measure_kv(model, [batch])
+    assert report.int8 == pytest.approx(expected.int8, rel=1e-2)
+    assert report.by_layer == pytest.approx(expected.by_layer, rel=1e-2)
+    with pytest.raises(SqCpuError, match="padding alone"):
+        measure_kv(model, [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}])
+
+
 def test_refused() -> None:
     with pytest.raises(SqCpuError, match="a divergence is at least 0"):
         measure_kv(tiny_model("llama"), batches(), most=-1.0)
