@@ -5,6 +5,7 @@ The model's config keeps it, as the numbers of the layers in bf16, and goes with
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -13,8 +14,8 @@ from sq_cpu.kernels.paged_attention import KvKind
 
 __all__ = ["KvChoice", "check_kv", "choose_kv", "kv_kind", "kv_kinds"]
 
-KvChoice = KvKind | Mapping[int, KvKind]
-"""Of all layers, or by the layer's number; those that it does not name are int8."""
+KvChoice = KvKind | Mapping[int, KvKind] | Mapping[str, KvKind]
+"""Of all layers, or by the layer's number ("1", as in JSON, is 1); others are int8."""
 
 _IN_BF16 = "sq_cpu_bf16_kv_layers"
 
@@ -38,13 +39,27 @@ def choose_kv(config: Any, kv: KvChoice) -> None:
 def layers_in_bf16(config: Any, kv: KvChoice) -> list[int]:
     """Return the layers that `choose_kv` would have in bf16, and raise what it would."""
     layers = range(config.get_text_config(decoder=True).num_hidden_layers)
-    by_layer = kv if isinstance(kv, Mapping) else dict.fromkeys(layers, kv)
-    for layer, kind in by_layer.items():
-        if type(layer) is not int or layer not in layers:
-            raise SqCpuError(f"kv names layer {layer!r}; the model has 0 .. {len(layers) - 1}")
+    given: Mapping[Any, KvKind] = kv if isinstance(kv, Mapping) else dict.fromkeys(layers, kv)
+    by_layer: dict[int, KvKind] = {}
+    for name, kind in given.items():
+        layer = _number(name)
+        if layer is None or layer not in layers:
+            raise SqCpuError(f"kv names layer {name!r}; the model has 0 .. {len(layers) - 1}")
         if kind not in get_args(KvKind):
             raise SqCpuError(f"kv is {kind!r}; it is {' or '.join(get_args(KvKind))}")
+        if by_layer.setdefault(layer, kind) != kind:
+            raise SqCpuError(f"kv names layer {layer} twice, with different kinds: name it once")
     return sorted(layer for layer, kind in by_layer.items() if kind == "bf16")
+
+
+def _number(name: Any) -> int | None:
+    """Return the number of a layer, an integer of any type or its decimal digits; else None."""
+    if isinstance(name, str):
+        return int(name) if name.isdecimal() and len(name) < 10 else None
+    try:
+        return None if isinstance(name, bool) else operator.index(name)
+    except TypeError:
+        return None
 
 
 def check_kv(model: Any, enabled: bool, kv: KvChoice | None) -> None:

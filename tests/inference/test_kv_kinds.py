@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -137,11 +138,24 @@ def test_a_model_is_as_it_was_after_a_kv_that_it_cannot_have() -> None:
         assert fused_of(model) is None
 
 
+@pytest.mark.parametrize("layer", [1, "1", np.int64(1), torch.tensor(1)])
+def test_a_layer_is_any_integer_or_its_digits(layer: Any) -> None:
+    config = quantized("llama").config
+    choose_kv(config, {layer: "bf16"})
+    assert config.sq_cpu_bf16_kv_layers == [1]
+    assert type(config.sq_cpu_bf16_kv_layers[0]) is int
+
+
 def test_refused() -> None:
     config = quantized("llama").config
     for kv, message in (
         ({2: "bf16"}, r"kv names layer 2; the model has 0 .. 1"),
-        ({"1": "bf16"}, r"kv names layer '1'"),
+        ({"2": "bf16"}, r"kv names layer '2'"),
+        ({"-1": "bf16"}, r"kv names layer '-1'"),
+        ({"first": "bf16"}, r"kv names layer 'first'"),
+        ({1.0: "bf16"}, r"kv names layer 1\.0"),
+        ({True: "bf16"}, r"kv names layer True"),
+        ({1: "bf16", "1": "int8"}, r"kv names layer 1 twice"),
         ({1: "fp8"}, r"kv is 'fp8'; it is int8 or bf16"),
         ("bf17", r"kv is 'bf17'"),
     ):
