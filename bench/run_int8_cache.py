@@ -57,9 +57,8 @@ def dequantize(model: nn.Module) -> None:
     """Give each int8 linear its weight in float: the same weight, for inputs as they are."""
     for name, layer in [*model.named_modules()]:
         if isinstance(layer, sq_cpu.QuantLinear):
-            weight = layer.weight_int8().float() * layer.weight_scale[:, None]
             linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias)
-            linear.weight.data = weight if layer.smoothing is None else weight / layer.smoothing
+            linear.weight.data = layer.weight_float()
             if layer.bias is not None:
                 linear.bias.data = layer.bias.float()
             model.set_submodule(name, linear)

@@ -5,6 +5,7 @@ import torch
 from tiny import batches, tiny_model
 
 import sq_cpu
+from sq_cpu import QuantLinear, Scheme
 from sq_cpu.inference.cache import Int8Layer
 
 
@@ -30,6 +31,16 @@ def test_the_same_weights_in_float() -> None:
     assert type(linear) is torch.nn.Linear
     # Rounded are the inputs alone, to 1 / 127 of the largest of their row.
     assert 0 < (linear(x) - y).norm() < 0.01 * y.norm()
+
+
+def test_a_rotated_weight_in_float() -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(100, 8)
+    layer = QuantLinear.from_float(linear, Scheme(), smoothing=torch.rand(100) + 0.5, hadamard=64)
+    model = torch.nn.Sequential(layer)
+    run_int8_cache.dequantize(model)
+    assert torch.equal(model[0].weight, layer.weight_float())
+    assert (model[0].weight - linear.weight).norm() < 0.01 * linear.weight.norm()
 
 
 def test_it_times_both() -> None:

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.inference.attach import use_int8_attention
-from sq_cpu.inference.attention import ATTENTION
+from sq_cpu.inference.attach import attend_in_floats, attention_restored, use_int8_attention
 from sq_cpu.inference.fusing import fused_of
 from sq_cpu.inference.kv_kinds import KvChoice, choose_kv, kv_kinds
 from sq_cpu.kernels.paged_attention import KvKind
-from sq_cpu.models.calls import Batch, evaluating, model_inputs
+from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
 from sq_cpu.models.checks import check_is_module
-from sq_cpu.models.hf_private import attention_implementation, is_transformers
+from sq_cpu.models.hf_private import is_transformers
+from sq_cpu.models.padding import Padding, padding_of
 from sq_cpu.progress import track
 
 __all__ = ["KvReport", "measure_kv"]
+
+_Rows = Tensor | slice
+"""Which tokens of a call: bool [tokens], or all."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ def measure_kv(
     Parameters
     ----------
     model : a causal language model of transformers
-    batches : calls as for `calibrate`; the logits of all are held, tokens * vocabulary * 4 bytes
+    batches : calls as for `calibrate`; the logits of all are held, tokens * vocabulary * 4 bytes.
+        Padding is left out
     most : the median divergence in nats that is good enough
     progress : whether to show a bar; None: on a terminal
 
@@ -79,29 +83,29 @@ def measure_kv(
     if is_transformers(model) and fused_of(model) is not None:
         raise SqCpuError("the model is fused: sq_cpu.fuse(model, enabled=False) first")
     calls = list(model_inputs(model, batches, "the cache's cost", "", False))
-    config: Any = getattr(model, "config", None)
-    in_use = is_transformers(model) and attention_implementation(config) == ATTENTION
-    use_int8_attention(model)  # refuses other models
-    layers = config.get_text_config(decoder=True).num_hidden_layers
-    before = dict(enumerate(kv_kinds(config, layers)))
+    with attention_restored(model), evaluating(model):
+        use_int8_attention(model)  # refuses what has no such attention
+        attend_in_floats(model)
+        references = [_kept(model, call, padding_of(model, *call)) for call in calls]
+        if not any(len(reference) for reference, _ in references):
+            raise SqCpuError("the batches hold padding alone: their masks keep no token")
+        use_int8_attention(model)
+        config: Any = model.config
+        layers = config.get_text_config(decoder=True).num_hidden_layers
+        before = dict(enumerate(kv_kinds(config, layers)))
 
-    def divergence(kv: KvChoice) -> Tensor:
-        choose_kv(config, kv)
-        found = [
-            (reference.exp() * (reference - _log_probabilities(model, *call))).sum(dim=1)
-            for reference, call in zip(references, calls, strict=True)
-        ]
-        return torch.cat(found)
+        def divergence(kv: KvChoice) -> Tensor:
+            choose_kv(config, kv)
+            found = [
+                _divergence(reference, _log_probabilities(_logits(model, call), rows))
+                for (reference, rows), call in zip(references, calls, strict=True)
+            ]
+            return torch.cat(found)
 
-    try:
-        with evaluating(model):
-            use_int8_attention(model, enabled=False)
-            references = [_log_probabilities(model, *call) for call in calls]
-            use_int8_attention(model)
+        try:
             return _choose(divergence, layers, most, progress)
-    finally:
-        use_int8_attention(model, enabled=in_use)
-        choose_kv(config, before)
+        finally:
+            choose_kv(config, before)
 
 
 def _choose(
@@ -121,9 +125,33 @@ def _choose(
     return KvReport(int8, by_layer, dict(sorted(kv.items())), chosen)
 
 
-def _log_probabilities(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the log probabilities of a call's tokens, fp32 [tokens, vocabulary]."""
+def _divergence(reference: Tensor, other: Tensor) -> Tensor:
+    """Return KL(reference || other) of log probabilities [tokens, vocabulary], by token."""
+    p = reference.exp()
+    # Where p is 0 both logarithms may be -inf: a token that the model forbids.
+    found = torch.where(p == 0, 0.0, p * (reference - other)).sum(dim=1)
+    if found.isnan().any():
+        raise SqCpuError("the model's logits have NaN or Inf: it overflows on these batches")
+    return found
+
+
+def _logits(model: Any, example: Example) -> Tensor:
+    args, kwargs = example
     logits = getattr(model(*args, **kwargs), "logits", None)
     if not isinstance(logits, Tensor):
         raise SqCpuError(f"{type(model).__name__} gives no logits: measure a causal language model")
-    return logits.flatten(0, -2).float().log_softmax(dim=1)
+    return logits
+
+
+def _kept(model: nn.Module, example: Example, padding: Padding) -> tuple[Tensor, _Rows]:
+    """Return the log probabilities of a call's tokens that are no padding, and which these are."""
+    with padding.tracing():
+        logits = _logits(model, example)
+        kept = padding.kept(logits)
+    rows = slice(None) if kept is None else kept
+    return _log_probabilities(logits, rows), rows
+
+
+def _log_probabilities(logits: Tensor, rows: _Rows) -> Tensor:
+    """Return the log probabilities of some of a call's tokens, fp32 [tokens, vocabulary]."""
+    return logits.flatten(0, -2)[rows].float().log_softmax(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +13,11 @@ from transformers.cache_utils import DynamicCache
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.attention import ATTENTION
 from sq_cpu.inference.cache import replace_layers
-from sq_cpu.inference.kv_kinds import KvChoice, choose_kv
+from sq_cpu.inference.kv_kinds import KvChoice, check_kv, choose_kv
 from sq_cpu.models.hf_private import attention_implementation, is_transformers
 from sq_cpu.models.hooks import before_every_call
 
-__all__ = ["use_int8_attention"]
+__all__ = ["attend_in_floats", "attention_restored", "use_int8_attention"]
 
 _CACHE = "past_key_values"
 _POSITIONAL = 3
@@ -40,17 +42,16 @@ def use_int8_attention(model: nn.Module, enabled: bool = True, kv: KvChoice | No
     Raises
     ------
     SqCpuError
-        For another model, one that computes attention in code of its own, and a layer that it has
-        not.
+        For another model, one that computes attention in code of its own, a layer that it has
+        not, and `kv` with enabled=False; the model is as it was.
     """
-    if not is_transformers(model):
-        raise SqCpuError(f"{type(model).__name__} is no model of transformers")
+    _check_is_of_transformers(model)
+    check_kv(model, enabled, kv)
     given: Any = model
-    hooks = given._forward_pre_hooks
-    ours = next((key for key, hook in hooks.items() if isinstance(hook, _Int8Caches)), None)
+    ours = _key_of_hook(model)
     if not enabled:
         if ours is not None:
-            given.set_attn_implementation(hooks.pop(ours).before)
+            given.set_attn_implementation(given._forward_pre_hooks.pop(ours).before)
             given._forward_pre_hooks_with_kwargs.pop(ours)
         return
     before = attention_implementation(given.config)
@@ -64,6 +65,40 @@ def use_int8_attention(model: nn.Module, enabled: bool = True, kv: KvChoice | No
         choose_kv(given.config, kv)
     if ours is None:
         before_every_call(model, _Int8Caches(before))
+
+
+@contextmanager
+def attention_restored(model: nn.Module) -> Iterator[None]:
+    """Run a block, and have the model attend as before it, with the caches that it made."""
+    _check_is_of_transformers(model)
+    given: Any = model
+    before, had_hook = attention_implementation(given.config), _key_of_hook(model) is not None
+    try:
+        yield
+    finally:
+        if not had_hook:
+            use_int8_attention(model, enabled=False)
+        if attention_implementation(given.config) != before:
+            given.set_attn_implementation(before)
+
+
+def attend_in_floats(model: nn.Module) -> None:
+    """Have a model attend as before `use_int8_attention`; eager, where that was in int8 too."""
+    given: Any = model
+    ours = _key_of_hook(model)
+    hook = None if ours is None else given._forward_pre_hooks[ours]
+    before = attention_implementation(given.config) if hook is None else hook.before
+    given.set_attn_implementation("eager" if before == ATTENTION else before)
+
+
+def _check_is_of_transformers(model: nn.Module) -> None:
+    if not is_transformers(model):
+        raise SqCpuError(f"{type(model).__name__} is no model of transformers")
+
+
+def _key_of_hook(model: nn.Module) -> int | None:
+    hooks = model._forward_pre_hooks.items()
+    return next((key for key, hook in hooks if isinstance(hook, _Int8Caches)), None)
 
 
 class _Int8Caches:

@@ -14,12 +14,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace_layers
-from sq_cpu.inference.kv_kinds import KvChoice, choose_kv, kv_kinds
+from sq_cpu.inference.kv_kinds import KvChoice, check_kv, choose_kv, kv_kinds
 from sq_cpu.inference.lowering import compile_program, decoder_of
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram, StepRows
 from sq_cpu.kernels.paged_attention import KvKind, KvPages, page_bytes
 from sq_cpu.models.checks import check_is_module
+from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.linears import head_of
 
 __all__ = ["FusedDecoder", "fuse", "fused_of"]
@@ -49,6 +50,8 @@ def fuse(model: nn.Module, enabled: bool = True, kv: KvChoice | None = None) -> 
         That says why the model has no program; the model is as it was.
     """
     check_is_module(model)
+    if is_transformers(model):  # others have no program
+        check_kv(decoder_of(model), enabled, kv)
     fused = fused_of(model)
     if not enabled:
         if fused is not None:

@@ -35,6 +35,7 @@ __all__ = [
 
 PAGE_TOKENS: int = _core.PAGE_TOKENS
 KvKind = Literal["int8", "bf16"]
+"""What keys and values are kept in: int8, scaled for each token and kv head, or bf16."""
 _TYPES: dict[str, _core.KvType] = {"int8": _core.KvType.int8, "bf16": _core.KvType.bfloat16}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ def test_planted_outliers_need_bf16_in_their_layer_alone() -> None:
 
     sq_cpu.use_int8_attention(model)
     error = (logits(model) - before).norm()
-    sq_cpu.use_int8_attention(model, kv=report.kv)
+    sq_cpu.use_int8_attention(model, kv=json.loads(json.dumps(report.to_dict()))["kv"])
+    assert kv_kinds(model.config, 2) == ["int8", "bf16"]
     assert (logits(model) - before).norm() < error / 10
 
 
@@ -61,6 +63,61 @@ def test_a_model_that_int8_does_not_spoil_keeps_it() -> None:
     # What was in use is again.
     assert torch.equal(logits(model), expected)
     assert kv_kinds(model.config, 2) == ["bf16", "int8"]
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_the_reference_is_in_floats_whatever_attention_the_model_has(hooked: bool) -> None:
+    expected = measure_kv(tiny_model("llama"), batches())
+    model = tiny_model("llama")
+    model.set_attn_implementation("sq_cpu")
+    if hooked:
+        sq_cpu.use_int8_attention(model)
+    hooks = dict(model._forward_pre_hooks)
+    report = measure_kv(model, batches())
+    assert report.int8 == pytest.approx(expected.int8, rel=1e-2)
+    assert report.by_layer == pytest.approx(expected.by_layer, rel=1e-2)
+    # The model is as it was, its config too.
+    assert model.config._attn_implementation == "sq_cpu"
+    assert dict(model._forward_pre_hooks) == hooks
+    assert not hasattr(model.config, "sq_cpu_bf16_kv_layers")
+
+
+def test_tokens_that_the_model_forbids_count_nothing_and_nan_is_refused() -> None:
+    model = tiny_model("llama")
+
+    def replaced(value: float) -> Any:
+        def hook(_module: Any, _args: Any, output: Tensor) -> Tensor:
+            return output.index_fill(2, torch.tensor([3]), value)
+
+        return model.lm_head.register_forward_hook(hook)
+
+    handle = replaced(-1e9)
+    expected = measure_kv(model, batches())
+    handle.remove()
+    handle = replaced(-torch.inf)
+    assert measure_kv(model, batches()) == expected
+    handle.remove()
+    replaced(torch.nan)
+    with pytest.raises(SqCpuError, match="logits have NaN or Inf"):
+        measure_kv(model, batches())
+    assert model.config._attn_implementation != "sq_cpu"
+    assert not model._forward_pre_hooks
+
+
+def test_padding_is_left_out() -> None:
+    model = tiny_model("llama")
+    ids = batches()[0]
+    expected = measure_kv(model, [ids[:, 4:]])
+    padded = torch.cat([torch.zeros_like(ids).repeat(1, 2), ids[:, 4:]], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :32] = 0
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    batch = {"input_ids": padded, "attention_mask": mask, "position_ids": positions}
+    report = measure_kv(model, [batch])
+    assert report.int8 == pytest.approx(expected.int8, rel=1e-2)
+    assert report.by_layer == pytest.approx(expected.by_layer, rel=1e-2)
+    with pytest.raises(SqCpuError, match="padding alone"):
+        measure_kv(model, [{"input_ids": ids, "attention_mask": torch.zeros_like(ids)}])
 
 
 def test_refused() -> None:

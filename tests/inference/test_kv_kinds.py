@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from test_fusing import GREEDY, fused, prompt
 from test_lowering import quantized
 from tiny import tiny_model
@@ -90,11 +92,70 @@ def test_a_checkpoint_keeps_them(tmp_path: Path) -> None:
     assert decoder.kv_kinds == ["int8", "bf16"]
 
 
+def test_an_encoder_decoder_with_one_config_has_them_in_its_decoder(tmp_path: Path) -> None:
+    config = transformers.BartConfig(
+        vocab_size=99,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=3,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+    )
+    model = transformers.BartForConditionalGeneration(config).eval()
+    ids = prompt(2, 20)
+    sq_cpu.use_int8_attention(model, kv="int8")
+    in_int8 = logits(model, ids)
+    sq_cpu.use_int8_attention(model, kv={2: "bf16"})
+    assert kv_kinds(model.config, 3) == ["int8", "int8", "bf16"]
+    assert not torch.equal(logits(model, ids), in_int8)
+    model.config.save_pretrained(tmp_path)
+    assert kv_kinds(transformers.BartConfig.from_pretrained(tmp_path), 3)[2] == "bf16"
+
+
+def test_a_model_with_a_text_config_keeps_them_there() -> None:
+    config = transformers.AutoConfig.for_model("llava")
+    choose_kv(config, {1: "bf16"})
+    assert kv_kinds(config, 2) == kv_kinds(config.text_config, 2) == ["int8", "bf16"]
+    assert "sq_cpu_bf16_kv_layers" not in vars(config)
+
+
+def test_a_model_is_as_it_was_after_a_kv_that_it_cannot_have() -> None:
+    model = quantized("llama")
+    attention = model.config._attn_implementation
+    for switch in (sq_cpu.use_int8_attention, fuse):
+        with pytest.raises(SqCpuError, match="kv names layer 9"):
+            switch(model, kv={9: "bf16"})
+        assert model.config._attn_implementation == attention
+        assert not model._forward_pre_hooks
+        assert fused_of(model) is None
+        switch(model)
+        with pytest.raises(SqCpuError, match="kv is given with enabled=False"):
+            switch(model, enabled=False, kv="int8")
+        switch(model, enabled=False)
+        assert model.config._attn_implementation == attention
+        assert fused_of(model) is None
+
+
+@pytest.mark.parametrize("layer", [1, "1", np.int64(1), torch.tensor(1)])
+def test_a_layer_is_any_integer_or_its_digits(layer: Any) -> None:
+    config = quantized("llama").config
+    choose_kv(config, {layer: "bf16"})
+    assert config.sq_cpu_bf16_kv_layers == [1]
+    assert type(config.sq_cpu_bf16_kv_layers[0]) is int
+
+
 def test_refused() -> None:
     config = quantized("llama").config
     for kv, message in (
         ({2: "bf16"}, r"kv names layer 2; the model has 0 .. 1"),
-        ({"1": "bf16"}, r"kv names layer '1'"),
+        ({"2": "bf16"}, r"kv names layer '2'"),
+        ({"-1": "bf16"}, r"kv names layer '-1'"),
+        ({"first": "bf16"}, r"kv names layer 'first'"),
+        ({1.0: "bf16"}, r"kv names layer 1\.0"),
+        ({True: "bf16"}, r"kv names layer True"),
+        ({1: "bf16", "1": "int8"}, r"kv names layer 1 twice"),
         ({1: "fp8"}, r"kv is 'fp8'; it is int8 or bf16"),
         ("bf17", r"kv is 'bf17'"),
     ):

@@ -121,6 +121,18 @@ def test_bf16_pages_hold_what_was_appended(head_dim: int, dtype: torch.dtype) ->
         assert torch.equal(read, given.bfloat16().float().transpose(0, 1))
 
 
+@pytest.mark.parametrize("kind", ["int8", "bf16"])
+def test_a_value_beyond_the_range_of_bf16_is_inf_in_its_pages_alone(kind: KvKind) -> None:
+    k, v = tokens(3, 1, 64, 1), tokens(3, 1, 64, 2)
+    v[1, 0, 5] = 3.4e38
+    cache = KvPages(1, 1, 64, kind)
+    rows = BatchRows([3], [3], [[0]])
+    cache.append(rows, k, v)
+    y = cache.attend(rows, tokens(3, 1, 64, 3), AttentionOptions(scale=0.125))
+    finite = y.isfinite().flatten(1).all(dim=1)
+    assert finite.tolist() == [True, kind == "int8", kind == "int8"]
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(("head_dim", "before", "new"), [(64, 0, 150), (80, 100, 1), (128, 63, 3)])
 def test_bf16_pages_are_near_plain_attention(

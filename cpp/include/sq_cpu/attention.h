@@ -17,6 +17,7 @@
 // A layer whose keys int8 would spoil has pages of bf16. There q, k are not rotated and v is not
 // scaled; q stays fp32, and p, and every sum is of fp32 products, one after another:
 //   s[j] = sum_c q[c] k[j][c];  o = o * e^(m - m') + sum_j p[j] v[j]
+// Pages of bf16 turn finite keys and values beyond bf16's range, 3.39e38, into Inf.
 // e^x has a relative error of 2.9e-6, and is 2^-126 below that. A row that sees no key gives 0.
 // NaN or Inf in a row of q makes that row of y NaN, and in a key or value every row that sees it.
 //
