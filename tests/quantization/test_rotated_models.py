@@ -18,6 +18,8 @@ import sq_cpu
 from sq_cpu import QuantLinear, SmoothPlan, SqCpuError
 from sq_cpu.inference.fusing import fuse
 from sq_cpu.kernels.hadamard import fwht64
+from sq_cpu.models.groups import is_down, smoothing_groups
+from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.scheme import Scheme
@@ -89,6 +91,48 @@ def test_without_a_plan_it_is_a_setting() -> None:
     assert found.sq_cpu_config.plan == plan
     model, calibration = calibrated("llama", head_dim=8)
     assert sq_cpu.quantize(model, calibration, scheme="O3").sq_cpu_config.hadamard == {}
+
+
+# Attention wider than the hidden state, experts narrower than it, an MLP without a gate.
+@pytest.mark.parametrize(
+    ("name", "config", "down"),
+    [
+        ("qwen3", {"head_dim": 32}, ("mlp.down_proj",)),
+        ("qwen3_moe", {"head_dim": 32}, ("down_proj",)),
+        ("opt", {}, ("fc2",)),
+        ("gpt2", {}, ("mlp.c_proj",)),
+        ("gpt_neox", {}, ("mlp.dense_4h_to_h",)),
+        ("t5", {}, (".wo",)),
+        ("vit", {}, ("mlp.fc2",)),
+    ],
+)
+def test_down_projections_alone_are_rotated(
+    name: str, config: dict[str, int], down: tuple[str, ...]
+) -> None:
+    model = tiny_model(name, **config)
+    with linearized(model):
+        found = {n for g in smoothing_groups(model) if is_down(model, g) for n in g.consumers}
+        linears = quantizable_linears(model)
+    assert found == {each for each in linears if each.endswith(down)}
+    assert found
+
+
+def test_where_nothing_can_be_rotated_it_is_refused(tmp_path: Path) -> None:
+    model, calibration = calibrated("llama", head_dim=8)
+    scheme = Scheme.of("O1", ignore=("lm_head", *downs(model)))
+    refused = pytest.raises(SqCpuError, match="hadamard=64 rotates the inputs of down projections")
+    with refused:
+        sq_cpu.quantize(model, calibration, scheme=scheme, hadamard=64)
+    with refused:
+        sq_cpu.tune(model, calibration, scheme=scheme, hadamard=64)
+    with refused:
+        SmoothPlan.uniform(model, calibration, ignore=scheme.ignore, hadamard=64)
+    model.save_pretrained(tmp_path / "float")
+    with refused:
+        sq_cpu.quantize_checkpoint(
+            tmp_path / "float", tmp_path / "out", batches(), scheme=scheme, hadamard=64
+        )
+    assert sq_cpu.quantize(model, calibration, hadamard=64).sq_cpu_config.hadamard
 
 
 def test_experts_and_channels_in_float_are_rotated_too(tmp_path: Path) -> None:
