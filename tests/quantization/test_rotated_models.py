@@ -13,6 +13,7 @@ from quantize_cases import calibrated
 from sameness import assert_same_model
 from tiny import batches, change_config, logits, tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import sq_cpu
 from sq_cpu import QuantLinear, SmoothPlan, SqCpuError
@@ -54,9 +55,10 @@ def test_saved_and_loaded_it_is_the_same(scheme: str, tmp_path: Path) -> None:
     out = sq_cpu.save(model, tmp_path / "out")
     loaded = sq_cpu.load(out)
     assert_same_model(loaded, model, logits)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(out), model, logits)
     assert loaded.sq_cpu_config == record
     change_config(out, lambda c: c["quantization_config"].pop("hadamard"))
-    with pytest.raises(SqCpuError, match=r"down_proj\.weight is"):
+    with pytest.raises(SqCpuError, match=r"down_proj\.hadamard\) not expected"):
         sq_cpu.load(out)
     change_config(out, lambda c: c["quantization_config"].update(hadamard={DOWN: 32}))
     with pytest.raises(SqCpuError, match="hadamard is 32; blocks are of 64 columns"):
