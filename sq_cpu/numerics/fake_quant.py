@@ -124,10 +124,10 @@ class FakeQuantizedLinear:
             )
         rows = sample.rows
         if self.hadamard:
-            if sample.peaks is None:
+            if sample.peaks is None or not len(sample.peaks):
                 raise SqCpuError(
                     f"the calibration holds no peaks of {sample.name}, whose static range is that "
-                    "of rotated rows: calibrate with rows=64"
+                    "of rotated rows: calibrate again, with rows=64"
                 )
             low, high = self.coded(sample.peaks).aminmax(dim=0)
             return static_range(low, high, None if rows is None else self.coded(rows), self.scheme)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import sq_cpu
-from sq_cpu import QuantLinear, SmoothPlan, SqCpuError
+from sq_cpu import Calibration, QuantLinear, SmoothPlan, SqCpuError
 from sq_cpu.inference.fusing import fuse
 from sq_cpu.kernels.hadamard import fwht64
 from sq_cpu.models.groups import is_down, smoothing_groups
@@ -217,8 +217,19 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         GroupPlan(name="up", hadamard=32)
     model, calibration = calibrated("llama", head_dim=8)
     plan = SmoothPlan.uniform(model, calibration, hadamard=64)
+    refused = pytest.raises(SqCpuError, match=r"no peaks of .*down_proj.*again, with rows=64")
+    for count in (0, 1):  # none, and none of the folds but one
+        peaks = {name: rows[:count] for name, rows in calibration.peaks.items()}
+        folds = {name: torch.zeros(count, dtype=torch.uint8) for name in peaks}
+        few = replace(calibration, peaks=peaks, peak_folds=folds)
+        few = Calibration.load(few.save(tmp_path / f"calibration-{count}"))
+        with refused:
+            sq_cpu.tune(model, few, scheme="O3", alphas=(0.5, 0.5, 0.1), hadamard=64)
+        if not count:
+            with refused:
+                sq_cpu.quantize(model, few, plan, scheme="O3")
     without = replace(calibration, peaks={}, peak_folds={})
-    with pytest.raises(SqCpuError, match=r"no peaks of .*down_proj.*calibrate with rows=64"):
+    with refused:
         sq_cpu.quantize(model, without, plan, scheme="O3")
     sq_cpu.quantize(model, without, plan, scheme="O1")
     path = plan.save(tmp_path / "plan.json")
