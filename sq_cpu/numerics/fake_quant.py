@@ -41,7 +41,7 @@ class LinearSample:
     gradient_weights: Tensor | None = None
     """How many rows each of them stands for, fp32."""
     peaks: Tensor | None = None
-    """The rows that reach farthest where they are rotated, like `rows`; None if none were kept."""
+    """What a static range of rotated rows covers (`Calibration.farthest`), like `rows`."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
     outliers: tuple[int, ...] = ()
