@@ -60,9 +60,10 @@ def test_saved_and_loaded_it_is_the_same(scheme: str, tmp_path: Path) -> None:
     change_config(out, lambda c: c["quantization_config"].pop("hadamard"))
     with pytest.raises(SqCpuError, match=r"down_proj\.hadamard\) not expected"):
         sq_cpu.load(out)
-    change_config(out, lambda c: c["quantization_config"].update(hadamard={DOWN: 32}))
-    with pytest.raises(SqCpuError, match="hadamard is 32; blocks are of 64 columns"):
-        sq_cpu.load(out)
+    for bad in ({DOWN: 32}, {DOWN: 0}, {DOWN: True}, {DOWN: 64.0}, [DOWN]):
+        change_config(out, lambda c, bad=bad: c["quantization_config"].update(hadamard=bad))
+        with pytest.raises(SqCpuError, match="hadamard is not a table of layers and 64"):
+            sq_cpu.load(out)
 
 
 def test_streamed_it_is_the_same(tmp_path: Path) -> None:
