@@ -41,8 +41,9 @@ def calibrate(
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
 
-    Beside the range, each linear keeps a uniform sample of at most `rows` input rows, and as many
-    that reach farthest (`Calibration.peaks`), each rows * in_features elements. With
+    Beside the range, each linear keeps a uniform sample of at most `rows` input rows, and of each
+    fold (every fourth batch) rows / 4, rounded up, that reach farthest (`Calibration.peaks`): about
+    rows * in_features elements each. With
     `gradient_rows` each batch is also run backward. Each linear then keeps at most so many rows
     together with the gradient of the model's loss with respect to its output, which tells `tune`
     what an error there costs. Rows where it would cost most are likelier to be kept, and weights

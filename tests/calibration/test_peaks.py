@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,6 +36,14 @@ def test_they_reach_as_far_as_any_row() -> None:
         reach, most = (fwht64(x / s).abs().max() for x in (peaks, every))
         assert 0.85 * most <= reach <= most
     assert calibrated(rows=0)[1].peaks == {}
+
+
+@pytest.mark.parametrize(("count", "kept"), [(1, 16), (3, 48), (4, 64), (6, 64)])
+def test_each_fold_has_a_quarter_of_them(count: int, kept: int) -> None:
+    model = nn.Sequential(nn.Linear(100, 24))
+    found = sq_cpu.calibrate(model, [torch.randn(200, 100)] * count, ignore=(), rows=64)
+    assert len(found.peaks["0"]) == kept
+    assert set(found.peak_folds["0"].bincount().tolist()) == {16}
 
 
 def test_a_part_that_is_held_out_has_those_of_the_others() -> None:
