@@ -86,9 +86,9 @@ class GroupAnalysis:
     """Of the rule "smoothquant"; None with another."""
     fold: bool
     clip: float
+    """Fraction of the calibrated range that a static scale covers."""
     hadamard: int
     """Columns of a block that is rotated; 0: none."""
-    """Fraction of the calibrated range that a static scale covers."""
     note: str
     curve: tuple[tuple[float, float], ...]
     """(alpha, loss) that a search tried, sorted by alpha."""

@@ -41,14 +41,15 @@ def calibrate(
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
 
-    Beside the range, each linear keeps a uniform sample of at most `rows` input rows, and as many
-    that reach farthest (`Calibration.peaks`), each rows * in_features elements. With
-    `gradient_rows` each batch is also run backward. Each linear then keeps at most so many rows
-    together with the gradient of the model's loss with respect to its output, which tells `tune`
-    what an error there costs. Rows where it would cost most are likelier to be kept, and weights
-    make up for that. They are gradient_rows * (in_features + out_features) elements. A batch takes
-    three times the time, and the memory of its graph and of a copy of every linear's input and
-    output. Linears that the model runs without gradients keep none.
+    Beside the range, each linear keeps a uniform sample of at most `rows` input rows, and of each
+    fold (every fourth batch) rows / 4, rounded up, that reach farthest (`Calibration.peaks`): about
+    rows * in_features elements each. With `gradient_rows` each batch is also run backward. Each
+    linear then keeps at most so many rows together with the gradient of the model's loss with
+    respect to its output, which tells `tune` what an error there costs. Rows where it would cost
+    most are likelier to be kept, and weights make up for that. They are gradient_rows *
+    (in_features + out_features) elements. A batch takes three times the time, and the memory of its
+    graph and of a copy of every linear's input and output. Linears that the model runs without
+    gradients keep none.
 
     Linears whose weight the model's own code reads or changes are found, too
     (`Calibration.in_float`); they have no ranges. The head of a model of transformers is observed

@@ -138,6 +138,16 @@ class Calibration:
             )
         return self.channel_min[name], self.channel_max[name]
 
+    def farthest(self, name: str) -> Tensor | None:
+        """Return the rows that a rotated static range covers: `peaks`, and `rows` with them.
+
+        Not the rows of a part that is held out: its scores are on them. None without `peaks`.
+        """
+        peaks = self.peaks.get(name)
+        if peaks is None or not len(peaks) or name not in self.row_folds:
+            return peaks
+        return torch.cat([peaks, self.rows[name]])
+
     def check_weight(self, name: str, linear: nn.Module) -> None:
         """Raise `SqCpuError` unless a linear's weight is still what it was when calibrated.
 

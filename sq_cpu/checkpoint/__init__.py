@@ -12,7 +12,8 @@ A quantized linear ``L`` of shape [N, K] is stored unpacked, so that a file serv
 static schemes ``L.input_scale`` fp32 [] and ``L.input_zero_point`` int32 []; where the smoothing
 scale was not folded into another layer, ``L.smoothing`` fp32 [K]. The weight's last dimension is
 there for a loader that knows no sq_cpu: it raises, where it would take codes for a float weight.
-A layer that is rotated (``hadamard``) has a weight of K rounded up to whole blocks of 64 columns.
+A layer that is rotated has a weight of K rounded up to whole blocks of 64 columns, and
+``L.hadamard`` int32 [], which is 64.
 An embedding that reads the weight of an int8 head, to which it is tied, stores nothing.
 A linear that keeps O outlier channels in float has a ``smoothing`` of 2^126 in those channels, and
 also ``L.columns`` int64 [O] and ``L.outlier_weight`` [N, O] in the model's dtype. Everything else

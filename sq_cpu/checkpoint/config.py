@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.kernels.hadamard import check_hadamard
+from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
@@ -100,10 +100,10 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
         ):
             raise SqCpuError("decomposed is not a table of layers and positive counts")
         hadamard = settings.get("hadamard", {})
-        if not isinstance(hadamard, dict):
-            raise SqCpuError("hadamard is not a table of layers and columns")
-        for size in hadamard.values():
-            check_hadamard(size)
+        if not isinstance(hadamard, dict) or not all(
+            type(size) is int and size == BLOCK for size in hadamard.values()
+        ):
+            raise SqCpuError(f"hadamard is not a table of layers and {BLOCK}")
         embeddings = settings.get("embeddings", {})
         if not isinstance(embeddings, dict) or not set(embeddings.values()) <= set(
             settings["layers"]

@@ -51,6 +51,10 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run code that MODEL's folder or repository brings."),
 ]
+Hadamard = Annotated[
+    bool,
+    typer.Option("--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."),
+]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 StoredDtype = Annotated[
     Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")

@@ -14,6 +14,7 @@ from sq_cpu.cli import show
 from sq_cpu.cli.common import (
     TORCH_DTYPES,
     Dtype,
+    Hadamard,
     Json,
     Model,
     SchemeName,
@@ -85,12 +86,7 @@ def quantize_command(
         typer.Option(help="Smoothing rule. [default: smoothquant, the one that takes --alpha]"),
     ] = None,
     smooth: Annotated[bool, typer.Option(help="Smooth before quantizing.")] = True,
-    hadamard: Annotated[
-        bool,
-        typer.Option(
-            "--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."
-        ),
-    ] = False,
+    hadamard: Hadamard = False,
     calib: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),

@@ -10,6 +10,7 @@ import typer
 from sq_cpu.cli.autotune import autotune_command
 from sq_cpu.cli.common import (
     Dtype,
+    Hadamard,
     Json,
     Model,
     SchemeName,
@@ -56,12 +57,7 @@ def tune_command(
             help=f"Massive channels that a linear may keep in float. [default: {OUTLIERS}]",
         ),
     ] = None,
-    hadamard: Annotated[
-        bool,
-        typer.Option(
-            "--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."
-        ),
-    ] = False,
+    hadamard: Hadamard = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:

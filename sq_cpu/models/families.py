@@ -97,6 +97,7 @@ _EXPERTS = (
         consumers=("mlp.experts.*.down_proj",),
         rows="second_half",
     ),
+    Group(producer=None, consumers=("mlp.experts.*.gate_up_proj",)),
 )
 
 _GEMMA_2 = (*_attention(_NORM_1), *_gated("pre_feedforward_layernorm"))

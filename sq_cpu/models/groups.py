@@ -21,7 +21,7 @@ __all__ = [
     "Layout",
     "SmoothingGroup",
     "config_value",
-    "narrows",
+    "is_down",
     "norm_weight",
     "smoothing_groups",
     "stack_paths",
@@ -80,6 +80,8 @@ class SmoothingGroup:
     norm_offset: float = 0.0
     block: str = ""
     """Full name of the block that holds producer and consumers; "" outside of all blocks."""
+    down: bool | None = None
+    """Whether an MLP's up (and gate) make the input; None: the family does not say."""
 
     def unfolded(self, reason: str) -> SmoothingGroup:
         """Return this group without its producer: s divides the input at run time."""
@@ -111,7 +113,8 @@ def smoothing_groups(model: nn.Module) -> tuple[SmoothingGroup, ...]:
     for name, linear in linears.items():
         if name not in found:
             block = next((block for block in blocks if name.startswith(f"{block}.")), "")
-            found[name] = _without_producer((name,), linear.in_features, reason, block)
+            alone = _without_producer((name,), linear.in_features, reason, block)
+            found[name] = replace(alone, down=False if family and not block else None)
     return tuple(dict.fromkeys(found[name] for name in linears))
 
 
@@ -123,11 +126,15 @@ def norm_weight(model: nn.Module, group: SmoothingGroup) -> Tensor | None:
     return weight + group.norm_offset if weight.dim() == 1 else None
 
 
-def narrows(model: nn.Module, group: SmoothingGroup) -> bool:
-    """Say whether no norm makes a group's input, and all of its linears have fewer outputs.
+def is_down(model: nn.Module, group: SmoothingGroup) -> bool:
+    """Say whether a group is the down projection of an MLP, whose input has the largest outliers.
 
-    So are the down projections of MLPs, whose inputs have the largest outliers.
+    The family's row for it says so: its producer is a linear, and not that of attention's values.
+    Without a row (the output of a GELU, an unknown model) it is one where no norm makes the input
+    and all linears have fewer outputs; of a known model none outside of its blocks is.
     """
+    if group.down is not None:
+        return group.down
     if norm_weight(model, group) is not None:
         return False
     shapes = (model.get_parameter(f"{name}.weight").shape for name in group.consumers)
@@ -187,8 +194,10 @@ def _resolve(
     if any(linears[name].in_features != channels for name in consumers):
         return None
 
+    down = _makes_down(group, block, model)
+
     def refused(reason: str) -> SmoothingGroup:
-        return _without_producer(consumers, channels, reason, block)
+        return replace(_without_producer(consumers, channels, reason, block), down=down)
 
     if group.producer is None:
         return refused("no exact fold is known for it")
@@ -213,7 +222,16 @@ def _resolve(
         producer=producer,
         norm_offset=stack.norm_offset if weight.dim() == 1 else 0.0,
         block=block,
+        down=down,
     )
+
+
+def _makes_down(group: Group, block: str, model: nn.Module) -> bool | None:
+    """Return whether a row is of an MLP's down; None where the model lacks its producer."""
+    if group.producer is None or group.rows not in ("all", "second_half"):
+        return False  # attention's output mixes the rows of v
+    producer = _module(model, f"{block}.{group.producer}")
+    return None if producer is None else isinstance(producer, nn.Linear)
 
 
 def _layout(model: nn.Module, rows: Rows, outputs: int, inputs: int) -> Layout | None:

@@ -42,6 +42,9 @@ def linear_entries(
         entries |= {"input_scale": ((), torch.float32), "input_zero_point": ((), torch.int32)}
     if smoothed:
         entries["smoothing"] = ((in_features,), torch.float32)
+    if hadamard:
+        # Whole blocks of columns alone would not tell a rotated weight from another.
+        entries["hadamard"] = ((), torch.int32)
     return entries
 
 

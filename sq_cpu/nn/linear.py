@@ -10,6 +10,7 @@ arXiv 2211.10438, eq. 1 and 2):
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,8 +43,8 @@ class QuantLinear(nn.Module):
     The packed weight is the only resident copy: int8 tiles, column sums, scales and bias in one
     uint8 buffer, which `deepcopy`, pickling, `share_memory` and `.to(dtype)` carry along unchanged.
     `state_dict` unpacks it exactly, into `weight` (int8 [out_features, in_features]),
-    `weight_scale` (fp32 [out_features]), `bias`, and for static schemes `input_scale` and
-    `input_zero_point`, and `smoothing` if there is one; `load_state_dict` packs them again.
+    `weight_scale` (fp32 [out_features]), `bias`, for static schemes `input_scale` and
+    `input_zero_point`, and if any `smoothing` and `hadamard` (int32); `load_state_dict` packs all.
 
     Attributes
     ----------
@@ -403,19 +404,20 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
+        number = partial(torch.tensor, device="cpu")
         destination[prefix + "weight"] = self.weight_int8()
         destination[prefix + "weight_scale"] = self.weight_scale
         if self.has_bias:
             destination[prefix + "bias"] = self.bias
         if self.input_scale is not None:
-            destination[prefix + "input_scale"] = torch.tensor(
-                self.input_scale, dtype=torch.float32, device="cpu"
-            )
-            destination[prefix + "input_zero_point"] = torch.tensor(
-                self.input_zero_point, dtype=torch.int32, device="cpu"
+            destination[prefix + "input_scale"] = number(self.input_scale, dtype=torch.float32)
+            destination[prefix + "input_zero_point"] = number(
+                self.input_zero_point, dtype=torch.int32
             )
         if self.smoothing is not None:
             destination[prefix + "smoothing"] = self.smoothing.clone()
+        if self.hadamard:
+            destination[prefix + "hadamard"] = number(self.hadamard, dtype=torch.int32)
 
     def _load_from_state_dict(
         self,
@@ -432,6 +434,9 @@ class QuantLinear(nn.Module):
         if strict:
             unexpected_keys += unknown_keys(entries, state_dict, prefix)
         if len(found) < len(entries):
+            return
+        if self.hadamard and int(found["hadamard"]) != self.hadamard:
+            error_msgs.append(f"{prefix}hadamard is not {self.hadamard}, as the layer's is")
             return
         # Checked before, taken over after the weight: a refusal leaves the layer as it was.
         static = None

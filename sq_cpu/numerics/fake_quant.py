@@ -41,7 +41,7 @@ class LinearSample:
     gradient_weights: Tensor | None = None
     """How many rows each of them stands for, fp32."""
     peaks: Tensor | None = None
-    """The rows that reach farthest where they are rotated, like `rows`; None if none were kept."""
+    """What a static range of rotated rows covers (`Calibration.farthest`), like `rows`."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
     outliers: tuple[int, ...] = ()
@@ -124,10 +124,10 @@ class FakeQuantizedLinear:
             )
         rows = sample.rows
         if self.hadamard:
-            if sample.peaks is None:
+            if sample.peaks is None or not len(sample.peaks):
                 raise SqCpuError(
                     f"the calibration holds no peaks of {sample.name}, whose static range is that "
-                    "of rotated rows: calibrate with rows=64"
+                    "of rotated rows: calibrate again, with rows=64"
                 )
             low, high = self.coded(sample.peaks).aminmax(dim=0)
             return static_range(low, high, None if rows is None else self.coded(rows), self.scheme)

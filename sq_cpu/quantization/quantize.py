@@ -44,7 +44,7 @@ from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, uniform_plan
+from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_rotates, uniform_plan
 from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
 from sq_cpu.smoothing.scales import (
     WeightStatistics,
@@ -96,10 +96,11 @@ def quantize(
     `sq_cpu.models.linears`). Extra memory is that of the folds' proof, then that of one linear.
 
     Raises `SqCpuError` before anything is changed: for an unknown scheme, an entry of `ignore` that
-    matches no linear, a group or layer of the plan that the model lacks, a model that is quantized
-    already or has no linear, linears with hooks or parametrizations or in a module that reads their
-    weight itself, weights that are NaN, Inf or too long for int32 sums, and a calibration that is
-    older than the weights, not finite, or without the rows that the scheme's range needs.
+    matches no linear, a `hadamard` that rotates nothing, a group or layer of the plan that the
+    model lacks, a model that is quantized already or has no linear, linears with hooks or
+    parametrizations or in a module that reads their weight itself, weights that are NaN, Inf or too
+    long for int32 sums, and a calibration that is older than the weights, not finite, or without
+    the rows that the scheme's range needs.
     """
     recipe = Recipe.of(scheme, plan, smooth=smooth, hadamard=hadamard, head=head)
     return carry_out(model, calibration, recipe, progress=progress)
@@ -231,6 +232,7 @@ def _prepare(
     scheme, plan = recipe.scheme, recipe.plan
     check_linears(linears)
     check_calibration(linears, calibration, recipe.needs_calibration)
+    whole = groups is None
     if groups is None:
         groups = smoothing_groups(model) if recipe.smooth else ()
     if head is not None and (head.name not in linears or head.in_float):
@@ -263,6 +265,8 @@ def _prepare(
         planned = {group.name: group for group in plan.groups}
         group_of = {name: planned[group.name] for group in scales for name in group.consumers}
     hadamard = {n: g.hadamard for n, g in group_of.items() if g.hadamard and n in linears}
+    if whole:
+        check_rotates(recipe.hadamard, hadamard)
     embeddings: dict[str, str] = {}
     if head is not None:
         if head.embeddings and head.name in hadamard:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.files import as_path, json_text, write_file
 from sq_cpu.kernels.hadamard import check_hadamard
 from sq_cpu.models.checks import check_model
-from sq_cpu.models.groups import SmoothingGroup, narrows, norm_weight, smoothing_groups
+from sq_cpu.models.groups import SmoothingGroup, is_down, norm_weight, smoothing_groups
 from sq_cpu.models.linears import check_ignore, is_ignored, linearized
 from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
@@ -32,6 +32,7 @@ __all__ = [
     "LayerPlan",
     "SmoothPlan",
     "check_groups",
+    "check_rotates",
     "covered_consumers",
     "quantized_consumers",
     "scheme_of",
@@ -158,18 +159,21 @@ class SmoothPlan:
         """Plan one rule for every group with a consumer that is calibrated and not ignored.
 
         "outlier_suppression" is planned only for the groups behind a norm: it has no scale for
-        others. `hadamard=64` rotates the inputs of down projections (see `narrows`), where static
+        others. `hadamard=64` rotates the inputs of down projections (see `is_down`), where static
         and per-token activations lose most (`GroupPlan.hadamard`). Raises `SqCpuError` on an
-        unknown rule or size, and on weights that changed since the calibration.
+        unknown rule or size, where `hadamard` would rotate nothing, and on weights that changed
+        since the calibration.
         """
         check_model(model)
         check_is_calibration(calibration)
         with linearized(model):
             check_ignore(model, ignore)
             groups = smoothing_groups(model)
-            return uniform_plan(
+            plan = uniform_plan(
                 model, groups, calibration, alpha, rule=rule, ignore=ignore, hadamard=hadamard
             )
+        check_rotates(hadamard, [group.name for group in plan.groups if group.hadamard])
+        return plan
 
     @cached_property
     def _by_name(self) -> dict[str, LayerPlan]:
@@ -271,7 +275,7 @@ def uniform_plan(
                 alpha=alpha,
                 fold=group.producer is not None,
                 note=group.reason,
-                hadamard=hadamard if narrows(model, group) else 0,
+                hadamard=hadamard if is_down(model, group) else 0,
             )
         )
     return SmoothPlan(tuple(planned))
@@ -298,6 +302,15 @@ def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
             raise SqCpuError(
                 f"the model has no smoothing group {planned.name}; plan for this very model"
             )
+
+
+def check_rotates(hadamard: int, rotated: Collection[str]) -> None:
+    """Raise `SqCpuError` where `hadamard` is asked for and nothing is `rotated`."""
+    if hadamard and not rotated:
+        raise SqCpuError(
+            f"hadamard={hadamard} rotates the inputs of down projections, and none is quantized "
+            "and calibrated here: drop it"
+        )
 
 
 def _rounded(value: float) -> float:

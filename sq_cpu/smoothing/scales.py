@@ -230,7 +230,7 @@ def linear_sample(
     return replace(
         sample,
         rows=calibration.rows.get(name),
-        peaks=calibration.peaks.get(name),
+        peaks=calibration.farthest(name),
         low=low,
         high=high,
         gradient_rows=calibration.gradient_rows.get(name),

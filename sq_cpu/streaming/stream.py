@@ -33,7 +33,7 @@ from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Example, example_of
-from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.models.groups import is_down, smoothing_groups
 from sq_cpu.models.linears import (
     check_ignore,
     float_linears,
@@ -50,7 +50,7 @@ from sq_cpu.quantization.head import find_head
 from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
-from sq_cpu.smoothing.plan import SmoothPlan, check_groups
+from sq_cpu.smoothing.plan import SmoothPlan, check_groups, check_rotates
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.tensors import WHOLE, copy_tensors
@@ -113,8 +113,10 @@ class Stream:
             if head is not None and head.in_float:
                 self.kept[head.name] = head.in_float
             self.groups = smoothing_groups(model)
+            downs = {n for group in self.groups if is_down(model, group) for n in group.consumers}
         self.names = [name for name in linears if name not in self.in_float]
         check_quantizes(self.names, self.kept)
+        check_rotates(recipe.hadamard, downs.intersection(self.names))
         if plan is not None:
             check_groups(plan, self.groups)
         stacks = tuple(f"{block}." for block in blocks)

@@ -27,7 +27,7 @@ from sq_cpu.models.unchanged import unchanged
 from sq_cpu.parsing import check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan, uniform_plan
+from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan, check_rotates, uniform_plan
 from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.alpha_search import (
@@ -108,10 +108,10 @@ def tune(
     Raises
     ------
     SqCpuError
-        For an unknown scheme, loss, criterion or `hadamard`, negative `outliers`, alphas outside
-        [0, 1], a calibration without sampled rows (or gradients, for "kl"), and weights that
-        changed since it; with `sequential` for other batches, and a model whose blocks are not
-        one chain.
+        For an unknown scheme, loss, criterion or `hadamard`, a `hadamard` that rotates nothing,
+        negative `outliers`, alphas outside [0, 1], a calibration without sampled rows (or
+        gradients, for "kl"), and weights that changed since it; with `sequential` for other
+        batches, and a model whose blocks are not one chain.
     """
     check_model(model)
     check_is_calibration(calibration)
@@ -131,6 +131,7 @@ def tune(
         uniform = uniform_plan(
             model, groups.values(), calibration, ignore=scheme.ignore, hadamard=hadamard
         )
+        check_rotates(hadamard, [group.name for group in uniform.groups if group.hadamard])
         if batches is None and (sequential or method == "inc"):
             which = 'method="inc"' if method == "inc" else "sequential=True"
             raise SqCpuError(f"{which} runs the model: pass batches, as to calibrate")

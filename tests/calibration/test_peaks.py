@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 import sq_cpu
-from sq_cpu import Calibration
+from sq_cpu import Calibration, SmoothPlan
 from sq_cpu.kernels.hadamard import fwht64
+from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
+from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.scales import linear_sample
 
 
 def calibrated(rows: int = 32) -> tuple[list[torch.Tensor], Calibration]:
@@ -33,6 +38,14 @@ def test_they_reach_as_far_as_any_row() -> None:
     assert calibrated(rows=0)[1].peaks == {}
 
 
+@pytest.mark.parametrize(("count", "kept"), [(1, 16), (3, 48), (4, 64), (6, 64)])
+def test_each_fold_has_a_quarter_of_them(count: int, kept: int) -> None:
+    model = nn.Sequential(nn.Linear(100, 24))
+    found = sq_cpu.calibrate(model, [torch.randn(200, 100)] * count, ignore=(), rows=64)
+    assert len(found.peaks["0"]) == kept
+    assert set(found.peak_folds["0"].bincount().tolist()) == {16}
+
+
 def test_a_part_that_is_held_out_has_those_of_the_others() -> None:
     batches, calibration = calibrated()
     held = calibration.held_out(["0"])
@@ -41,6 +54,18 @@ def test_a_part_that_is_held_out_has_those_of_the_others() -> None:
         own = {tuple(row) for row in batches[fold].tolist()}
         assert own.isdisjoint(map(tuple, part.peaks["0"].tolist()))
     assert batches[2][77].tolist() in held[0].peaks["0"].tolist()
+
+
+def test_a_static_range_covers_the_sample_too() -> None:
+    _, calibration = calibrated()
+    beyond = replace(calibration, peaks={"0": 0.1 * calibration.peaks["0"]})
+    seen = linear_sample("0", torch.ones(24, 100), Scheme.of("O3"), SmoothPlan(()), beyond)
+    fake = FakeQuantizedLinear(seen, torch.ones(100), Scheme.of("O3"), hadamard=64)
+    reach = fwht64(calibration.rows["0"])
+    assert fake.range == (float(reach.min()), float(reach.max()))
+    for part in calibration.held_out(["0"]):  # is scored on its rows
+        assert torch.equal(part.farthest("0"), part.peaks["0"])
+    assert replace(calibration, peaks={}).farthest("0") is None
 
 
 def test_saved_and_loaded_they_are_the_same(tmp_path: Path) -> None:

@@ -104,6 +104,25 @@ def test_what_cannot_be_is_refused() -> None:
     assert static_code(static, -3.0, 3.0)[0] == rotated.input_scale
 
 
+@pytest.mark.parametrize("k", [64, 100])
+def test_a_state_says_whether_its_weight_is_rotated(k: int) -> None:
+    plain, rotated = (
+        QuantLinear.from_float(nn.Linear(k, 8), Scheme(), hadamard=size) for size in (0, 64)
+    )
+    state = rotated.state_dict()
+    assert state["hadamard"].dtype == torch.int32
+    assert state["hadamard"].item() == 64
+    assert "hadamard" not in plain.state_dict()
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"hadamard"'):
+        plain.load_state_dict(state)
+    before = rotated.weight_int8()
+    with pytest.raises(RuntimeError, match=r'Missing key.*"hadamard"'):
+        rotated.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match="hadamard is not 64"):
+        rotated.load_state_dict(state | {"hadamard": torch.tensor(0, dtype=torch.int32)})
+    assert torch.equal(rotated.weight_int8(), before)
+
+
 def test_a_traced_layer_is_rotated_too() -> None:
     layer = QuantLinear.from_float(nn.Linear(70, 20), Scheme(), hadamard=64)
     x = torch.randn(5, 70)

@@ -13,11 +13,14 @@ from quantize_cases import calibrated
 from sameness import assert_same_model
 from tiny import batches, change_config, logits, tiny_model
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import sq_cpu
-from sq_cpu import QuantLinear, SmoothPlan, SqCpuError
+from sq_cpu import Calibration, QuantLinear, SmoothPlan, SqCpuError
 from sq_cpu.inference.fusing import fuse
 from sq_cpu.kernels.hadamard import fwht64
+from sq_cpu.models.groups import is_down, smoothing_groups
+from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.scheme import Scheme
@@ -52,13 +55,15 @@ def test_saved_and_loaded_it_is_the_same(scheme: str, tmp_path: Path) -> None:
     out = sq_cpu.save(model, tmp_path / "out")
     loaded = sq_cpu.load(out)
     assert_same_model(loaded, model, logits)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(out), model, logits)
     assert loaded.sq_cpu_config == record
     change_config(out, lambda c: c["quantization_config"].pop("hadamard"))
-    with pytest.raises(SqCpuError, match=r"down_proj\.weight is"):
+    with pytest.raises(SqCpuError, match=r"down_proj\.hadamard\) not expected"):
         sq_cpu.load(out)
-    change_config(out, lambda c: c["quantization_config"].update(hadamard={DOWN: 32}))
-    with pytest.raises(SqCpuError, match="hadamard is 32; blocks are of 64 columns"):
-        sq_cpu.load(out)
+    for bad in ({DOWN: 32}, {DOWN: 0}, {DOWN: True}, {DOWN: 64.0}, [DOWN]):
+        change_config(out, lambda c, bad=bad: c["quantization_config"].update(hadamard=bad))
+        with pytest.raises(SqCpuError, match="hadamard is not a table of layers and 64"):
+            sq_cpu.load(out)
 
 
 def test_streamed_it_is_the_same(tmp_path: Path) -> None:
@@ -89,6 +94,48 @@ def test_without_a_plan_it_is_a_setting() -> None:
     assert found.sq_cpu_config.plan == plan
     model, calibration = calibrated("llama", head_dim=8)
     assert sq_cpu.quantize(model, calibration, scheme="O3").sq_cpu_config.hadamard == {}
+
+
+# Attention wider than the hidden state, experts narrower than it, an MLP without a gate.
+@pytest.mark.parametrize(
+    ("name", "config", "down"),
+    [
+        ("qwen3", {"head_dim": 32}, ("mlp.down_proj",)),
+        ("qwen3_moe", {"head_dim": 32}, ("down_proj",)),
+        ("opt", {}, ("fc2",)),
+        ("gpt2", {}, ("mlp.c_proj",)),
+        ("gpt_neox", {}, ("mlp.dense_4h_to_h",)),
+        ("t5", {}, (".wo",)),
+        ("vit", {}, ("mlp.fc2",)),
+    ],
+)
+def test_down_projections_alone_are_rotated(
+    name: str, config: dict[str, int], down: tuple[str, ...]
+) -> None:
+    model = tiny_model(name, **config)
+    with linearized(model):
+        found = {n for g in smoothing_groups(model) if is_down(model, g) for n in g.consumers}
+        linears = quantizable_linears(model)
+    assert found == {each for each in linears if each.endswith(down)}
+    assert found
+
+
+def test_where_nothing_can_be_rotated_it_is_refused(tmp_path: Path) -> None:
+    model, calibration = calibrated("llama", head_dim=8)
+    scheme = Scheme.of("O1", ignore=("lm_head", *downs(model)))
+    refused = pytest.raises(SqCpuError, match="hadamard=64 rotates the inputs of down projections")
+    with refused:
+        sq_cpu.quantize(model, calibration, scheme=scheme, hadamard=64)
+    with refused:
+        sq_cpu.tune(model, calibration, scheme=scheme, hadamard=64)
+    with refused:
+        SmoothPlan.uniform(model, calibration, ignore=scheme.ignore, hadamard=64)
+    model.save_pretrained(tmp_path / "float")
+    with refused:
+        sq_cpu.quantize_checkpoint(
+            tmp_path / "float", tmp_path / "out", batches(), scheme=scheme, hadamard=64
+        )
+    assert sq_cpu.quantize(model, calibration, hadamard=64).sq_cpu_config.hadamard
 
 
 def test_experts_and_channels_in_float_are_rotated_too(tmp_path: Path) -> None:
@@ -171,8 +218,19 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         GroupPlan(name="up", hadamard=32)
     model, calibration = calibrated("llama", head_dim=8)
     plan = SmoothPlan.uniform(model, calibration, hadamard=64)
+    refused = pytest.raises(SqCpuError, match=r"no peaks of .*down_proj.*again, with rows=64")
+    for count in (0, 1):  # none, and none of the folds but one
+        peaks = {name: rows[:count] for name, rows in calibration.peaks.items()}
+        folds = {name: torch.zeros(count, dtype=torch.uint8) for name in peaks}
+        few = replace(calibration, peaks=peaks, peak_folds=folds)
+        few = Calibration.load(few.save(tmp_path / f"calibration-{count}"))
+        with refused:
+            sq_cpu.tune(model, few, scheme="O3", alphas=(0.5, 0.5, 0.1), hadamard=64)
+        if not count:
+            with refused:
+                sq_cpu.quantize(model, few, plan, scheme="O3")
     without = replace(calibration, peaks={}, peak_folds={})
-    with pytest.raises(SqCpuError, match=r"no peaks of .*down_proj.*calibrate with rows=64"):
+    with refused:
         sq_cpu.quantize(model, without, plan, scheme="O3")
     sq_cpu.quantize(model, without, plan, scheme="O1")
     path = plan.save(tmp_path / "plan.json")
