@@ -256,12 +256,14 @@ class Trials:
         try:
             self._study.optimize(objective, n_trials=1)
         except Exception:
-            # Another worker took this one for gone and marked the trial failed: no error of ours.
+            # Another worker took this one for gone and marked the trial failed, or was handed it,
+            # too, and was done first: no error of ours.
             lost = (UpdateFinishedTrialError, TrialPruned)
             expected = raised is None or issubclass(raised, lost)
-            if not expected or self._state(number) != TrialState.FAIL:
+            state = self._state(number)
+            if not expected or state not in (TrialState.FAIL, TrialState.COMPLETE):
                 raise
-            return self._lost()
+            return False if state == TrialState.COMPLETE else self._lost()
         if self._state(number) == TrialState.FAIL:  # marked so after its result was in
             return self._lost()
         self._losses = 0

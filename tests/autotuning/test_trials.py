@@ -207,6 +207,38 @@ def test_a_later_trial_gives_way_and_an_earlier_one_does_not() -> None:
     assert first.run(lambda _: A, evaluate)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_trial_that_two_workers_were_handed_is_the_first_ones(
+    late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = InMemoryStorage()
+    mine = Trials(shared, "test")
+    study = optuna.load_study(storage=shared, study_name="test")
+    result = worth(A)
+
+    def finish(number: int) -> None:
+        shared.set_trial_user_attr(number, trials._RESULT, result.to_dict())
+        study.tell(number, result.value)
+
+    def evaluate(trial: Trial, configuration: Configuration) -> EvaluatedConfiguration:
+        if late:  # between our result and our word that the trial is done
+            write = Trial.set_user_attr
+
+            def write_and_finish(self: Trial, key: str, value: Any) -> None:
+                write(self, key, value)
+                if key == trials._RESULT:
+                    finish(trial.number)
+
+            monkeypatch.setattr(Trial, "set_user_attr", write_and_finish)
+        else:
+            finish(trial.number)
+        return worth(configuration)
+
+    assert not mine.run(lambda _: A, evaluate)
+    assert [t.state for t in study.trials] == [TrialState.COMPLETE]
+    assert [found.value for found in mine.evaluated().values()] == [result.value]
+
+
 def test_a_pruned_trial_keeps_no_model_alive() -> None:
     mine = Trials(InMemoryStorage(), "test")
     made = []
