@@ -17,8 +17,8 @@ DONE = "data: [DONE]\n\n"
 
 
 def event(value: object) -> str:
-    """Return a server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """Return a server-sent event, in ASCII: some clients end a line at U+0085 or U+2028, too."""
+    return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
 
 
 class Format(ABC):
