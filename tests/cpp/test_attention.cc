@@ -46,6 +46,12 @@ Codes codes_of(const float* x, int64_t head_dim, bool rotate) {
   return codes;
 }
 
+// A score with its soft-cap and slope.
+double bent(const Case& c, const Tokens& t, int64_t head, double v, int64_t distance) {
+  if (c.softcap > 0) v = c.softcap * std::tanh(v / c.softcap);
+  return c.sloped ? v + t.slopes[head] * static_cast<double>(distance) : v;
+}
+
 // Softmax(q k^T) v of bf16 keys and values, in double precision, of one row.
 std::vector<double> expected_of_bf16(const Case& c, const Tokens& t, size_t s, int64_t row,
                                      int64_t head) {
@@ -63,10 +69,8 @@ std::vector<double> expected_of_bf16(const Case& c, const Tokens& t, size_t s, i
       v +=
           t.q[s][(row * c.heads() + head) * d + e] * bf16(k[e]) / std::sqrt(static_cast<double>(d));
     }
-    if (c.softcap > 0) v = c.softcap * std::tanh(v / c.softcap);
-    if (c.sloped) v += t.slopes[head] * static_cast<double>(j - position);
-    score.push_back(v);
-    most = std::max(most, v);
+    score.push_back(bent(c, t, head, v, j - position));
+    most = std::max(most, score.back());
   }
   double total = c.sinks ? std::exp(t.sinks[head] - most) : 0.0;
   for (double& v : score) total += v = std::exp(v - most);
@@ -98,10 +102,8 @@ Expected expected(const Case& c, const Tokens& t, size_t s, int64_t row, int64_t
     int64_t product = 0;
     for (int64_t e = 0; e < d; ++e) product += q.code[e] * k.code[e];
     double v = static_cast<double>(product) * q.scale * k.scale / std::sqrt(static_cast<double>(d));
-    if (c.softcap > 0) v = c.softcap * std::tanh(v / c.softcap);
-    if (c.sloped) v += t.slopes[head] * static_cast<double>(j - position);
-    score.push_back(v);
-    most = std::max(most, v);
+    score.push_back(bent(c, t, head, v, j - position));
+    most = std::max(most, score.back());
   }
   double total = c.sinks ? std::exp(t.sinks[head] - most) : 0.0;
   for (double& v : score) total += v = std::exp(v - most);
