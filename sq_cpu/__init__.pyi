@@ -45,6 +45,8 @@ from .smoothing.plan import LayerPlan as LayerPlan
 from .smoothing.plan import SmoothPlan as SmoothPlan
 from .streaming.streaming import QuantizedCheckpoint as QuantizedCheckpoint
 from .streaming.streaming import quantize_checkpoint as quantize_checkpoint
+from .tuning.learned import Learned as Learned
+from .tuning.learned import learn as learn
 from .tuning.tune import tune as tune
 
 __version__: str

@@ -50,6 +50,7 @@ PUBLIC = [
     "generate",
     "generate_batch",
     "isa",
+    "learn",
     "lm_eval_accuracy",
     "load",
     "measure_kv",
