@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels.hadamard import fwht64
+from sq_cpu.kernels.hadamard import rotated
 from sq_cpu.numerics.ranges import static_range
 from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.scheme import Scheme
@@ -98,7 +98,8 @@ class FakeQuantizedLinear:
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
     hadamard: int = 0
-    """64 where blocks of so many columns are rotated (`fwht64`), else 0."""
+    """Columns of a block that is rotated: 64 (`fwht64`), or less where the model's weights are
+    (`GroupPlan.hadamard_fold`); 0: none."""
 
     @cached_property
     def outliers(self) -> Tensor:
@@ -160,7 +161,7 @@ class FakeQuantizedLinear:
         weight = self.sample.weight.detach().float() * self.s
         rest = weight.masked_fill(self.outliers, 0.0)
         codes, scale = quantize_weight(
-            fwht64(rest) if self.hadamard else rest,
+            rotated(rest, self.hadamard) if self.hadamard else rest,
             self.scheme.weights,
             self.scheme.rows_per_scale,
             self.sample.weight_clip,
@@ -181,7 +182,7 @@ class FakeQuantizedLinear:
         With `hadamard` it is rotated, and padded to whole blocks.
         """
         smoothed = (rows.float() / self.s).masked_fill(self.outliers, 0.0)
-        return fwht64(smoothed) if self.hadamard else smoothed
+        return rotated(smoothed, self.hadamard) if self.hadamard else smoothed
 
     def quantize(self, rows: Tensor) -> Tensor:
         """Return Q(X / s) of rows X, fp32, and then the channels that stay in float."""
