@@ -17,10 +17,10 @@ from sq_cpu.cli.common import (
     TrustRemoteCode,
     Window,
     emit,
+    hadamard_choice,
     hold,
 )
 from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
-from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.scheme import Scheme
 from sq_cpu.tuning.learned import learn
 from sq_cpu.tuning.tune import OUTLIERS, tune
@@ -58,7 +58,7 @@ def tune_command(
             help=f"Massive channels that a linear may keep in float. [default: {OUTLIERS}]",
         ),
     ] = None,
-    hadamard: Hadamard = False,
+    hadamard: Hadamard = None,
     learn_steps: Annotated[
         int,
         typer.Option(
@@ -73,7 +73,8 @@ def tune_command(
 ) -> None:
     """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
     if goal is not None:
-        if scheme is not None or sequential or outliers is not None or hadamard or learn_steps:
+        given = (scheme, outliers, hadamard)
+        if sequential or learn_steps or any(each is not None for each in given):
             raise typer.BadParameter(
                 "--goal leaves all of the plan to autotune; drop it, or --scheme, --sequential, "
                 "--outliers, --hadamard and --learn"
@@ -104,7 +105,7 @@ def tune_command(
         scheme=settings,
         sequential=sequential,
         outliers=OUTLIERS if outliers is None else outliers,
-        hadamard=BLOCK if hadamard else 0,
+        hadamard=hadamard_choice(hadamard),
         batches=batches,
     )
     learned = None
@@ -114,6 +115,7 @@ def tune_command(
     plan.save(out)
     seconds = round(time.perf_counter() - start, 1)
     alphas = [group.alpha for group in plan.groups]
+    rotated = sum(group.rotation != 0 for group in plan.groups)
     result = {
         "output": str(out),
         "scheme": settings.to_dict(),
@@ -123,11 +125,12 @@ def tune_command(
         "learned": None
         if learned is None
         else {"divergence_before": learned.before, "divergence_after": learned.after},
+        "rotated": rotated,
         "seconds": seconds,
     }
     text = (
         f"{out}: {len(alphas)} groups ({settings.name}), alpha {min(alphas, default=0):.2f} to "
-        f"{max(alphas, default=0):.2f}, in {seconds:.0f} s"
+        f"{max(alphas, default=0):.2f}, {rotated} rotated, in {seconds:.0f} s"
     )
     if learned is not None:
         text += f"; divergence {learned.before:.4f}, learned {learned.after:.4f} nats a token"

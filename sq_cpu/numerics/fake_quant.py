@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels.hadamard import fwht64
+from sq_cpu.kernels.hadamard import rotated
 from sq_cpu.numerics.ranges import static_range
 from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
 from sq_cpu.scheme import Scheme
@@ -98,7 +98,8 @@ class FakeQuantizedLinear:
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
     hadamard: int = 0
-    """64 where blocks of so many columns are rotated (`fwht64`), else 0."""
+    """Columns of a block that is rotated: 64 (`fwht64`), or less where the model's weights are
+    (`GroupPlan.hadamard_fold`); 0: none."""
 
     @cached_property
     def outliers(self) -> Tensor:
@@ -177,7 +178,7 @@ class FakeQuantizedLinear:
     def coded_weight(self) -> Tensor:
         """Return what becomes codes of the weight, fp32 [out_features, columns of `coded`]."""
         rest = self._smoothed_weight().masked_fill(self.outliers, 0.0)
-        return fwht64(rest) if self.hadamard else rest
+        return rotated(rest, self.hadamard) if self.hadamard else rest
 
     def _smoothed_weight(self) -> Tensor:
         return self.sample.weight.detach().float() * self.s
@@ -196,7 +197,7 @@ class FakeQuantizedLinear:
         With `hadamard` it is rotated, and padded to whole blocks.
         """
         smoothed = (rows.float() / self.s).masked_fill(self.outliers, 0.0)
-        return fwht64(smoothed) if self.hadamard else smoothed
+        return rotated(smoothed, self.hadamard) if self.hadamard else smoothed
 
     def quantize(self, rows: Tensor) -> Tensor:
         """Return Q(X / s) of rows X, fp32, and then the channels that stay in float."""

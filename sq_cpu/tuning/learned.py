@@ -36,8 +36,9 @@ from sq_cpu.parsing import check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, scheme_of
+from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.rules import smoothing_scale, without_quiet
-from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
+from sq_cpu.smoothing.scales import WeightStatistics, as_planned, group_statistics
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.simulation import simulating
 
@@ -103,6 +104,7 @@ def learn(
         check_groups(plan, found)
         by_name = {group.name: group for group in found}
         weights = WeightStatistics()
+        plan = decided(model, plan, calibration, scheme, found, weights=weights)
         statistics = {
             planned.name: group_statistics(
                 model, by_name[planned.name], calibration, scheme, plan, weights
@@ -168,7 +170,7 @@ class _Group:
     def __init__(self, statistics: GroupStatistics, planned: GroupPlan) -> None:
         self._planned = planned
         # A rule that reads the clip shall see the planned one.
-        at_start = replace(statistics, clip=planned.clip, hadamard=planned.hadamard)
+        at_start = as_planned(statistics, planned)
         self._s = smoothing_scale(planned.rule, at_start, planned.alpha)
         self._statistics = replace(at_start, clip=1.0)
         self._moves = planned.rule == "smoothquant" and bool(statistics.samples)

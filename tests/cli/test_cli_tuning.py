@@ -57,6 +57,7 @@ def test_tune_writes_a_plan_that_quantize_carries_out(folder: Path, tmp_path: Pa
     plan = SmoothPlan.load(out)
     assert sum(group.hadamard == 64 for group in plan.groups) == 2  # down_proj
     assert made["groups"] == len(plan.groups) > 0
+    assert made["rotated"] == 2
     alphas = [group.alpha for group in plan.groups]
     assert made["alpha"] == {"least": min(alphas), "greatest": max(alphas)}
     quantized = json_of("quantize", folder, "-o", tmp_path / "int8", "--plan", out, *options)
