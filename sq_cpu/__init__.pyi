@@ -37,6 +37,8 @@ from .models.family import Decoder as Decoder
 from .models.family import Family as Family
 from .models.family import Group as Group
 from .models.family import Stack as Stack
+from .nn.counting import RowCounts as RowCounts
+from .nn.counting import row_counts as row_counts
 from .nn.linear import QuantLinear as QuantLinear
 from .quantization.quantize import quantize as quantize
 from .scheme import Scheme as Scheme

@@ -15,7 +15,7 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.hadamard import rotated
 from sq_cpu.numerics.ranges import static_range
-from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
+from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, row_fits, static_code
 from sq_cpu.scheme import Scheme
 
 __all__ = ["FakeQuantizedLinear", "LinearSample"]
@@ -199,11 +199,27 @@ class FakeQuantizedLinear:
         smoothed = (rows.float() / self.s).masked_fill(self.outliers, 0.0)
         return rotated(smoothed, self.hadamard) if self.hadamard else smoothed
 
+    @property
+    def static(self) -> tuple[float, int] | None:
+        """Scale and zero point of a static scheme's activations."""
+        static = self.scheme.activations == "static"
+        return static_code(self.scheme, *self.range) if static else None
+
+    def row_fits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of rows X clip and which underflow, bool [rows] each.
+
+        With `Scheme.dynamic_fallback` these have their own scale; where scales are dynamic, none
+        does either.
+        """
+        static = self.static
+        if static is None:
+            return (rows.new_zeros(len(rows), dtype=torch.bool),) * 2
+        low, high = torch.aminmax(self.coded(rows), dim=1)
+        return row_fits(low.clamp_max(0), high.clamp_min(0), self.scheme, static)
+
     def quantize(self, rows: Tensor) -> Tensor:
         """Return Q(X / s) of rows X, fp32, and then the channels that stay in float."""
-        static = None
-        if self.scheme.activations == "static":
-            static = static_code(self.scheme, *self.range)
+        static = self.static
         codes, row_scale, zero_point = quantize_rows(self.coded(rows), self.scheme, static)
         made = (codes.float() - zero_point[:, None]) * row_scale[:, None]
         made = made.view(len(rows), self.scheme.terms, codes.shape[1]).sum(dim=1)
