@@ -25,6 +25,10 @@ from .inference.decoding_loop import decoding_loop as decoding_loop
 from .inference.fusing import fuse as fuse
 from .inference.generation import generate as generate
 from .inference.generation import generate_batch as generate_batch
+from .inference.prefix import Prefix as Prefix
+from .inference.prefix import make_prefix as make_prefix
+from .inference.prefix import prefix_of as prefix_of
+from .inference.prefix import use_prefix as use_prefix
 from .inference.requests import Request as Request
 from .inference.requests import Token as Token
 from .inference.sampling import Sampling as Sampling
@@ -37,6 +41,8 @@ from .models.family import Decoder as Decoder
 from .models.family import Family as Family
 from .models.family import Group as Group
 from .models.family import Stack as Stack
+from .models.tokenizers import lead_with as lead_with
+from .models.tokenizers import leading_ids as leading_ids
 from .nn.linear import QuantLinear as QuantLinear
 from .quantization.quantize import quantize as quantize
 from .scheme import Scheme as Scheme

@@ -15,10 +15,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace_layers
 from sq_cpu.inference.kv_kinds import KvChoice, check_kv, choose_kv, kv_kinds
-from sq_cpu.inference.lowering import compile_program, decoder_of
+from sq_cpu.inference.lowering import compile_program
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.program import DecoderProgram, StepRows
 from sq_cpu.kernels.paged_attention import KvKind, KvPages, page_bytes
+from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.linears import head_of

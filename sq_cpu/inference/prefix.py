@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.inference.lowering import decoder_of
 from sq_cpu.inference.masks import token_runs
+from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.calls import called, evaluating
 from sq_cpu.models.checks import check_ids, input_embeddings
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.unchanged import unchanged
 
-__all__ = ["Prefix", "PrefixedDecoder", "make_prefix", "prefix_of", "use_prefix"]
+__all__ = ["MOST_TOKENS", "Prefix", "PrefixedDecoder", "make_prefix", "prefix_of", "use_prefix"]
 
 _PROBE = 8  # tokens after the prefix, on which it is proven
 MOST_TOKENS = 8
@@ -144,7 +144,7 @@ def make_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
     base = _base_of(model)
     forward = base.forward.plain if isinstance(base.forward, PrefixedDecoder) else base.forward
     tokens = torch.tensor([ids])
-    table = input_embeddings(model)
+    table: Any = input_embeddings(model)
     check_ids(table, "the model's embeddings", tokens)
 
     def run(tokens: Tensor, change: Callable[[Tensor, Tensor, int], Any]) -> Tensor:
@@ -166,11 +166,12 @@ def make_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
     with unchanged(model), evaluating(model):
         hidden = run(tokens, keep).clone()
         layers = len(DynamicCache(config=base.config).layers)
-        if not made or [*made] != [*range(layers or len(made))]:
+        if not made or [*made] != [*range(layers)]:
             raise SqCpuError(
                 f"{_NONE}: {len(made)} of its {layers} layers keep keys and values of their own"
             )
-        prefix = Prefix(ids, *zip(*made.values(), strict=True), hidden)
+        keys, values = zip(*made.values(), strict=True)
+        prefix = Prefix(ids, keys, values, hidden)
         after = torch.linspace(0, table.weight.shape[0] - 1, _PROBE).long()[None]
         text = torch.cat([tokens, after], dim=1)
         plain = run(text, lambda k, v, _: (k, v))[len(ids) :]
