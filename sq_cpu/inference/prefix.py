@@ -245,13 +245,32 @@ class PrefixedDecoder:
         self._base = base
         self._before = base.__dict__.get("forward")
         self.plain = base.forward
+        self._paused = False
         self.absolute = "position_ids" in inspect.signature(self.plain).parameters
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do without the prefix in a block."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def undo(self) -> None:
         """Give the base model the forward that it had."""
         del self._base.forward
         if self._before is not None:
             self._base.forward = self._before
+
+    def places(self, ids: Any, mask: Any, positions: Tensor | None) -> dict[int, int]:
+        """Return which sequences of a call that nothing has gone before get the prefix, and where.
+
+        The parameters are those of `Prefix.places`.
+        """
+        if self._paused:
+            return {}
+        return self.prefix.places(ids, mask, positions, absolute=self.absolute)
 
     def __call__(
         self,
@@ -273,9 +292,7 @@ class PrefixedDecoder:
         given = {name: value for name, value in given.items() if value is not None}
         places: dict[int, int] = {}
         if past_key_values is None or not past_key_values.get_seq_length():
-            places = self.prefix.places(
-                input_ids, attention_mask, position_ids, absolute=self.absolute
-            )
+            places = self.places(input_ids, attention_mask, position_ids)
         if not places:
             return self.plain(**given, **others)
         if past_key_values is None:
