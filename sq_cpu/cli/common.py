@@ -28,6 +28,12 @@ class Dtype(str, Enum):
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
 
 
+class PrefixName(str, Enum):
+    """What texts begin with whose keys and values stay in float."""
+
+    auto, bos, off = "auto", "bos", "off"
+
+
 class SchemeName(str, Enum):
     """The paper's schemes."""
 
@@ -54,6 +60,14 @@ TrustRemoteCode = Annotated[
 Hadamard = Annotated[
     bool,
     typer.Option("--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."),
+]
+Prefix = Annotated[
+    PrefixName,
+    typer.Option(
+        help="Tokens at the beginning of every text whose keys and values stay in float. auto: "
+        "those that the tokenizer puts there; bos: its BOS, which it then always puts there; off: "
+        "none."
+    ),
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 StoredDtype = Annotated[

@@ -19,7 +19,7 @@ from sq_cpu.inference.kv_kinds import KvChoice, check_kv, choose_kv, kv_kinds
 from sq_cpu.inference.lowering import compile_program
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.pages import split_rows
-from sq_cpu.inference.prefix import Prefix, PrefixedDecoder
+from sq_cpu.inference.prefix import Places, Prefix, PrefixedDecoder
 from sq_cpu.inference.program import DecoderProgram, StepRows
 from sq_cpu.kernels.paged_attention import BatchRows, KvKind, KvPages, page_bytes
 from sq_cpu.models.bases import decoder_of
@@ -204,15 +204,18 @@ class FusedDecoder:
         self.refresh()
         batch, new = input_ids.shape
         seen = cache.get_seq_length()
-        places: dict[int, int] = {}
+        places: Places = []
         if self._prefixed is not None and not seen:
-            places = self._prefixed.places(input_ids, attention_mask, position_ids)
+            found = self._prefixed.places(input_ids, attention_mask, position_ids)
+            places = [(row, begin) for row, begin in found if begin == begins[row]]
         if position_ids is None:
             position_ids = torch.arange(seen, seen + new)[None]
             if self.program.own_positions:
                 position_ids = (position_ids - torch.tensor(begins)[:, None]).clamp(min=0)
         at = position_ids.expand(batch, new)
-        states = self.normed(self.run(cache, input_ids.long(), at, begins, [*places]))
+        states = self.normed(
+            self.run(cache, input_ids.long(), at, begins, [row for row, _ in places])
+        )
         if self.prefix is not None and places:
             states = self.prefix.put_hidden(states, places)
         wanted = self.base.config.use_cache if use_cache is None else use_cache

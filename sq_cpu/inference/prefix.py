@@ -28,8 +28,18 @@ from sq_cpu.models.checks import check_ids, input_embeddings
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.unchanged import unchanged
 
-__all__ = ["MOST_TOKENS", "Prefix", "PrefixedDecoder", "make_prefix", "prefix_of", "use_prefix"]
+__all__ = [
+    "MOST_TOKENS",
+    "Places",
+    "Prefix",
+    "PrefixedDecoder",
+    "make_prefix",
+    "prefix_of",
+    "use_prefix",
+]
 
+Places = list[tuple[int, int]]
+"""Numbers of sequences in a batch, and the position there at which each begins."""
 _PROBE = 8  # tokens after the prefix, on which it is proven
 MOST_TOKENS = 8
 """Tokens of a prefix, which lies in one page of keys and values, and in the first call."""
@@ -51,53 +61,49 @@ class Prefix:
         """Tell whether a text begins with these tokens."""
         return tuple(ids[: len(self.ids)]) == self.ids
 
-    def places(
-        self, ids: Any, mask: Any, positions: Tensor | None, *, absolute: bool
-    ) -> dict[int, int]:
-        """Return which sequences of a call begin with these tokens: number -> where they begin.
+    def places(self, ids: Any, mask: Any, positions: Tensor | None, *, absolute: bool) -> Places:
+        """Return where sequences of a call begin with these tokens: number in the batch, position.
 
         Parameters
         ----------
         ids : int64 [batch, tokens], of a call that nothing has gone before
-        mask : [batch, tokens], 0 at padding; None: there is none. Others give no places
-        positions : int64 [1 or batch, tokens]; None: counted from the first, padding too
+        mask : [batch, tokens], 0 at padding; None: there is none. Others tell nothing
+        positions : int64 [1 or batch, tokens], 0 at each sequence's first token; None: counted from
+            the first of the row, padding too
         absolute : whether keys depend on their positions, which then have to be 0, 1, ...
         """
         count = len(self.ids)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < count:
-            return {}
-        begins = [0] * len(ids)
+            return []
+        leads = (ids.unfold(1, count, 1) == torch.tensor(self.ids)).all(dim=2)
+        if absolute and positions is not None:
+            if positions.dim() != 2 or positions.shape[1] != ids.shape[1]:
+                return []
+            begins = (positions.unfold(1, count, 1) == torch.arange(count)).all(dim=2)
+            return [(row, begin) for row, begin in (leads & begins).nonzero().tolist()]
+        first = [0] * len(ids)
         if mask is not None:
-            if not isinstance(mask, Tensor) or mask.dim() != 2 or len(mask) != len(ids):
-                return {}
-            runs = token_runs(mask, ids.shape[1])
+            known = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == len(ids)
+            runs = token_runs(mask, ids.shape[1]) if known else None
             if runs is None:
-                return {}
-            begins = runs[0] or begins
-        found = {}
-        wanted, order = torch.tensor(self.ids), torch.arange(count)
-        for row, begin in enumerate(begins):
-            part = slice(begin, begin + count)
-            if positions is not None:
-                at = positions[row if len(positions) > 1 else 0, part]
-            else:
-                at = torch.arange(ids.shape[1])[part]
-            if absolute and not torch.equal(at, order):
-                continue
-            if torch.equal(ids[row, part], wanted):
-                found[row] = begin
-        return found
+                return []
+            first = runs[0] or first
+        return [
+            (row, begin)
+            for row, begin in enumerate(first)
+            if begin < leads.shape[1] and leads[row, begin] and not (absolute and begin)
+        ]
 
-    def put_into(self, k: Tensor, v: Tensor, layer: int, places: dict[int, int]) -> Any:
+    def put_into(self, k: Tensor, v: Tensor, layer: int, places: Places) -> Any:
         """Return keys and values [batch, kv_heads, tokens, channels] with the prefix's in them."""
         self.check_layer(layer, k.shape[1], k.shape[-1], v.shape[-1])
         k, v = k.clone(), v.clone()
-        for row, begin in places.items():
+        for row, begin in places:
             k[row, :, begin : begin + len(self.ids)] = self.keys[layer]
             v[row, :, begin : begin + len(self.ids)] = self.values[layer]
         return k, v
 
-    def put_hidden(self, states: Tensor, places: dict[int, int]) -> Tensor:
+    def put_hidden(self, states: Tensor, places: Places) -> Tensor:
         """Return a last hidden state [batch, tokens, hidden_size] with the prefix's in it."""
         if states.shape[-1] != self.hidden.shape[1]:
             raise SqCpuError(
@@ -105,7 +111,7 @@ class Prefix:
                 f"{states.shape[-1]}: quantize the float model again"
             )
         states = states.clone()
-        for row, begin in places.items():
+        for row, begin in places:
             states[row, begin : begin + len(self.ids)] = self.hidden
         return states
 
@@ -175,7 +181,7 @@ def make_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
         after = torch.linspace(0, table.weight.shape[0] - 1, _PROBE).long()[None]
         text = torch.cat([tokens, after], dim=1)
         plain = run(text, lambda k, v, _: (k, v))[len(ids) :]
-        same = run(text, lambda k, v, layer: prefix.put_into(k, v, layer, {0: 0}))[len(ids) :]
+        same = run(text, lambda k, v, layer: prefix.put_into(k, v, layer, [(0, 0)]))[len(ids) :]
 
         def silenced(k: Tensor, v: Tensor, _: int) -> Any:
             return k, torch.cat([torch.zeros_like(v[:, :, : len(ids)]), v[:, :, len(ids) :]], 2)
@@ -263,13 +269,10 @@ class PrefixedDecoder:
         if self._before is not None:
             self._base.forward = self._before
 
-    def places(self, ids: Any, mask: Any, positions: Tensor | None) -> dict[int, int]:
-        """Return which sequences of a call that nothing has gone before get the prefix, and where.
-
-        The parameters are those of `Prefix.places`.
-        """
+    def places(self, ids: Any, mask: Any, positions: Tensor | None) -> Places:
+        """Return where a call that nothing has gone before gets the prefix: see `Prefix.places`."""
         if self._paused:
-            return {}
+            return []
         return self.prefix.places(ids, mask, positions, absolute=self.absolute)
 
     def __call__(
@@ -290,24 +293,32 @@ class PrefixedDecoder:
             "inputs_embeds": inputs_embeds,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        places: dict[int, int] = {}
-        if past_key_values is None or not past_key_values.get_seq_length():
+        cache = past_key_values
+        places: Places = []
+        if cache is None or not cache.get_seq_length():
             places = self.places(input_ids, attention_mask, position_ids)
         if not places:
             return self.plain(**given, **others)
-        if past_key_values is None:
-            past_key_values = DynamicCache(config=self._base.config)
+        if cache is None:
+            cache = DynamicCache(config=self._base.config)
+        # A caller that asked for no cache would go on with the one that the model was given.
+        config, wanted = self._base.config, others.get("use_cache")
+        wanted = getattr(config, "use_cache", True) if wanted is None else wanted
+        drops = past_key_values is None and not wanted
+        as_tuple = others.pop("return_dict", config.return_dict) is False
 
         def change(k: Tensor, v: Tensor, layer: int) -> Any:
             return self.prefix.put_into(k, v, layer, places)
 
-        given["past_key_values"] = past_key_values
-        with _changing(past_key_values, change):
-            output = self.plain(**given, **others)
-        if isinstance(output, tuple):
-            return self.prefix.put_hidden(output[0], places), *output[1:]
-        output.last_hidden_state = self.prefix.put_hidden(output.last_hidden_state, places)
-        return output
+        with _changing(cache, change):
+            output = self.plain(**given | {"past_key_values": cache}, **others)
+        fields = dict(output.items())
+        if drops:
+            fields.pop("past_key_values", None)
+        hidden = fields["last_hidden_state"]
+        fields["last_hidden_state"] = self.prefix.put_hidden(hidden, places)
+        made = type(output)(**fields)
+        return made.to_tuple() if as_tuple else made
 
 
 @contextmanager
