@@ -111,7 +111,11 @@ def token_windows(
     check_kind(Sequence, "a text, or a list of texts", text=text)
     front = leading_ids(tokenizer)
     length = window - len(front)
-    check_whole(1, window_without_its_prefix=length)
+    if length < 1:
+        raise SqCpuError(
+            f"a window of {window} tokens is filled by the {len(front)} that the tokenizer puts in "
+            "front: ask for longer windows"
+        )
     if isinstance(text, str):
         ids = _ids(tokenizer, text)
         step = (len(ids) - length) // windows
