@@ -282,6 +282,7 @@ class PrefixedDecoder:
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
         **others: Any,
     ) -> Any:
         """Return what the base model does."""
@@ -291,6 +292,7 @@ class PrefixedDecoder:
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
         }
         given = {name: value for name, value in given.items() if value is not None}
         cache = past_key_values
@@ -302,8 +304,8 @@ class PrefixedDecoder:
         if cache is None:
             cache = DynamicCache(config=self._base.config)
         # A caller that asked for no cache would go on with the one that the model was given.
-        config, wanted = self._base.config, others.get("use_cache")
-        wanted = getattr(config, "use_cache", True) if wanted is None else wanted
+        config = self._base.config
+        wanted = getattr(config, "use_cache", True) if use_cache is None else use_cache
         drops = past_key_values is None and not wanted
         as_tuple = others.pop("return_dict", config.return_dict) is False
 

@@ -163,6 +163,19 @@ def caches(model: Any) -> list[Any]:
 
 
 @torch.no_grad()
+def test_int8_attention() -> None:
+    model = tiny_model("llama")
+    sq_cpu.use_int8_attention(model)
+    ids = texts()
+    without = model(ids).logits
+    use_prefix(model, make_prefix(model, [BOS]))
+    wanted = model(ids).logits
+    assert off(wanted, without) < 0.02  # codes of int8 attention that are turned over
+    spoil(model)
+    assert torch.equal(model(ids).logits[..., 3:], wanted[..., 3:])
+
+
+@torch.no_grad()
 def test_where_it_is_not_used() -> None:
     model = tiny_model("llama")
     use_prefix(model, make_prefix(model, [BOS, 5]))
