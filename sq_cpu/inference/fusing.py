@@ -323,11 +323,10 @@ class FusedDecoder:
     def write_prefix(self, layer: int, pages: KvPages, rows: BatchRows) -> None:
         """Write the keys and values of the prefix to the pages of a layer, for each sequence."""
         assert self.prefix is not None
+        k, v = self.prefix.keys[layer].transpose(0, 1), self.prefix.values[layer].transpose(0, 1)
         count = len(rows.tensors[1])
-        k, v = (
-            x[layer].transpose(0, 1).repeat(count, 1, 1)
-            for x in (self.prefix.keys, self.prefix.values)
-        )
+        if count > 1:
+            k, v = k.repeat(count, 1, 1), v.repeat(count, 1, 1)
         pages.append(rows, k, v)
 
     def prefix_logits(self) -> Tensor:
