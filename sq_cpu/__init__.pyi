@@ -12,6 +12,7 @@ from .autotuning.autotune import autotune as autotune
 from .autotuning.configurations import SearchSpace as SearchSpace
 from .calibration.calibrate import calibrate as calibrate
 from .calibration.calibration import Calibration as Calibration
+from .calibration.outlier_tokens import outlier_tokens as outlier_tokens
 from .checkpoint.load import load as load
 from .checkpoint.save import save as save
 from .errors import SqCpuError as SqCpuError
