@@ -25,6 +25,7 @@ PUBLIC = [
     "Int8Cache",
     "KvReport",
     "LayerPlan",
+    "Prefix",
     "QuantLinear",
     "QuantizedActivation",
     "QuantizedCheckpoint",
@@ -50,10 +51,15 @@ PUBLIC = [
     "generate",
     "generate_batch",
     "isa",
+    "lead_with",
+    "leading_ids",
     "lm_eval_accuracy",
     "load",
+    "make_prefix",
     "measure_kv",
+    "outlier_tokens",
     "perplexity",
+    "prefix_of",
     "quantize",
     "quantize_checkpoint",
     "register_family",
@@ -63,6 +69,7 @@ PUBLIC = [
     "token_windows",
     "tune",
     "use_int8_attention",
+    "use_prefix",
 ]
 
 

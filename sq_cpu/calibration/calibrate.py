@@ -18,6 +18,7 @@ from sq_cpu.calibration.gradients import differentiating, sampled_loss
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import make_prefix
+from sq_cpu.inference.requests import integers
 from sq_cpu.models.calls import Batch, Example, called, evaluating, example_of, model_inputs
 from sq_cpu.models.checks import check_model, check_weights, checking_ids
 from sq_cpu.models.linears import check_ignore, head_of, linearized, quantizable_linears
@@ -77,10 +78,11 @@ def calibrate(
     fp32, bf16 or fp16.
     """
     check_model(model)
-    if prefix:
-        make_prefix(model, prefix)  # which tells whether there can be one
+    ids = tuple(integers(prefix, "prefix"))
+    if ids:
+        make_prefix(model, ids)  # which tells whether there can be one
     with linearized(model):
-        return _calibrate(model, batches, ignore, rows, gradient_rows, tuple(prefix), progress)
+        return _calibrate(model, batches, ignore, rows, gradient_rows, ids, progress)
 
 
 def _calibrate(

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.requests import integers
 from sq_cpu.models.calls import called, evaluating
+from sq_cpu.models.checks import check_model
 from sq_cpu.models.hooks import watching_inputs
 from sq_cpu.models.linears import linearized, quantizable_linears
-from sq_cpu.parsing import check_whole
+from sq_cpu.parsing import check_kind, check_whole
 
 __all__ = ["outlier_tokens"]
 
@@ -40,8 +42,10 @@ def outlier_tokens(
     SqCpuError
         For windows of another shape, or that do not begin so, and a model whose forward fails.
     """
+    check_model(model)
+    check_kind(Iterable, "windows of ids", windows=windows)
     check_whole(0, most=most)
-    front = [int(each) for each in front]
+    front = integers(front, "front")
     reaches: dict[str, list[Tensor]] = {}
     ids: list[int] = []
 
@@ -54,11 +58,9 @@ def outlier_tokens(
         linears = quantizable_linears(model)
         with evaluating(model), watching_inputs(linears, "input", observe):
             for window in windows:
-                if (
-                    window.dim() != 2
-                    or len(window) != 1
-                    or window[0, : len(front)].tolist() != (front)
-                ):
+                check_kind(Tensor, "a tensor of ids", window=window)
+                fits = window.dim() == 2 and len(window) == 1
+                if not fits or window[0, : len(front)].tolist() != front:
                     raise SqCpuError(
                         f"a window is {[*window.shape]}; it is [1, tokens] and begins with {front}"
                     )

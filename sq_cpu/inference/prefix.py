@@ -22,11 +22,13 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.masks import token_runs
+from sq_cpu.inference.requests import integers
 from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.calls import called, evaluating
-from sq_cpu.models.checks import check_ids, input_embeddings
+from sq_cpu.models.checks import check_ids, check_is_module, input_embeddings
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.unchanged import unchanged
+from sq_cpu.parsing import check_kind
 
 __all__ = [
     "MOST_TOKENS",
@@ -145,8 +147,13 @@ def make_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
         something else than keys and values of its own in a cache, or other tokens see more of these
         than that.
     """
-    ids = tuple(ids)
-    _check_ids(ids)
+    check_is_module(model)
+    ids = tuple(integers(ids, "the prefix"))
+    if not 1 <= len(ids) <= MOST_TOKENS:
+        raise SqCpuError(
+            f"the prefix has {len(ids)} tokens; it has 1 to {MOST_TOKENS}, as "
+            "leading_ids(tokenizer) gives them"
+        )
     base = _base_of(model)
     forward = base.forward.plain if isinstance(base.forward, PrefixedDecoder) else base.forward
     tokens = torch.tensor([ids])
@@ -216,6 +223,8 @@ def use_prefix(model: nn.Module, prefix: Prefix | None) -> None:
     SqCpuError
         For a fused model, and one that is no decoder of transformers.
     """
+    check_is_module(model)
+    check_kind(Prefix | None, "a Prefix, as make_prefix gives it", prefix=prefix)
     base: Any = decoder_of(model)
     held = base.__dict__.get("forward")
     if hasattr(held, "program"):
@@ -228,6 +237,7 @@ def use_prefix(model: nn.Module, prefix: Prefix | None) -> None:
 
 def prefix_of(model: nn.Module) -> Prefix | None:
     """Return the prefix that a model uses, fused or not; None: it has none."""
+    check_is_module(model)
     forward = decoder_of(model).__dict__.get("forward")
     prefix = getattr(forward, "prefix", None)
     return prefix if isinstance(prefix, Prefix) else None
@@ -336,14 +346,6 @@ def _changing(cache: Cache, change: Callable[[Tensor, Tensor, int], Any]) -> Ite
         yield
     finally:
         del cache.update
-
-
-def _check_ids(ids: tuple[Any, ...]) -> None:
-    if not 1 <= len(ids) <= MOST_TOKENS or not all(type(each) is int for each in ids):
-        raise SqCpuError(
-            f"the prefix is {[*ids]!r}; it is 1 to {MOST_TOKENS} token ids, as "
-            "leading_ids(tokenizer) gives them"
-        )
 
 
 def _base_of(model: nn.Module) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.parsing import check_kind
 
 __all__ = ["encoded", "lead_with", "leading_ids"]
 
@@ -44,8 +45,9 @@ def lead_with(tokenizer: Any, ids: Sequence[int] | None = None) -> None:
         and ids that do not begin with its BOS.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
+    check_kind(Sequence | None, "a list of ids", ids=ids)
     given = [bos] if ids is None else [*ids]
-    if bos is None or given[:1] != [bos]:
+    if bos is None or given[:1] != [bos] or not all(type(each) is int for each in given):
         raise SqCpuError(f"the ids are {given}, and the tokenizer's BOS is {bos}: begin with that")
     present = leading_ids(tokenizer)
     if present == given:

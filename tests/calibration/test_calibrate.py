@@ -268,5 +268,5 @@ def test_a_prefix_that_cannot_be(tmp_path: Path) -> None:
         calibrate(tiny_model("llama"), prefixed([1]), prefix=[1, 2])
     with pytest.raises(SqCpuError, match="the model can have no prefix in float: Two is no model"):
         calibrate(Two(), [X], prefix=[1])
-    with pytest.raises(SqCpuError, match="1 to 8 token ids"):
+    with pytest.raises(SqCpuError, match="prefix: token ids are a list of integers"):
         calibrate(tiny_model("llama"), prefixed([1]), prefix=["a"])  # type: ignore[list-item]

@@ -229,9 +229,9 @@ def test_one_takes_the_place_of_another() -> None:
         ("t5", [BOS], "also sees an encoder"),
         ("whisper", [BOS], "also sees an encoder"),
         ("vit", [BOS], "takes no ids, or no cache"),
-        ("llama", [], "1 to 8 token ids"),
-        ("llama", [BOS] * 9, "1 to 8 token ids"),
-        ("llama", ["a"], "1 to 8 token ids"),
+        ("llama", [], "has 0 tokens; it has 1 to 8"),
+        ("llama", [BOS] * 9, "has 9 tokens; it has 1 to 8"),
+        ("llama", ["a"], "the prefix: token ids are a list of integers"),
         ("llama", [64], "64"),
     ],
 )
