@@ -13,6 +13,8 @@ from sq_cpu.cli.common import (
     Hadamard,
     Json,
     Model,
+    Prefix,
+    PrefixName,
     SchemeName,
     TrustRemoteCode,
     Window,
@@ -44,6 +46,7 @@ def tune_command(
     windows: Windows = 16,
     window: Window = 512,
     ignore: Ignore = None,
+    prefix: Prefix = PrefixName.auto,
     dtype: DtypeOption = Dtype.fp32,
     sequential: Annotated[
         bool,
@@ -88,16 +91,17 @@ def tune_command(
             windows=windows,
             window=window,
             ignore=ignore,
+            prefix=prefix,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             as_json=as_json,
         )
         return
     hold(ctx, out)
-    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
+    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
     start = time.perf_counter()
-    loaded, _, batches = data.load()
-    calibration = data.calibration(loaded, batches)
+    loaded, tokenizer, batches = data.load()
+    calibration = data.calibration(loaded, tokenizer, batches)
     settings = Scheme.of((scheme or SchemeName.o3).value, ignore=data.ignore)
     plan = tune(
         loaded,

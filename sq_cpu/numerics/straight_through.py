@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sq_cpu.numerics.rounding import FLOOR, shared_absmax
+from sq_cpu.numerics.rounding import FLOOR, row_fits, shared_absmax, static_code
 from sq_cpu.scheme import Scheme
 
 __all__ = ["quantized_rows", "quantized_weight"]
@@ -27,13 +27,16 @@ def quantized_rows(x: Tensor, scheme: Scheme, ends: tuple[Tensor, Tensor] | None
 
     `ends` are the least and greatest value, fp32 [], that a static scale covers; None: dynamic.
     """
+    low = x.amin(dim=1, keepdim=True).clamp_max(0)
+    high = x.amax(dim=1, keepdim=True).clamp_min(0)
+    if scheme.activations == "per_tensor":
+        low, high = low.min(), high.max()
     if ends is not None:
-        low, high = ends
-    else:
-        low, high = x.amin(dim=1, keepdim=True), x.amax(dim=1, keepdim=True)
-        if scheme.activations == "per_tensor":
-            low, high = low.min(), high.max()
-    low, high = low.clamp_max(0), high.clamp_min(0)
+        least, greatest = ends[0].clamp_max(0), ends[1].clamp_min(0)
+        static = static_code(scheme, float(least), float(greatest))
+        clips, underflows = row_fits(low.detach(), high.detach(), scheme, static)
+        own = (clips | underflows) & scheme.dynamic_fallback
+        low, high = torch.where(own, low, least), torch.where(own, high, greatest)
     if not scheme.symmetric:
         scale = (high - low).clamp_min(FLOOR) / scheme.levels
         zero_point = torch.round(-low.detach() / scale.detach())
