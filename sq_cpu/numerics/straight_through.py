@@ -33,7 +33,7 @@ def quantized_rows(x: Tensor, scheme: Scheme, ends: tuple[Tensor, Tensor] | None
         low, high = low.min(), high.max()
     if ends is not None:
         least, greatest = ends[0].clamp_max(0), ends[1].clamp_min(0)
-        static = static_code(scheme, float(least), float(greatest))
+        static = static_code(scheme, float(least.detach()), float(greatest.detach()))
         clips, underflows = row_fits(low.detach(), high.detach(), scheme, static)
         own = (clips | underflows) & scheme.dynamic_fallback
         low, high = torch.where(own, low, least), torch.where(own, high, greatest)
