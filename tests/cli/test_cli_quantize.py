@@ -275,9 +275,9 @@ def test_a_prefix(folder: Path, text: Path, tmp_path: Path) -> None:
     exact = json_of("eval", folder, "--lead-with-bos", "--text", text, *small())["perplexity"]
     expected = sq_cpu.perplexity(byte_model(), tokenizer, TEXT, window=64, windows=4)
     assert exact == pytest.approx(expected, rel=1e-6)
-    assert (
-        "prefix: keys and values of texts that begin with 1 in float" in run("inspect", out).stdout
-    )
+    told = "prefix: keys and values of texts that begin with 1 in float"
+    assert told in run("inspect", out).stdout
+    assert json_of("inspect", out)["prefix"] == [1]
     # What texts begin with is taken by itself, and may be left.
     tokenizer.save_pretrained(folder)
     start = ("quantize", folder, "-o", out, "--overwrite", *small())

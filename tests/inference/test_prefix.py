@@ -367,6 +367,26 @@ def test_a_fused_model_goes_on(name: str) -> None:
         assert torch.equal(torch.cat([first, rest], dim=1), whole)
 
 
+def test_a_fused_model_generates() -> None:
+    model = quantized("llama", tie_word_embeddings=False)
+    sq_cpu.fuse(model)
+    ids = texts()
+    ways: list[dict[str, Any]] = [
+        GREEDY,
+        GREEDY | {"num_beams": 3},
+        GREEDY | {"custom_generate": sq_cpu.decoding_loop},
+    ]
+    given = [padded(ids), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+
+    def made() -> list[Tensor]:
+        return [model.generate(**x, **way, suppress_tokens=[BOS]) for way in ways for x in given]
+
+    wanted = made()
+    spoil(model)
+    for a, b in zip(made(), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", FUSED)
 def test_a_scheduler(name: str) -> None:
     model = quantized(name)
