@@ -44,6 +44,8 @@ from .models.family import Group as Group
 from .models.family import Stack as Stack
 from .models.tokenizers import lead_with as lead_with
 from .models.tokenizers import leading_ids as leading_ids
+from .nn.counting import RowCounts as RowCounts
+from .nn.counting import row_counts as row_counts
 from .nn.linear import QuantLinear as QuantLinear
 from .quantization.quantize import quantize as quantize
 from .scheme import Scheme as Scheme
@@ -52,6 +54,8 @@ from .smoothing.plan import LayerPlan as LayerPlan
 from .smoothing.plan import SmoothPlan as SmoothPlan
 from .streaming.streaming import QuantizedCheckpoint as QuantizedCheckpoint
 from .streaming.streaming import quantize_checkpoint as quantize_checkpoint
+from .tuning.learned import Learned as Learned
+from .tuning.learned import learn as learn
 from .tuning.tune import tune as tune
 
 __version__: str

@@ -84,6 +84,9 @@ def good(
             return {"model": model, "windows": [batches(1)[0][:1]]}
         if name == "calibrate":
             return {"model": model, "batches": batches(2)}
+        if name == "learn":
+            plan = sq_cpu.SmoothPlan.uniform(model, calibration)
+            return seen | {"plan": plan, "batches": batches(2), "scheme": "O3", "steps": 1}
         if name == "tune":
             return seen | {"alphas": (0.5, 0.5, 0.5), "scheme": "O1"}
         if name in ("quantize", "analyze", "SmoothPlan.uniform"):
@@ -140,7 +143,7 @@ def good(
 
 
 FUNCTIONS = (
-    *("calibrate", "tune", "quantize", "save", "load", "autotune", "fuse", "generate"),
+    *("calibrate", "tune", "learn", "quantize", "save", "load", "autotune", "fuse", "generate"),
     *("analyze", "count_saturation", "perplexity", "token_windows", "quantize_checkpoint"),
     *("use_int8_attention", "measure_kv", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
     *("Calibration.load", "make_prefix", "use_prefix", "prefix_of", "outlier_tokens"),

@@ -20,6 +20,9 @@ from sq_cpu.checkpoint import sources
 from sq_cpu.errors import SqCpuError, printable
 from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.files import absolute, claimed_file
+from sq_cpu.kernels.hadamard import BLOCK
+from sq_cpu.smoothing.plan import AUTO
+from sq_cpu.smoothing.plan import Hadamard as HadamardChoice
 
 
 class Dtype(str, Enum):
@@ -58,8 +61,12 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Run code that MODEL's folder or repository brings."),
 ]
 Hadamard = Annotated[
-    bool,
-    typer.Option("--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."),
+    bool | None,
+    typer.Option(
+        "--hadamard/--no-hadamard",
+        help="Rotate the inputs of all down projections, or nothing. [default: inputs of down and "
+        "output projections, where it lowers the error]",
+    ),
 ]
 Prefix = Annotated[
     PrefixName,
@@ -73,6 +80,11 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 StoredDtype = Annotated[
     Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")
 ]
+
+
+def hadamard_choice(given: bool | None) -> HadamardChoice:
+    """Return what `--hadamard`, `--no-hadamard` or neither says, as the functions take it."""
+    return AUTO if given is None else BLOCK * given
 
 
 def say(line: str) -> None:

@@ -24,7 +24,7 @@ from sq_cpu import (
 )
 from sq_cpu.analysis.analysis import outlier_severity
 from sq_cpu.models.groups import smoothing_groups
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 
 def planted_plan(
@@ -33,7 +33,9 @@ def planted_plan(
     """Make a model with outliers, and a uniform plan that divides at run time."""
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(3))
-    uniform = SmoothPlan.uniform(model, calibration, alpha, ignore=Scheme.of(scheme).ignore)
+    uniform = SmoothPlan.uniform(
+        model, calibration, alpha, ignore=Scheme.of(scheme).ignore, hadamard=0
+    )
     groups = tuple(replace(g, fold=False, clip=clip, note="so") for g in uniform.groups)
     return model, calibration, replace(uniform, groups=groups, scheme=Scheme.of(scheme))
 
@@ -132,6 +134,27 @@ def test_clipped_is_the_share_of_values_beyond_the_range(symmetric: bool) -> Non
             assert one.clipped_naive == 0  # min/max covers the sample
     dynamic = analyze(model, calibration, plan, scheme="O1")
     assert not any(one.clipped or one.clipped_naive for one in dynamic.linears)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+def test_rows_that_do_not_fit_are_those_that_the_layers_count(clip: float) -> None:
+    model, calibration, plan = planted_plan(clip=clip)
+    for rows in calibration.rows.values():
+        rows[:5] *= 0.01  # far below the range
+    found = {one.name: one for one in analyze(model, calibration, plan).linears}
+    quantized = planted("llama")
+    sq_cpu.quantize(quantized, calibration, plan)
+    for name, one in found.items():
+        quantized.get_submodule(name)(calibration.rows[name])
+        counts = sq_cpu.row_counts(quantized)[name]
+        assert (one.rows_clipped, one.rows_underflowed) == pytest.approx(
+            (counts.clipped / counts.rows, counts.underflowed / counts.rows)
+        )
+        assert one.rows_underflowed >= 5 / counts.rows
+        assert (one.rows_clipped > 0) == (clip < 1)
+    dynamic = analyze(model, calibration, plan, scheme="O1")
+    assert not any(one.rows_clipped or one.rows_underflowed for one in dynamic.linears)
 
 
 def test_what_stays_in_float_is_measured_and_named() -> None:

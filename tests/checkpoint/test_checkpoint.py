@@ -115,6 +115,25 @@ def test_checkpoints_of_version_2_are_read(folder: Path) -> None:
     assert_same_model(load(folder), before, logits)
 
 
+def test_rows_of_former_static_checkpoints_keep_the_static_scale(tmp_path: Path) -> None:
+    model = tiny_llama()
+    quantize(model, calibrate(model, [IDS]), scheme="O3")
+    folder = save(model, tmp_path / "out")
+    assert load(folder).sq_cpu_config.scheme == Scheme.of("O3")
+
+    def former(config: dict[str, Any]) -> None:
+        del config["quantization_config"]["scheme"]["dynamic_fallback"]
+        config["quantization_config"].update(format_version=7)
+
+    change_config(folder, former)
+    loaded = load(folder)
+    assert loaded.sq_cpu_config.scheme == Scheme.of("O3", dynamic_fallback=False)
+    layer = loaded.get_submodule(Q_PROJ)
+    x = torch.full((2, layer.in_features), 1e6)
+    assert layer.quantize_input(x).scale.tolist() == [layer.input_scale] * 2
+    assert (layer(x) - model.get_submodule(Q_PROJ)(x)).abs().max() > 1e5
+
+
 def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     model = tiny_llama()
     linear = model.get_submodule(Q_PROJ)

@@ -88,6 +88,7 @@ def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
     said = CliRunner().invoke(cli.app, ["quantize", *map(str, start[1:])]).stdout
     assert "smoothing: 8 groups folded, 0 divided at run time" in said
     assert "1 linear in float: ignored" in said
+    assert json_of(*start, "--no-hadamard")["hadamard"] == 0
     assert json_of(*start, "--hadamard")["hadamard"] == 2  # down_proj
     shown = CliRunner().invoke(cli.app, ["inspect", str(tmp_path / "out")]).stdout
     assert "2 linears rotated by Hadamard matrices of 64 columns" in shown

@@ -60,7 +60,7 @@ def test_rows_are_those_behind_a_quantized_first_block() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(5), rows=12, gradient_rows=12)
     groups = {group.name: group for group in smoothing_groups(model)}
-    plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
+    plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore, hadamard=0)
     tuned = {group.name: replace(group, fold=False, clip=0.9) for group in plan.groups}
     prefix = QuantizedPrefix(model, calibration, batches(5), groups, SCHEME)
     fed = dict(prefix.blocks(tuned, {}))
@@ -121,7 +121,7 @@ def test_padding(model_type: str) -> None:
     calibration = sq_cpu.calibrate(model, padded)
     with linearized(model):
         groups = {group.name: group for group in smoothing_groups(model)}
-        plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
+        plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore, hadamard=0)
         tuned = {group.name: replace(group, clip=0.7) for group in plan.groups}
         prefix = QuantizedPrefix(model, calibration, iter(padded), groups, SCHEME)
         _, (_, seen) = prefix.blocks(tuned, {})
