@@ -90,6 +90,10 @@ def _account(model: Any) -> Row:
         "linears": len(record.layers),
         "kept": dict(Counter(record.kept.values())),
         "folded": sum(group.fold for group in groups),
+        "rotated": {
+            "at_run_time": len(record.hadamard),
+            "in_weights": sum(group.hadamard_fold != 0 for group in groups),
+        },
         "unfolded": dict(Counter(group.note for group in groups if not group.fold)),
     }
 

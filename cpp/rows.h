@@ -260,6 +260,12 @@ void epilogue(const EpilogueArgs& args) {
                     (kOutput == Output::kCode
                          ? y_row / kBlockRows * args.y_block + y_row % kBlockRows * kTileDepth
                          : y_row * args.ldy * kBytes);
+    if constexpr (kOutput != Output::kCode) {  // written next, and not to be waited for then
+      const int64_t further = (args.rows - args.row) / kTerms * args.ldy * kBytes;
+      for (int v = 0; v < vectors; v += 64 / kBytes / kLanes) {
+        __builtin_prefetch(y + further + columns[v].y, 1);
+      }
+    }
     for (int term = 0; term < kTerms; ++term) {
       const int32_t* const zero_point = args.row_zero_point + row + term;
       if (row == args.row || zero_point[0] != zero_point[-kTerms]) {

@@ -25,6 +25,7 @@ PUBLIC = [
     "Int8Cache",
     "KvReport",
     "LayerPlan",
+    "Prefix",
     "QuantLinear",
     "QuantizedActivation",
     "QuantizedCheckpoint",
@@ -51,10 +52,16 @@ PUBLIC = [
     "generate",
     "generate_batch",
     "isa",
+    "lead_with",
+    "leading_ids",
+    "learn",
     "lm_eval_accuracy",
     "load",
+    "make_prefix",
     "measure_kv",
+    "outlier_tokens",
     "perplexity",
+    "prefix_of",
     "quantize",
     "quantize_checkpoint",
     "register_family",
@@ -65,6 +72,7 @@ PUBLIC = [
     "token_windows",
     "tune",
     "use_int8_attention",
+    "use_prefix",
 ]
 
 

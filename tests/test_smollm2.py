@@ -17,7 +17,7 @@ import sq_cpu
 from sq_cpu import Calibration, QuantLinear, SmoothPlan, texts
 from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.models.linears import quantizable_linears
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 pytestmark = pytest.mark.slow
 

@@ -197,7 +197,7 @@ def inputs(name: str, count: int = 3) -> list[dict[str, Tensor]]:
 
 def mixed_plan(model: Any, calibration: Calibration, scheme: Scheme) -> SmoothPlan:
     """Return a plan in which neighbouring linears differ in all that a plan can say of them."""
-    uniform = SmoothPlan.uniform(model, calibration, 0.7, ignore=scheme.ignore)
+    uniform = SmoothPlan.uniform(model, calibration, 0.7, ignore=scheme.ignore, hadamard=0)
     clips = itertools.cycle((0.5, 1.0, 1.25))
     curve = ((0.0, 2.0), (0.7, 1 / 3))
     groups = [replace(group, clip=next(clips), curve=curve) for group in uniform.groups]

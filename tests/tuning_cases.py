@@ -84,7 +84,8 @@ def costs(model: nn.Module) -> Costs:
         if isinstance(linear, nn.Linear):
             size = linear.out_features * linear.in_features / 1024
             row = {precision: size * _PER_WEIGHT[precision] for precision in PRECISIONS}
-            row |= {f"{c}+smoothing": ms + 0.01 * size for c, ms in row.items() if c != "float"}
+            for extra in ("+smoothing", "+hadamard"):
+                row |= {f"{c}{extra}": ms + 0.01 * size for c, ms in row.items() if c != "float"}
             entries[f"{linear.out_features}x{linear.in_features}"] = row
     return Costs(tokens=32, dtype="float32", entries=entries)
 

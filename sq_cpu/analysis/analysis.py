@@ -34,11 +34,11 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import (
     GroupPlan,
     SmoothPlan,
-    check_groups,
     quantized_consumers,
     scheme_of,
     uniform_plan,
 )
+from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.scales import WeightStatistics, group_statistics, plan_scales
 from sq_cpu.smoothing.statistics import GroupStatistics, live_median
 
@@ -92,7 +92,7 @@ class GroupAnalysis:
     clip: float
     """Fraction of the calibrated range that a static scale covers."""
     hadamard: int
-    """Columns of a block that is rotated; 0: none."""
+    """Columns of a block that is rotated, at run time or in the weights; 0: none."""
     note: str
     curve: tuple[tuple[float, float], ...]
     """(alpha, loss) that a search tried, sorted by alpha."""
@@ -210,7 +210,7 @@ def analyze(
         groups = smoothing_groups(model)
         if plan is None:
             plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
-        check_groups(plan, groups)
+        plan = decided(model, plan, calibration, scheme, groups)
         measured = [
             group for group in groups if quantized_consumers(model, group, calibration, scheme)
         ]
@@ -271,7 +271,7 @@ def _group(
         alpha=planned.alpha if planned is not None and planned.rule == "smoothquant" else None,
         fold=planned is not None and planned.fold,
         clip=carried.clip,
-        hadamard=carried.hadamard,
+        hadamard=carried.rotation,
         note="" if planned is None else planned.note,
         curve=() if planned is None else planned.curve,
         act_absmax=naive.act_absmax,
@@ -296,7 +296,7 @@ def _linear(
     wide = naive.widen(s)
     as_naive = FakeQuantizedLinear(sample, torch.ones_like(wide), naive.scheme)
     planned = replace(sample, weight_clip=layer.weight_clip, outliers=layer.outliers)
-    as_planned = FakeQuantizedLinear(planned, wide, own, group.clip, group.hadamard)
+    as_planned = FakeQuantizedLinear(planned, wide, own, group.clip, group.rotation)
     rows_clipped, rows_underflowed = (
         float(fits.double().mean()) for fits in as_planned.row_fits(sample.inputs())
     )

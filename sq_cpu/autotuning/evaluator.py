@@ -23,6 +23,7 @@ from sq_cpu.autotuning.latency import Costs, Precision
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.linears import check_ignore, linearized, quantizable_linears
@@ -30,6 +31,7 @@ from sq_cpu.quantization.quantize import carry_out
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 from sq_cpu.smoothing.proof import FoldProof, prove_with
+from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.scales import WeightStatistics
 from sq_cpu.tuning.tune import tune
 
@@ -117,7 +119,8 @@ class TuningJob:
         """Which folds keep the model's function: proven once, for the copies that are quantized."""
         with linearized(self.model):
             groups = smoothing_groups(self.model)
-            return prove_with(self.model, groups, self.calibration.example)
+            rotated = [group for group in groups if group.head_block]
+            return prove_with(self.model, groups, self.calibration.example, rotated=rotated)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this job from others, as JSON types; `check_ranges` tells the rest.
@@ -228,9 +231,16 @@ class TuningJob:
                 progress=False,
             )
         alpha = settings.alpha[0] if settings.alpha else 0.5
-        return SmoothPlan.uniform(
+        plan = SmoothPlan.uniform(
             self.model, self.calibration, alpha, rule=settings.smoothing, ignore=self.ignore
         )
+        # What is found is to be what was measured, whatever it is quantized with.
+        scheme = settings.scheme(self.ignore).resolve(has_vnni())
+        with linearized(self.model):
+            groups = smoothing_groups(self.model)
+            return decided(
+                self.model, plan, self.calibration, scheme, groups, weights=self._weights
+            )
 
     def gains(
         self,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,6 +24,7 @@ from torch import nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import write_file
+from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.kernels.runtime import Machine
 from sq_cpu.nn.decomposed import DecomposedLinear
@@ -56,17 +58,23 @@ class Costs:
     """Of the input, and of a float linear: "float32", "bfloat16" or "float16"."""
     entries: Mapping[str, Mapping[str, float]]
     """Shape, as in "1536x576" (out_features, in_features) -> `Precision`, with "+smoothing" where
-    the input is divided by s while it is quantized -> milliseconds."""
+    the input is divided by s while it is quantized, and "+hadamard" where it is rotated then ->
+    milliseconds."""
 
     def __post_init__(self) -> None:
         check_fields(self, "the cost table")
 
     def milliseconds(
-        self, linear: nn.Module, precision: Precision, *, smoothed: bool = False
+        self,
+        linear: nn.Module,
+        precision: Precision,
+        *,
+        smoothed: bool = False,
+        rotated: bool = False,
     ) -> float:
         """Return what one call costs; `SqCpuError` for a shape that was not measured."""
         try:
-            return self.entries[_shape(linear)][_variant(precision, smoothed)]
+            return self.entries[_shape(linear)][_variant(precision, smoothed, rotated)]
         except KeyError:
             raise SqCpuError(
                 f"the cost table has no linear of {_shape(linear)}, {precision}: measure this model"
@@ -82,8 +90,12 @@ class Costs:
             if isinstance(linear, DecomposedLinear):
                 linear = linear.regular
             if isinstance(linear, QuantLinear):
-                smoothed = linear.smoothing is not None
-                total += self.milliseconds(linear, linear.scheme.activations, smoothed=smoothed)
+                total += self.milliseconds(
+                    linear,
+                    linear.scheme.activations,
+                    smoothed=linear.smoothing is not None,
+                    rotated=bool(linear.hadamard),
+                )
             else:
                 total += self.milliseconds(linear, "float")
         return total
@@ -131,8 +143,8 @@ def measured_costs(
     cache : the file; None: `cache_file()`. A file that is absent or damaged is written anew.
 
     Every call finds its weights outside the core's caches. The variants of a shape take turns, and
-    the median of each counts. A shape takes about a second, and seven times the memory of its
-    weights.
+    the median of each counts. A shape takes about two seconds, and its weights sixteen times as
+    int8.
 
     Raises
     ------
@@ -161,21 +173,28 @@ def _shape(linear: Any) -> str:
     return f"{linear.out_features}x{linear.in_features}"
 
 
-def _variant(precision: Precision, smoothed: bool) -> str:
-    return f"{precision}+smoothing" if smoothed else precision
+def _variant(precision: Precision, smoothed: bool, rotated: bool) -> str:
+    return precision + "+smoothing" * smoothed + "+hadamard" * rotated
 
 
-_VARIANTS = {_variant(p, s) for p in PRECISIONS for s in (False, True)} - {"float+smoothing"}
+_INT8: tuple[tuple[Activations, bool, bool], ...] = tuple(
+    product(get_args(Activations), (False, True), (False, True))
+)
+_VARIANTS = {"float", *(_variant(*each) for each in _INT8)}
 
 
 def _variants(linear: nn.Linear) -> Iterator[tuple[str, nn.Module]]:
-    yield _variant("float", False), linear
+    yield "float", linear
     s = torch.full((linear.in_features,), 0.5)
-    for activations in get_args(Activations):
-        scheme = Scheme(activations=activations)
-        for smoothing in (None, s):
-            layer = QuantLinear.from_float(linear, scheme, (-4.0, 4.0), smoothing=smoothing)
-            yield _variant(activations, smoothing is not None), layer
+    for activations, smoothed, rotated in _INT8:
+        layer = QuantLinear.from_float(
+            linear,
+            Scheme(activations=activations),
+            (-4.0, 4.0),
+            smoothing=s if smoothed else None,
+            hadamard=BLOCK if rotated else 0,
+        )
+        yield _variant(activations, smoothed, rotated), layer
 
 
 @torch.inference_mode()

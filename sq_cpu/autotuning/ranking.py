@@ -16,8 +16,9 @@ from sq_cpu.models.linears import linearized
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, quantized_consumers
+from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.rules import smoothing_scale
-from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
+from sq_cpu.smoothing.scales import WeightStatistics, as_planned, group_statistics
 from sq_cpu.tuning.losses import default_loss, loss_of
 
 __all__ = ["Errors", "estimated_errors"]
@@ -47,14 +48,16 @@ def estimated_errors(
     """
     scheme = scheme.resolve(has_vnni())
     choices = tuple(choices)
-    planned = {group.name: group for group in plan.groups}
     # Weight clips stay; the other overrides are what is asked about.
     layers = tuple(replace(layer, activations=None, in_float=False) for layer in plan.layers)
     everything = replace(plan, layers=layers)
     errors: Errors = {}
     loss = default_loss(calibration)
     with linearized(model):
-        for group in track(smoothing_groups(model), "estimating errors", progress):
+        groups = smoothing_groups(model)
+        everything = decided(model, everything, calibration, scheme, groups, weights=weights)
+        planned = {group.name: group for group in everything.groups}
+        for group in track(groups, "estimating errors", progress):
             names = quantized_consumers(model, group, calibration, scheme)
             for name in names:
                 errors[name] = {"float": 0.0}
@@ -68,7 +71,7 @@ def estimated_errors(
                 statistics = replace(of_group, scheme=scheme.with_activations(choice))
                 s = torch.ones_like(statistics.act_absmax)
                 if entry is not None:
-                    statistics = replace(statistics, clip=entry.clip, hadamard=entry.hadamard)
+                    statistics = as_planned(statistics, entry)
                     s = smoothing_scale(entry.rule, statistics, entry.alpha)
                 for linear in statistics.fake_quantized(s):
                     error = loss_of(loss, linear, calibration.tokens)

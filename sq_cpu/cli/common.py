@@ -20,12 +20,21 @@ from sq_cpu.checkpoint import sources
 from sq_cpu.errors import SqCpuError, printable
 from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.files import absolute, claimed_file
+from sq_cpu.kernels.hadamard import BLOCK
+from sq_cpu.smoothing.plan import AUTO
+from sq_cpu.smoothing.plan import Hadamard as HadamardChoice
 
 
 class Dtype(str, Enum):
     """The float dtypes by the names that options take."""
 
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
+
+
+class PrefixName(str, Enum):
+    """What texts begin with whose keys and values stay in float."""
+
+    auto, bos, off = "auto", "bos", "off"
 
 
 class SchemeName(str, Enum):
@@ -52,13 +61,30 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Run code that MODEL's folder or repository brings."),
 ]
 Hadamard = Annotated[
-    bool,
-    typer.Option("--hadamard", help="Rotate the inputs of down projections, 64 columns at a time."),
+    bool | None,
+    typer.Option(
+        "--hadamard/--no-hadamard",
+        help="Rotate the inputs of all down projections, or nothing. [default: inputs of down and "
+        "output projections, where it lowers the error]",
+    ),
+]
+Prefix = Annotated[
+    PrefixName,
+    typer.Option(
+        help="Tokens at the beginning of every text whose keys and values stay in float. auto: "
+        "those that the tokenizer puts there; bos: its BOS, which it then always puts there; off: "
+        "none."
+    ),
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 StoredDtype = Annotated[
     Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")
 ]
+
+
+def hadamard_choice(given: bool | None) -> HadamardChoice:
+    """Return what `--hadamard`, `--no-hadamard` or neither says, as the functions take it."""
+    return AUTO if given is None else BLOCK * given
 
 
 def say(line: str) -> None:

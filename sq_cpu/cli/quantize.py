@@ -17,17 +17,19 @@ from sq_cpu.cli.common import (
     Hadamard,
     Json,
     Model,
+    Prefix,
+    PrefixName,
     SchemeName,
     TrustRemoteCode,
     Window,
     calibration_batches,
     check_not_quantized,
     emit,
+    hadamard_choice,
     quiet,
     read_all,
     say,
 )
-from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
@@ -86,7 +88,7 @@ def quantize_command(
         typer.Option(help="Smoothing rule. [default: smoothquant, the one that takes --alpha]"),
     ] = None,
     smooth: Annotated[bool, typer.Option(help="Smooth before quantizing.")] = True,
-    hadamard: Hadamard = False,
+    hadamard: Hadamard = None,
     calib: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
@@ -132,6 +134,7 @@ def quantize_command(
     unreached: Annotated[
         _Unreached, typer.Option(help="Linears that no calibration window reaches.")
     ] = _Unreached.float,
+    prefix: Prefix = PrefixName.auto,
     dtype: Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")] = Dtype.fp32,
     stream: Annotated[
         bool | None,
@@ -153,7 +156,7 @@ def quantize_command(
         raise typer.BadParameter(
             "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
         )
-    if hadamard and (plan is not None or not smooth):
+    if hadamard is not None and (plan is not None or not smooth):
         raise typer.BadParameter(
             "--hadamard goes with smoothing, and a --plan says it itself; drop one of them"
         )
@@ -187,7 +190,7 @@ def quantize_command(
         smooth=smooth,
         alpha=Recipe.alpha if alpha is None else alpha,
         rule=Recipe.rule if rule is None else rule.value,
-        hadamard=BLOCK if hadamard else 0,
+        hadamard=hadamard_choice(hadamard),
         head=head.value,
     )
     check_not_quantized(model)
@@ -200,6 +203,7 @@ def quantize_command(
         dtype=TORCH_DTYPES[dtype],
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        prefix=prefix.value,
     )
 
     def batches_of(tokenizer: Any) -> list[Tensor]:
@@ -211,7 +215,8 @@ def quantize_command(
     quiet()
     made = convert(job, batches_of, stream=stream, say=say)
     record = made.record
-    folded = {group.name: group.fold for group in record.plan.groups} if record.plan else {}
+    groups = record.plan.groups if record.plan else ()
+    folded = {group.name: group.fold for group in groups}
     result = {
         "output": str(out),
         "scheme": record.scheme.to_dict(),
@@ -220,7 +225,9 @@ def quantize_command(
         "rule": recipe.rule if recipe.is_uniform else None,
         "alpha": recipe.alpha if recipe.is_uniform and recipe.rule == "smoothquant" else None,
         "hadamard": len(record.hadamard),
+        "hadamard_fold": sum(group.hadamard_fold != 0 for group in groups),
         "head": head.value,
+        "prefix": list(record.prefix),
         "layers": len(record.layers),
         "groups": {
             "folded": sum(folded.values()),

@@ -111,6 +111,12 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
         lines.append(
             f"  {_linears(len(record.hadamard))} rotated by Hadamard matrices of 64 columns"
         )
+    groups = record.plan.groups if record.plan is not None else ()
+    if folded := sum(group.hadamard_fold != 0 for group in groups):
+        lines.append(f"  {folded} output projections rotated in the weights, head by head")
+    if record.prefix:
+        ids = ", ".join(map(str, record.prefix))
+        lines.append(f"prefix: keys and values of texts that begin with {ids} in float")
     if record.decomposed:
         channels = sum(record.decomposed.values())
         lines.append(f"  {_linears(len(record.decomposed))} with {channels} channels in float")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 
-__all__ = ["BLOCK", "check_hadamard", "fwht64", "hadamard", "whole_blocks"]
+__all__ = ["BLOCK", "check_hadamard", "fwht64", "hadamard", "rotated", "whole_blocks"]
 
 BLOCK = 64
 """Columns that one matrix mixes where activations are quantized: a tile of K."""
@@ -52,6 +54,10 @@ def fwht64(x: Tensor) -> Tensor:
     -------
     [..., whole_blocks(columns)], of x's dtype
     """
-    columns = x.shape[-1]
-    x = torch.nn.functional.pad(x, (0, whole_blocks(columns) - columns))
-    return hadamard(x, BLOCK) / 8  # 64^1/2: exact
+    return rotated(x, BLOCK)
+
+
+def rotated(x: Tensor, size: int) -> Tensor:
+    """Do what `fwht64` does, in blocks of `size` columns, a power of two."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
+    return hadamard(x, size) / math.sqrt(size)  # of 64: 8, exact

@@ -23,6 +23,7 @@ __all__ = [
     "copied",
     "evaluating",
     "example_of",
+    "is_cache",
     "model_inputs",
 ]
 
@@ -129,6 +130,11 @@ def called(model: nn.Module, example: Example, what: str) -> Any:
             f"{what}: the model's forward fails ({type(error).__name__}: {first_line(error)}); "
             "give it what model(...) takes"
         ) from error
+
+
+def is_cache(value: Any) -> bool:
+    """Return whether a value is a cache of keys and values, as transformers has them."""
+    return hasattr(value, "get_seq_length")
 
 
 def check_length(model: nn.Module, length: int, what: str) -> None:

@@ -13,11 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sq_cpu.kernels.hadamard import rotated
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Family, Group, Rows, Stack
 from sq_cpu.models.linears import quantizable_linears
 
 __all__ = [
+    "HEAD_BLOCKS",
+    "NO_BLOCKS",
     "Layout",
     "SmoothingGroup",
     "config_value",
@@ -26,6 +29,12 @@ __all__ = [
     "smoothing_groups",
     "stack_paths",
 ]
+
+
+HEAD_BLOCKS = (64, 32, 16)
+"""Columns of a block of a head that a Hadamard matrix is worth its rounding for."""
+
+NO_BLOCKS = "heads have no blocks of 16 channels"
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class Layout:
     kv_heads: int = 1
     repeats: int = 1
     """Query heads that read the same key-value head."""
+    head: int = 0
+    """Channels of a head, of attention's values; 0: the outputs are no values, or not known so."""
 
     @property
     def channels(self) -> int:
@@ -64,6 +75,15 @@ class Layout:
         full[:, self.start : self.stop] = s.reshape(self.parts, -1)
         return full.reshape(-1)
 
+    def rotate(self, x: Tensor, block: int) -> Tensor:
+        """Return a producer's outputs, [..., outputs], with blocks of values rotated.
+
+        `block` divides `head`. The consumers' input is then rotated likewise, block by block.
+        """
+        full = x.reshape(*x.shape[:-1], self.parts, -1).clone()
+        full[..., self.start : self.stop] = rotated(full[..., self.start : self.stop], block)
+        return full.reshape(x.shape)
+
 
 @dataclass(frozen=True)
 class SmoothingGroup:
@@ -82,6 +102,12 @@ class SmoothingGroup:
     """Full name of the block that holds producer and consumers; "" outside of all blocks."""
     down: bool | None = None
     """Whether an MLP's up (and gate) make the input; None: the family does not say."""
+
+    @property
+    def head_block(self) -> int:
+        """Columns of the largest block that divides a head of the producer's values; 0: none."""
+        head = self.layout.head if self.producer is not None else 0
+        return next((block for block in HEAD_BLOCKS if head and head % block == 0), 0)
 
     def unfolded(self, reason: str) -> SmoothingGroup:
         """Return this group without its producer: s divides the input at run time."""
@@ -237,6 +263,13 @@ def _makes_down(group: Group, block: str, model: nn.Module) -> bool | None:
 def _layout(model: nn.Module, rows: Rows, outputs: int, inputs: int) -> Layout | None:
     """Return where among the producer's outputs the consumers' inputs are; None: nowhere."""
     heads = _head_count(model)
+    layout = _layout_of_heads(heads or 1, rows, outputs, inputs)
+    if layout is None or rows in ("all", "second_half") or not heads or inputs % heads:
+        return layout
+    return replace(layout, head=inputs // heads)
+
+
+def _layout_of_heads(heads: int, rows: Rows, outputs: int, inputs: int) -> Layout | None:
     if rows in ("all", "value") and outputs == inputs:
         return Layout(1, 0, outputs)
     if rows == "second_half" and outputs == 2 * inputs:
@@ -271,7 +304,7 @@ def config_value(model: nn.Module, path: str) -> Any:
 
 
 def _head_count(model: nn.Module) -> int:
-    return int(getattr(_text_config(model), "num_attention_heads", None) or 1)
+    return int(getattr(_text_config(model), "num_attention_heads", None) or 0)
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels.hadamard import fwht64
+from sq_cpu.kernels.hadamard import rotated
 from sq_cpu.numerics.ranges import static_range
 from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, row_fits, static_code
 from sq_cpu.scheme import Scheme
@@ -98,7 +98,8 @@ class FakeQuantizedLinear:
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
     hadamard: int = 0
-    """64 where blocks of so many columns are rotated (`fwht64`), else 0."""
+    """Columns of a block that is rotated: 64 (`fwht64`), or less where the model's weights are
+    (`GroupPlan.hadamard_fold`); 0: none."""
 
     @cached_property
     def outliers(self) -> Tensor:
@@ -113,6 +114,19 @@ class FakeQuantizedLinear:
     @cached_property
     def _full_range(self) -> tuple[float, float]:
         """What `static_range` finds, before the clip."""
+        low, high = self.channel_ends()
+        rows = self.sample.rows
+        if rows is not None:
+            rows = self.coded(rows)
+            if not self.hadamard:
+                rows = rows.masked_fill(self._unread, 0.0)
+        return static_range(low, high, rows, self.scheme)
+
+    def channel_ends(self) -> tuple[Tensor, Tensor]:
+        """Return the range of what becomes codes: fp32 [columns of `coded`] each.
+
+        Channels that stay in float or are unread have none. Raises as `range` does.
+        """
         sample = self.sample
         if sample.low is None or sample.high is None:
             raise SqCpuError(f"no input of {sample.name} was seen: calibrate on other batches")
@@ -122,20 +136,16 @@ class FakeQuantizedLinear:
                 f"the calibrated range of {sample.name} is not finite: calibrate again, or ignore "
                 "it"
             )
-        rows = sample.rows
         if self.hadamard:
             if sample.peaks is None or not len(sample.peaks):
                 raise SqCpuError(
                     f"the calibration holds no peaks of {sample.name}, whose static range is that "
                     "of rotated rows: calibrate again, with rows=64"
                 )
-            low, high = self.coded(sample.peaks).aminmax(dim=0)
-            return static_range(low, high, None if rows is None else self.coded(rows), self.scheme)
+            peaks = self.coded(sample.peaks)
+            return peaks.amin(dim=0), peaks.amax(dim=0)
         left_out = self.outliers | self._unread
-        low, high = (end.masked_fill(left_out, 0.0) for end in (low, high))
-        if rows is not None:
-            rows = self.coded(rows).masked_fill(left_out, 0.0)
-        return static_range(low, high, rows, self.scheme)
+        return low.masked_fill(left_out, 0.0), high.masked_fill(left_out, 0.0)
 
     @property
     def _unread(self) -> Tensor:
@@ -157,15 +167,21 @@ class FakeQuantizedLinear:
     @cached_property
     def weight(self) -> Tensor:
         """Q(W s), fp32 [out_features, columns of `quantize`]."""
-        weight = self.sample.weight.detach().float() * self.s
-        rest = weight.masked_fill(self.outliers, 0.0)
         codes, scale = quantize_weight(
-            fwht64(rest) if self.hadamard else rest,
+            self.coded_weight(),
             self.scheme.weights,
             self.scheme.rows_per_scale,
             self.sample.weight_clip,
         )
-        return self._beside(codes.float() * scale[:, None], weight)
+        return self._beside(codes.float() * scale[:, None], self._smoothed_weight())
+
+    def coded_weight(self) -> Tensor:
+        """Return what becomes codes of the weight, fp32 [out_features, columns of `coded`]."""
+        rest = self._smoothed_weight().masked_fill(self.outliers, 0.0)
+        return rotated(rest, self.hadamard) if self.hadamard else rest
+
+    def _smoothed_weight(self) -> Tensor:
+        return self.sample.weight.detach().float() * self.s
 
     def with_clip(self, clip: float) -> FakeQuantizedLinear:
         """Return this linear with another clip; what does not depend on it is shared."""
@@ -181,7 +197,7 @@ class FakeQuantizedLinear:
         With `hadamard` it is rotated, and padded to whole blocks.
         """
         smoothed = (rows.float() / self.s).masked_fill(self.outliers, 0.0)
-        return fwht64(smoothed) if self.hadamard else smoothed
+        return rotated(smoothed, self.hadamard) if self.hadamard else smoothed
 
     @property
     def static(self) -> tuple[float, int] | None:

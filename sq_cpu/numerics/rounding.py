@@ -11,7 +11,14 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.scheme import Scheme
 
-__all__ = ["FLOOR", "quantize_rows", "quantize_weight", "row_fits", "static_code"]
+__all__ = [
+    "FLOOR",
+    "quantize_rows",
+    "quantize_weight",
+    "row_fits",
+    "shared_absmax",
+    "static_code",
+]
 
 _ROWS = 256  # of a weight that are in fp32 at a time
 FLOOR = 1e-30
@@ -42,18 +49,12 @@ def quantize_weight(
     SqCpuError
         When the weight holds NaN or Inf, and for another granularity or clip.
     """
-    sizes = {"per_channel": 1, "per_tensor": len(weight), "per_rows": rows_per_scale}
-    if granularity not in sizes:
-        raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
     if not 0 < clip <= 1:
         raise SqCpuError(f"the weight clip is {clip}; it lies in (0, 1]")
     weight = weight.detach()
     # No copies of the whole: in fp32, each would be twice a large bf16 weight.
     low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
-    absmax = torch.maximum(-low, high).float()
-    if sizes[granularity] > 1 and len(absmax):
-        groups = torch.split(absmax, sizes[granularity])
-        absmax = torch.cat([group.max().expand_as(group) for group in groups])
+    absmax = shared_absmax(torch.maximum(-low, high).float(), granularity, rows_per_scale)
     if not torch.isfinite(absmax).all():
         raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
     scale = ((absmax.double() * clip).clamp_min(FLOOR) / 127).float()
@@ -63,6 +64,17 @@ def quantize_weight(
     ):
         part.copy_(torch.round(rows.float() / by[:, None]).clamp_(-127, 127))
     return codes, scale
+
+
+def shared_absmax(absmax: Tensor, granularity: str, rows_per_scale: int) -> Tensor:
+    """Return, from that of each row, the absmax that its scale covers, [out_features]."""
+    sizes = {"per_channel": 1, "per_tensor": len(absmax), "per_rows": rows_per_scale}
+    if granularity not in sizes:
+        raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
+    if sizes[granularity] == 1 or not len(absmax):
+        return absmax
+    groups = torch.split(absmax, sizes[granularity])
+    return torch.cat([group.max().expand_as(group) for group in groups])
 
 
 def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.prefix import make_prefix, use_prefix
 from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
@@ -44,15 +44,18 @@ from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_rotates, uniform_plan
-from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
-from sq_cpu.smoothing.scales import (
-    WeightStatistics,
-    consumer_scales,
-    fold_scales,
-    linear_sample,
-    plan_scales,
+from sq_cpu.smoothing.plan import (
+    AUTO,
+    GroupPlan,
+    Hadamard,
+    SmoothPlan,
+    check_rotates,
+    uniform_plan,
 )
+from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
+from sq_cpu.smoothing.rotation import decided
+from sq_cpu.smoothing.scales import WeightStatistics, linear_sample, plan_scales
+from sq_cpu.smoothing.smooth import Smoothed, rotated_groups, settled
 
 __all__ = ["carry_out", "quantize", "quantize_part"]
 
@@ -64,7 +67,7 @@ def quantize(
     *,
     scheme: str | Scheme | None = None,
     smooth: bool = True,
-    hadamard: int = 0,
+    hadamard: Hadamard = AUTO,
     head: HeadKind = "float",
     progress: bool | None = None,
 ) -> nn.Module:
@@ -79,9 +82,13 @@ def quantize(
     in float wherever a calibration found them. Without a calibration neither is known: every linear
     is quantized blind, and a model that reads the weight of one (Mamba) fails when it runs.
     A linear that the plan gives `outliers`, or whose smoothed input reaches
-    `scheme.outlier_threshold` in some channels, becomes a `DecomposedLinear`. One whose group the
-    plan gives `hadamard` is rotated; with `plan=None`, `hadamard=64` does so with the inputs of
-    down projections (`SmoothPlan.uniform`).
+    `scheme.outlier_threshold` in some channels, becomes a `DecomposedLinear`.
+
+    Where a group's plan has `hadamard`, its input is rotated while it is quantized; where it has
+    `hadamard_fold`, the weights are. "auto" does so where that lowers the output's error on the
+    calibration's sampled rows, for this scheme; the plan that is recorded says where, and why not
+    elsewhere. With `plan=None`, `hadamard` is that of `SmoothPlan.uniform`: "auto", 64 for the
+    inputs of all down projections, 0 for nothing.
 
     `head="int8"` also quantizes the head of a model of transformers (`get_output_embeddings`),
     which schemes ignore: its activations in two int8 terms (`"per_token_x2"`), smoothed at alpha
@@ -89,6 +96,9 @@ def quantize(
     the model holds one copy. A head that cannot be int8 stays in float, and the record says why.
     It is not the default: alone it costs SmolLM2-135M 0.100 % +- 0.047 of perplexity, where 0.1 %
     is the bound, and Gemma-3-270M 0.004 % (median KL 9.0e-4 and 4.6e-4 nats; bench/results).
+
+    A calibration with a `prefix` gives the model a `Prefix`: the first tokens of texts, whose keys
+    and values the float model makes once.
 
     Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
     as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
@@ -145,18 +155,27 @@ def carry_out(
         check_replaceable(model, scheme.ignore, in_float, but=name)
         check_quantizes(linears, kept)
 
-        def prove(groups: Iterable[SmoothingGroup]) -> FoldProof:
+        def prove(
+            groups: Iterable[SmoothingGroup], rotated: Collection[SmoothingGroup]
+        ) -> FoldProof:
             example = None if calibration is None else calibration.example
-            return proof or prove_with(model, groups, example)
+            return proof or prove_with(model, groups, example, rotated=rotated)
 
+        ids = () if calibration is None else calibration.prefix
+        if ids:
+            make_prefix(model, ids)  # which tells whether there can be one
         prepared = _prepare(model, linears, calibration, recipe, None, prove, weights, head=head)
     except BaseException:
         restore_modules(replaced)
         raise
+    # Of the folded model, still in float: a fold may change what its values are.
+    prefix = make_prefix(model, ids) if ids else None
     part = _swap(model, linears, prepared, progress)
     free_experts(model)
     contiguous_linears(model)
-    mark_quantized(model, part.record(scheme, kept))
+    mark_quantized(model, replace(part.record(scheme, kept), prefix=ids))
+    if prefix is not None:
+        use_prefix(model, prefix)
     return model
 
 
@@ -182,7 +201,10 @@ def quantize_part(
     kept = kept_linears(linears, calibration, recipe.scheme, plan)
     for name in kept:
         del linears[name]
-    prove = partial(prove_folds, model, run=run, padding=padding)
+
+    def prove(groups: Iterable[SmoothingGroup], rotated: Collection[SmoothingGroup]) -> FoldProof:
+        return prove_folds(model, groups, run, padding, rotated=rotated)
+
     prepared = _prepare(model, linears, calibration, recipe, groups, prove, head=head)
     return replace(_swap(model, linears, prepared, progress=False), kept=kept)
 
@@ -223,7 +245,7 @@ def _prepare(
     calibration: Calibration | None,
     recipe: Recipe,
     groups: Sequence[SmoothingGroup] | None,
-    prove: Callable[[Iterable[SmoothingGroup]], FoldProof],
+    prove: Callable[[Iterable[SmoothingGroup], Collection[SmoothingGroup]], FoldProof],
     weights: WeightStatistics | None = None,
     *,
     head: Head | None,
@@ -253,7 +275,7 @@ def _prepare(
         plan = plan_head(plan, head.name)
         if recipe.smooth and calibration is not None:
             plan = plan_head_group(plan, head.name, groups)
-    scales: dict[SmoothingGroup, Tensor] = {}
+    smoothed = Smoothed(SmoothPlan(()), {}, frozenset(), {})
     schemes = dict.fromkeys(linears, scheme)
     group_of: dict[str, GroupPlan] = {}
     if plan is not None:
@@ -261,10 +283,16 @@ def _prepare(
         schemes = {name: plan.layer_scheme(scheme, name) for name in linears}
     if plan is not None and plan.groups:
         assert calibration is not None  # likewise
+        plan = decided(
+            model, plan, calibration, scheme, groups, linears=set(linears), weights=weights
+        )
         scales = plan_scales(model, plan, calibration, scheme=scheme, among=groups, weights=weights)
+        proof = prove(scales, rotated_groups(plan, scales)).without(calibration.in_float)
+        smoothed = settled(model, plan, scales, proof)
+        plan = smoothed.plan
         planned = {group.name: group for group in plan.groups}
         group_of = {name: planned[group.name] for group in scales for name in group.consumers}
-    hadamard = {n: g.hadamard for n, g in group_of.items() if g.hadamard and n in linears}
+    hadamard = {n: g.rotation for n, g in group_of.items() if g.hadamard and n in linears}
     if whole:
         check_rotates(recipe.hadamard, hadamard)
     embeddings: dict[str, str] = {}
@@ -275,14 +303,9 @@ def _prepare(
                 "hadamard from its group"
             )
         embeddings = dict.fromkeys(head.embeddings, head.name)
-    by_linear = consumer_scales(scales)
+    by_linear, at_run_time = smoothed.scales, smoothed.at_run_time
     ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, group_of)
-    at_run_time: frozenset[str] = frozenset()
-    if plan is not None and plan.groups:
-        assert calibration is not None  # likewise
-        proof = prove(scales).without(calibration.in_float)
-        smoothed = fold_scales(model, plan, scales, proof)
-        plan, at_run_time = smoothed.plan, smoothed.at_run_time
+    smoothed.apply(model)
     if head is not None and head.name in outliers:
         embeddings = {}
     return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers, hadamard, embeddings)
@@ -376,7 +399,7 @@ def _ranges_and_outliers(
             scales.get(name, torch.ones(linear.in_features, dtype=torch.float32, device="cpu")),
             scheme,
             group.clip,
-            group.hadamard,
+            group.rotation,
         )
         if fake.outliers.any():
             outliers[name] = fake.outliers.nonzero().flatten()

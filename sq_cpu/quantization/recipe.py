@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels.hadamard import check_hadamard
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
+from sq_cpu.smoothing.plan import AUTO, Hadamard, SmoothPlan, check_rotation, scheme_of
 from sq_cpu.smoothing.rules import check_rule
 
 __all__ = ["HeadKind", "Recipe"]
@@ -35,8 +34,9 @@ class Recipe:
     """Migration strength of every group, in [0, 1] (SmoothQuant, arXiv 2211.10438, eq. 4)."""
     rule: str = "smoothquant"
     """Smoothing rule of every group, a key of `rules.RULES`."""
-    hadamard: int = 0
-    """64 rotates the inputs of down projections (`SmoothPlan.uniform`), 0 none."""
+    hadamard: Hadamard = AUTO
+    """Which inputs are rotated where every group is smoothed alike, as for `SmoothPlan.uniform`; a
+    plan says it itself."""
     head: HeadKind = "float"
     """"int8": the head of a model of transformers with two terms of activations, and the embeddings
     that are tied to it, although the scheme ignores it. "float": as the scheme says."""
@@ -53,8 +53,8 @@ class Recipe:
         if not is_number or not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"alpha is {self.alpha!r}; the migration strength lies in [0, 1]")
         check_rule(self.rule)
-        check_hadamard(self.hadamard)
-        if self.hadamard and not self.is_uniform:
+        check_rotation(self.hadamard)
+        if self.hadamard not in (AUTO, 0) and not self.is_uniform:
             raise SqCpuError("hadamard goes with smoothing, and a plan says it itself: drop it")
         if self.head not in get_args(HeadKind):
             raise SqCpuError(f"head is {self.head!r}; it is {' or '.join(get_args(HeadKind))}")
@@ -68,7 +68,7 @@ class Recipe:
         smooth: bool = True,
         alpha: float = 0.5,
         rule: str = "smoothquant",
-        hadamard: int = 0,
+        hadamard: Hadamard = AUTO,
         head: HeadKind = "float",
     ) -> Recipe:
         """Return the recipe of these arguments, `reduce_range="auto"` decided for this machine.
@@ -100,13 +100,13 @@ class Recipe:
         return self.smooth or self.scheme.needs_calibration
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; `alpha` and `rule` only where they have an effect."""
+        """Return the fields as JSON types; what has no effect is None."""
         return {
             "scheme": self.scheme.to_dict(),
             "plan": None if self.plan is None else self.plan.to_dict(),
             "alpha": self.alpha if self.is_uniform else None,
             "rule": self.rule if self.is_uniform else None,
-            "hadamard": self.hadamard,
+            "hadamard": self.hadamard if self.is_uniform else None,
             "smooth": self.smooth,
             "head": self.head,
         }

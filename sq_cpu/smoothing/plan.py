@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -21,23 +21,37 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.files import as_path, json_text, write_file
 from sq_cpu.kernels.hadamard import check_hadamard
 from sq_cpu.models.checks import check_model
-from sq_cpu.models.groups import SmoothingGroup, is_down, norm_weight, smoothing_groups
+from sq_cpu.models.groups import (
+    HEAD_BLOCKS,
+    SmoothingGroup,
+    is_down,
+    norm_weight,
+    smoothing_groups,
+)
 from sq_cpu.models.linears import check_ignore, is_ignored, linearized
 from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import check_rule
 
 __all__ = [
+    "AUTO",
     "GroupPlan",
+    "Hadamard",
     "LayerPlan",
     "SmoothPlan",
     "check_groups",
     "check_rotates",
+    "check_rotation",
     "covered_consumers",
+    "joined",
     "quantized_consumers",
     "scheme_of",
     "uniform_plan",
 ]
+
+AUTO: Literal["auto"] = "auto"
+Hadamard = int | Literal["auto"]
+"""Columns that a Hadamard matrix mixes, 0: none; "auto": decided where the plan is carried out."""
 
 _MAX_CLIP = 2.0
 
@@ -58,9 +72,14 @@ class GroupPlan:
     clip: float = 1.0
     """Fraction, in (0, 2], of the range that `Scheme.static_range` finds, which the static scale
     covers. It has no effect on linears whose activations are quantized dynamically."""
-    hadamard: int = 0
+    hadamard: Hadamard = 0
     """64: after the division by s, blocks of so many columns are multiplied by the Hadamard matrix,
-    as are those of W s (`fwht64`), which spreads an outlier over its block; 0: none."""
+    as are those of W s (`fwht64`), which spreads an outlier over its block; 0: none. "auto": 64
+    where that lowers the error (see `rotation.decided`)."""
+    hadamard_fold: Hadamard = 0
+    """64, 32 or 16: the same for the input of attention's output projection, after s, in the
+    weights alone: the matrix multiplies rows of the values' projection, too, head by head; 0: none.
+    "auto": the largest that divides a head, where that lowers the error. Only with `fold`."""
     curve: tuple[tuple[float, float], ...] = ()
     """(alpha, loss) that a search tried, kept sorted by alpha, with 6 significant digits."""
 
@@ -68,9 +87,16 @@ class GroupPlan:
         check_fields(self, f"group {self.name}")
         try:
             check_rule(self.rule)
-            check_hadamard(self.hadamard)
+            check_rotation(self.hadamard)
+            _check_folded(self.hadamard_fold)
         except SqCpuError as error:
             raise SqCpuError(f"group {self.name}: {error}") from None
+        folded = self.hadamard_fold not in (AUTO, 0)
+        if folded and (self.hadamard or not self.fold):
+            raise SqCpuError(
+                f"group {self.name}: hadamard_fold is in the weights with s, and goes with fold "
+                "and without hadamard"
+            )
         if not 0.0 <= self.alpha <= 1.0:
             raise SqCpuError(f"group {self.name}: alpha is {self.alpha}; it lies in [0, 1]")
         if not 0 < self.clip <= _MAX_CLIP:
@@ -80,10 +106,21 @@ class GroupPlan:
         curve = sorted((_rounded(alpha), _rounded(loss)) for alpha, loss in self.curve)
         object.__setattr__(self, "curve", tuple(curve))
 
+    @property
+    def rotation(self) -> int:
+        """Columns of a block of the consumers' input that is rotated, anywhere; 0: none.
+
+        Raises `SqCpuError` where that is not decided.
+        """
+        block = self.hadamard or self.hadamard_fold
+        if isinstance(block, str):
+            raise SqCpuError(f"group {self.name}: whether to rotate is not decided yet")
+        return block
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; the last three only where they say something."""
+        """Return the fields as JSON types; the last four only where they say something."""
         curve = [list(point) for point in self.curve]
-        optional = ("clip", "hadamard", "curve")
+        optional = ("clip", "hadamard", "hadamard_fold", "curve")
         return _without_defaults(self, asdict(self) | {"curve": curve}, optional)
 
 
@@ -154,15 +191,20 @@ class SmoothPlan:
         *,
         rule: str = "smoothquant",
         ignore: tuple[str, ...] = (),
-        hadamard: int = 0,
+        hadamard: Hadamard = AUTO,
     ) -> SmoothPlan:
         """Plan one rule for every group with a consumer that is calibrated and not ignored.
 
         "outlier_suppression" is planned only for the groups behind a norm: it has no scale for
-        others. `hadamard=64` rotates the inputs of down projections (see `is_down`), where static
-        and per-token activations lose most (`GroupPlan.hadamard`). Raises `SqCpuError` on an
-        unknown rule or size, where `hadamard` would rotate nothing, and on weights that changed
-        since the calibration.
+        others. `hadamard` is for the inputs of down projections (see `is_down`), where static and
+        per-token activations lose most: 64 rotates them all (`GroupPlan.hadamard`), "auto" those
+        whose error that lowers. Whichever of the two also leaves to that the inputs of attention's
+        output projections, whose rotation costs nothing when the model runs
+        (`GroupPlan.hadamard_fold`). 0 rotates nothing. What is "auto" is decided when the plan is
+        carried out, for the scheme of then.
+
+        Raises `SqCpuError` on an unknown rule or size, where `hadamard=64` would rotate nothing,
+        and on weights that changed since the calibration.
         """
         check_model(model)
         check_is_calibration(calibration)
@@ -254,11 +296,11 @@ def uniform_plan(
     *,
     rule: str = "smoothquant",
     ignore: tuple[str, ...],
-    hadamard: int = 0,
+    hadamard: Hadamard = AUTO,
 ) -> SmoothPlan:
     """Do what `SmoothPlan.uniform` does, for these groups of a linearized model."""
     check_rule(rule)
-    check_hadamard(hadamard)
+    check_rotation(hadamard)
     planned = []
     for group in groups:
         covered = covered_consumers(group, calibration)
@@ -276,6 +318,7 @@ def uniform_plan(
                 fold=group.producer is not None,
                 note=group.reason,
                 hadamard=hadamard if is_down(model, group) else 0,
+                hadamard_fold=AUTO if hadamard and group.head_block else 0,
             )
         )
     return SmoothPlan(tuple(planned))
@@ -304,13 +347,29 @@ def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
             )
 
 
-def check_rotates(hadamard: int, rotated: Collection[str]) -> None:
-    """Raise `SqCpuError` where `hadamard` is asked for and nothing is `rotated`."""
-    if hadamard and not rotated:
+def check_rotation(hadamard: object) -> None:
+    """Raise `SqCpuError` unless it is "auto", 64 or 0."""
+    if not (isinstance(hadamard, str) and hadamard == AUTO):
+        check_hadamard(hadamard)
+
+
+def _check_folded(block: Hadamard) -> None:
+    if block not in (AUTO, *HEAD_BLOCKS, 0):
+        raise SqCpuError(f"hadamard_fold is {block!r}; blocks are of 64, 32 or 16 columns, or 0")
+
+
+def check_rotates(hadamard: Hadamard, rotated: Collection[str]) -> None:
+    """Raise `SqCpuError` where 64 is asked for and nothing is `rotated`."""
+    if hadamard not in (AUTO, 0) and not rotated:
         raise SqCpuError(
             f"hadamard={hadamard} rotates the inputs of down projections, and none is quantized "
             "and calibrated here: drop it"
         )
+
+
+def joined(*notes: str) -> str:
+    """Join notes that are not empty."""
+    return "; ".join(filter(None, notes))
 
 
 def _rounded(value: float) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.calls import Example, called, copied, evaluating
+from sq_cpu.models.calls import Example, called, copied, evaluating, is_cache
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import hooked, watching_inputs
 from sq_cpu.models.padding import Padding, padding_of
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.smoothing.fold import folded_columns, folded_producer, producer_of
+from sq_cpu.smoothing.rotation_proof import prove_rotations
 
 __all__ = ["FoldProof", "Run", "prove_folds", "prove_with", "refused_folds", "running"]
 
@@ -40,6 +42,8 @@ class FoldProof:
     """Why a group cannot be folded; "" where it can."""
     norm_calls: Mapping[SmoothingGroup, _Arguments]
     """With what the norm before each group that can be folded was called last."""
+    rotations: Mapping[SmoothingGroup, str] = field(default_factory=dict)
+    """Why the values of a group that can be folded cannot be rotated; "" where they can."""
 
     def without(self, used: Mapping[str, str]) -> FoldProof:
         """Return the proof with no fold into linears whose weight is used elsewhere, name -> how.
@@ -62,18 +66,18 @@ def running(model: nn.Module, example: Example) -> Run:
         if isinstance(outputs, Mapping):
             outputs = [value for key, value in outputs.items() if not str(key).endswith("loss")]
         # All: a fold may spoil the second alone. But a cache, whose v folds change, is no output.
-        leaves = tree_leaves(outputs, is_leaf=_is_cache)
+        leaves = tree_leaves(outputs, is_leaf=is_cache)
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
 
     return run
 
 
-def _is_cache(value: Any) -> bool:
-    return hasattr(value, "get_seq_length")
-
-
 def prove_with(
-    model: nn.Module, groups: Iterable[SmoothingGroup], example: Example | None
+    model: nn.Module,
+    groups: Iterable[SmoothingGroup],
+    example: Example | None,
+    *,
+    rotated: Collection[SmoothingGroup] = (),
 ) -> FoldProof:
     """Do what `prove_folds` does, with an example of a call of the model; None: nothing is proven.
 
@@ -81,7 +85,8 @@ def prove_with(
     """
     if example is None:
         return prove_folds(model, groups, None)
-    return prove_folds(model, groups, running(model, example), padding_of(model, *example))
+    run, padding = running(model, example), padding_of(model, *example)
+    return prove_folds(model, groups, run, padding, rotated=rotated)
 
 
 def prove_folds(
@@ -89,6 +94,8 @@ def prove_folds(
     groups: Iterable[SmoothingGroup],
     run: Run | None,
     padding: Padding | None = None,
+    *,
+    rotated: Collection[SmoothingGroup] = (),
 ) -> FoldProof:
     """Prove of each group that has a producer whether it can be folded; change nothing.
 
@@ -104,6 +111,7 @@ def prove_folds(
     was, and so are the generators (see `unchanged`).
     `padding` is that of the call. Padding has to stay as it is, too, but it may be NaN, and a fold
     of which nothing else is seen is not proven.
+    Of those among the groups that are `rotated`, `rotation_proof` tells more.
 
     Without `run` nothing can be folded; without groups nothing is run. Raises `SqCpuError` where
     the model gives NaN.
@@ -115,11 +123,15 @@ def prove_folds(
     if not groups:
         return FoldProof({}, {})
     with evaluating(model):
-        return _prove(model, groups, run, padding or Padding())
+        return _prove(model, groups, run, padding or Padding(), rotated)
 
 
 def _prove(
-    model: nn.Module, groups: Sequence[SmoothingGroup], run: Run, padding: Padding
+    model: nn.Module,
+    groups: Sequence[SmoothingGroup],
+    run: Run,
+    padding: Padding,
+    rotated: Collection[SmoothingGroup],
 ) -> FoldProof:
     refused = _taken(model, groups)
     left = [group for group in groups if group not in refused]
@@ -166,17 +178,22 @@ def _prove(
     return FoldProof(
         {group: refused.get(group, "") for group in groups},
         {group: calls[norm] for group, norm in norms.items() if group not in refused},
+        prove_rotations(model, [g for g in rotated if g in left and g not in refused], seeded),
     )
 
 
 def refused_folds(
-    model: nn.Module, scales: Mapping[SmoothingGroup, Tensor], proof: FoldProof
+    model: nn.Module,
+    scales: Mapping[SmoothingGroup, Tensor],
+    proof: FoldProof,
+    blocks: Mapping[SmoothingGroup, int] = MappingProxyType({}),
 ) -> dict[SmoothingGroup, str]:
     """Return which of the folds would change the function of the model, and why; change nothing.
 
     `scales` has s for groups that the proof, of this model or one that it is a copy of, has looked
-    at. A group that can be folded is refused where its s makes a weight overflow, and where its
-    norm, called with the folded weights, moves by more than rounding.
+    at, and `blocks` is as for `apply_folds`. A group that can be folded is refused where its s
+    makes a weight overflow, and where its norm, called with the folded weights, moves by more than
+    rounding.
 
     Raises `SqCpuError` for an s that is not positive and finite.
     """
@@ -187,7 +204,8 @@ def refused_folds(
             )
     with evaluating(model):
         reasons = {
-            group: proof.reasons[group] or _unfit(model, group, s, proof.norm_calls.get(group))
+            group: proof.reasons[group]
+            or _unfit(model, group, s, proof.norm_calls.get(group), blocks.get(group, 0))
             for group, s in scales.items()
         }
     return {group: reason for group, reason in reasons.items() if reason}
@@ -238,23 +256,25 @@ def _taken(model: nn.Module, groups: Iterable[SmoothingGroup]) -> dict[Smoothing
     return refused
 
 
-def _unfit(model: nn.Module, group: SmoothingGroup, s: Tensor, norm_call: _Arguments | None) -> str:
+def _unfit(
+    model: nn.Module, group: SmoothingGroup, s: Tensor, norm_call: _Arguments | None, block: int
+) -> str:
     """Return why the group's weights cannot take this s; "" if they can."""
     for name in (producer_of(group), *group.consumers):
         weight = model.get_parameter(f"{name}.weight")
-        if weight.dtype == torch.float16 and not _fits(model, group, s, name):
+        if weight.dtype == torch.float16 and not _fits(model, group, s, name, block):
             return f"{name}.weight would overflow float16"
     if norm_call is None:
         return ""
     return _norm_error(model.get_submodule(producer_of(group)), group, s, norm_call)
 
 
-def _fits(model: nn.Module, group: SmoothingGroup, s: Tensor, name: str) -> bool:
+def _fits(model: nn.Module, group: SmoothingGroup, s: Tensor, name: str, block: int) -> bool:
     module = model.get_submodule(name)
     values = (
-        folded_producer(module, group, s).values()
+        folded_producer(module, group, s, block).values()
         if name == group.producer
-        else [folded_columns(module.get_parameter("weight").detach(), group.layout.widen(s))]
+        else [folded_columns(module.get_parameter("weight").detach(), group.layout.widen(s), block)]
     )
     return all(bool(value.half().isfinite().all()) for value in values)
 

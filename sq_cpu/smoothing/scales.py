@@ -1,14 +1,12 @@
 """SmoothQuant: X W^T = (X / s) (W s)^T, with the division folded into whatever makes X.
 
-`rules.RULES` has the rules, a `SmoothPlan` says which group gets which, and `fold` applies it to
-the weights where that is proven to keep the function. Elsewhere the input is divided by s at run
-time, while it is quantized.
+`rules.RULES` has the rules, and a `SmoothPlan` says which group gets which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +14,18 @@ from torch import Tensor, nn
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
-from sq_cpu.models.linears import is_ignored, linearized
+from sq_cpu.models.linears import is_ignored
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
-from sq_cpu.smoothing.proof import FoldProof, prove_with, refused_folds
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.statistics import GroupStatistics
 
 __all__ = [
-    "Smoothed",
     "WeightStatistics",
+    "as_planned",
+    "channel_in_float",
     "consumer_scales",
-    "fold",
-    "fold_scales",
     "group_statistics",
     "linear_sample",
     "plan_scales",
@@ -69,73 +64,9 @@ def plan_scales(
         s = _group_scales(model, group, planned, calibration, scheme, plan, weights)
         if planned.fold and group.producer is None:
             raise SqCpuError(f"group {group.name} cannot be folded ({group.reason}): fold=False")
+        _check_rotation(group, planned, plan, scheme)
         scales[group if planned.fold else group.unfolded(planned.note)] = s
     return scales
-
-
-@dataclass(frozen=True)
-class Smoothed:
-    """What `fold` did."""
-
-    plan: SmoothPlan
-    """The plan as it was carried out: a fold that was refused has `fold=False` and the reason."""
-    scales: dict[str, Tensor]
-    """s of every consumer, by its full name, fp32 [in_features]."""
-    at_run_time: frozenset[str]
-    """Consumers whose weights are as they were: they and their input are scaled at run time."""
-
-
-def fold(
-    model: nn.Module,
-    plan: SmoothPlan,
-    calibration: Calibration,
-    *,
-    scheme: Scheme | None = None,
-) -> Smoothed:
-    """Fold into `model`, in place, what the plan says and is proven to keep the function.
-
-    Afterwards the calibration no longer fits the model. The proof runs the model on the
-    calibration's example, a few times in all. Raises `SqCpuError`, with the model unchanged, where
-    `plan_scales`, `prove_folds` or `refused_folds` does.
-    """
-    with linearized(model):
-        scales = plan_scales(model, plan, calibration, scheme=scheme)
-        proof = prove_with(model, scales, calibration.example).without(calibration.in_float)
-        return fold_scales(model, plan, scales, proof)
-
-
-def fold_scales(
-    model: nn.Module,
-    plan: SmoothPlan,
-    scales: Mapping[SmoothingGroup, Tensor],
-    proof: FoldProof,
-) -> Smoothed:
-    """Do what `fold` does for the s that `plan_scales` gave, to a linearized model.
-
-    `proof` is of these groups or more of them.
-    """
-    folds = {group: s for group, s in scales.items() if group.producer is not None}
-    refused = refused_folds(model, folds, proof)
-    apply_folds(model, {group: s for group, s in folds.items() if group not in refused})
-    reasons = {group.name: reason for group, reason in refused.items()}
-    return Smoothed(
-        plan=replace(
-            plan,
-            groups=tuple(
-                replace(group, fold=False, note=reasons[group.name])
-                if group.name in reasons
-                else group
-                for group in plan.groups
-            ),
-        ),
-        scales=consumer_scales(scales),
-        at_run_time=frozenset(
-            name
-            for group in scales
-            if group.producer is None or group in refused
-            for name in group.consumers
-        ),
-    )
 
 
 def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor]:
@@ -205,6 +136,11 @@ def group_statistics(
     )
 
 
+def as_planned(statistics: GroupStatistics, planned: GroupPlan) -> GroupStatistics:
+    """Return the statistics of a group for the clip and the rotation that its plan has."""
+    return replace(statistics, clip=planned.clip, hadamard=planned.rotation)
+
+
 def linear_sample(
     name: str,
     weight: Tensor,
@@ -239,6 +175,31 @@ def linear_sample(
     )
 
 
+def _check_rotation(
+    group: SmoothingGroup, planned: GroupPlan, plan: SmoothPlan, scheme: Scheme | None
+) -> None:
+    """Raise `SqCpuError` for a rotation in the weights that these linears cannot have."""
+    block = planned.hadamard_fold
+    if not block:
+        return
+    if not group.head_block or group.layout.head % planned.rotation:
+        raise SqCpuError(
+            f"group {group.name}: hadamard_fold is {block!r}, and {group.head_block} is what fits: "
+            "plan that, or 0"
+        )
+    if name := channel_in_float(group, plan, scheme):
+        raise SqCpuError(
+            f"group {group.name}: hadamard_fold mixes the channels of which {name} keeps some in "
+            "float: drop one of both"
+        )
+
+
+def channel_in_float(group: SmoothingGroup, plan: SmoothPlan, scheme: Scheme | None) -> str:
+    """Return the first of a group's linears that may keep channels in float; "": none."""
+    any_may = scheme is not None and scheme.outlier_threshold is not None
+    return next((n for n in group.consumers if any_may or plan.layer(n).outliers), "")
+
+
 def _group_scales(
     model: nn.Module,
     group: SmoothingGroup,
@@ -249,8 +210,7 @@ def _group_scales(
     weights: WeightStatistics | None,
 ) -> Tensor:
     statistics = group_statistics(model, group, calibration, scheme, plan, weights)
-    statistics = replace(statistics, clip=planned.clip, hadamard=planned.hadamard)
     try:
-        return smoothing_scale(planned.rule, statistics, planned.alpha)
+        return smoothing_scale(planned.rule, as_planned(statistics, planned), planned.alpha)
     except SqCpuError as error:
         raise SqCpuError(f"group {group.name}: {error}") from None

@@ -42,7 +42,16 @@ class GroupStatistics:
     clip: float = 1.0
     """Fraction of the found range that a static scale covers."""
     hadamard: int = 0
-    """64 where blocks of so many columns are rotated (`fwht64`), else 0."""
+    """Columns of a block that is rotated, 0: none."""
+
+    @property
+    def can_rotate(self) -> bool:
+        """Whether there is what the static range of rotated rows is found on."""
+        return all(
+            (sample.scheme or self.scheme or Scheme()).activations != "static"
+            or (sample.peaks is not None and len(sample.peaks) > 0)
+            for sample in self.samples
+        )
 
     def fake_quantized(self, s: Tensor) -> Iterator[FakeQuantizedLinear]:
         """Yield each linear that will be quantized, with the smoothing scale s, fp32 [channels].

@@ -37,7 +37,7 @@ from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.smoothing.plan import AUTO, Hadamard, SmoothPlan
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.stream import Stream
 from sq_cpu.streaming.tensors import WHOLE, folder_dtype, folder_tensors
@@ -80,7 +80,7 @@ def quantize_checkpoint(
     plan: SmoothPlan | None = None,
     alpha: float = 0.5,
     rule: str = "smoothquant",
-    hadamard: int = 0,
+    hadamard: Hadamard = AUTO,
     smooth: bool = True,
     head: HeadKind = "float",
     dtype: torch.dtype | None = torch.float32,
@@ -109,7 +109,7 @@ def quantize_checkpoint(
     alpha, rule
         Migration strength and rule of every group, where there is no plan.
     hadamard
-        64 rotates the inputs of down projections, where there is no plan; 0 none.
+        As for `quantize`, where there is no plan.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
         as stored.

@@ -11,7 +11,7 @@ import torch
 
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
 from sq_cpu.numerics.golden_section import argmin
-from sq_cpu.smoothing.plan import GroupPlan
+from sq_cpu.smoothing.plan import GroupPlan, joined
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.losses import loss_of, of_parts
@@ -33,7 +33,7 @@ class ScoredGroup:
 
     def __init__(self, planned: GroupPlan, folds: Sequence[GroupStatistics]) -> None:
         self.planned = planned
-        self._folds = [replace(of_fold, hadamard=planned.hadamard) for of_fold in folds]
+        self._folds = [replace(of_fold, hadamard=planned.rotation) for of_fold in folds]
         # Of the alpha asked for last: many clips are tried with one, and weights take most time.
         self._alpha = math.nan
         self._linears: list[FakeQuantizedLinear] = []
@@ -112,7 +112,7 @@ class AlphaSearch:
                 group.planned,
                 alpha=round(alpha, 4),
                 clip=round(clip, 4),
-                note=_joined(group.planned.note, f"{self.loss} {_sum([of_group]):.3g}"),
+                note=joined(group.planned.note, f"{self.loss} {_sum([of_group]):.3g}"),
                 curve=tuple(
                     (a, _sum([values[index]])) for (a, c), values in tried.items() if c == 1.0
                 ),
@@ -151,7 +151,3 @@ def _width(grid: Sequence[float]) -> float:
 
 def _sum(losses: Iterable[dict[str, float]]) -> float:
     return sum(value for of_group in losses for value in of_group.values())
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(filter(None, notes))

@@ -27,7 +27,15 @@ from sq_cpu.models.unchanged import unchanged
 from sq_cpu.parsing import check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan, check_rotates, uniform_plan
+from sq_cpu.smoothing.plan import (
+    AUTO,
+    GroupPlan,
+    Hadamard,
+    LayerPlan,
+    SmoothPlan,
+    check_rotates,
+    uniform_plan,
+)
 from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.alpha_search import (
@@ -41,6 +49,7 @@ from sq_cpu.tuning.alpha_search import (
 from sq_cpu.tuning.inc_auto_alpha import auto_alpha
 from sq_cpu.tuning.losses import check_loss, default_loss
 from sq_cpu.tuning.massive import OUTLIERS, keeping, massive_layers
+from sq_cpu.tuning.rotating import rotating
 from sq_cpu.tuning.sequential import QuantizedPrefix, is_inside
 
 __all__ = ["OUTLIERS", "Criterion", "tune"]
@@ -58,7 +67,7 @@ def tune(
     sequential: bool = False,
     clip: bool = True,
     outliers: int = OUTLIERS,
-    hadamard: int = 0,
+    hadamard: Hadamard = AUTO,
     method: Literal["offline", "inc"] = "offline",
     batches: Iterable[Batch] | None = None,
     progress: bool | None = None,
@@ -96,9 +105,10 @@ def tune(
         They are those of massive activations, whose absmax is 16 times the median channel's or
         more. They do where that halves the loss of their group, and by more than
         `losses.NEGLIGIBLE`. 0: none.
-    hadamard : 0 or 64
-        64 rotates the inputs of down projections, as `SmoothPlan.uniform` does; they are then
-        scored so.
+    hadamard : "auto", 64 or 0
+        As for `SmoothPlan.uniform`, with "auto" decided here: such a group is searched with a
+        rotated input, too, and stays so where that saves 2 % of its loss (`rotation.MARGIN`: less
+        is chance, and a rotation at run time has its cost). "inc" takes "auto" for 0.
     method : "offline" or "inc"
         "inc" is Neural Compressor's auto-alpha (see `inc_auto_alpha`), a baseline: it runs the
         model on `batches`, and takes of these settings only `criterion` and `alphas`.
@@ -128,6 +138,8 @@ def tune(
     grid = _grid(alphas)
     with linearized(model), unchanged(model):
         groups = {group.name: group for group in smoothing_groups(model)}
+        if method == "inc" and hadamard == AUTO:
+            hadamard = 0
         uniform = uniform_plan(
             model, groups.values(), calibration, ignore=scheme.ignore, hadamard=hadamard
         )
@@ -151,18 +163,19 @@ def tune(
             clips=CLIPS if clip and scheme.activations == "static" else (1.0,),
         )
 
+        def folds(
+            planned: GroupPlan, seen: Calibration, layers: Sequence[LayerPlan] = ()
+        ) -> list[GroupStatistics]:
+            group, overrides = groups[planned.name], SmoothPlan((), tuple(layers))
+            return _statistics(model, group, seen, scheme, overrides, weights)
+
         def best(
             unit: list[GroupPlan], seen: Calibration, layers: Sequence[LayerPlan] = ()
         ) -> FoundPlans:
-            overrides = SmoothPlan((), tuple(layers))
-            return search.best(
-                [
-                    ScoredGroup(
-                        p, _statistics(model, groups[p.name], seen, scheme, overrides, weights)
-                    )
-                    for p in unit
-                ]
-            )
+            return search.best([ScoredGroup(p, folds(p, seen, layers)) for p in unit])
+
+        def can_rotate(planned: GroupPlan, seen: Calibration) -> bool:
+            return all(of_fold.can_rotate for of_fold in folds(planned, seen))
 
         tuned: dict[str, GroupPlan] = {}
         layers: dict[str, LayerPlan] = {}
@@ -172,12 +185,15 @@ def tune(
             assert batches is not None
             prefix = QuantizedPrefix(model, calibration, batches, groups, scheme, weights)
             fed = _block_by_block(units, groups, prefix, calibration, tuned, layers)
-        for unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
-            found = best(unit, seen)
+        for open_unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
+            unit, found = rotating(
+                open_unit, groups, partial(can_rotate, seen=seen), partial(best, seen=seen), loss
+            )
             massive = {
                 planned.name: linears
                 for planned in unit
-                if (linears := massive_layers(model, groups[planned.name], seen, scheme, outliers))
+                if not planned.hadamard_fold  # which mixes the channels
+                and (linears := massive_layers(model, groups[planned.name], seen, scheme, outliers))
             }
             if massive:
                 found, kept = keeping(massive, found, partial(best, unit, seen), loss)

@@ -24,7 +24,7 @@ from sq_cpu import (
 )
 from sq_cpu.analysis.analysis import outlier_severity
 from sq_cpu.models.groups import smoothing_groups
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 
 def planted_plan(
@@ -33,7 +33,9 @@ def planted_plan(
     """Make a model with outliers, and a uniform plan that divides at run time."""
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(3))
-    uniform = SmoothPlan.uniform(model, calibration, alpha, ignore=Scheme.of(scheme).ignore)
+    uniform = SmoothPlan.uniform(
+        model, calibration, alpha, ignore=Scheme.of(scheme).ignore, hadamard=0
+    )
     groups = tuple(replace(g, fold=False, clip=clip, note="so") for g in uniform.groups)
     return model, calibration, replace(uniform, groups=groups, scheme=Scheme.of(scheme))
 

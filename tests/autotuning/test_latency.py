@@ -66,6 +66,8 @@ def test_every_choice_has_a_price(cache: Path) -> None:
             assert table.milliseconds(linear, precision) > 0
             if precision != "float":
                 assert table.milliseconds(linear, precision, smoothed=True) > 0
+                assert table.milliseconds(linear, precision, rotated=True) > 0
+                assert table.milliseconds(linear, precision, smoothed=True, rotated=True) > 0
     with pytest.raises(SqCpuError, match="no linear of 5x7, static"):
         table.milliseconds(nn.Linear(7, 5), "static")
 
@@ -115,9 +117,10 @@ def test_a_cache_that_cannot_be_written_is_named(cache: Path, tmp_path: Path) ->
 def test_the_latency_of_a_model_is_the_sum_of_its_linears() -> None:
     row = {"static": 1.0, "per_token": 2.0, "per_tensor": 4.0, "per_token_x2": 16.0, "float": 64.0}
     row |= {
-        f"{precision}+smoothing": row[precision] + 8
+        f"{precision}{extra}": row[precision] + more
         for precision in PRECISIONS
         if precision != "float"
+        for extra, more in (("+smoothing", 8), ("+hadamard", 128), ("+smoothing+hadamard", 256))
     }
     table = Costs(tokens=1, dtype="float32", entries={"48x32": row})
     linear = nn.Linear(32, 48)
@@ -127,8 +130,10 @@ def test_the_latency_of_a_model_is_the_sum_of_its_linears() -> None:
         QuantLinear.from_float(linear, Scheme.of("O3"), (-1.0, 1.0)),
         QuantLinear.from_float(linear, Scheme.of("O2"), smoothing=torch.ones(32)),
         DecomposedLinear.from_float(linear, Scheme.of("O2"), torch.tensor([3])),
+        QuantLinear.from_float(linear, Scheme.of("O1"), hadamard=64),
+        QuantLinear.from_float(linear, Scheme.of("O1"), smoothing=torch.ones(32), hadamard=64),
     ]
-    assert table.of(layers) == 64 + 2 + 1 + 12 + 12
+    assert table.of(layers) == 64 + 2 + 1 + 12 + 12 + 130 + 258
 
 
 def test_a_table_is_its_own_json() -> None:

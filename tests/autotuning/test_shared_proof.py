@@ -26,8 +26,8 @@ def test_a_job_proves_once(monkeypatch: pytest.MonkeyPatch) -> None:
     measure, proofs = Divergence(model), []
     prove = evaluator.prove_with
 
-    def counted(*args: Any) -> Any:
-        proofs.append(prove(*args))
+    def counted(*args: Any, **options: Any) -> Any:
+        proofs.append(prove(*args, **options))
         return proofs[-1]
 
     for module in (evaluator, quantization):

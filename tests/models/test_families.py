@@ -29,7 +29,7 @@ from sq_cpu.quantization.quantize import quantize
 from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import SmoothPlan
 from sq_cpu.smoothing.proof import prove_folds, refused_folds
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sq_cpu.kernels import _core
 from sq_cpu.quantization.quantize import quantize
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 
 def test_wrong_arguments_are_refused() -> None:

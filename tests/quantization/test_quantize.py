@@ -31,7 +31,7 @@ from sq_cpu.quantization.quantize import quantize
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Activations, Scheme, StaticRange, Weights
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 TYPES = ["llama", "qwen2", "opt"]
 
@@ -119,7 +119,7 @@ def test_every_scheme_runs_as_its_reference_and_is_saved(
 @pytest.mark.parametrize("kind", ["percentile", "mse"])
 def test_clipped_ranges_are_those_of_the_smoothed_rows(kind: Any, symmetric: bool) -> None:
     model, found = calibrated("opt")
-    plan = SmoothPlan.uniform(model, found, alpha=0.8)
+    plan = SmoothPlan.uniform(model, found, alpha=0.8, hadamard=0)
     scales = fold(copy.deepcopy(model), plan, found).scales
     scheme = Scheme.of("O3", static_range=kind, symmetric=symmetric)
     quantize(model, found, plan, scheme=scheme)
@@ -132,7 +132,7 @@ def test_clipped_ranges_are_those_of_the_smoothed_rows(kind: Any, symmetric: boo
 
 def test_static_ranges_are_the_calibrated_ones_divided_by_s() -> None:
     model, found = calibrated("opt")
-    plan = SmoothPlan.uniform(model, found, alpha=0.8)
+    plan = SmoothPlan.uniform(model, found, alpha=0.8, hadamard=0)
     scales = fold(copy.deepcopy(model), plan, found).scales
     quantize(model, found, plan, scheme="O3")
     for name, s in scales.items():
@@ -184,7 +184,7 @@ def test_any_module_is_smoothed_in_the_pass(scheme: str) -> None:
     naive, before = copy.deepcopy(model), model(x).detach()
     found = calibrate(model, [x])
     quantize(naive, found, scheme=scheme, smooth=False)
-    record = quantize(model, found, scheme=scheme).sq_cpu_config
+    record = quantize(model, found, scheme=scheme, hadamard=0).sq_cpu_config
     assert record.smoothed == record.layers == ("0", "2")
     assert [group.name for group in record.plan.groups] == ["0.input", "2.input"]
     assert all(group.note == "no family row for 'Sequential'" for group in record.plan.groups)
@@ -304,7 +304,7 @@ def test_a_float_linear_beside_others_that_are_smoothed_in_the_pass_is_untouched
     model, found = calibrated("opt-350m")  # post-norm: nothing takes s before q, k and v
     attention = "model.decoder.layers.1.self_attn"
     original = model.get_submodule(attention).q_proj.weight.clone()
-    plan = SmoothPlan.uniform(model, found)
+    plan = SmoothPlan.uniform(model, found, hadamard=0)
     plan = replace(plan, layers=(LayerPlan(name=f"{attention}.q_proj", in_float=True),))
     record = quantize(model, found, plan).sq_cpu_config
     assert record.plan == plan
@@ -322,7 +322,7 @@ def test_a_clip_scales_the_static_range_that_was_found(kind: Any, symmetric: boo
     found, scales, plain = None, {}, None
     for clip in (1.0, 0.5, 2.0):
         model, found = calibrated("opt")
-        uniform = SmoothPlan.uniform(model, found, alpha=0.8)
+        uniform = SmoothPlan.uniform(model, found, alpha=0.8, hadamard=0)
         plan = replace(uniform, groups=tuple(replace(g, clip=clip) for g in uniform.groups))
         quantize(model, found, plan, scheme=scheme)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
@@ -366,7 +366,7 @@ def test_a_group_of_float_linears_is_left_as_it_is() -> None:
 
 def test_the_scheme_is_the_given_one_else_the_plans_else_o1() -> None:
     model, found = calibrated("llama")
-    plan = SmoothPlan.uniform(model, found)
+    plan = SmoothPlan.uniform(model, found, hadamard=0)
     for given, of_plan, expected in (
         (None, None, "O1"),
         (None, "O3", "O3"),

@@ -93,7 +93,8 @@ def test_without_a_plan_it_is_a_setting() -> None:
     found = sq_cpu.quantize(model, calibration, scheme="O3", hadamard=64)
     assert found.sq_cpu_config.plan == plan
     model, calibration = calibrated("llama", head_dim=8)
-    assert sq_cpu.quantize(model, calibration, scheme="O3").sq_cpu_config.hadamard == {}
+    found = sq_cpu.quantize(model, calibration, scheme="O3", hadamard=0)
+    assert found.sq_cpu_config.hadamard == {}
 
 
 # Attention wider than the hidden state, experts narrower than it, an MLP without a gate.
@@ -167,12 +168,71 @@ def test_fused_it_is_close_to_the_plain_model(scheme: str) -> None:
 def test_tune_scores_it_rotated() -> None:
     model, calibration = calibrated("llama", head_dim=8)
     plan = sq_cpu.tune(model, calibration, scheme="O3", alphas=(0.4, 0.8, 0.2), hadamard=64)
-    without = sq_cpu.tune(model, calibration, scheme="O3", alphas=(0.4, 0.8, 0.2))
+    without = sq_cpu.tune(model, calibration, scheme="O3", alphas=(0.4, 0.8, 0.2), hadamard=0)
     assert {g.hadamard for g in plan.groups if g.name.endswith("up_proj")} == {64}
     for found, before in zip(plan.groups, without.groups, strict=True):
         assert (found.curve == before.curve) == (found.hadamard == 0)
     assert SmoothPlan.from_json(plan.to_json()) == plan
     sq_cpu.quantize(model, calibration, plan)
+
+
+def test_tune_rotates_where_that_pays() -> None:
+    model = tiny_model("llama", head_dim=64)
+    with torch.no_grad():  # an outlier before the first down, and one before the first output
+        model.model.layers[0].mlp.up_proj.weight[5] *= 100
+        model.model.layers[0].mlp.down_proj.weight[:, 5] /= 4
+        model.model.layers[0].self_attn.v_proj.weight[7] *= 100
+        model.model.layers[0].self_attn.o_proj.weight[:, 7] /= 4
+    for gradient_rows in (0, 64):
+        calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=gradient_rows)
+        loss = "kl" if gradient_rows else "nmse"
+        settings: dict[str, Any] = {"alphas": (0.4, 0.6, 0.2), "scheme": "O1", "outliers": 0}
+        plan = sq_cpu.tune(model, calibration, **settings)
+        without = sq_cpu.tune(model, calibration, hadamard=0, **settings)
+        rotated = {g.name: g for g in plan.groups if g.rotation}
+        assert rotated["model.layers.0.mlp.up_proj"].hadamard == 64
+        assert rotated["model.layers.0.self_attn.v_proj"].hadamard_fold == 64
+        for found, before in zip(plan.groups, without.groups, strict=True):
+            value = float(before.note.removeprefix(f"{loss} "))
+            if not found.rotation:
+                assert found == before
+                continue
+            note, after = found.note.split("; ")
+            assert note == f"{loss} {value:.3g} not rotated"
+            assert float(after.removeprefix(f"{loss} ")) <= 0.985 * value
+        blocks = sq_cpu.tune(model, calibration, block_wise=True, **settings)
+        assert any(group.hadamard for group in blocks.groups)
+    few = replace(calibration, peaks={}, peak_folds={})
+    plan = sq_cpu.tune(model, few, **(settings | {"scheme": "O3"}))
+    assert not any(group.rotation for group in plan.groups)
+    up = next(group for group in plan.groups if group.name == "model.layers.0.mlp.up_proj")
+    assert up.note.startswith("not rotated: the calibration holds no sampled rows and peaks; kl ")
+
+
+@pytest.mark.parametrize("scheme", ["O1", "O3"])
+@torch.no_grad()
+def test_values_are_rotated_in_the_weights(scheme: str, tmp_path: Path) -> None:
+    model = tiny_model("llama", head_dim=64, attention_bias=True)
+    calibration = sq_cpu.calibrate(model, batches())
+    plan = SmoothPlan.uniform(model, calibration, hadamard=0)
+    name = "model.layers.1.self_attn.v_proj"
+    groups = [replace(g, hadamard_fold=64) if g.name == name else g for g in plan.groups]
+    plan = replace(plan, groups=tuple(groups), scheme=Scheme.of(scheme))
+    assert SmoothPlan.from_json(plan.to_json()) == plan
+    expected = logits(model)
+    sq_cpu.quantize(model, calibration, plan)
+    record = model.sq_cpu_config
+    assert record.plan == plan
+    assert record.hadamard == {}  # nothing is done at run time
+    assert model.model.layers[1].self_attn.o_proj.hadamard == 0
+    assert (logits(model) - expected).norm() / expected.norm() < 0.05
+    loaded = sq_cpu.load(sq_cpu.save(model, tmp_path / "out"))
+    assert_same_model(loaded, model, logits)
+    assert loaded.sq_cpu_config == record
+    other = tiny_model("llama", head_dim=48)
+    calibration = sq_cpu.calibrate(other, batches())
+    with pytest.raises(SqCpuError, match=r"v_proj: hadamard_fold is 64, and 16 is what fits"):
+        sq_cpu.quantize(other, calibration, plan)
 
 
 def sampled(columns: int) -> LinearSample:
@@ -236,5 +296,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     path = plan.save(tmp_path / "plan.json")
     assert SmoothPlan.load(path) == plan
     assert "hadamard" not in json.dumps(
-        SmoothPlan.uniform(*calibrated("llama", head_dim=8)).to_dict()
+        SmoothPlan.uniform(*calibrated("llama", head_dim=8), hadamard=0).to_dict()
     )

@@ -19,7 +19,7 @@ from sq_cpu.numerics.rounding import static_code
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 from sq_cpu.smoothing.rules import smoothing_scale
-from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.smoothing.scales import as_planned, group_statistics
 
 KINDS = ("plain", "clipped", "decomposed", "mixed")
 
@@ -53,7 +53,8 @@ def test_ranges_and_outliers_are_those_of_the_search(kind: str, scheme: Scheme) 
     scheme = scheme.resolve(True)
     plan = plan_of(kind, model, found, scheme)
     quantized = sq_cpu.quantize(copy.deepcopy(model), found, plan)
-    planned = {group.name: group for group in plan.groups}
+    planned = {group.name: group for group in quantized.sq_cpu_config.plan.groups}
+    assert {group.rotation for group in planned.values()} >= {64}
     compared = decomposed = static = 0
     for group in smoothing_groups(model):
         if group.name not in planned:
@@ -62,7 +63,7 @@ def test_ranges_and_outliers_are_those_of_the_search(kind: str, scheme: Scheme) 
         statistics = group_statistics(model, group, found, scheme, plan)
         if not statistics.samples:
             continue
-        statistics = replace(statistics, clip=entry.clip)
+        statistics = as_planned(statistics, entry)
         s = smoothing_scale(entry.rule, statistics, entry.alpha)
         for linear in statistics.fake_quantized(s):
             layer = quantized.get_submodule(linear.sample.name)

@@ -15,7 +15,7 @@ from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.smoothing.fold import apply_folds
 from sq_cpu.smoothing.plan import SmoothPlan
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -84,7 +84,7 @@ def test_a_refused_fold_divides_at_run_time_and_says_why() -> None:
     model.model.layers[1].mlp = LeakyNorm(model.model.layers[1].mlp)
     before = logits(model)
     found = calibrate(model, batches())
-    planned = SmoothPlan.uniform(model, found)
+    planned = SmoothPlan.uniform(model, found, hadamard=0)
     smoothed = fold(model, planned, found)
     name = "model.layers.1.post_attention_layernorm"
     (changed,) = (group for group in smoothed.plan.groups if group not in planned.groups)

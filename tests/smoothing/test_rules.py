@@ -18,7 +18,8 @@ from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
 from sq_cpu.smoothing.rules import ALPHAS, RULES, smoothing_scale, smoothing_scales, without_quiet
-from sq_cpu.smoothing.scales import fold, group_statistics, plan_scales
+from sq_cpu.smoothing.scales import group_statistics, plan_scales
+from sq_cpu.smoothing.smooth import fold
 from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 
 

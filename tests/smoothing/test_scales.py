@@ -19,7 +19,7 @@ from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan
 from sq_cpu.smoothing.rules import smoothing_scales
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 
 # --- plans --------------------------------------------------------------------------------------
 

@@ -91,6 +91,17 @@ def test_a_plan_is_followed(tmp_path: Path) -> None:
         sq_cpu.quantize_checkpoint(source, tmp_path / "b", batches(), plan=other)
 
 
+def test_what_is_rotated_is_decided_and_proven_block_by_block(tmp_path: Path) -> None:
+    source = float_folder(tmp_path / "float", head_dim=64, attention_bias=True)
+    model = in_memory(source, tmp_path / "whole", Scheme.of("O1"), alpha=0.8)
+    made = sq_cpu.quantize_checkpoint(source, tmp_path / "out", batches(), scheme="O1", alpha=0.8)
+    assert_equal(tmp_path / "out", tmp_path / "whole")
+    rotated = [group.name for group in made.record.plan.groups if group.hadamard_fold == 64]
+    assert rotated
+    assert all(name.endswith("self_attn.v_proj") for name in rotated)
+    assert made.record.hadamard == model.sq_cpu_config.hadamard != {}
+
+
 @pytest.mark.parametrize("base", ["O1", "O3"])
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_mixed_plans(model_type: str, base: str, tmp_path: Path) -> None:

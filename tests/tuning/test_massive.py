@@ -28,7 +28,7 @@ def test_massive_activations_stay_in_float(gradient_rows: int, options: dict[str
     model, data = massive(), batches(4)
     options = options | {"scheme": STATIC}
     calibration = sq_cpu.calibrate(model, data, gradient_rows=gradient_rows)
-    settings = options | {"batches": data}
+    settings = options | {"batches": data, "hadamard": 0}
     plan = sq_cpu.tune(model, calibration, **settings)
     down = plan.layer("model.layers.1.mlp.down_proj")
     assert down.outliers == (7,)
@@ -49,10 +49,14 @@ def test_channels_are_kept_where_that_halves_the_loss(monkeypatch: pytest.Monkey
     calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64)
 
     def kept(outliers: int = 4) -> tuple[int, ...]:
-        plan = sq_cpu.tune(model, calibration, scheme=STATIC, outliers=outliers)
+        plan = sq_cpu.tune(model, calibration, scheme=STATIC, outliers=outliers, hadamard=0)
         return plan.layer(name).outliers
 
     assert kept() == (7, 9, 20)
+    # Rotated, they are not massive any more.
+    rotated = sq_cpu.tune(model, calibration, scheme=STATIC)
+    assert rotated.layer(name).outliers == ()
+    assert any(group.hadamard for group in rotated.groups)
     greatest = calibration.absmax(name).topk(2).indices.sort().values.tolist()
     assert kept(2) in ((), tuple(greatest))
     monkeypatch.setattr(massive_module, "_MASSIVE", 1e6)
@@ -64,7 +68,7 @@ def test_channels_are_kept_where_that_halves_the_loss(monkeypatch: pytest.Monkey
     # What is no outlier gains nothing by being in float.
     monkeypatch.setattr(massive_module, "_MASSIVE", 1.5)
     plain = tiny_model("llama")
-    assert sq_cpu.tune(plain, sq_cpu.calibrate(plain, batches(4))).layers == ()
+    assert sq_cpu.tune(plain, sq_cpu.calibrate(plain, batches(4)), hadamard=0).layers == ()
 
 
 def test_bad_numbers_of_outliers() -> None:

@@ -60,7 +60,7 @@ def test_rows_are_those_behind_a_quantized_first_block() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(5), rows=12, gradient_rows=12)
     groups = {group.name: group for group in smoothing_groups(model)}
-    plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
+    plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore, hadamard=0)
     tuned = {group.name: replace(group, fold=False, clip=0.9) for group in plan.groups}
     prefix = QuantizedPrefix(model, calibration, batches(5), groups, SCHEME)
     fed = dict(prefix.blocks(tuned, {}))
@@ -121,7 +121,7 @@ def test_padding(model_type: str) -> None:
     calibration = sq_cpu.calibrate(model, padded)
     with linearized(model):
         groups = {group.name: group for group in smoothing_groups(model)}
-        plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore)
+        plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore, hadamard=0)
         tuned = {group.name: replace(group, clip=0.7) for group in plan.groups}
         prefix = QuantizedPrefix(model, calibration, iter(padded), groups, SCHEME)
         _, (_, seen) = prefix.blocks(tuned, {})
@@ -161,3 +161,20 @@ def test_what_sequential_tuning_refuses() -> None:
     ids = inputs("whisper", 2)
     with pytest.raises(SqCpuError, match=r"2 stacks of blocks; tune it with sequential=False"):
         sq_cpu.tune(whisper, sq_cpu.calibrate(whisper, ids), sequential=True, batches=ids)
+
+
+def test_a_prefix_is_not_among_the_rows() -> None:
+    model = planted("llama")
+    data = batches(5)
+    for ids in data:
+        ids[:, :2] = torch.tensor([1, 5])
+    calibration = sq_cpu.calibrate(model, data, rows=500, prefix=[1, 5])
+    groups = {group.name: group for group in smoothing_groups(model)}
+    with linearized(model):
+        blocks = QuantizedPrefix(model, calibration, data, groups, SCHEME).blocks({}, {})
+        _, first = next(blocks)
+    assert {len(rows) for rows in first.rows.values()} == {5 * 2 * 14}
+    for name, rows in first.rows.items():
+        torch.testing.assert_close(rows, calibration.rows[name])
+    tuned = sq_cpu.tune(model, calibration, scheme="O3", sequential=True, batches=data)
+    assert tuned.groups

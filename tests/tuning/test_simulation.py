@@ -26,7 +26,7 @@ def test_held_ranges_and_weights_are_found_once(
     scheme = Scheme.of("O3", static_range="mse").resolve(True)
     calibration = sq_cpu.calibrate(model, data)
     groups = smoothing_groups(model)
-    plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore)
+    plan = uniform_plan(model, groups, calibration, ignore=scheme.ignore, hadamard=0)
     statistics = {
         group.name: group_statistics(model, group, calibration, scheme) for group in groups[:-1]
     }

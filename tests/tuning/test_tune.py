@@ -11,7 +11,7 @@ from tuning_cases import logit_error, planted
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, SqCpuError
 from sq_cpu.models.groups import smoothing_groups
-from sq_cpu.smoothing.scales import fold
+from sq_cpu.smoothing.smooth import fold
 from sq_cpu.tuning.losses import LOSSES
 
 
