@@ -205,23 +205,32 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&make_quantizer), py::arg("granularity"), py::arg("symmetric"),
            py::arg("reduce_range"), py::arg("scale") = 0.0, py::arg("zero_point") = 0,
            py::arg("inverse_smoothing") = std::vector<float>(), py::arg("terms") = 1,
-           py::arg("hadamard") = 0)
+           py::arg("hadamard") = 0, py::arg("dynamic_fallback") = false)
       .def_property_readonly("max_code", [](const Quantizer& q) { return q.max_code(); })
       .def_property_readonly("terms", [](const Quantizer& q) { return q.terms; })
       .def_property_readonly("hadamard", [](const Quantizer& q) { return q.hadamard; })
+      .def(
+          "row_counts",
+          [](const Quantizer& q, bool reset) {
+            sq_cpu::RowCounts counts;
+            if (q.counter != nullptr) counts = reset ? q.counter->reset() : q.counter->read();
+            return py::make_tuple(counts.rows, counts.clipped, counts.underflowed, counts.chained);
+          },
+          py::arg("reset") = false)
       .def(
           "__eq__", [](const Quantizer& a, const Quantizer& b) { return a.key() == b.key(); },
           py::is_operator())
       .def(py::pickle(
           [](const Quantizer& q) {
             return py::make_tuple(static_cast<int>(q.granularity), q.symmetric, q.reduce_range,
-                                  q.scale, q.zero_point, q.inverse_smoothing, q.terms, q.hadamard);
+                                  q.scale, q.zero_point, q.inverse_smoothing, q.terms, q.hadamard,
+                                  q.dynamic_fallback);
           },
           [](const py::tuple& t) {
             return make_quantizer(static_cast<Granularity>(t[0].cast<int>()), t[1].cast<bool>(),
                                   t[2].cast<bool>(), t[3].cast<double>(), t[4].cast<py::object>(),
                                   t[5].cast<std::vector<float>>(), t[6].cast<py::object>(),
-                                  t[7].cast<py::object>());
+                                  t[7].cast<py::object>(), t[8].cast<bool>());
           }));
 
   define_program(m);

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -41,6 +42,8 @@ struct Quantizer {
   std::vector<float> inverse_smoothing;  // empty: none
   int terms;
   int hadamard;
+  bool dynamic_fallback;
+  std::shared_ptr<RowCounter> counter;  // of a static scale, else null
 
   ActivationQuantizer view(int64_t k) const {
     const auto size = static_cast<int64_t>(inverse_smoothing.size());
@@ -54,20 +57,23 @@ struct Quantizer {
     view.zero_point = zero_point;
     view.terms = terms;
     view.hadamard = hadamard;
+    view.dynamic_fallback = dynamic_fallback;
+    view.counter = counter.get();
     view.inverse_smoothing = size == 0 ? nullptr : inverse_smoothing.data();
     return view;
   }
   int max_code() const { return view(static_cast<int64_t>(inverse_smoothing.size())).max_code(); }
   auto key() const {
     return std::tie(granularity, symmetric, reduce_range, scale, zero_point, inverse_smoothing,
-                    terms, hadamard);
+                    terms, hadamard, dynamic_fallback);
   }
 };
 
 // bindings_linear.cc
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
                          const py::object& zero_point, std::vector<float> inverse_smoothing,
-                         const py::object& terms, const py::object& hadamard);
+                         const py::object& terms, const py::object& hadamard,
+                         bool dynamic_fallback);
 void pack_weight(py::handle codes, py::handle scale, py::handle bias, py::handle out);
 void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py::handle scale,
                    py::handle bias);

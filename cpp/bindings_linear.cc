@@ -85,7 +85,8 @@ int32_t bounded(size_t index, const py::object& argument, int64_t low, int64_t h
 
 Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_range, double scale,
                          const py::object& zero_point, std::vector<float> inverse_smoothing,
-                         const py::object& terms, const py::object& hadamard) {
+                         const py::object& terms, const py::object& hadamard,
+                         bool dynamic_fallback) {
   // The ends are no codes, no numbers of terms, and no sizes of blocks.
   Quantizer quantizer{granularity,
                       symmetric,
@@ -94,7 +95,10 @@ Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_ra
                       bounded(4, zero_point, -1, 256),
                       std::move(inverse_smoothing),
                       bounded(6, terms, 0, 3),
-                      bounded(7, hadamard, -1, kTileDepth + 1)};
+                      bounded(7, hadamard, -1, kTileDepth + 1),
+                      dynamic_fallback,
+                      nullptr};
+  if (granularity == Granularity::kStatic) quantizer.counter = std::make_shared<RowCounter>();
   check_quantizer(quantizer.view(static_cast<int64_t>(quantizer.inverse_smoothing.size())));
   return quantizer;
 }

@@ -303,6 +303,9 @@ struct RowKernels {
   RowStats (*stats[kDTypes])(const RowArgs&);  // by DType of x
   // By DType of x; tiles of the row's block are u_tile bytes apart.
   void (*quantize[kDTypes])(const RowArgs&, const RowGrid&, uint8_t* u, int64_t u_tile);
+  // The same, and the statistics, in one pass.
+  RowStats (*quantize_measured[kDTypes])(const RowArgs&, const RowGrid&, uint8_t* u,
+                                         int64_t u_tile);
   // The same with the codes of a second term, which are the next row of the block.
   void (*quantize_twice[kDTypes])(const RowArgs&, const RowGrid&, const ResidualGrid&, uint8_t* u,
                                   int64_t u_tile);

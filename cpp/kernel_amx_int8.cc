@@ -53,10 +53,15 @@ void fetch_tile(const void* tile) {
   }
 }
 
+// Rows of an epilogue at a time: what it loads for its columns is loaded once for these.
+constexpr int64_t kEpilogueRows = 4;
+
 // Part `step` of `steps` of an epilogue: vector work, while the tile unit is busy.
 void work_on(const TileArgs& t, int64_t step, int64_t steps) {
+  const int64_t due = t.waiting->rows * step / steps;
+  if (step < steps && due < t.waiting->row + kEpilogueRows) return;
   EpilogueArgs part = *t.waiting;
-  part.rows = static_cast<int>(t.waiting->rows * step / steps) / part.terms * part.terms;
+  part.rows = static_cast<int>(due) / part.terms * part.terms;
   if (part.rows <= part.row) return;
   t.epilogue(part);
   t.waiting->row = part.rows;

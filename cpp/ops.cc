@@ -87,12 +87,14 @@ void run_linear(const GemmArgs& args, const Activations& x, const ActivationQuan
       own.x.codes = storage.codes;
       own.x.scale = storage.scale;
       own.x.zero_point = storage.zero_point;
-      quantize_rows(x, {0, x.m}, quantizer, whole, rows, worker, own.x);
+      const RowCounts all = quantize_rows(x, {0, x.m}, quantizer, whole, rows, worker, own.x);
+      if (worker == 0) count_rows(quantizer, all, worker);
     });
   } else {
     Barrier quantized;
     run_product(args, [&](GemmArgs& own, int worker, int workers) {
-      quantize_rows(x, part(x.m, 1, workers, worker), quantizer, whole, rows, worker, own.x);
+      const Range mine = part(x.m, 1, workers, worker);
+      count_rows(quantizer, quantize_rows(x, mine, quantizer, whole, rows, worker, own.x), worker);
       quantized.wait(workers);
     });
   }
@@ -190,6 +192,9 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight,
   steps.code_scale = y.scale;
   std::fill_n(y.scale, y.m, code.scale);
   std::fill_n(y.zero_point, y.m, code.grid.zero_point);
+  RowCounts counts;
+  counts.chained = m;
+  count_rows(y_quantizer, counts, 0);
   if (x.m == 0 || weight.n == 0) return;
   run_product({x, weight, y.codes, Output::kCode, CodeLayout(y.m, y.k).tile, &steps});
 }

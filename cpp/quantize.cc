@@ -65,6 +65,21 @@ RowCode make_code(const ActivationQuantizer& q, const RowStats& stats) {
   return code;
 }
 
+RowCode own_code(ActivationQuantizer q, const RowStats& stats) {
+  q.granularity = Granularity::kPerToken;
+  return make_code(q, stats);
+}
+
+RowFit fit_of(const ActivationQuantizer& q, const RowGrid& grid, const RowStats& stats) {
+  if (!stats.finite || (stats.min == 0.0f && stats.max == 0.0f)) return RowFit::kWithin;
+  // The codes of the extremes, not clamped.
+  const float low = std::nearbyint(stats.min * grid.inv_scale);
+  const float high = std::nearbyint(stats.max * grid.inv_scale);
+  if (low < grid.low || high > grid.high) return RowFit::kClips;
+  const float span = q.symmetric ? 2 * std::max(-low, high) : high - low;
+  return 8 * span < static_cast<float>(q.max_code() + 1) ? RowFit::kUnderflows : RowFit::kWithin;
+}
+
 RowCode residual_code(const ActivationQuantizer& q, const RowCode& code) {
   const int absmax_code = q.max_code() / 2;
   const double steps = 2.0 * absmax_code;
@@ -112,21 +127,36 @@ RowStats tensor_stats(const Activations& x, const RowKernels& kernels) {
   return whole;
 }
 
-void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
-                   const RowStats& whole, const RowKernels& kernels, int worker,
-                   const QuantizedActivation& out) {
+RowCounts quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
+                        const RowStats& whole, const RowKernels& kernels, int worker,
+                        const QuantizedActivation& out) {
   const CodeLayout layout(out.m, out.k);
+  const bool fixed = q.granularity == Granularity::kStatic;
+  const bool at_once = fixed && q.terms == 1;  // most rows need the one pass that measures them
+  const bool shared = q.granularity == Granularity::kPerTensor;
+  const RowCode static_code = fixed ? make_code(q, {0.0f, 0.0f, true}) : RowCode{};
+  RowCounts counts;
   for (int64_t row = rows.begin; row < rows.end; ++row) {
     const TypedRow from = x.rotated_row(row, kernels, worker);
-    const RowStats own = kernels.stats[from.type](from.args);
-    const bool shared = q.granularity == Granularity::kPerTensor;
-    const RowCode code = make_code(q, shared ? RowStats{whole.min, whole.max, own.finite} : own);
     const int64_t first = row * q.terms;  // of the rows of codes
     uint8_t* const codes = out.codes + layout.offset(first);
+    const RowStats own = at_once ? kernels.quantize_measured[from.type](from.args, static_code.grid,
+                                                                        codes, layout.tile)
+                                 : kernels.stats[from.type](from.args);
+    const RowFit fit = fixed ? fit_of(q, static_code.grid, own) : RowFit::kWithin;
+    counts.rows += fixed;
+    counts.clipped += fit == RowFit::kClips;
+    counts.underflowed += fit == RowFit::kUnderflows;
+    const bool falls_back = q.dynamic_fallback && fit != RowFit::kWithin;
+    const bool as_fixed = fixed && own.finite && !falls_back;
+    const RowCode code =
+        as_fixed     ? static_code
+        : falls_back ? own_code(q, own)
+                     : make_code(q, shared ? RowStats{whole.min, whole.max, own.finite} : own);
     out.scale[first] = code.scale;
     out.zero_point[first] = code.grid.zero_point;
     if (q.terms == 1) {
-      kernels.quantize[from.type](from.args, code.grid, codes, layout.tile);
+      if (!as_fixed) kernels.quantize[from.type](from.args, code.grid, codes, layout.tile);
       continue;
     }
     const RowCode residual = residual_code(q, code);
@@ -135,6 +165,7 @@ void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& 
     out.scale[first + 1] = residual.scale;
     out.zero_point[first + 1] = residual.grid.zero_point;
   }
+  return counts;
 }
 
 int64_t codes_bytes(int64_t m, int64_t k) {
@@ -171,7 +202,8 @@ void quantize_activations(const void* x, DType x_type, int64_t ldx,
   RowStats whole{0.0f, 0.0f, true};
   if (quantizer.granularity == Granularity::kPerTensor) whole = tensor_stats(all, rows);
   run_team(worker_count(out.m, out.k, 1), [&](int worker, int workers) {
-    quantize_rows(all, part(m, 1, workers, worker), quantizer, whole, rows, worker, out);
+    const Range mine = part(m, 1, workers, worker);
+    count_rows(quantizer, quantize_rows(all, mine, quantizer, whole, rows, worker, out), worker);
   });
 }
 

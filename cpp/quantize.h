@@ -20,6 +20,14 @@ struct RowCode {  // how the rows that share statistics become u8
 // Of rows with these statistics, which a static quantizer does not read but for `finite`.
 RowCode make_code(const ActivationQuantizer& q, const RowStats& stats);
 
+// Of a row that falls back from a static scale to its own.
+RowCode own_code(ActivationQuantizer q, const RowStats& stats);
+
+// How a row lies on a static grid (RowCounts).
+enum class RowFit { kWithin, kClips, kUnderflows };
+
+RowFit fit_of(const ActivationQuantizer& q, const RowGrid& grid, const RowStats& stats);
+
 // Of what those codes leave over: at most half a step, which becomes 127 (63) steps.
 RowCode residual_code(const ActivationQuantizer& q, const RowCode& code);
 
@@ -52,10 +60,14 @@ float* rotated_rows(const ActivationQuantizer& q, int64_t m, int64_t k);
 RowStats tensor_stats(const Activations& x, const RowKernels& kernels);
 
 // Rows of x, by one thread, to `out`, where each is q.terms rows; `whole` is what tensor_stats()
-// gave, read for a per-tensor scale only.
-void quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
-                   const RowStats& whole, const RowKernels& kernels, int worker,
-                   const QuantizedActivation& out);
+// gave, read for a per-tensor scale only. Returns what count_rows() shall count, of a static scale.
+RowCounts quantize_rows(const Activations& x, Range rows, const ActivationQuantizer& q,
+                        const RowStats& whole, const RowKernels& kernels, int worker,
+                        const QuantizedActivation& out);
+
+inline void count_rows(const ActivationQuantizer& q, const RowCounts& counts, int worker) {
+  if (q.counter != nullptr) q.counter->add(counts, worker);
+}
 
 // So little that every thread quantizes it all, for itself: quicker than to share it and wait.
 struct OwnCodes {

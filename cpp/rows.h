@@ -84,22 +84,31 @@ void for_each_vector(RowArgs row, Step step) {
                                           : for_each_vector<kType, true>(row, step);
 }
 
-template <DType kType>
-RowStats row_stats(const RowArgs& row) {
-  F32 low[2] = {}, high[2] = {}, poison[2] = {};  // the poison turns NaN once any x * 0 is not 0
-  for_each_vector<kType>(row, [&](int64_t, F32 v, auto turn) {
-    constexpr int kTurn = decltype(turn)::value;
+// The statistics of the vectors that it has seen.
+struct Measure {
+  template <int kTurn>
+  void operator()(F32 v, Turn<kTurn>) {
     low[kTurn] = min(v, low[kTurn]);
     high[kTurn] = max(v, high[kTurn]);
     poison[kTurn] += v * 0.0f;
-  });
-  const F32 lowest = min(low[0], low[1]), highest = max(high[0], high[1]);
-  RowStats stats{0.0f, 0.0f, all_zero(poison[0] + poison[1])};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    stats.min = lowest[lane] < stats.min ? lowest[lane] : stats.min;
-    stats.max = highest[lane] > stats.max ? highest[lane] : stats.max;
   }
-  return stats;
+  RowStats stats() const {
+    const F32 lowest = min(low[0], low[1]), highest = max(high[0], high[1]);
+    RowStats all{0.0f, 0.0f, all_zero(poison[0] + poison[1])};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      all.min = lowest[lane] < all.min ? lowest[lane] : all.min;
+      all.max = highest[lane] > all.max ? highest[lane] : all.max;
+    }
+    return all;
+  }
+  F32 low[2] = {}, high[2] = {}, poison[2] = {};  // the poison turns NaN once any x * 0 is not 0
+};
+
+template <DType kType>
+RowStats row_stats(const RowArgs& row) {
+  Measure measure;
+  for_each_vector<kType>(row, [&](int64_t, F32 v, auto turn) { measure(v, turn); });
+  return measure.stats();
 }
 
 // The code of each value. |v| <= 255 after the clamp, so adding 1.5 * 2^23 leaves rne(v) in the low
@@ -123,12 +132,27 @@ struct Coder {
   uint32_t bias;
 };
 
+// Of element i of a row.
+uint8_t* code_at(uint8_t* u, uint64_t i, int64_t u_tile) {
+  return u + i / kTileDepth * u_tile + i % kTileDepth;
+}
+
 template <DType kType>
 void quantize_row(const RowArgs& row, const RowGrid& grid, uint8_t* u, int64_t u_tile) {
   const Coder code(grid);
-  for_each_vector<kType>(row, [&](uint64_t i, F32 v, auto) {
-    store_bits(u + i / kTileDepth * u_tile + i % kTileDepth, code(v));
+  for_each_vector<kType>(
+      row, [&](uint64_t i, F32 v, auto) { store_bits(code_at(u, i, u_tile), code(v)); });
+}
+
+template <DType kType>
+RowStats quantize_measured(const RowArgs& row, const RowGrid& grid, uint8_t* u, int64_t u_tile) {
+  const Coder code(grid);
+  Measure measure;
+  for_each_vector<kType>(row, [&](uint64_t i, F32 v, auto turn) {
+    measure(v, turn);
+    store_bits(code_at(u, i, u_tile), code(v));
   });
+  return measure.stats();
 }
 
 template <DType kType>
@@ -137,7 +161,7 @@ void quantize_row_twice(const RowArgs& row, const RowGrid& grid, const ResidualG
   const Coder code(grid), rest(residual.grid);
   const F32 minus_scale = splat(-residual.scale);
   for_each_vector<kType>(row, [&](uint64_t i, F32 v, auto) {
-    uint8_t* const to = u + i / kTileDepth * u_tile + i % kTileDepth;
+    uint8_t* const to = code_at(u, i, u_tile);
     const F32 biased = code.biased(v);
     store_bits(to, code.narrowed(biased));
     store_bits(to + kTileDepth, rest(fma(biased - 0x1.8p23f, minus_scale, v)));
@@ -236,6 +260,12 @@ void epilogue(const EpilogueArgs& args) {
                     (kOutput == Output::kCode
                          ? y_row / kBlockRows * args.y_block + y_row % kBlockRows * kTileDepth
                          : y_row * args.ldy * kBytes);
+    if constexpr (kOutput != Output::kCode) {  // written next, and not to be waited for then
+      const int64_t further = (args.rows - args.row) / kTerms * args.ldy * kBytes;
+      for (int v = 0; v < vectors; v += 64 / kBytes / kLanes) {
+        __builtin_prefetch(y + further + columns[v].y, 1);
+      }
+    }
     for (int term = 0; term < kTerms; ++term) {
       const int32_t* const zero_point = args.row_zero_point + row + term;
       if (row == args.row || zero_point[0] != zero_point[-kTerms]) {
@@ -358,6 +388,7 @@ constexpr RowKernels make_row_kernels(std::integer_sequence<int, kTypes...>,
                                       std::integer_sequence<int, kResults...>) {
   return {{row_stats<static_cast<DType>(kTypes)>...},
           {quantize_row<static_cast<DType>(kTypes)>...},
+          {quantize_measured<static_cast<DType>(kTypes)>...},
           {quantize_row_twice<static_cast<DType>(kTypes)>...},
           {epilogue<static_cast<Output>(kResults)>...},
           count_saturated,

@@ -244,11 +244,13 @@ class Program::Implementation::Runner {
       x.zero_point = memory_.zero_points.get(0);
     }
     const Range rows = alone ? Range{0, m} : mine(m);
+    RowCounts counts;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
       // Others have written it.
       if (row + 1 < rows.end) ask_for(source_of(stage, row + 1), k * int64_t{sizeof(float)});
-      quantize(project, row, x, alone);
+      counts += quantize(project, row, x, alone);
     }
+    if (!alone || worker_ == 0) count_rows(stage.quantizer, counts, worker_);
     if (!alone || project.float_columns) wait();
     auto* const sums = reinterpret_cast<int32_t*>(workspace_);
     for (const Product& product : project.products) {
@@ -313,7 +315,8 @@ class Program::Implementation::Runner {
 
   // A row of x into codes, and its float columns into what they are added to. `alone`: every worker
   // does all rows, and a part of those columns.
-  void quantize(const Project& project, int64_t row, const QuantizedActivation& x, bool alone) {
+  RowCounts quantize(const Project& project, int64_t row, const QuantizedActivation& x,
+                     bool alone) {
     const ProjectStage& stage = project.stage;
     const float* source = source_of(stage, row);
     if (stage.norm.kind != Norm::Kind::kNone) {
@@ -323,8 +326,8 @@ class Program::Implementation::Runner {
     const ActivationQuantizer& q = stage.quantizer;
     const Activations only{source, DType::kFloat32,     x.m / x.terms, x.k,
                            0,      q.inverse_smoothing, q.hadamard,    rotated_};
-    quantize_rows(only, {row, row + 1}, q, {}, kernels_, 0, x);
-    if (!project.float_columns) return;
+    const RowCounts counts = quantize_rows(only, {row, row + 1}, q, {}, kernels_, 0, x);
+    if (!project.float_columns) return counts;
     for (const ProjectedLinear& linear : project.linears) {
       const FloatColumns& columns = linear.float_columns;
       if (columns.count == 0) continue;
@@ -334,6 +337,7 @@ class Program::Implementation::Runner {
                             linear.weight.n, n.size(), linear.accumulate,
                             output(stage, linear, row) + n.begin});
     }
+    return counts;
   }
 
   const float* source_of(const ProjectStage& stage, int64_t row) const {

@@ -12,6 +12,7 @@ from .autotuning.autotune import autotune as autotune
 from .autotuning.configurations import SearchSpace as SearchSpace
 from .calibration.calibrate import calibrate as calibrate
 from .calibration.calibration import Calibration as Calibration
+from .calibration.outlier_tokens import outlier_tokens as outlier_tokens
 from .checkpoint.load import load as load
 from .checkpoint.save import save as save
 from .errors import SqCpuError as SqCpuError
@@ -25,6 +26,10 @@ from .inference.decoding_loop import decoding_loop as decoding_loop
 from .inference.fusing import fuse as fuse
 from .inference.generation import generate as generate
 from .inference.generation import generate_batch as generate_batch
+from .inference.prefix import Prefix as Prefix
+from .inference.prefix import make_prefix as make_prefix
+from .inference.prefix import prefix_of as prefix_of
+from .inference.prefix import use_prefix as use_prefix
 from .inference.requests import Request as Request
 from .inference.requests import Token as Token
 from .inference.sampling import Sampling as Sampling
@@ -37,6 +42,10 @@ from .models.family import Decoder as Decoder
 from .models.family import Family as Family
 from .models.family import Group as Group
 from .models.family import Stack as Stack
+from .models.tokenizers import lead_with as lead_with
+from .models.tokenizers import leading_ids as leading_ids
+from .nn.counting import RowCounts as RowCounts
+from .nn.counting import row_counts as row_counts
 from .nn.linear import QuantLinear as QuantLinear
 from .quantization.quantize import quantize as quantize
 from .scheme import Scheme as Scheme
@@ -45,6 +54,8 @@ from .smoothing.plan import LayerPlan as LayerPlan
 from .smoothing.plan import SmoothPlan as SmoothPlan
 from .streaming.streaming import QuantizedCheckpoint as QuantizedCheckpoint
 from .streaming.streaming import quantize_checkpoint as quantize_checkpoint
+from .tuning.learned import Learned as Learned
+from .tuning.learned import learn as learn
 from .tuning.tune import tune as tune
 
 __version__: str

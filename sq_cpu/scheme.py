@@ -19,6 +19,9 @@ Unreached = Literal["float", "quantize"]
 # SmoothQuant (arXiv 2211.10438), table 2. Its O1..O3 differ in the activations alone.
 _PRESETS: dict[str, Activations] = {"O1": "per_token", "O2": "per_tensor", "O3": "static"}
 
+# Fields that a preset leaves open.
+_BESIDE_PRESETS = ("ignore", "unreached", "dynamic_fallback")
+
 # What fields were called in files of earlier versions.
 _RENAMED = {"weight_group_rows": "rows_per_scale"}
 
@@ -54,6 +57,11 @@ class Scheme:
     or the clip with the least squared error on them (see `sq_cpu.numerics.ranges`)."""
     percentile: float = 99.99
     """Share of the values, in percent, that a `"percentile"` range keeps; in (50, 100]."""
+    dynamic_fallback: bool = True
+    """Static activations: a row of which some value lies beyond the grid (it clips), or whose codes
+    span less than an eighth of the grid (it underflows), gets its own scale, as `"per_token"` gives
+    it. The others keep the static one. No effect where codes pass from layer to layer
+    (`QuantLinear.forward_int8`), as no step there sees a whole row, nor on other activations."""
     ignore: tuple[str, ...] = ("lm_head",)
     """Linears left alone: an entry is the path of a linear, or of a module that holds some, or the
     end of such a path. "lm_head" also stands for the output embeddings, whatever their name."""
@@ -70,6 +78,7 @@ class Scheme:
         _check("symmetric", self.symmetric, (True, False))
         _check_threshold(self)
         _check("reduce_range", self.reduce_range, (False, True, "auto"))
+        _check("dynamic_fallback", self.dynamic_fallback, (True, False))
         _check("static_range", self.static_range, get_args(StaticRange))
         _check("unreached", self.unreached, get_args(Unreached))
         self._check_rows_per_scale()
@@ -127,9 +136,10 @@ class Scheme:
     def from_dict(cls, values: Mapping[str, Any]) -> Scheme:
         """Rebuild what `to_dict` gave, also by earlier versions; absent fields take defaults.
 
-        Those versions quantized what no batch had reached.
+        Those versions quantized what no batch had reached, and had no `dynamic_fallback`.
         """
-        values = {"unreached": "quantize"} | dict(values)
+        before: dict[str, Any] = {"unreached": "quantize", "dynamic_fallback": False}
+        values = before | dict(values)
         if values.get("weights") == "per_group":
             values["weights"] = "per_rows"
         for old, new in _RENAMED.items():
@@ -166,10 +176,13 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """The preset that this scheme equals, whatever it leaves in float; otherwise `"custom"`."""
+        """The preset that this scheme equals, whatever it leaves in float; otherwise `"custom"`.
+
+        Presets of earlier versions had no `dynamic_fallback`.
+        """
         for name, activations in _PRESETS.items():
-            preset = Scheme(activations=activations, ignore=self.ignore, unreached=self.unreached)
-            if self == preset:
+            preset = Scheme(activations=activations)
+            if self == replace(preset, **{key: getattr(self, key) for key in _BESIDE_PRESETS}):
                 return name
         return "custom"
 

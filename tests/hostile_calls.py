@@ -63,6 +63,7 @@ def good() -> dict[str, Any]:
         "max_code": 255,
         "terms": 1,
         "hadamard": 64,
+        "dynamic_fallback": True,
         "ids": torch.randint(0, N, (2, M)),
         "y_quantizer": layers()["next"]._quantizer,
         "y_codes": static.codes,

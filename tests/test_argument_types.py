@@ -77,8 +77,16 @@ def good(
     def of_a_model(name: str) -> dict[str, Any]:
         model = copy.deepcopy(float_model)
         seen = {"model": model, "calibration": calibration}
+        if name in ("make_prefix", "use_prefix", "prefix_of"):
+            given = {"model": model, "ids": [1], "prefix": sq_cpu.make_prefix(model, [1])}
+            return {each: given[each] for each in inspect.signature(_function(name)).parameters}
+        if name == "outlier_tokens":
+            return {"model": model, "windows": [batches(1)[0][:1]]}
         if name == "calibrate":
             return {"model": model, "batches": batches(2)}
+        if name == "learn":
+            plan = sq_cpu.SmoothPlan.uniform(model, calibration)
+            return seen | {"plan": plan, "batches": batches(2), "scheme": "O3", "steps": 1}
         if name == "tune":
             return seen | {"alphas": (0.5, 0.5, 0.5), "scheme": "O1"}
         if name in ("quantize", "analyze", "SmoothPlan.uniform"):
@@ -116,6 +124,8 @@ def good(
             return {"model": fused_model, "prompts": [[3, 4]], "max_new_tokens": 1}
         if name == "count_saturation":
             return {"model": sq_cpu.load(saved), "batches": batches(2)}
+        if name in ("lead_with", "leading_ids"):
+            return {"tokenizer": byte_tokenizer()}
         if name == "token_windows":
             return {"tokenizer": byte_tokenizer(), "text": TEXT, "window": 8, "windows": 1}
         if name == "SmoothPlan.load":
@@ -133,10 +143,11 @@ def good(
 
 
 FUNCTIONS = (
-    *("calibrate", "tune", "quantize", "save", "load", "autotune", "fuse", "generate"),
+    *("calibrate", "tune", "learn", "quantize", "save", "load", "autotune", "fuse", "generate"),
     *("analyze", "count_saturation", "perplexity", "token_windows", "quantize_checkpoint"),
     *("use_int8_attention", "measure_kv", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
-    "Calibration.load",
+    *("Calibration.load", "make_prefix", "use_prefix", "prefix_of", "outlier_tokens"),
+    *("lead_with", "leading_ids"),
 )
 
 

@@ -118,8 +118,9 @@ def test_the_fields_of_the_first_checkpoints_are_enough() -> None:
         "reduce_range": False,
         "ignore": ["lm_head"],
     }
-    # They quantized what no batch had reached, where they could.
-    assert Scheme.from_dict(old) == Scheme.of("O3", unreached="quantize")
+    # They quantized what no batch had reached, where they could, and by static scales alone.
+    before = {"unreached": "quantize", "dynamic_fallback": False}
+    assert Scheme.from_dict(old) == Scheme.of("O3", **before)
     assert Scheme.from_dict(old).name == "O3"
     assert Scheme.of("O3").to_dict() == old | {
         "rows_per_scale": 64,
@@ -127,7 +128,9 @@ def test_the_fields_of_the_first_checkpoints_are_enough() -> None:
         "percentile": 99.99,
         "outlier_threshold": None,
         "unreached": "float",
+        "dynamic_fallback": True,
     }
+    assert Scheme.from_dict(Scheme.of("O3").to_dict()) == Scheme.of("O3")
 
 
 def test_the_former_names_of_rows_per_scale_are_read_from_files_and_named_in_code() -> None:
@@ -136,7 +139,8 @@ def test_the_former_names_of_rows_per_scale_are_read_from_files_and_named_in_cod
     del former["rows_per_scale"]
     assert Scheme.from_dict(former) == scheme
     assert SmoothPlan.from_dict({"groups": [], "scheme": former}).scheme == scheme
-    assert Scheme.from_dict({"weight_group_rows": 64}) == Scheme(unreached="quantize")
+    before = Scheme(unreached="quantize", dynamic_fallback=False)
+    assert Scheme.from_dict({"weight_group_rows": 64}) == before
     with pytest.raises(SqCpuError, match="'per_group' is now 'per_rows', with rows_per_scale"):
         Scheme(weights="per_group")  # type: ignore[arg-type]
     with pytest.raises(SqCpuError, match="weight_group_rows is now rows_per_scale"):

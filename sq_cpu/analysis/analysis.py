@@ -69,6 +69,10 @@ class LinearAnalysis:
     clipped_naive: float
     """Share of the input's values beyond the static range; 0 where the scale is dynamic."""
     clipped: float
+    rows_clipped: float
+    """Share of the input's rows of which some value is beyond the planned static grid, and ..."""
+    rows_underflowed: float
+    """... whose codes span less than an eighth of it: see `Scheme.dynamic_fallback`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -293,6 +297,9 @@ def _linear(
     as_naive = FakeQuantizedLinear(sample, torch.ones_like(wide), naive.scheme)
     planned = replace(sample, weight_clip=layer.weight_clip, outliers=layer.outliers)
     as_planned = FakeQuantizedLinear(planned, wide, own, group.clip, group.rotation)
+    rows_clipped, rows_underflowed = (
+        float(fits.double().mean()) for fits in as_planned.row_fits(sample.inputs())
+    )
     return LinearAnalysis(
         name=place.name,
         kind=place.kind,
@@ -305,6 +312,8 @@ def _linear(
         error=_error(as_planned),
         clipped_naive=_clipped(as_naive),
         clipped=_clipped(as_planned),
+        rows_clipped=rows_clipped,
+        rows_underflowed=rows_underflowed,
     )
 
 

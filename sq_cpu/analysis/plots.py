@@ -175,10 +175,25 @@ def errors(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
 
 def clip_rates(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
     """Return the share of input values beyond the static range; nothing where none is."""
-    kinds = {one.kind for one in linears if one.clipped}
-    clipped = [one for one in linears if one.kind in kinds]
-    top = 100 * max((one.clipped for one in clipped), default=0.0)
-    return tuple(_along_depth("clip", clipped, lambda one: 100 * one.clipped, "clipped, %", top))
+    return _shares("clip", linears, lambda one: one.clipped, "clipped, %")
+
+
+def row_rates(linears: Sequence[LinearAnalysis]) -> tuple[Picture, ...]:
+    """Return the share of input rows that do not fit the static scale; nothing where all do."""
+    label = "rows that do not fit, %"
+    return _shares("rows", linears, lambda one: one.rows_clipped + one.rows_underflowed, label)
+
+
+def _shares(
+    name: str,
+    linears: Sequence[LinearAnalysis],
+    share: Callable[[LinearAnalysis], float],
+    label: str,
+) -> tuple[Picture, ...]:
+    kinds = {one.kind for one in linears if share(one)}
+    shown = [one for one in linears if one.kind in kinds]
+    top = 100 * max(map(share, shown), default=0.0)
+    return tuple(_along_depth(name, shown, lambda one: 100 * share(one), label, top))
 
 
 def pareto(

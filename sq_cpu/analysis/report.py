@@ -172,6 +172,7 @@ def _pictures(analysis: Analysis, trials: Sequence[Trial]) -> dict[str, tuple[Pi
         "curves": plots.loss_curves(groups),
         "errors": plots.errors(linears),
         "clips": plots.clip_rates(linears),
+        "rows": plots.row_rates(linears),
         "pareto": (),
     }
     if front := pareto_front(trials):
@@ -233,6 +234,8 @@ def scheme_text(scheme: Scheme) -> str:
     if scheme.static_range != "minmax":
         kept = f" of {scheme.percentile:g} %" if scheme.static_range == "percentile" else ""
         parts.append(f"static range by {scheme.static_range}{kept}")
+    if scheme.activations == "static" and scheme.dynamic_fallback:
+        parts.append("rows that do not fit it with their own")
     if scheme.outlier_threshold is not None:
         parts.append(f"channels that reach {scheme.outlier_threshold:g} in float")
     return f"{scheme.name}: {', '.join(parts)}"

@@ -6,8 +6,9 @@ after smoothing is the range here / s, exactly, and no second pass is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.calibration.gradients import differentiating, sampled_loss
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.prefix import make_prefix
+from sq_cpu.inference.requests import integers
 from sq_cpu.models.calls import Batch, Example, called, evaluating, example_of, model_inputs
 from sq_cpu.models.checks import check_model, check_weights, checking_ids
 from sq_cpu.models.linears import check_ignore, head_of, linearized, quantizable_linears
@@ -37,6 +40,7 @@ def calibrate(
     ignore: tuple[str, ...] = ("lm_head",),
     rows: int = SAMPLED_ROWS,
     gradient_rows: int = 0,
+    prefix: Sequence[int] = (),
     progress: bool | None = None,
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
@@ -55,6 +59,10 @@ def calibrate(
     (`Calibration.in_float`); they have no ranges. The head of a model of transformers is observed
     also where `ignore` has it ("lm_head"), without gradients: `Calibration.head`.
 
+    `prefix` are the first tokens of texts (`leading_ids`) whose keys and values are to be those of
+    the float model. Where a text begins with them they are not counted, as if they were padding,
+    and `quantize` of this calibration gives the model a `Prefix`.
+
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that are padding by the `attention_mask`
     of their sequence (see `padding_of`) are not counted. The model runs in evaluation mode without
@@ -64,13 +72,17 @@ def calibrate(
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
     the model's context, when the model's own forward fails, when an activation or gradient is NaN
     or infinite, when the model has no linear, for `rows` or `gradient_rows` that are no number of
-    rows, for an entry of `ignore` that matches none, and for what `check_model` and `check_weights`
-    refuse: a model that is compiled, quantized, or not in this machine's memory as fp32, bf16 or
-    fp16.
+    rows, for an entry of `ignore` that matches none, for a `prefix` that the model cannot have (see
+    `make_prefix`) or that begins no text of the batches, and for what `check_model` and
+    `check_weights` refuse: a model that is compiled, quantized, or not in this machine's memory as
+    fp32, bf16 or fp16.
     """
     check_model(model)
+    ids = tuple(integers(prefix, "prefix"))
+    if ids:
+        make_prefix(model, ids)  # which tells whether there can be one
     with linearized(model):
-        return _calibrate(model, batches, ignore, rows, gradient_rows, progress)
+        return _calibrate(model, batches, ignore, rows, gradient_rows, ids, progress)
 
 
 def _calibrate(
@@ -79,6 +91,7 @@ def _calibrate(
     ignore: tuple[str, ...],
     rows: int,
     gradient_rows: int,
+    prefix: tuple[int, ...],
     progress: bool | None,
 ) -> Calibration:
     check_whole(0, rows=rows, gradient_rows=gradient_rows)
@@ -90,6 +103,7 @@ def _calibrate(
     head = {name: each for name, each in _head(model).items() if name not in linears}
     ranges = InputRanges(model, linears | head, rows, gradient_rows)
     example: Example | None = None
+    leads = False
     labels = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
         stack.enter_context(unchanged(model))
@@ -101,11 +115,18 @@ def _calibrate(
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
             padding = padding_of(model, args, kwargs)
             example = example or example_of(args, kwargs, padding)
-            with ranges.batch(padding):
+            counted = padding.with_prefix(prefix)
+            leads = leads or counted is not padding
+            with ranges.batch(counted):
                 outputs = called(model, (args, kwargs), f"calibration batch {ranges.batches}")
                 if gradient_rows:
-                    torch.autograd.backward(sampled_loss(outputs, padding, labels))
-    calibration = ranges.calibration(example)
+                    torch.autograd.backward(sampled_loss(outputs, counted, labels))
+    if prefix and not leads:
+        raise SqCpuError(
+            f"no text of the batches begins with the prefix {[*prefix]}: give texts that do, as "
+            "those of a tokenizer that puts it in front (lead_with)"
+        )
+    calibration = replace(ranges.calibration(example), prefix=prefix)
     return calibration.with_head_apart(*head) if head else calibration
 
 

@@ -24,7 +24,7 @@ from sq_cpu.parsing import parsed_json, typed
 __all__ = ["FOLDS", "TENSORS", "Calibration", "check_is_calibration", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
-_VERSION = 6
+_VERSION = 7
 TENSORS = (
     "channel_min",
     "channel_max",
@@ -93,6 +93,8 @@ class Calibration:
     fold_min: dict[str, Tensor] = field(default_factory=dict)
     fold_max: dict[str, Tensor] = field(default_factory=dict)
     """Range of every input channel in each fold, fp32 [FOLDS, in_features]; min > max: no rows."""
+    prefix: tuple[int, ...] = ()
+    """The first tokens of texts, which were not counted: a `Prefix` stands for them."""
     head: Calibration | None = None
     """The same of the model's head alone, where `ignore` keeps it out of the rest; None: it does
     not, or there is none."""
@@ -237,6 +239,7 @@ class Calibration:
             "fingerprints": whole.fingerprints,
             "rows_seen": whole.rows_seen,
             "example": plain,
+            "prefix": list(self.prefix),
         }
         if self.head is not None:
             header["head"] = next(
@@ -282,6 +285,7 @@ class Calibration:
             if head and head not in known:
                 raise SqCpuError(f"head is {head}, of which there is nothing")
             example = _join_example(given, header.get("example"))
+            prefix = typed(tuple[int, ...], header.get("prefix", []), "prefix")
             check_tensors(kinds)
             if kinds["channel_min"] and min(tokens, batches) < 1:
                 raise SqCpuError("ranges of no batch")
@@ -297,6 +301,7 @@ class Calibration:
             unreached=unreached,
             in_float=in_float,
             example=example,
+            prefix=prefix,
             **{kind: kinds[kind] for kind in TENSORS},
         )
         return whole.with_head_apart(head) if head else whole

@@ -14,6 +14,9 @@ scale was not folded into another layer, ``L.smoothing`` fp32 [K]. The weight's 
 there for a loader that knows no sq_cpu: it raises, where it would take codes for a float weight.
 A layer that is rotated has a weight of K rounded up to whole blocks of 64 columns, and
 ``L.hadamard`` int32 [], which is 64.
+A prefix of P tokens, whose keys and values are the float model's, is ``sq_cpu_prefix.I.key`` and
+``.value``, float [kv_heads, P, channels], for each layer I, and ``sq_cpu_prefix.hidden``
+[P, hidden_size].
 An embedding that reads the weight of an int8 head, to which it is tied, stores nothing.
 A linear that keeps O outlier channels in float has a ``smoothing`` of 2^126 in those channels, and
 also ``L.columns`` int64 [O] and ``L.outlier_weight`` [N, O] in the model's dtype. Everything else
@@ -26,20 +29,20 @@ The scheme of a layer is ``scheme``, but for the activations that ``plan`` gives
 ``quantization_config`` holds ``quant_method`` ("sq_cpu"), ``format_version``, the record of
 :func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and if any ``smoothed``, the layers with
 a ``smoothing``, ``decomposed``, layer -> O, ``hadamard``, layer -> 64, the columns of a block that
-the Hadamard matrix multiplies, ``embeddings``, embedding -> the layer whose weight it reads, and
-``kept``, linear -> why it is in float), ``files``
-(name -> SHA-256 of every safetensors file), ``companions`` (names of the other files that
-:func:`save` wrote) and ``settings_sha256`` (of the JSON of ``quantization_config`` without this
-entry, its keys sorted). All else in the folder may be edited.
+the Hadamard matrix multiplies, ``prefix``, its ids, ``embeddings``, embedding -> the layer whose
+weight it reads, and ``kept``, linear -> why it is in float), ``files`` (name -> SHA-256 of every
+safetensors file), ``companions`` (names of the other files that :func:`save` wrote) and
+``settings_sha256`` (of the JSON of ``quantization_config`` without this entry, its keys sorted).
+All else in the folder may be edited.
 
 The config of a model that is not of transformers has ``architectures``, the name of its class,
 alone. All of its buffers are stored, and ``load`` fills an instance that it is given.
 
-Versions up to 6 had no ``hadamard``. Versions up to 5 had no ``embeddings``. Versions up to 4 had
-weights of [N, K], ``L.regular.weight`` and so on where L has outlier channels, a table of digests
-as ``companions``, and ``config_sha256``, of all of config.json, which is not looked at. Versions up
-to 3 had a group's ``curve`` in ``plan``, no search_curves.json, and in ``scheme`` ``weights``
-"per_group" and ``weight_group_rows`` for "per_rows" and ``rows_per_scale``. Versions 1 and 2 had
-``groups`` alone in ``plan``; version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer
-fields in ``scheme``.
+Versions up to 7 had no ``prefix``. Versions up to 6 had no ``hadamard``. Versions up to 5 had no
+``embeddings``. Versions up to 4 had weights of [N, K], ``L.regular.weight`` and so on where L has
+outlier channels, a table of digests as ``companions``, and ``config_sha256``, of all of
+config.json, which is not looked at. Versions up to 3 had a group's ``curve`` in ``plan``, no
+search_curves.json, and in ``scheme`` ``weights`` "per_group" and ``weight_group_rows`` for
+"per_rows" and ``rows_per_scale``. Versions 1 and 2 had ``groups`` alone in ``plan``; version 1 had
+no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in ``scheme``.
 """

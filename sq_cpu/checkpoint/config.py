@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.inference.prefix import MOST_TOKENS
 from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.parsing import read_json
@@ -37,7 +38,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -104,6 +105,11 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
             type(size) is int and size == BLOCK for size in hadamard.values()
         ):
             raise SqCpuError(f"hadamard is not a table of layers and {BLOCK}")
+        prefix = settings.get("prefix", [])
+        if not isinstance(prefix, list) or not all(type(token) is int for token in prefix):
+            raise SqCpuError("prefix is not a list of token ids")
+        if len(prefix) > MOST_TOKENS:
+            raise SqCpuError(f"prefix has {len(prefix)} tokens, more than {MOST_TOKENS}")
         embeddings = settings.get("embeddings", {})
         if not isinstance(embeddings, dict) or not set(embeddings.values()) <= set(
             settings["layers"]

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.checkpoint.entries import own_entries, put_tensor, tie, ties_of, unsaved_buffers
+from sq_cpu.checkpoint.prefix import check_prefix, read_prefix, without_prefix
 from sq_cpu.checkpoint.stored import Header, StoredTensors
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.inference.prefix import use_prefix
 from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.models.hf_private import is_transformers, set_ties
 from sq_cpu.models.linears import linearize, linearized
@@ -69,6 +71,8 @@ def fit(
         For a layer that is no linear of the model, and a tensor that is missing, not expected, or
         of another shape or dtype.
     """
+    check_prefix(model, record, headers, where, fix)
+    headers = without_prefix(headers)
     modules = dict(model.named_modules())
     expected: dict[str, Header] = {}
     layers: dict[str, dict[str, str]] = {}
@@ -213,6 +217,7 @@ def restore(
     int8 = (*record.layers, *record.embeddings)
     set_dtypes(model, int8, record.dtypes if dtype is None else {})
     mark_quantized(model, record)
+    use_prefix(model, read_prefix(record, stored, dtype))
 
 
 def _own(value: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -28,9 +28,11 @@ from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
 from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
 from sq_cpu.checkpoint.likeness import check_layers, check_likeness
+from sq_cpu.checkpoint.prefix import prefix_entries
 from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
+from sq_cpu.inference.prefix import prefix_of
 from sq_cpu.kernels.ops import FLOATS
 from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.hf_private import is_transformers
@@ -130,7 +132,9 @@ def _record_of(model: nn.Module) -> QuantizationRecord:
         if isinstance(module, QuantLinear) and module.smoothing is not None and name in layers
     )
     dtypes = dtypes_of(model, record.layers)
-    return replace(record, smoothed=tuple(smoothed), dtypes=dtypes)
+    prefix = prefix_of(model)
+    ids = () if prefix is None else prefix.ids
+    return replace(record, smoothed=tuple(smoothed), dtypes=dtypes, prefix=ids)
 
 
 def _write(
@@ -142,7 +146,7 @@ def _write(
 ) -> None:
     # Small files first: what can be refused is refused before gigabytes are written.
     write_companions(model, tokenizer, folder)
-    stored = float_entries(model, model)
+    stored = float_entries(model, model) | prefix_entries(prefix_of(model))
     layer_of: dict[str, tuple[str, QuantLinear]] = {}
     for prefix, layer in int8_layers(model):
         # Only shapes now: each weight is unpacked when its file is written.

@@ -22,6 +22,8 @@ from sq_cpu.cli.common import (
     Dtype,
     Json,
     Model,
+    Prefix,
+    PrefixName,
     TrustRemoteCode,
     Window,
     check_shipped,
@@ -105,6 +107,7 @@ def autotune_command(
         typer.Option("--report", metavar="FILE.html", help="Write a report with all trials."),
     ] = None,
     ignore: Ignore = None,
+    prefix: Prefix = PrefixName.auto,
     dtype: DtypeOption = Dtype.fp32,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
     trust_remote_code: TrustRemoteCode = False,
@@ -132,7 +135,7 @@ def autotune_command(
         require_report()
         hold(ctx, report_file)
     killed = hold(ctx, out)
-    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
+    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
     _check_storage(where, study, resume, killed)
     scored = _scored(text, text_windows) if not tasks else ()
     start = time.perf_counter()
@@ -149,10 +152,11 @@ def autotune_command(
             shipped_windows(tokenizer, scored, window, text_windows, "--text")
         else:
             token_windows(tokenizer, scored, window=window, windows=text_windows)
-    calibration = data.calibration(loaded, batches)
+    calibration = data.calibration(loaded, tokenizer, batches)
     identity = {
         "calib": _digest(data.own),
         "windows": [windows, window],
+        **({"prefix": list(calibration.prefix)} if calibration.prefix else {}),
         "dtype": dtype.value,
         "tasks": [tasks, task_limit],
         "text": [_digest(scored), text_windows],

@@ -31,6 +31,12 @@ class Dtype(str, Enum):
     fp32, bf16, fp16 = "fp32", "bf16", "fp16"
 
 
+class PrefixName(str, Enum):
+    """What texts begin with whose keys and values stay in float."""
+
+    auto, bos, off = "auto", "bos", "off"
+
+
 class SchemeName(str, Enum):
     """The paper's schemes."""
 
@@ -60,6 +66,14 @@ Hadamard = Annotated[
         "--hadamard/--no-hadamard",
         help="Rotate the inputs of all down projections, or nothing. [default: inputs of down and "
         "output projections, where it lowers the error]",
+    ),
+]
+Prefix = Annotated[
+    PrefixName,
+    typer.Option(
+        help="Tokens at the beginning of every text whose keys and values stay in float. auto: "
+        "those that the tokenizer puts there; bos: its BOS, which it then always puts there; off: "
+        "none."
     ),
 ]
 Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]

@@ -250,6 +250,7 @@ def _int8(
         "layers": layers,
         "plan": None if record.plan is None else record.plan.to_dict(),
         "kept": dict(record.kept),
+        "prefix": list(record.prefix),
     }
     lines = show.plan_lines(record)
     if scored is not None:

@@ -17,6 +17,8 @@ from sq_cpu.cli.common import (
     Hadamard,
     Json,
     Model,
+    Prefix,
+    PrefixName,
     SchemeName,
     TrustRemoteCode,
     Window,
@@ -132,6 +134,7 @@ def quantize_command(
     unreached: Annotated[
         _Unreached, typer.Option(help="Linears that no calibration window reaches.")
     ] = _Unreached.float,
+    prefix: Prefix = PrefixName.auto,
     dtype: Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")] = Dtype.fp32,
     stream: Annotated[
         bool | None,
@@ -200,6 +203,7 @@ def quantize_command(
         dtype=TORCH_DTYPES[dtype],
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
+        prefix=prefix.value,
     )
 
     def batches_of(tokenizer: Any) -> list[Tensor]:
@@ -223,6 +227,7 @@ def quantize_command(
         "hadamard": len(record.hadamard),
         "hadamard_fold": sum(group.hadamard_fold != 0 for group in groups),
         "head": head.value,
+        "prefix": list(record.prefix),
         "layers": len(record.layers),
         "groups": {
             "folded": sum(folded.values()),

@@ -32,6 +32,7 @@ from sq_cpu.cli.common import (
 )
 from sq_cpu.evaluation.perplexity import perplexity
 from sq_cpu.kernels.runtime import isa
+from sq_cpu.models.tokenizers import lead_with
 
 
 def eval_command(
@@ -41,6 +42,13 @@ def eval_command(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows of text.")] = 20,
     window: Window = 512,
+    lead: Annotated[
+        bool,
+        typer.Option(
+            "--lead-with-bos",
+            help="Begin windows with BOS, as a checkpoint of --prefix bos does by itself.",
+        ),
+    ] = False,
     dtype: StoredDtype = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
@@ -53,6 +61,8 @@ def eval_command(
     else:
         scored = read(text)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
+    if lead:
+        lead_with(tokenizer)
     if text is None:
         shipped_windows(tokenizer, scored, window, windows, "--text")  # says what does not fit
     value = perplexity(loaded, tokenizer, scored, window=window, windows=windows)

@@ -114,6 +114,9 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
     groups = record.plan.groups if record.plan is not None else ()
     if folded := sum(group.hadamard_fold != 0 for group in groups):
         lines.append(f"  {folded} output projections rotated in the weights, head by head")
+    if record.prefix:
+        ids = ", ".join(map(str, record.prefix))
+        lines.append(f"prefix: keys and values of texts that begin with {ids} in float")
     if record.decomposed:
         channels = sum(record.decomposed.values())
         lines.append(f"  {_linears(len(record.decomposed))} with {channels} channels in float")
@@ -222,11 +225,19 @@ def analysis_lines(analysis: Analysis) -> list[str]:
         for key in ("error_naive", "error")
     )
     reasons = Counter(analysis.kept.values())
+    clipped, underflowed = (
+        sum(getattr(one, key) for one in analysis.linears) / len(analysis.linears)
+        for key in ("rows_clipped", "rows_underflowed")
+    )
+    static = any(one.activations == "static" for one in analysis.linears)
+    own = ", which get their own scale" if analysis.scheme.dynamic_fallback else ""
+    rows = f"rows beyond the static grid {_percent(clipped)}, too small {_percent(underflowed)}"
     return [
         "severity: largest input channel over the median one; "
         "error: |int8 - float|^2 / |float|^2 of the outputs",
         f"mean error: naive {_percent(naive)}, with the plan {_percent(planned)} "
         f"({analysis.sampled_rows} sampled rows of {analysis.tokens} tokens)",
+        *([rows + own] if static else []),
         *(f"  {_linears(count)} in float: {reason}" for reason, count in reasons.most_common()),
     ]
 

@@ -13,6 +13,8 @@ from sq_cpu.cli.common import (
     Hadamard,
     Json,
     Model,
+    Prefix,
+    PrefixName,
     SchemeName,
     TrustRemoteCode,
     Window,
@@ -22,6 +24,7 @@ from sq_cpu.cli.common import (
 )
 from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
 from sq_cpu.scheme import Scheme
+from sq_cpu.tuning.learned import learn
 from sq_cpu.tuning.tune import OUTLIERS, tune
 
 
@@ -43,6 +46,7 @@ def tune_command(
     windows: Windows = 16,
     window: Window = 512,
     ignore: Ignore = None,
+    prefix: Prefix = PrefixName.auto,
     dtype: DtypeOption = Dtype.fp32,
     sequential: Annotated[
         bool,
@@ -58,15 +62,25 @@ def tune_command(
         ),
     ] = None,
     hadamard: Hadamard = None,
+    learn_steps: Annotated[
+        int,
+        typer.Option(
+            "--learn",
+            metavar="STEPS",
+            min=0,
+            help="Then move alphas and clips along gradients of the whole model's loss.",
+        ),
+    ] = 0,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Choose the smoothing of every layer of MODEL and write it to PLAN.json."""
     if goal is not None:
-        if scheme is not None or sequential or outliers is not None or hadamard is not None:
+        given = (scheme, outliers, hadamard)
+        if sequential or learn_steps or any(each is not None for each in given):
             raise typer.BadParameter(
                 "--goal leaves all of the plan to autotune; drop it, or --scheme, --sequential, "
-                "--outliers and --hadamard"
+                "--outliers, --hadamard and --learn"
             )
         autotune_command(
             ctx,
@@ -77,16 +91,17 @@ def tune_command(
             windows=windows,
             window=window,
             ignore=ignore,
+            prefix=prefix,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             as_json=as_json,
         )
         return
     hold(ctx, out)
-    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code)
+    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
     start = time.perf_counter()
-    loaded, _, batches = data.load()
-    calibration = data.calibration(loaded, batches)
+    loaded, tokenizer, batches = data.load()
+    calibration = data.calibration(loaded, tokenizer, batches)
     settings = Scheme.of((scheme or SchemeName.o3).value, ignore=data.ignore)
     plan = tune(
         loaded,
@@ -97,6 +112,10 @@ def tune_command(
         hadamard=hadamard_choice(hadamard),
         batches=batches,
     )
+    learned = None
+    if learn_steps:
+        learned = learn(loaded, calibration, plan, batches, steps=learn_steps)
+        plan = learned.plan
     plan.save(out)
     seconds = round(time.perf_counter() - start, 1)
     alphas = [group.alpha for group in plan.groups]
@@ -107,12 +126,16 @@ def tune_command(
         "groups": len(alphas),
         "channels_in_float": sum(len(layer.outliers) for layer in plan.layers),
         "alpha": {"least": min(alphas, default=None), "greatest": max(alphas, default=None)},
+        "learned": None
+        if learned is None
+        else {"divergence_before": learned.before, "divergence_after": learned.after},
         "rotated": rotated,
         "seconds": seconds,
     }
-    emit(
-        result,
-        as_json,
+    text = (
         f"{out}: {len(alphas)} groups ({settings.name}), alpha {min(alphas, default=0):.2f} to "
-        f"{max(alphas, default=0):.2f}, {rotated} rotated, in {seconds:.0f} s",
+        f"{max(alphas, default=0):.2f}, {rotated} rotated, in {seconds:.0f} s"
     )
+    if learned is not None:
+        text += f"; divergence {learned.before:.4f}, learned {learned.after:.4f} nats a token"
+    emit(result, as_json, text)

@@ -14,12 +14,15 @@ from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.cli.common import (
     Dtype,
+    PrefixName,
     calibration_batches,
     check_not_quantized,
     load_model,
     read_all,
     say,
 )
+from sq_cpu.models.tokenizers import lead_with
+from sq_cpu.streaming.convert import find_prefix
 
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="PLAN.json", help="File to write.")]
 Calib = Annotated[
@@ -50,19 +53,25 @@ class TuningInput:
     dtype: Dtype
     ignore: tuple[str, ...]
     trust_remote_code: bool
+    prefix: PrefixName
 
     def load(self) -> tuple[nn.Module, Any, list[Tensor]]:
         """Return the model, its tokenizer and the windows to calibrate on."""
         loaded, tokenizer = load_model(
             self.model, self.dtype, trust_remote_code=self.trust_remote_code
         )
+        if self.prefix is PrefixName.bos:
+            lead_with(tokenizer)
         batches = calibration_batches(tokenizer, self.own, self.window, self.windows)
         return loaded, tokenizer, batches
 
-    def calibration(self, loaded: nn.Module, batches: list[Tensor]) -> Calibration:
+    def calibration(self, loaded: nn.Module, tokenizer: Any, batches: list[Tensor]) -> Calibration:
         """Calibrate the model, as `tune` and `autotune` need it."""
         say(f"calibrating on {len(batches)} windows of {self.window} tokens")
-        return calibrate(loaded, batches, ignore=self.ignore, gradient_rows=TUNING_ROWS)
+        prefix = find_prefix(loaded, tokenizer, self.prefix.value, say)
+        return calibrate(
+            loaded, batches, ignore=self.ignore, gradient_rows=TUNING_ROWS, prefix=prefix
+        )
 
 
 def tuning_input(
@@ -73,6 +82,7 @@ def tuning_input(
     dtype: Dtype,
     ignore: Sequence[str] | None,
     trust_remote_code: bool,
+    prefix: PrefixName,
 ) -> TuningInput:
     """Read the user's texts, and refuse a model that is quantized already."""
     check_not_quantized(model)
@@ -84,4 +94,5 @@ def tuning_input(
         dtype=dtype,
         ignore=tuple(ignore or ("lm_head",)),
         trust_remote_code=trust_remote_code,
+        prefix=prefix,
     )

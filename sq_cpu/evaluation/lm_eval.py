@@ -19,6 +19,7 @@ from torch import nn
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.hooks import hooked
+from sq_cpu.models.tokenizers import leading_ids
 
 __all__ = ["lm_eval_accuracy"]
 
@@ -67,6 +68,7 @@ def lm_eval_accuracy(
 
     Notes
     -----
+    Texts begin with what the tokenizer puts in front of them by itself, as those of `perplexity`.
     The tasks' data come from the Hugging Face hub, unless a task says otherwise. The global random
     states are left as they were.
     """
@@ -96,7 +98,13 @@ def lm_eval_accuracy(
             if unknown:
                 raise SqCpuError(f"lm-eval knows no task {unknown[0]}; see: lm-eval ls tasks")
             results = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                HFLM(
+                    pretrained=model,
+                    tokenizer=tokenizer,
+                    batch_size=batch_size,
+                    # HFLM adds it by itself for few model types.
+                    add_bos_token=bool(leading_ids(tokenizer)),
+                ),
                 tasks=names,
                 task_manager=manager,
                 limit=limit,

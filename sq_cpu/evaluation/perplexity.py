@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import check_length, evaluating
 from sq_cpu.models.checks import check_ids, check_is_module, input_embeddings
+from sq_cpu.models.tokenizers import encoded, leading_ids
 from sq_cpu.parsing import check_kind, check_whole
 from sq_cpu.progress import track
 
@@ -99,17 +100,22 @@ def token_windows(
     A string gives `windows` of them, number k starting at k * ((len - window) // windows) of its
     ids. A sequence of documents gives the first ids of each of its first `windows` documents.
 
-    No special tokens are added, but for one case: when the tokenizer by itself begins a text with
-    its BOS token, the model was trained to see it, so every window is that token and window - 1
-    ids of the text.
+    No special tokens are added, but for one case: what the tokenizer by itself puts in front of a
+    text, its BOS token first, is what the model is to see there. So every window is these tokens
+    and as many ids of the text as are left (see `leading_ids`).
 
     Raises `SqCpuError` when there is too little text, or a window has no token to score.
     """
     check_whole(2, window=window)
     check_whole(1, windows=windows)
     check_kind(Sequence, "a text, or a list of texts", text=text)
-    bos = _bos(tokenizer)
-    length = window - len(bos)
+    front = leading_ids(tokenizer)
+    length = window - len(front)
+    if length < 1:
+        raise SqCpuError(
+            f"a window of {window} tokens is filled by the {len(front)} that the tokenizer puts in "
+            "front: ask for longer windows"
+        )
     if isinstance(text, str):
         ids = _ids(tokenizer, text)
         step = (len(ids) - length) // windows
@@ -129,26 +135,9 @@ def token_windows(
                     f"document {number} has {len(piece)} tokens and a window takes {length}: "
                     "ask for shorter windows or drop the document"
                 )
-    return [torch.tensor([bos + piece]) for piece in pieces]
+    return [torch.tensor([front + piece]) for piece in pieces]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
     # verbose=False: no warning that the whole text exceeds the model's context.
-    return _encoded(tokenizer, text, add_special_tokens=False, verbose=False)
-
-
-def _encoded(tokenizer: Any, text: str, **options: bool) -> list[int]:
-    try:
-        return list(tokenizer(text, **options)["input_ids"])
-    except Exception as error:  # the base class itself is what tokenizers raises
-        raise SqCpuError(
-            f"the tokenizer fails on a text ({type(error).__name__}: {first_line(error)}); give "
-            "one of transformers, and texts"
-        ) from error
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    """Return [BOS] when the tokenizer itself puts it in front of a text, else []."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    first = _encoded(tokenizer, "a")[:1]
-    return first if bos is not None and first == [bos] else []
+    return encoded(tokenizer, text, add_special_tokens=False, verbose=False)

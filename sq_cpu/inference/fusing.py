@@ -6,6 +6,7 @@ import itertools
 import operator
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.cache import Int8Cache, Int8Layer, prepare_layers, replace_layers
 from sq_cpu.inference.kv_kinds import KvChoice, check_kv, choose_kv, kv_kinds
-from sq_cpu.inference.lowering import compile_program, decoder_of
+from sq_cpu.inference.lowering import compile_program
 from sq_cpu.inference.masks import token_runs
+from sq_cpu.inference.pages import split_rows
+from sq_cpu.inference.prefix import Places, Prefix, PrefixedDecoder
 from sq_cpu.inference.program import DecoderProgram, StepRows
-from sq_cpu.kernels.paged_attention import KvKind, KvPages, page_bytes
+from sq_cpu.kernels.paged_attention import BatchRows, KvKind, KvPages, page_bytes
+from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.checks import check_is_module
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.linears import head_of
@@ -89,6 +93,7 @@ class FusedDecoder:
         self._given = _Given()
         self._before = self.base.__dict__.get("forward")
         self._plain = self.base.forward
+        self._prefixed = self._before if isinstance(self._before, PrefixedDecoder) else None
         self._compile()
         self.base.forward = self
         try:
@@ -104,13 +109,22 @@ class FusedDecoder:
             self.base.forward = self._before
 
     def _compile(self) -> None:
-        self.program: DecoderProgram = compile_program(self._model)
+        with nullcontext() if self._prefixed is None else self._prefixed.paused():
+            self.program: DecoderProgram = compile_program(self._model)
+        if self.prefix is not None:
+            for layer, (kv_heads, head_dim) in enumerate(self.program.cache_shapes):
+                self.prefix.check_layer(layer, kv_heads, head_dim, head_dim)
         self._watch = _Watch(self._model, self.base)
 
     def _finish_head(self) -> None:
         self.has_head = head_of(self._model) is not None
         head = self.program.head
         self._to_logits = None if head is None else self.program.followed_by(head)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """Return what texts may begin with whose keys and values are the float model's."""
+        return None if self._prefixed is None else self._prefixed.prefix
 
     @property
     def page_bytes(self) -> int:
@@ -190,14 +204,23 @@ class FusedDecoder:
         self.refresh()
         batch, new = input_ids.shape
         seen = cache.get_seq_length()
+        places: Places = []
+        if self._prefixed is not None and not seen:
+            found = self._prefixed.places(input_ids, attention_mask, position_ids)
+            places = [(row, begin) for row, begin in found if begin == begins[row]]
         if position_ids is None:
             position_ids = torch.arange(seen, seen + new)[None]
             if self.program.own_positions:
                 position_ids = (position_ids - torch.tensor(begins)[:, None]).clamp(min=0)
-        hidden = self.run(cache, input_ids.long(), position_ids.expand(batch, new), begins)
+        at = position_ids.expand(batch, new)
+        states = self.normed(
+            self.run(cache, input_ids.long(), at, begins, [row for row, _ in places])
+        )
+        if self.prefix is not None and places:
+            states = self.prefix.put_hidden(states, places)
         wanted = self.base.config.use_cache if use_cache is None else use_cache
         return self.program.output(
-            last_hidden_state=self.normed(hidden),
+            last_hidden_state=states,
             past_key_values=cache if wanted or past_key_values is not None else None,
         )
 
@@ -256,6 +279,7 @@ class FusedDecoder:
         ids: Tensor,
         positions: Tensor,
         begins: list[int],
+        prefixed: Sequence[int] = (),
     ) -> Tensor:
         """Run new positions of each sequence, whose keys and values go into the cache.
 
@@ -264,21 +288,30 @@ class FusedDecoder:
         cache : whose layers are all `Int8Layer`
         ids, positions : int64 [batch, new]
         begins : the position where each sequence begins; ids before it are padding
+        prefixed : which sequences begin with the prefix
 
         Returns
         -------
-        fp32 [batch, new, hidden_size], 0 at padding: the residual after the last block
+        fp32 [batch, new, hidden_size], the residual after the last block; 0 at padding and at the
+        prefix, of which the keys and values go into the cache
         """
         layers = cache.layers
         dtype = self._model.dtype
         rows = prepare_layers(layers, self.program.cache_shapes, begins, ids.shape[1], dtype)
         tables = [*dict.fromkeys(layer.table for layer in layers)]
+        if self.prefix is not None and prefixed:
+            split = [split_rows(x, prefixed, len(self.prefix.ids), ids.shape[1]) for x in rows]
+            rows = [rest for _, rest in split]
+            for i, layer in enumerate(layers):
+                self.write_prefix(i, layer.pages, split[tables.index(layer.table)][0])
         caches = [(layer.pages, tables.index(layer.table)) for layer in layers]
         batch = [each.rows for each in rows]
         flat, at = ids.flatten().contiguous(), positions.flatten().contiguous()
         if rows[0].kept is not None:
             flat, at = flat[rows[0].kept], at[rows[0].kept]
-        hidden = self.program.run(flat, at, batch, caches, torch.arange(len(flat)))
+        hidden = torch.empty(0, self.base.config.hidden_size)
+        if len(flat):
+            hidden = self.program.run(flat, at, batch, caches, torch.arange(len(flat)))
         for layer in layers:
             layer.grow(ids.shape[1])
         if rows[0].kept is not None:
@@ -287,11 +320,27 @@ class FusedDecoder:
             hidden = whole
         return hidden.view(*ids.shape, -1)
 
+    def write_prefix(self, layer: int, pages: KvPages, rows: BatchRows) -> None:
+        """Write the keys and values of the prefix to the pages of a layer, for each sequence."""
+        assert self.prefix is not None
+        k, v = self.prefix.keys[layer].transpose(0, 1), self.prefix.values[layer].transpose(0, 1)
+        count = len(rows.tensors[1])
+        if count > 1:
+            k, v = k.repeat(count, 1, 1), v.repeat(count, 1, 1)
+        pages.append(rows, k, v)
+
+    def prefix_logits(self) -> Tensor:
+        """Return the logits of the prefix's last token, fp32 [1, vocabulary]."""
+        assert self.prefix is not None
+        return self._logits_of(self.prefix.hidden[-1:].to(self._model.dtype))
+
     def logits(self, step: StepRows, caches: Sequence[tuple[KvPages, int]]) -> Tensor:
         """Return the logits of the kept rows, fp32 [kept, vocabulary]; as `DecoderProgram.run`."""
         if self._to_logits is not None:
             return self._to_logits.run_step(step, caches)
-        states = self.normed(self.program.run_step(step, caches))
+        return self._logits_of(self.normed(self.program.run_step(step, caches)))
+
+    def _logits_of(self, states: Tensor) -> Tensor:
         # What the model does after its base, to these states in the place of the base's.
         self._given.output = self.program.output(last_hidden_state=states[None])
         try:

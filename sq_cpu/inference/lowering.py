@@ -35,6 +35,7 @@ from sq_cpu.inference.stages import (
     run_reference,
 )
 from sq_cpu.kernels.paged_attention import AttentionOptions
+from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.calls import evaluating
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder, Mixture
@@ -44,7 +45,7 @@ from sq_cpu.models.linears import head_of
 from sq_cpu.nn.gathering import gather_weights
 from sq_cpu.nn.linear import QuantLinear
 
-__all__ = ["compile_program", "decoder_of"]
+__all__ = ["compile_program"]
 
 _ACTIVATIONS = {
     "relu": "relu",
@@ -79,14 +80,6 @@ def compile_program(model: Any) -> DecoderProgram:
         return lowering.program()
     except SqCpuError as error:
         raise SqCpuError(f"no program for {model.config.model_type}: {error}") from error
-
-
-def decoder_of(model: Any) -> nn.Module:
-    """Return the module whose forward a program of the model stands for."""
-    family = family_of(model)
-    base: nn.Module = getattr(model, "base_model", model)
-    path = None if family is None or family.decoder is None else family.decoder.base
-    return base if path is None else find(base, path, optional=True) or base
 
 
 class _Lowering:

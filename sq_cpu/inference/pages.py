@@ -18,7 +18,15 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.paged_attention import PAGE_TOKENS, BatchRows, KvPages
 from sq_cpu.kernels.runtime import available_memory
 
-__all__ = ["CallRows", "PagePool", "PageTable", "call_rows", "pages_of", "pages_that_fit"]
+__all__ = [
+    "CallRows",
+    "PagePool",
+    "PageTable",
+    "call_rows",
+    "pages_of",
+    "pages_that_fit",
+    "split_rows",
+]
 
 _FIRST_PAGES = 4
 _RELEASED = -1
@@ -67,6 +75,26 @@ def call_rows(
         position = torch.arange(new)
         kept = ((position >= begin) & (position < begin + count)).flatten()
     return CallRows(BatchRows(counts, lengths, tables), kept, len(counts))
+
+
+def split_rows(
+    call: CallRows, sequences: Sequence[int], tokens: int, new: int
+) -> tuple[BatchRows, CallRows]:
+    """Return the first tokens of some sequences, which a call begins, and the call without them.
+
+    Parameters
+    ----------
+    call : of `new` positions
+    sequences : which of the batch have so many `tokens` at least, and none before
+    """
+    first_row, length, table = call.rows.tensors
+    counts, tables = first_row.diff().tolist(), table.tolist()
+    each = [tokens] * len(sequences)
+    first = BatchRows(each, each, [tables[sequence] for sequence in sequences])
+    for sequence in sequences:
+        counts[sequence] -= tokens
+    firsts = [new - count for count in counts]
+    return first, call_rows(counts, length.tolist(), tables, firsts, new)
 
 
 class PagePool:

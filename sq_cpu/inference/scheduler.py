@@ -25,7 +25,7 @@ from sq_cpu.inference.pages import PagePool, pages_of, pages_that_fit
 from sq_cpu.inference.program import StepRows
 from sq_cpu.inference.requests import Request, Statistics, Token, integers
 from sq_cpu.inference.sampling import Sampler, likeliest, log_probabilities
-from sq_cpu.kernels.paged_attention import PAGE_TOKENS
+from sq_cpu.kernels.paged_attention import PAGE_TOKENS, BatchRows
 
 __all__ = ["Scheduler"]
 
@@ -71,6 +71,8 @@ class _Batch:
             )[None],
             kept=torch.tensor(last_rows, dtype=torch.int64),
         )
+        self.is_prefix = not ids
+        """Whether nothing is to be computed: the prompts are the model's prefix and no more."""
         self.only_next = all(count == 1 for count in self.counts) and len(self.sampled) == len(
             parts
         )
@@ -265,7 +267,10 @@ class Scheduler:
         batch = self._next_batch()
         if batch is None:
             return
-        logits = self._fused.logits(batch.rows, self._caches)
+        if batch.is_prefix:
+            logits = self._fused.prefix_logits().expand(len(batch.sampled), -1).contiguous()
+        else:
+            logits = self._fused.logits(batch.rows, self._caches)
         for sequence, count in zip(batch.sequences, batch.counts, strict=True):
             self._computed(sequence, count)
         raw = log_probabilities(logits) if batch.logprobs else None
@@ -350,6 +355,8 @@ class Scheduler:
 
     def _next_batch(self) -> _Batch | None:
         last, self._batch = self._batch, None
+        if self._fused.prefix is not None and (ready := self._begin_with_prefix()):
+            return _Batch([(sequence, 0) for sequence in ready])
         if last is not None and last.sequences == self._running and self._advanced(last):
             return last
         parts: list[tuple[Continuation, int]] = []
@@ -362,6 +369,25 @@ class Scheduler:
                 parts.append((sequence, count))
                 budget -= count if sequence.pending > 1 else 0
         return _Batch(parts) if parts else None
+
+    def _begin_with_prefix(self) -> list[Continuation]:
+        """Give the model's prefix to those that begin with it; return those that need no more."""
+        prefix = self._fused.prefix
+        assert prefix is not None
+        count = len(prefix.ids)
+        begun = []
+        for sequence in [*self._running]:
+            new = sequence.computed == 0 and prefix.leads(sequence.ids)
+            if new and sequence in self._running and self._make_room(sequence, count):
+                sequence.computed = count
+                begun.append(sequence)
+        begun = [sequence for sequence in begun if sequence in self._running]
+        if begun:
+            each = [count] * len(begun)
+            rows = BatchRows(each, each, [sequence.table for sequence in begun])
+            for layer, (pages, _) in enumerate(self._caches):
+                self._fused.write_prefix(layer, pages, rows)
+        return [sequence for sequence in begun if not sequence.pending]
 
     def _advanced(self, batch: _Batch) -> bool:
         """Make a batch of all that run the one of their next tokens, if there are pages for all."""

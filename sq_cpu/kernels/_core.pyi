@@ -49,7 +49,9 @@ class ActivationQuantizer:
         inverse_smoothing: Sequence[float] = (),
         terms: int = 1,
         hadamard: int = 0,
+        dynamic_fallback: bool = False,
     ) -> None: ...
+    def row_counts(self, reset: bool = False) -> tuple[int, int, int, int]: ...
     @property
     def hadamard(self) -> int: ...
     @property

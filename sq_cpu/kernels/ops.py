@@ -151,10 +151,12 @@ def make_quantizer(
     zero_point: int,
     smoothing: Tensor | None,
     hadamard: int = 0,
+    dynamic_fallback: bool = False,
 ) -> _core.ActivationQuantizer:
     """Return the kernels' quantizer of a scheme; `smoothing` is s, fp32 [in_features].
 
-    `hadamard` is 64 where blocks of so many columns are rotated then (`fwht64`), else 0.
+    `hadamard` is 64 where blocks of so many columns are rotated then (`fwht64`), else 0; where
+    scales are not static, `dynamic_fallback` (see `Scheme`) has no effect.
 
     It is made once per smoothing tensor, as the traced operator asks for it at each call and 1 / s
     takes longer than a short product. A tensor that is changed in place gets a new one.
@@ -173,18 +175,19 @@ def make_quantizer(
     if not -(2**63) <= zero_point < 2**63:
         raise SqCpuError(f"static zero point is {zero_point}; codes are 0 .. 255")
     granularity, terms = _ACTIVATION_KINDS[activations]
+    beside = (terms, hadamard, dynamic_fallback and activations == "static")
     settings = (granularity, symmetric, reduce_range, scale, zero_point)
     if smoothing is None:
-        return _core.ActivationQuantizer(*settings, terms=terms, hadamard=hadamard)
+        return _core.ActivationQuantizer(*settings, (), *beside)
     if smoothing.is_inference():  # such a tensor does not tell when it is changed
-        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms, hadamard)
+        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing), *beside)
     version, made = _quantizers.get(smoothing, (None, {}))
     if version != smoothing._version:
         made = {}
         _quantizers[smoothing] = smoothing._version, made
-    key = (activations, *settings[1:], hadamard)
+    key = (*settings, *beside)
     if key not in made:
-        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing), terms, hadamard)
+        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing), *beside)
     return made[key]
 
 
@@ -407,12 +410,12 @@ def _linear_op(
     other: Tensor | None = None,
     residual: Tensor | None = None,
     hadamard: int = 0,
+    dynamic_fallback: bool = False,
 ) -> Tensor:
     """Run the kernel where torch traces or transforms; plain calls go straight to `linear`."""
     _check_packed(x, packed, out_features)
-    quantizer = make_quantizer(
-        activations, symmetric, reduce_range, scale, zero_point, smoothing, hadamard
-    )
+    settings = (activations, symmetric, reduce_range, scale, zero_point)
+    quantizer = make_quantizer(*settings, smoothing, hadamard, dynamic_fallback)
     epilogue = Epilogue(activation, other, residual)
     return linear(x, packed, x.shape[-1], out_features, quantizer, epilogue)
 

@@ -8,7 +8,7 @@ gets, but from which of the arguments these were computed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,6 +90,21 @@ class Padding:
         if x.shape[:-1] in (kept.shape, (kept.numel(),)):
             return kept.reshape(-1)
         return kept.T.reshape(-1) if x.shape[:-1] == kept.T.shape else None
+
+    def with_prefix(self, prefix: Sequence[int]) -> Padding:
+        """Return this padding with the first tokens of each text that begins with these ids."""
+        sequence = self._sequences.get("")
+        ids = [x for x in sequence.sources if _are_ids(x)] if sequence is not None else []
+        if sequence is None or not ids or not prefix or ids[0].shape[1] < len(prefix):
+            return self
+        kept = torch.ones_like(ids[0], dtype=torch.bool) if sequence.kept is None else sequence.kept
+        begin = kept.int().argmax(dim=1, keepdim=True)
+        place = (begin + torch.arange(len(prefix))).clamp(max=ids[0].shape[1] - 1)
+        leads = (ids[0].gather(1, place) == torch.tensor(prefix)).all(dim=1, keepdim=True)
+        if not leads.any():
+            return self
+        kept = kept.scatter(1, place, kept.gather(1, place) & ~leads)
+        return Padding({**self._sequences, "": replace(sequence, kept=kept)}, self._decoder)
 
     def of_hidden(self, hidden: Tensor, block: nn.Module) -> Padding:
         """Return the padding of a call that goes on with hidden states, which a block takes."""
@@ -216,6 +231,10 @@ def _kept(mask: Any) -> Tensor | None:
     added = mask.is_floating_point() and not (mask > 0).any()
     seen = mask > _MASKED if added else mask.bool()
     return seen.flatten(1, -2).any(dim=1)
+
+
+def _are_ids(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and not tensor.is_floating_point()
 
 
 def _arguments(

@@ -190,6 +190,7 @@ class QuantLinear(nn.Module):
             other,
             residual,
             self.hadamard,
+            self.scheme.dynamic_fallback,
         )
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
@@ -219,9 +220,9 @@ class QuantLinear(nn.Module):
         """Return `forward`'s y as the codes that `next_layer` takes: int8 from layer to layer.
 
         y is not rounded to a float dtype between: its codes are those of the fp32 values. A row
-        that is not finite has a scale of NaN. The scheme must be static, and `next_layer` without
-        a smoothing of its own and without `hadamard`, whose blocks lie across what one step of the
-        product makes.
+        that is not finite has a scale of NaN. A step of the product sees parts of rows: the scheme
+        must be static, `next_layer` without a smoothing of its own and `hadamard`, and all rows
+        keep the static scale (`Scheme.dynamic_fallback`); `row_counts` has them as chained.
 
         Raises
         ------
@@ -341,9 +342,8 @@ class QuantLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Resident bytes: the packed weight with its scales and bias, and s with 1 / s."""
-        return self.packed_weight.nbytes + (
-            0 if self.smoothing is None else 2 * self.smoothing.nbytes
-        )
+        smoothing = 0 if self.smoothing is None else 2 * self.smoothing.nbytes
+        return self.packed_weight.nbytes + smoothing
 
     def extra_repr(self) -> str:
         """Return the shape and the scheme, for `print(model)`."""

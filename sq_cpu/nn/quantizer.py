@@ -58,6 +58,7 @@ def layer_quantizer(
         0 if static is None else static[1],
         smoothing,
         hadamard,
+        scheme.dynamic_fallback,
     )
 
 

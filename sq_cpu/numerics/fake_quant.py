@@ -15,7 +15,7 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.hadamard import rotated
 from sq_cpu.numerics.ranges import static_range
-from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, static_code
+from sq_cpu.numerics.rounding import quantize_rows, quantize_weight, row_fits, static_code
 from sq_cpu.scheme import Scheme
 
 __all__ = ["FakeQuantizedLinear", "LinearSample"]
@@ -114,6 +114,19 @@ class FakeQuantizedLinear:
     @cached_property
     def _full_range(self) -> tuple[float, float]:
         """What `static_range` finds, before the clip."""
+        low, high = self.channel_ends()
+        rows = self.sample.rows
+        if rows is not None:
+            rows = self.coded(rows)
+            if not self.hadamard:
+                rows = rows.masked_fill(self._unread, 0.0)
+        return static_range(low, high, rows, self.scheme)
+
+    def channel_ends(self) -> tuple[Tensor, Tensor]:
+        """Return the range of what becomes codes: fp32 [columns of `coded`] each.
+
+        Channels that stay in float or are unread have none. Raises as `range` does.
+        """
         sample = self.sample
         if sample.low is None or sample.high is None:
             raise SqCpuError(f"no input of {sample.name} was seen: calibrate on other batches")
@@ -123,20 +136,16 @@ class FakeQuantizedLinear:
                 f"the calibrated range of {sample.name} is not finite: calibrate again, or ignore "
                 "it"
             )
-        rows = sample.rows
         if self.hadamard:
             if sample.peaks is None or not len(sample.peaks):
                 raise SqCpuError(
                     f"the calibration holds no peaks of {sample.name}, whose static range is that "
                     "of rotated rows: calibrate again, with rows=64"
                 )
-            low, high = self.coded(sample.peaks).aminmax(dim=0)
-            return static_range(low, high, None if rows is None else self.coded(rows), self.scheme)
+            peaks = self.coded(sample.peaks)
+            return peaks.amin(dim=0), peaks.amax(dim=0)
         left_out = self.outliers | self._unread
-        low, high = (end.masked_fill(left_out, 0.0) for end in (low, high))
-        if rows is not None:
-            rows = self.coded(rows).masked_fill(left_out, 0.0)
-        return static_range(low, high, rows, self.scheme)
+        return low.masked_fill(left_out, 0.0), high.masked_fill(left_out, 0.0)
 
     @property
     def _unread(self) -> Tensor:
@@ -158,15 +167,21 @@ class FakeQuantizedLinear:
     @cached_property
     def weight(self) -> Tensor:
         """Q(W s), fp32 [out_features, columns of `quantize`]."""
-        weight = self.sample.weight.detach().float() * self.s
-        rest = weight.masked_fill(self.outliers, 0.0)
         codes, scale = quantize_weight(
-            rotated(rest, self.hadamard) if self.hadamard else rest,
+            self.coded_weight(),
             self.scheme.weights,
             self.scheme.rows_per_scale,
             self.sample.weight_clip,
         )
-        return self._beside(codes.float() * scale[:, None], weight)
+        return self._beside(codes.float() * scale[:, None], self._smoothed_weight())
+
+    def coded_weight(self) -> Tensor:
+        """Return what becomes codes of the weight, fp32 [out_features, columns of `coded`]."""
+        rest = self._smoothed_weight().masked_fill(self.outliers, 0.0)
+        return rotated(rest, self.hadamard) if self.hadamard else rest
+
+    def _smoothed_weight(self) -> Tensor:
+        return self.sample.weight.detach().float() * self.s
 
     def with_clip(self, clip: float) -> FakeQuantizedLinear:
         """Return this linear with another clip; what does not depend on it is shared."""
@@ -184,11 +199,27 @@ class FakeQuantizedLinear:
         smoothed = (rows.float() / self.s).masked_fill(self.outliers, 0.0)
         return rotated(smoothed, self.hadamard) if self.hadamard else smoothed
 
+    @property
+    def static(self) -> tuple[float, int] | None:
+        """Scale and zero point of a static scheme's activations."""
+        static = self.scheme.activations == "static"
+        return static_code(self.scheme, *self.range) if static else None
+
+    def row_fits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which of rows X clip and which underflow, bool [rows] each.
+
+        With `Scheme.dynamic_fallback` these have their own scale; where scales are dynamic, none
+        does either.
+        """
+        static = self.static
+        if static is None:
+            return (rows.new_zeros(len(rows), dtype=torch.bool),) * 2
+        low, high = torch.aminmax(self.coded(rows), dim=1)
+        return row_fits(low.clamp_max(0), high.clamp_min(0), self.scheme, static)
+
     def quantize(self, rows: Tensor) -> Tensor:
         """Return Q(X / s) of rows X, fp32, and then the channels that stay in float."""
-        static = None
-        if self.scheme.activations == "static":
-            static = static_code(self.scheme, *self.range)
+        static = self.static
         codes, row_scale, zero_point = quantize_rows(self.coded(rows), self.scheme, static)
         made = (codes.float() - zero_point[:, None]) * row_scale[:, None]
         made = made.view(len(rows), self.scheme.terms, codes.shape[1]).sum(dim=1)

@@ -37,7 +37,9 @@ def static_range(
     - mse: the clip that minimizes the squared error of the quantized sample, by grid and
       golden-section search: a fraction of min/max (of an asymmetric scheme: the same for both
       ends, then one for each). It knows of outliers what was sampled: those of a few tokens in
-      thousands want more than the 64 rows that `calibrate` keeps by default.
+      thousands want more than the 64 rows that `calibrate` keeps by default. Rows that would get
+      their own scale (`Scheme.dynamic_fallback`) count as if they did not: a range that no row fits
+      would be best otherwise.
 
     Parameters
     ----------

@@ -11,7 +11,14 @@ from torch import Tensor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.scheme import Scheme
 
-__all__ = ["FLOOR", "quantize_rows", "quantize_weight", "static_code"]
+__all__ = [
+    "FLOOR",
+    "quantize_rows",
+    "quantize_weight",
+    "row_fits",
+    "shared_absmax",
+    "static_code",
+]
 
 _ROWS = 256  # of a weight that are in fp32 at a time
 FLOOR = 1e-30
@@ -42,18 +49,12 @@ def quantize_weight(
     SqCpuError
         When the weight holds NaN or Inf, and for another granularity or clip.
     """
-    sizes = {"per_channel": 1, "per_tensor": len(weight), "per_rows": rows_per_scale}
-    if granularity not in sizes:
-        raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
     if not 0 < clip <= 1:
         raise SqCpuError(f"the weight clip is {clip}; it lies in (0, 1]")
     weight = weight.detach()
     # No copies of the whole: in fp32, each would be twice a large bf16 weight.
     low, high = torch.aminmax(weight, dim=1) if weight.shape[1] else (weight.sum(1),) * 2
-    absmax = torch.maximum(-low, high).float()
-    if sizes[granularity] > 1 and len(absmax):
-        groups = torch.split(absmax, sizes[granularity])
-        absmax = torch.cat([group.max().expand_as(group) for group in groups])
+    absmax = shared_absmax(torch.maximum(-low, high).float(), granularity, rows_per_scale)
     if not torch.isfinite(absmax).all():
         raise SqCpuError("a weight holds NaN or Inf: quantize a sound checkpoint")
     scale = ((absmax.double() * clip).clamp_min(FLOOR) / 127).float()
@@ -63,6 +64,17 @@ def quantize_weight(
     ):
         part.copy_(torch.round(rows.float() / by[:, None]).clamp_(-127, 127))
     return codes, scale
+
+
+def shared_absmax(absmax: Tensor, granularity: str, rows_per_scale: int) -> Tensor:
+    """Return, from that of each row, the absmax that its scale covers, [out_features]."""
+    sizes = {"per_channel": 1, "per_tensor": len(absmax), "per_rows": rows_per_scale}
+    if granularity not in sizes:
+        raise SqCpuError(f"weights are quantized {', '.join(sizes)}; not {granularity!r}")
+    if sizes[granularity] == 1 or not len(absmax):
+        return absmax
+    groups = torch.split(absmax, sizes[granularity])
+    return torch.cat([group.max().expand_as(group) for group in groups])
 
 
 def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
@@ -76,6 +88,32 @@ def static_code(scheme: Scheme, low: float, high: float) -> tuple[float, int]:
     return float(torch.tensor(scale, dtype=torch.float32, device="cpu")), zero_point
 
 
+def row_fits(
+    low: Tensor, high: Tensor, scheme: Scheme, static: tuple[float, int]
+) -> tuple[Tensor, Tensor]:
+    """Return which rows clip on a static grid and which underflow, bool [m] each.
+
+    A row clips where a code would lie beyond the grid. It underflows where its codes span less
+    than an eighth of it: the largest is below 16 of 128 (8 of 64), or of an asymmetric scheme, the
+    distance of both ends' below 32 of 256 (16 of 128). A row of zeros does neither.
+
+    Parameters
+    ----------
+    low, high : fp32 [m], each row's least and greatest value, extended to hold 0
+    static : (scale, zero point), from `static_code`
+    """
+    scale, zero_point = static
+    inverse = torch.tensor(1 / scale, dtype=torch.float32, device=low.device)
+    zeros = (low == 0) & (high == 0)
+    low, high = (torch.round(end.float() * inverse) for end in (low, high))
+    smallest, largest = -zero_point, scheme.levels - zero_point
+    if scheme.symmetric:
+        smallest, largest = -scheme.qmax, scheme.qmax
+    clips = (low < smallest) | (high > largest)
+    span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
+    return clips, ~clips & ~zeros & (8 * span < scheme.levels + 1)
+
+
 def quantize_rows(
     x: Tensor, scheme: Scheme, static: tuple[float, int] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +122,8 @@ def quantize_rows(
     Parameters
     ----------
     x : fp32 [m, k]
-    static : (scale, zero point) of a static scheme, from `static_code`
+    static : (scale, zero point) of a static scheme, from `static_code`; with
+        `scheme.dynamic_fallback`, rows that do not fit it (`row_fits`) get their own
 
     Returns
     -------
@@ -99,18 +138,13 @@ def quantize_rows(
     high = clean.amax(dim=1).clamp_min(0) if x.shape[1] else clean.sum(dim=1)
     if scheme.activations == "per_tensor" and len(x):
         low, high = low.min().expand_as(low), high.max().expand_as(high)
+    scale, inverse, zero_point = _dynamic_grids(low, high, scheme)
     if static is not None:
-        scale = torch.full_like(low, static[0])
-        inverse = 1 / scale
-        zero_point = torch.full_like(low, static[1])
-    elif scheme.symmetric:
-        absmax = torch.maximum(-low, high).clamp_min(FLOOR)
-        scale, inverse = absmax / scheme.qmax, scheme.qmax / absmax
-        zero_point = torch.full_like(low, scheme.zero_point)
-    else:
-        span = (high - low).clamp_min(FLOOR)
-        scale, inverse = span / scheme.levels, scheme.levels / span
-        zero_point = torch.round(-low * scheme.levels / span)
+        clips, underflows = row_fits(low, high, scheme, static)
+        own = (clips | underflows) & scheme.dynamic_fallback
+        scale = torch.where(own, scale, static[0])
+        inverse = torch.where(own, inverse, 1 / static[0])
+        zero_point = torch.where(own, zero_point, static[1])
     centre = zero_point[:, None]
     smallest = -centre if not scheme.symmetric else torch.full_like(centre, -scheme.qmax)
     largest = scheme.levels - centre if not scheme.symmetric else -smallest
@@ -124,6 +158,17 @@ def quantize_rows(
     )
     scales = scales.masked_fill(~finite.repeat_interleave(len(rows)), torch.nan)
     return codes, scales, zero_points
+
+
+def _dynamic_grids(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scale, its inverse and zero point of rows with these extremes, fp64 [m] each."""
+    if scheme.symmetric:
+        absmax = torch.maximum(-low, high).clamp_min(FLOOR)
+        centre = torch.full_like(low, scheme.zero_point)
+        return absmax / scheme.qmax, scheme.qmax / absmax, centre
+    span = (high - low).clamp_min(FLOOR)
+    centre = torch.round(-low * scheme.levels / span)
+    return span / scheme.levels, scheme.levels / span, centre
 
 
 def _residual_rows(left: Tensor, scale: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.prefix import make_prefix, use_prefix
 from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.models.linears import (
@@ -96,6 +97,9 @@ def quantize(
     It is not the default: alone it costs SmolLM2-135M 0.100 % +- 0.047 of perplexity, where 0.1 %
     is the bound, and Gemma-3-270M 0.004 % (median KL 9.0e-4 and 4.6e-4 nats; bench/results).
 
+    A calibration with a `prefix` gives the model a `Prefix`: the first tokens of texts, whose keys
+    and values the float model makes once.
+
     Afterwards the model is in evaluation mode, has no gradients, and carries a `QuantizationRecord`
     as `model.sq_cpu_config`: what was folded and what was not, which linears stayed in float, and
     why. transformers' Conv1D, FalconLinear and 3-D experts are then linears of their own (see
@@ -157,14 +161,21 @@ def carry_out(
             example = None if calibration is None else calibration.example
             return proof or prove_with(model, groups, example, rotated=rotated)
 
+        ids = () if calibration is None else calibration.prefix
+        if ids:
+            make_prefix(model, ids)  # which tells whether there can be one
         prepared = _prepare(model, linears, calibration, recipe, None, prove, weights, head=head)
     except BaseException:
         restore_modules(replaced)
         raise
+    # Of the folded model, still in float: a fold may change what its values are.
+    prefix = make_prefix(model, ids) if ids else None
     part = _swap(model, linears, prepared, progress)
     free_experts(model)
     contiguous_linears(model)
-    mark_quantized(model, part.record(scheme, kept))
+    mark_quantized(model, replace(part.record(scheme, kept), prefix=ids))
+    if prefix is not None:
+        use_prefix(model, prefix)
     return model
 
 

@@ -38,13 +38,15 @@ class QuantizationRecord:
     full name (T5 has some in fp32)."""
     embeddings: Mapping[str, str] = field(default_factory=dict)
     """Embeddings that read the weight of a quantized linear, the head: full name -> the head's."""
+    prefix: tuple[int, ...] = ()
+    """The first tokens of texts whose keys and values are the float model's (`Prefix`)."""
 
     def layer_scheme(self, name: str) -> Scheme:
         """Return the scheme of a quantized linear."""
         return self.scheme if self.plan is None else self.plan.layer_scheme(self.scheme, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types; the last six only where there are such layers."""
+        """Return the record as JSON types; the last seven only where there are such layers."""
         plan = None if self.plan is None else self.plan.to_dict()
         tables: dict[str, Any] = {
             "smoothed": list(self.smoothed),
@@ -53,6 +55,7 @@ class QuantizationRecord:
             "kept": dict(self.kept),
             "dtypes": dict(self.dtypes),
             "embeddings": dict(self.embeddings),
+            "prefix": list(self.prefix),
         }
         return {
             "scheme": self.scheme.to_dict(),
@@ -84,6 +87,7 @@ class QuantizationRecord:
             kept=dict(values.get("kept", {})),
             dtypes=dtypes,
             embeddings=dict(values.get("embeddings", {})),
+            prefix=tuple(values.get("prefix", ())),
         )
 
 

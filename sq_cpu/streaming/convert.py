@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from sq_cpu.checkpoint.folder import Staging, staged
 from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.prefix import make_prefix
 from sq_cpu.kernels.runtime import available_memory
 from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.models.tokenizers import lead_with, leading_ids
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.head import find_head
@@ -27,12 +29,15 @@ from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
 from sq_cpu.streaming.tensors import has_safetensors
 
-__all__ = ["Job", "convert", "linear_bytes"]
+__all__ = ["Job", "PrefixChoice", "convert", "find_prefix", "linear_bytes"]
 
 # What quantizing a model in memory needs, over its size in float.
 _SLACK = 1.3
 
 Say = Callable[[str], object]
+PrefixChoice = Literal["auto", "bos", "off"]
+"""What texts begin with whose keys and values stay in float: what the tokenizer puts in front, its
+BOS, which it then always does, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +53,7 @@ class Job:
     """Replace a checkpoint in `out`; discard unfinished work of other settings."""
     trust_remote_code: bool = False
     """Whether code of the model's own may run; then not streamed."""
+    prefix: PrefixChoice = "auto"
 
 
 def convert(
@@ -117,7 +123,8 @@ def _whole(
         head = find_head(model, ignore) if recipe.head == "int8" else None
     name = None if head is None or head.in_float else head.name
     float_bytes = linear_bytes(model, ignore, but=name)
-    calibration = calibrate(model, batches_of(tokenizer), ignore=ignore)
+    prefix = find_prefix(model, tokenizer, job.prefix, say)
+    calibration = calibrate(model, batches_of(tokenizer), ignore=ignore, prefix=prefix)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
@@ -133,12 +140,37 @@ def _whole(
     )
 
 
+def find_prefix(model: nn.Module, tokenizer: Any, choice: PrefixChoice, say: Say) -> list[int]:
+    """Return the ids of the prefix that a model is to have; empty, as `say` is told why, for none.
+
+    Raises `SqCpuError` where BOS is asked for, and cannot be.
+    """
+    if choice == "off":
+        return []
+    if choice == "bos":
+        lead_with(tokenizer)
+    ids = leading_ids(tokenizer)
+    try:
+        if ids:
+            make_prefix(model, ids)
+    except SqCpuError as error:
+        if choice == "bos":
+            raise
+        say(str(error))
+        return []
+    return ids
+
+
 def _stream(
     job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
 ) -> QuantizedCheckpoint:
     folder = Path(os.path.expanduser(job.source))
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = load_tokenizer(folder, f"model folder {folder}")
+    if job.prefix == "bos":
+        raise SqCpuError("a streamed model has no prefix in float: leave out --stream or --prefix")
+    if job.prefix == "auto" and leading_ids(tokenizer):
+        say("streaming: the keys and values of BOS are quantized like any")
     batches = batches_of(tokenizer)
     say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:

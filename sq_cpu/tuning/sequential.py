@@ -69,6 +69,8 @@ class QuantizedPrefix:
         with evaluating(model):
             self._chain.probe(given[0])
             self._calls = self._chain.capture(given)
+        for call in self._calls:
+            call.padding = call.padding.with_prefix(calibration.prefix)
         self._tokens = sum(_tokens(self._chain, call) for call in self._calls)
         if len(given) != calibration.batches or self._tokens not in calibration.rows_seen.values():
             raise SqCpuError(

@@ -136,6 +136,27 @@ def test_clipped_is_the_share_of_values_beyond_the_range(symmetric: bool) -> Non
     assert not any(one.clipped or one.clipped_naive for one in dynamic.linears)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+def test_rows_that_do_not_fit_are_those_that_the_layers_count(clip: float) -> None:
+    model, calibration, plan = planted_plan(clip=clip)
+    for rows in calibration.rows.values():
+        rows[:5] *= 0.01  # far below the range
+    found = {one.name: one for one in analyze(model, calibration, plan).linears}
+    quantized = planted("llama")
+    sq_cpu.quantize(quantized, calibration, plan)
+    for name, one in found.items():
+        quantized.get_submodule(name)(calibration.rows[name])
+        counts = sq_cpu.row_counts(quantized)[name]
+        assert (one.rows_clipped, one.rows_underflowed) == pytest.approx(
+            (counts.clipped / counts.rows, counts.underflowed / counts.rows)
+        )
+        assert one.rows_underflowed >= 5 / counts.rows
+        assert (one.rows_clipped > 0) == (clip < 1)
+    dynamic = analyze(model, calibration, plan, scheme="O1")
+    assert not any(one.rows_clipped or one.rows_underflowed for one in dynamic.linears)
+
+
 def test_what_stays_in_float_is_measured_and_named() -> None:
     model, calibration, plan = planted_plan()
     both = ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj")

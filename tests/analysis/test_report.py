@@ -202,6 +202,7 @@ def test_numbers_are_those_of_the_analysis(whole: tuple[Analysis, Path]) -> None
         expected += [group.severity, group.severity_smoothed, group.error_naive, group.error]
     for one in found.linears:
         expected += [one.error_naive, one.error, one.clipped]
+        expected += [one.rows_clipped, one.rows_underflowed]
     shown = [value for value in page.values if not np.isnan(value)]
     assert shown == expected
     for name in (*by_name, *(group.name for group in found.groups), *found.kept):
@@ -273,7 +274,7 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
 
 def test_sections_with_data_are_there(whole: tuple[Analysis, Path]) -> None:
     page = Page(whole[1].read_text(encoding="utf-8"))
-    more = {"alpha", "curves", "clips", "trials"}
+    more = {"alpha", "curves", "clips", "rows", "trials"}
     few = {"summary", "channels", "worst", "errors", "float", "tables"}
     assert sections(page) == few | more
     assert {"static clip", "note", "error if naive int8"} <= set(page.cells)

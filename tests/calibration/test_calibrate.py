@@ -219,3 +219,54 @@ def test_unusable_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     with pytest.raises(SqCpuError, match="format 99, newer than this sq_cpu reads"):
         Calibration.load(path)
+
+
+def prefixed(prefix: list[int]) -> list[Any]:
+    """Return batches whose texts begin with a prefix, but one; some after padding."""
+    ids = batches(1)[0].repeat(2, 1) % 60 + 3
+    ids[:3, : len(prefix)] = torch.tensor(prefix)
+    behind = torch.cat([torch.zeros_like(ids[:, :2]), ids], dim=1)
+    mask = torch.ones_like(behind)
+    mask[:, :2] = 0
+    return [ids, {"input_ids": behind, "attention_mask": mask}]
+
+
+@pytest.mark.parametrize("prefix", [[1], [1, 2, 0]])
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
+def test_a_prefix_is_not_counted(tmp_path: Path, name: str, prefix: list[int]) -> None:
+    model = tiny_model(name)
+    given = prefixed(prefix)
+    found = calibrate(model, given, rows=500, gradient_rows=50, prefix=prefix)
+    seen: dict[str, list[Tensor]] = {}
+    layer = next(n for n, m in model.named_modules() if n.endswith(("fc1", "up_proj", "h_to_4h")))
+
+    def keep(_: nn.Module, args: Any) -> None:
+        seen.setdefault(layer, []).append(args[0].reshape(4, -1, args[0].shape[-1]))
+
+    hook = model.get_submodule(layer).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(given[0])
+        model(**given[1])
+    hook.remove()
+    first, second = seen[layer]
+    count = len(prefix)
+    counted = [*first[:3, count:], first[3], *second[:3, 2 + count :], second[3, 2:]]
+    rows = torch.cat(counted)
+    assert found.rows_seen[layer] == len(rows)
+    low, high = found.channels(layer)
+    assert torch.allclose(low, rows.amin(0), atol=1e-5)
+    assert torch.allclose(high, rows.amax(0), atol=1e-5)
+    assert found.prefix == tuple(prefix)
+    assert Calibration.load(found.save(tmp_path / "calibration")).prefix == found.prefix
+    without = calibrate(model, given)
+    assert without.prefix == ()
+    assert without.rows_seen[layer] == len(rows) + 6 * count
+
+
+def test_a_prefix_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(SqCpuError, match=r"no text of the batches begins with the prefix \[1, 2\]"):
+        calibrate(tiny_model("llama"), prefixed([1]), prefix=[1, 2])
+    with pytest.raises(SqCpuError, match="the model can have no prefix in float: Two is no model"):
+        calibrate(Two(), [X], prefix=[1])
+    with pytest.raises(SqCpuError, match="prefix: token ids are a list of integers"):
+        calibrate(tiny_model("llama"), prefixed([1]), prefix=["a"])  # type: ignore[list-item]

@@ -115,6 +115,25 @@ def test_checkpoints_of_version_2_are_read(folder: Path) -> None:
     assert_same_model(load(folder), before, logits)
 
 
+def test_rows_of_former_static_checkpoints_keep_the_static_scale(tmp_path: Path) -> None:
+    model = tiny_llama()
+    quantize(model, calibrate(model, [IDS]), scheme="O3")
+    folder = save(model, tmp_path / "out")
+    assert load(folder).sq_cpu_config.scheme == Scheme.of("O3")
+
+    def former(config: dict[str, Any]) -> None:
+        del config["quantization_config"]["scheme"]["dynamic_fallback"]
+        config["quantization_config"].update(format_version=7)
+
+    change_config(folder, former)
+    loaded = load(folder)
+    assert loaded.sq_cpu_config.scheme == Scheme.of("O3", dynamic_fallback=False)
+    layer = loaded.get_submodule(Q_PROJ)
+    x = torch.full((2, layer.in_features), 1e6)
+    assert layer.quantize_input(x).scale.tolist() == [layer.input_scale] * 2
+    assert (layer(x) - model.get_submodule(Q_PROJ)(x)).abs().max() > 1e5
+
+
 def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     model = tiny_llama()
     linear = model.get_submodule(Q_PROJ)
@@ -126,7 +145,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     out = save(model, tmp_path / "out")
 
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert (settings["format_version"], settings["smoothed"]) == (7, [Q_PROJ])
+    assert (settings["format_version"], settings["smoothed"]) == (8, [Q_PROJ])
     loaded: Any = load(out)
     assert_same_model(loaded, model, logits)
     assert torch.equal(loaded.get_submodule(Q_PROJ).smoothing, s)
@@ -142,7 +161,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
 
 def test_without_a_smoothing_there_is_no_list_of_them(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 7
+    assert settings["format_version"] == 8
     assert "smoothed" not in settings
 
 

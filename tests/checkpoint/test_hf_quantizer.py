@@ -286,7 +286,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (edit(format_version=8), "format_version 8 is newer than 7.*upgrade sq_cpu"),
+        (edit(format_version=9), "format_version 9 is newer than 8.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"other.safetensors": "0"}), "other.safetensors does not exist"),

@@ -45,7 +45,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda c: c.pop("quantization_config"), "has no quantization_config"),
         (edit(quant_method="gptq"), "quant_method is 'gptq', expected 'sq_cpu'"),
-        (edit(format_version=8), "format_version 8 is newer than 7.*upgrade sq_cpu"),
+        (edit(format_version=9), "format_version 9 is newer than 8.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"../model.safetensors": "0"}), "leaves the folder"),

@@ -116,8 +116,9 @@ def test_a_report_of_an_int8_model(
     model = byte_model()
     found = sq_cpu.analyze(model, calibration(model), done, scheme="O3")
     values = [float(value) for value in re.findall(r'<data value="([^"]*)"', page)]
-    assert values[-len(found.linears) * 3 :] == [
-        value for one in found.linears for value in (one.error_naive, one.error, one.clipped)
+    columns = ("error_naive", "error", "clipped", "rows_clipped", "rows_underflowed")
+    assert values[-len(found.linears) * len(columns) :] == [
+        getattr(one, column) for one in found.linears for column in columns
     ]
     assert f"report: {out}" in run(*arguments).stdout
 

@@ -256,3 +256,53 @@ def test_the_head_in_int8(stream: str, tmp_path: Path, text: Path) -> None:
     linears = [m for m in byte_model().modules() if isinstance(m, torch.nn.Linear)]
     parameters = [parameter for linear in linears for parameter in linear.parameters()]
     assert made["linear_bytes"]["float"] == sum(parameter.nbytes for parameter in parameters)
+
+
+def test_a_prefix(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int8"
+    made = json_of("quantize", folder, "-o", out, "--prefix", "bos", "--calib", text, *small())
+    assert made["prefix"] == [1]
+    model, tokenizer = byte_model(), byte_tokenizer()
+    sq_cpu.lead_with(tokenizer)
+    windows = sq_cpu.token_windows(tokenizer, TEXT, window=64, windows=4)
+    calibration = sq_cpu.calibrate(model, windows, prefix=[1])
+    sq_cpu.quantize(model, calibration)
+    assert_same_model(sq_cpu.load(out), model, lambda each: logits_after(each, 1))
+    # The checkpoint's tokenizer begins texts so; the float model's is told to.
+    scored = json_of("eval", out, "--text", text, *small())["perplexity"]
+    expected = sq_cpu.perplexity(model, tokenizer, TEXT, window=64, windows=4)
+    assert scored == pytest.approx(expected, rel=1e-6)
+    exact = json_of("eval", folder, "--lead-with-bos", "--text", text, *small())["perplexity"]
+    expected = sq_cpu.perplexity(byte_model(), tokenizer, TEXT, window=64, windows=4)
+    assert exact == pytest.approx(expected, rel=1e-6)
+    told = "prefix: keys and values of texts that begin with 1 in float"
+    assert told in run("inspect", out).stdout
+    assert json_of("inspect", out)["prefix"] == [1]
+    # What texts begin with is taken by itself, and may be left.
+    tokenizer.save_pretrained(folder)
+    start = ("quantize", folder, "-o", out, "--overwrite", *small())
+    assert json_of(*start)["prefix"] == [1]
+    assert json_of(*start, "--prefix", "off")["prefix"] == []
+    said = run(*start, "--stream").stderr
+    assert "streaming: the keys and values of BOS are quantized like any" in said
+    assert "a streamed model has no prefix" in error_of(*start, "--stream", "--prefix", "bos")
+
+
+def logits_after(model: Any, *prefix: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[*prefix, *range(3, 40)]])).logits  # type: ignore[no-any-return]
+
+
+def test_a_model_without_a_prefix_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise sq_cpu.SqCpuError("the model can have no prefix in float: a reason")
+
+    monkeypatch.setattr(convert, "make_prefix", refused)
+    folder = save_float(tmp_path / "float")
+    tokenizer = byte_tokenizer()
+    sq_cpu.lead_with(tokenizer)
+    tokenizer.save_pretrained(folder)
+    start = ("quantize", folder, "-o", tmp_path / "out", *small())
+    assert "no prefix in float: a reason" in run(*start).stderr
+    assert sq_cpu.load(tmp_path / "out").sq_cpu_config.prefix == ()
+    assert "a reason" in error_of(*start, "--overwrite", "--prefix", "bos")

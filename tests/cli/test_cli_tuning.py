@@ -72,6 +72,11 @@ def test_tune_block_by_block(folder: Path, tmp_path: Path) -> None:
         plans.append(SmoothPlan.load(tmp_path / "plan.json"))
     assert [group.name for group in plans[0].groups] == [group.name for group in plans[1].groups]
     assert plans[0] != plans[1]
+    learned = json_of("tune", folder, "-o", tmp_path / "plan.json", *options, "--learn", 4)
+    losses = learned["learned"]
+    assert 0 < losses["divergence_after"] <= losses["divergence_before"]
+    text = run("tune", folder, "-o", tmp_path / "plan.json", *options, "--learn", 4).stdout
+    assert re.search(r"divergence [\d.]+, learned [\d.]+ nats", text)
     options = ["--goal", "1%", "--sequential"]
     both = run("tune", folder, "-o", tmp_path / "other.json", *options, code=2)
     assert "--goal leaves all of the plan to autotune" in both.stderr

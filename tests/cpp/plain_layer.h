@@ -110,6 +110,25 @@ Grid plain_grid(const ActivationQuantizer& q, float low, float high) {
           levels - z};
 }
 
+// How a row of values lies on a static grid.
+RowCounts plain_fit(const ActivationQuantizer& q, const float* x, int64_t count) {
+  const Grid grid = plain_grid(q, 0.0f, 0.0f);
+  float least = 0.0f, most = 0.0f;  // of the codes, neither clamped nor moved
+  bool zeros = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const float code = std::nearbyint(x[i] * grid.inverse);
+    least = std::min(least, code), most = std::max(most, code);
+    zeros &= x[i] == 0.0f;
+  }
+  RowCounts fit;
+  fit.rows = 1;
+  fit.clipped = least < grid.low || most > grid.high;
+  const float whole = static_cast<float>(q.max_code() + 1);
+  const bool small = q.symmetric ? std::max(-least, most) < whole / 16 : most - least < whole / 8;
+  fit.underflowed = !fit.clipped && !zeros && small;
+  return fit;
+}
+
 // ---------------------------------------------------------------------------------- random layers
 
 // The arguments of a layer, in guarded memory, and what it must give.
@@ -123,6 +142,7 @@ struct Layer {
   const char* x;
   PackedWeight weight;
 
+  RowCounts counts;            // of one call
   std::vector<bool> finite;    // the rows whose codes, zero points and integers mean something
   std::vector<uint8_t> codes;  // [m * terms, depth()]
   std::vector<float> scale;
@@ -183,6 +203,7 @@ ActivationQuantizer random_quantizer(Rng& rng) {
   q.granularity = static_cast<Granularity>(rng.below(3));
   q.symmetric = rng.coin();
   q.reduce_range = rng.coin();
+  q.dynamic_fallback = rng.coin();
   q.scale = std::ldexp(1.0f + rng.below(100) / 100.0f, static_cast<int>(rng.below(10)) - 8);
   q.zero_point =
       static_cast<int32_t>(q.symmetric ? q.max_code() / 2 + 1 : rng.below(q.max_code() + 1));
@@ -253,7 +274,15 @@ void compute_plainly(Layer& layer) {
   layer.scale.clear(), layer.v.resize(m * n);
   for (int64_t row = 0; row < m; ++row) {
     const bool shared = q.granularity == Granularity::kPerTensor;
-    const Grid grid = shared ? plain_grid(q, lowest, highest) : plain_grid(q, low[row], high[row]);
+    ActivationQuantizer here = q;
+    if (q.granularity == Granularity::kStatic) {
+      const RowCounts fit = plain_fit(q, x.data() + row * k, layer.finite[row] ? k : 0);
+      layer.counts += fit;
+      const bool own = q.dynamic_fallback && fit.clipped + fit.underflowed > 0;
+      if (own) here.granularity = Granularity::kPerToken;
+    }
+    const Grid grid =
+        shared ? plain_grid(q, lowest, highest) : plain_grid(here, low[row], high[row]);
     const int most = q.max_code() / 2;
     const double steps = 2.0 * most;
     const Grid rest{static_cast<float>(grid.scale / steps), static_cast<float>(steps / grid.scale),
@@ -353,7 +382,8 @@ std::string describe(const Layer& layer) {
               static_cast<int>(layer.x_type), " ", layer.to_codes ? 3 : int(layer.y_type),
               " granularity ", static_cast<int>(q.granularity), q.symmetric ? " symmetric" : "",
               q.reduce_range ? " reduced" : "", q.terms == 2 ? " twice" : "",
-              q.inverse_smoothing != nullptr ? " smooth" : "", q.hadamard != 0 ? " rotated" : "",
+              q.inverse_smoothing != nullptr ? " smooth" : "",
+              q.dynamic_fallback ? " falls back" : "", q.hadamard != 0 ? " rotated" : "",
               " activation ", static_cast<int>(e.activation), e.other ? " other" : "",
               e.residual ? " residual" : "", " operands ", static_cast<int>(e.operand_type));
 }
@@ -366,6 +396,11 @@ bool rows_are_right(const Layer& layer, const std::vector<T>& expected, const T*
     if (layer.finite[i / columns] && found[i] != expected[i]) return false;
   }
   return true;
+}
+
+bool same_counts(const RowCounts& a, const RowCounts& b) {
+  return a.rows == b.rows && a.clipped == b.clipped && a.underflowed == b.underflowed &&
+         a.chained == b.chained;
 }
 
 bool same(float a, float b) {

@@ -33,7 +33,7 @@ struct Shape {
   int64_t longest = 300;  // prompt
   Norm::Kind norm = Norm::Kind::kRms;
   bool interleaved = false, head_norms = false, sandwich = false, head = false;
-  bool smoothed = false, hadamard = false, tied = false;
+  bool smoothed = false, hadamard = false, tied = false, fallback = false;
   bool in_float[5] = {};  // q, k and v; out; gate; up; down and the head
   DType float_type = DType::kFloat32;
   float multiplier = 1.0f;  // of what is added to the residual
@@ -43,6 +43,7 @@ struct Shape {
   int64_t experts = 0, top = 0;
   bool renormalize = false, shared = false;  // an expert of all rows
   Granularity granularity = Granularity::kPerToken;
+  RowCounter* counter = nullptr;  // of all quantizers
   Activation activation = Activation::kSilu;
 
   int64_t heads() const { return kv_heads * group; }
@@ -64,6 +65,7 @@ struct Shape {
                       int64_t(head),
                       int64_t(smoothed),
                       int64_t(hadamard),
+                      int64_t(fallback),
                       int64_t(granularity),
                       int64_t(float_type),
                       int64_t(learned),
@@ -172,7 +174,10 @@ struct Model {
   ActivationQuantizer make_quantizer(int64_t k) {
     ActivationQuantizer q;
     q.granularity = s.granularity;
-    if (s.granularity == Granularity::kStatic) q.scale = 0.02f, q.zero_point = 128;
+    if (s.granularity == Granularity::kStatic) {
+      q.scale = 0.02f, q.zero_point = 128;
+      q.dynamic_fallback = s.fallback, q.counter = s.counter;
+    }
     if (s.smoothed) {
       Floats inverse = random_floats(k, rng, 0.5f);
       for (float& v : inverse) v += 1.0f;

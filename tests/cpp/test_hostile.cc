@@ -94,7 +94,7 @@ void spoil(QuantizedActivation& x, Rng& rng) {
 }
 void spoil(ActivationQuantizer& q, Rng& rng) {
   spoil_one(rng, q.granularity, q.symmetric, q.reduce_range, q.scale, q.zero_point,
-            q.inverse_smoothing, q.terms, q.hadamard);
+            q.inverse_smoothing, q.terms, q.hadamard, q.dynamic_fallback);
 }
 void spoil(Epilogue& e, Rng& rng) {
   // Not operand_type: a wider one than the buffers' is a lie.
@@ -257,6 +257,7 @@ void attack_all(Attack attack) {
   fixed.granularity = Granularity::kStatic;
   fixed.scale = 0.1f;
   fixed.zero_point = 128;
+  fixed.dynamic_fallback = true;
   const Epilogue epilogue{Activation::kSilu, o.operand.data(), kN, o.operand.data(), kN, fp32};
 
   attack("packed_bytes", &packed_bytes, kN, kK);

@@ -20,7 +20,11 @@ std::vector<char> check_layer(const Layer& layer, int threads, Outputs& out,
   const QuantizedActivation q =
       place_activation(layer.rows_of_codes(), layer.k, layer.quantizer.max_code(), out.codes,
                        out.scale, out.zero_point, at_end, layer.quantizer.terms);
-  quantize_activations(layer.x, layer.x_type, layer.ldx, layer.quantizer, q);
+  RowCounter counter;
+  ActivationQuantizer quantizer = layer.quantizer;
+  quantizer.counter = &counter;
+  quantize_activations(layer.x, layer.x_type, layer.ldx, quantizer, q);
+  check(same_counts(counter.reset(), layer.counts), what + ": the counts");
   check(rows_are_right(layer, layer.codes, gather_codes(q.codes, q.m, layer.depth()).data()),
         what + ": the codes");
   check(std::equal(layer.scale.begin(), layer.scale.end(), q.scale, same), what + ": the scales");
@@ -38,7 +42,10 @@ std::vector<char> check_layer(const Layer& layer, int threads, Outputs& out,
   if (layer.to_codes) {
     const QuantizedActivation y = place_activation(layer.m, layer.n, layer.y_quantizer.max_code(),
                                                    out.y, out.y_scale, out.y_zero_point, at_end);
-    linear(q, layer.weight, layer.y_quantizer, y, e);
+    ActivationQuantizer y_quantizer = layer.y_quantizer;
+    y_quantizer.counter = &counter;
+    linear(q, layer.weight, y_quantizer, y, e);
+    check(same_counts(counter.read(), {0, 0, 0, layer.m}), what + ": int8 out is chained");
     check(codes_are_right(layer, y), what + ": int8 out");
     const Grid grid = plain_grid(layer.y_quantizer, 0.0f, 0.0f);
     steps.grid = {grid.inverse, static_cast<float>(grid.low), static_cast<float>(grid.high),
@@ -54,9 +61,11 @@ std::vector<char> check_layer(const Layer& layer, int threads, Outputs& out,
   }
   const int64_t bytes = y_bytes(layer);
   auto* y = out.y.place_filled<char>(bytes, at_end);
-  linear(layer.x, layer.x_type, layer.m, layer.ldx, layer.weight, layer.quantizer, y, layer.y_type,
+  linear(layer.x, layer.x_type, layer.m, layer.ldx, layer.weight, quantizer, y, layer.y_type,
          layer.ldy, e);
   check(y_is_right(layer, y), what + ": linear");
+  check(same_counts(counter.read(), layer.n == 0 ? RowCounts{} : layer.counts),
+        what + ": linear counts");
   const std::vector<char> first(y, y + bytes);
   std::fill_n(y, bytes, Guarded::kFiller);
   linear(q, layer.weight, y, layer.y_type, layer.ldy, e);
@@ -84,6 +93,67 @@ void fuzz(const std::vector<Isa>& isas, const Seeds& seeds) {
       if (isa == Isa::kReference) reference = y;
       check(y == reference, what + ": the bits of the reference, those of NaN too");
     }
+  }
+}
+
+// The borders of the static grid: one element of a row, at every place, decides.
+void test_fallback(Isa isa) {
+  use(isa);
+  Part part("rows with their own scale on " + isa_name(isa));
+  const float denormal = 1e-40f, huge = std::numeric_limits<float>::max();
+  struct Case {
+    float x;  // in static steps
+    int64_t clipped, underflowed;
+  };
+  ActivationQuantizer q;
+  q.granularity = Granularity::kStatic;
+  q.scale = 0.25f;  // so that steps are exact
+  q.zero_point = 128;
+  q.dynamic_fallback = true;
+  const Case cases[] = {{0, 0, 0},   {127, 0, 0},       {127.499f, 0, 0}, {127.5f, 1, 0},
+                        {128, 1, 0}, {-127.499f, 0, 0}, {-127.5f, 1, 0},  {15.5f, 0, 0},
+                        {16, 0, 0},  {15.499f, 0, 1},   {-15.5f, 0, 0},   {-15.499f, 0, 1},
+                        {1, 0, 1},   {denormal, 0, 1},  {huge, 1, 0},     {-huge, 1, 0}};
+  for (const auto& [steps, clipped, underflowed] : cases) {
+    for (int64_t k : {1, 15, 16, 17, 33, 64, 65, 130}) {
+      for (int64_t place = 0; place < k; ++place) {
+        std::vector<float> x(k), scale(1);
+        x[place] = steps == huge || steps == -huge || steps == denormal ? steps : steps * q.scale;
+        std::vector<uint8_t> u(codes_bytes(1, k));
+        std::vector<int32_t> zero_point(1);
+        RowCounter counter;
+        q.counter = &counter;
+        quantize_activations(x.data(), DType::kFloat32, k, q,
+                             {u.data(), scale.data(), zero_point.data(), 1, k, 255});
+        const std::string what = join(x[place], " at ", place, " of ", k);
+        check(same_counts(counter.read(), {1, clipped, underflowed, 0}), what + ": counts");
+        const bool own = clipped + underflowed > 0;
+        const double absmax = std::max(1e-30, std::fabs(double{x[place]}));
+        const auto expected = own ? static_cast<float>(absmax / 127) : q.scale;
+        check(scale[0] == expected && zero_point[0] == 128, what + ": the scale");
+        const float inverse = own ? static_cast<float>(127 / absmax) : 1 / q.scale;
+        const std::vector<uint8_t> codes = gather_codes(u.data(), 1, k);
+        bool right = true;
+        for (int64_t i = 0; i < k; ++i) {
+          right &= codes[i] == 128 + std::nearbyint(x[i] * inverse);
+        }
+        check(right, what + ": the codes");
+      }
+    }
+  }
+  // A row that only its rotation makes an outlier: 64 times 3 becomes one 24, 96 steps of 1/4; 64
+  // times 5 is 160 of them.
+  q.hadamard = 64;
+  for (const auto& [value, clips] : {std::pair{3.0f, 0}, std::pair{5.0f, 1}}) {
+    const std::vector<float> x(64, value);
+    std::vector<float> scale(1);
+    std::vector<uint8_t> u(codes_bytes(1, 64));
+    std::vector<int32_t> zero_point(1);
+    RowCounter counter;
+    q.counter = &counter;
+    quantize_activations(x.data(), DType::kFloat32, 64, q,
+                         {u.data(), scale.data(), zero_point.data(), 1, 64, 255});
+    check(same_counts(counter.read(), {1, clips, 0, 0}), join("64 times ", value));
   }
 }
 
@@ -314,6 +384,7 @@ int main(int argc, char** argv) {
     // What cuts the rows is the same on all: the quickest that is not emulated.
     test_passes(emulated(isas.back()) ? isas[isas.size() - 2] : isas.back());
   }
+  for (Isa isa : isas) test_fallback(isa);
   test_gather_rows(isas, fuzzed);
   fuzz(isas, fuzzed);
   return finish();

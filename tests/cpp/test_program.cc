@@ -78,7 +78,8 @@ std::vector<Shape> shapes() {
   // Codes of 16 rows that a worker does not make for itself: wide, of fewer rows.
   for (int j : {8, 10}) all[j].longest = 40;
   all[8].width = 1200, all[8].ffn = 1100, all[8].layers = 1, all[8].float_columns = 2;
-  all[8].hadamard = true, all[8].granularity = Granularity::kStatic;
+  all[8].hadamard = true;
+  for (int j : {8, 19}) all[j].granularity = Granularity::kStatic, all[j].fallback = true;
   all[9].tied = true, all[9].head = true, all[9].smoothed = true, all[9].vocabulary = 77;
   // Two terms of more rows than a worker quantizes for itself.
   all[10].tied = true, all[10].head = true, all[10].width = 600, all[10].layers = 1;
@@ -129,6 +130,37 @@ void test_kept_rows() {
     call.kept.clear();
     check(run(model, program, call, caches, 0).empty(), "none kept");
   }
+}
+
+// Each row once a layer's input, by whatever team; q, k and v share theirs, as gate and up do.
+void test_counts() {
+  const Part part("counted rows");
+  const int threads = omp_get_max_threads();
+  for (const int64_t m : {1, 310}) {
+    RowCounts expected;
+    for (const int workers : {1, 5}) {
+      omp_set_num_threads(workers);
+      Rng rng(17);
+      RowCounter counter;
+      Shape shape;
+      shape.granularity = Granularity::kStatic, shape.counter = &counter;
+      const Model model(shape, rng);
+      const std::vector<int64_t> tokens = random_tokens(m, shape, rng);
+      Caches caches(shape, 1, 5);
+      Call call(caches);
+      call.add(caches, 0, tokens, 0, m);
+      Program program;
+      build(model, program);
+      run(model, program, call, caches, 0);
+      const RowCounts found = counter.read();
+      check(found.rows == 4 * shape.layers * m && found.chained == 0, join(found.rows, " of ", m));
+      if (workers == 1) expected = found;
+      check(found.clipped > 0 && found.clipped == expected.clipped &&
+                found.underflowed == expected.underflowed,
+            join(found.clipped, " and ", found.underflowed, " of ", m, " by ", workers));
+    }
+  }
+  omp_set_num_threads(threads);
 }
 
 // 2^-22 of the cap, and the half ulps of the product and of tanh here.
@@ -337,6 +369,7 @@ int main(int argc, char** argv) {
     check(results == first, isa_name(isa) + ": other bits than the reference ISA");
   }
   test_kept_rows();
+  test_counts();
   test_caps();
   test_refusals();
   return finish();

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 
 #include <functional>
+#include <memory>
 #include <set>
 #include <thread>
 
@@ -30,7 +31,7 @@ constexpr Layer kLayers[] = {
     {1, 900, 1100, Granularity::kPerToken},  {1, 900, 1100, Granularity::kPerTensor},
     {4, 600, 1700, Granularity::kPerToken},  {16, 400, 1000, Granularity::kPerToken},
     {17, 500, 500, Granularity::kPerTensor}, {70, 200, 400, Granularity::kPerToken},
-    {400, 40, 300, Granularity::kStatic},
+    {400, 40, 300, Granularity::kStatic},    {1, 900, 1100, Granularity::kStatic},
 };
 
 std::string describe(const Layer& l) { return join("m=", l.m, " n=", l.n, " k=", l.k); }
@@ -53,7 +54,12 @@ class Caller {
     quantizer_.granularity = layer.granularity;
     quantizer_.scale = 0.01f;
     quantizer_.zero_point = 128;
+    quantizer_.dynamic_fallback = true;
+    quantizer_.counter = counter_.get();
   }
+
+  // Rows since it was last asked.
+  int64_t counted() const { return counter_->reset().rows; }
 
   std::vector<float> run() const {
     std::vector<float> y(layer_.m * layer_.n);
@@ -68,6 +74,7 @@ class Caller {
   const Layer layer_;
   std::vector<float> x_, operand_;
   std::vector<std::byte> packed_;
+  std::shared_ptr<RowCounter> counter_ = std::make_shared<RowCounter>();
   ActivationQuantizer quantizer_;
 };
 
@@ -99,7 +106,10 @@ void test_teams(Isa isa, const Layer& layer) {
   const Team team(isa, layer);
   for (int threads : {2, 3, 7}) {
     omp_set_num_threads(threads);
+    caller.counted();
     check(caller.run() == expected, join(what, " threads=", threads));
+    const bool counts = layer.granularity == Granularity::kStatic;
+    check(caller.counted() == (counts ? layer.m : 0), join(what, ": counted, threads=", threads));
     team.check_size(threads, threads, what);
   }
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from byte_models import byte_tokenizer
 from tiny import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.perplexity import perplexity, token_windows
+from sq_cpu.models.tokenizers import lead_with
 
 
 class Numbers:
@@ -73,6 +75,19 @@ def test_bos_leads_every_window_only_if_the_tokenizer_adds_it() -> None:
     assert [w[0].tolist() for w in windows] == [[63, 0, 1, 2], [63, 8, 9, 10]]
     windows = token_windows(Numbers(63), numbers(20), window=4, windows=2)
     assert [w[0].tolist() for w in windows] == [[0, 1, 2, 3], [8, 9, 10, 11]]
+
+
+def test_a_window_begins_with_all_that_the_tokenizer_puts_in_front() -> None:
+    tokenizer = byte_tokenizer()
+    lead_with(tokenizer, [1, 70, 71])
+    text = tokenizer("abcdef", add_special_tokens=False)["input_ids"]
+    windows = token_windows(tokenizer, ["abcdef", "defabc"], window=6, windows=2)
+    assert [w[0].tolist() for w in windows] == [
+        [1, 70, 71, *text[:3]],
+        [1, 70, 71, *text[3:]],
+    ]
+    with pytest.raises(SqCpuError, match="a window of 3 tokens is filled by the 3 that"):
+        token_windows(tokenizer, "abcdef", window=3, windows=1)
 
 
 @pytest.mark.parametrize(

@@ -304,6 +304,23 @@ def test_threads_that_call_one_model() -> None:
         assert all(pool.map(calls, range(3)))
 
 
+@torch.no_grad()
+def test_rows_with_their_own_scale_are_counted(threads: Any) -> None:
+    model = fused("llama", scheme="O3")
+    made = {}
+    for count in (1, 2):
+        threads(count)
+        sq_cpu.row_counts(model, reset=True)
+        model(prompt(1, 30))
+        made[count] = sq_cpu.row_counts(model)
+    assert made[1] == made[2]
+    rows = {name.rpartition(".")[2]: counts.rows for name, counts in made[1].items()}
+    # One quantized input for q, k and v, and for up and gate.
+    first = {"q_proj": 30, "o_proj": 30, "up_proj": 30, "down_proj": 30}
+    assert rows == first | {"k_proj": 0, "v_proj": 0, "gate_proj": 0}
+    assert sum(counts.underflowed + counts.clipped for counts in made[1].values()) > 0
+
+
 def test_what_fails_while_fusing_leaves_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized("llama")
     own = model.model.forward

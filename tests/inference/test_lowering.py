@@ -24,6 +24,7 @@ from sq_cpu.inference.stages import (
     Project,
     Route,
 )
+from sq_cpu.models import bases
 from sq_cpu.models.families import family_of
 from sq_cpu.models.family import Decoder, Mixture
 
@@ -333,6 +334,7 @@ def test_wrong_ends_are_refused(wrong: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert family.decoder is not None
     row = replace(family, decoder=replace(family.decoder, **change))
     monkeypatch.setattr(lowering, "family_of", lambda _: row)
+    monkeypatch.setattr(bases, "family_of", lambda _: row)
     with pytest.raises(SqCpuError, match=message):
         compile_program(model)
 

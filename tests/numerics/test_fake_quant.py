@@ -40,7 +40,8 @@ def test_range_and_weight_are_found_once_for_every_clip(monkeypatch: pytest.Monk
             return original(*args)
 
         monkeypatch.setattr(fake_quant, name, counted)
-    linear = FakeQuantizedLinear(sampled(outliers=(3,)), scales(), MSE)
+    scheme = replace(MSE, dynamic_fallback=False)
+    linear = FakeQuantizedLinear(sampled(outliers=(3,)), scales(), scheme)
     rows, clips = torch.randn(8, 32), (0.5, 1.0, 1.2)
     outputs = [linear.with_clip(clip)(part) for clip in clips for part in (rows[:4], rows[4:])]
     assert sorted(found) == ["quantize_weight", "static_range"]

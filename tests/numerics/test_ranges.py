@@ -18,7 +18,9 @@ GRIDS = list(itertools.product((True, False), (False, True)))
 
 
 def scheme_of(kind: Any, percentile: float | None = None, **kwargs: Any) -> Scheme:
-    fields = kwargs | ({} if percentile is None else {"percentile": percentile})
+    # A range is chosen as if every row had it.
+    fields = {"dynamic_fallback": False} | kwargs
+    fields |= {} if percentile is None else {"percentile": percentile}
     return Scheme(activations="static", static_range=kind, **fields)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-from byte_models import byte_tokenizer
-from servers import NAME, Served
+from byte_models import byte_model, byte_tokenizer
+from servers import NAME, Served, serving
 from test_detokenize import cut
 
+import sq_cpu
 from sq_cpu.inference.generation import generate
 from sq_cpu.inference.sampling import Sampling
 
@@ -184,3 +186,23 @@ def test_many_at_once(server: Served, model: Any) -> None:
 
     with ThreadPoolExecutor(12) as pool:
         assert [*pool.map(ask, seeds)] == expected
+
+
+def test_a_model_with_a_prefix(tmp_path: Path) -> None:
+    float_model, tokenizer = byte_model(), byte_tokenizer()
+    sq_cpu.lead_with(tokenizer)
+    windows = sq_cpu.token_windows(tokenizer, "Some text. " * 40, window=32, windows=4)
+    calibration = sq_cpu.calibrate(float_model, windows, prefix=sq_cpu.leading_ids(tokenizer))
+    model = sq_cpu.quantize(float_model, calibration, scheme="O3", progress=False)
+    folder = sq_cpu.save(model, tmp_path / "int8", tokenizer)
+    sq_cpu.fuse(model)
+    with serving(folder) as served:
+        for prompt in ["", *PROMPTS]:
+            body = {"model": NAME, "prompt": prompt, "max_tokens": 24, "temperature": 0}
+            answer = served.post("/v1/completions", body).json()
+            ids = tokenizer(prompt)["input_ids"]
+            assert ids[0] == tokenizer.bos_token_id
+            (made,) = generate(model, [ids], max_new_tokens=24)
+            text = tokenizer.decode(made, skip_special_tokens=True)
+            assert answer["choices"][0]["text"] == text
+            assert answer["usage"]["prompt_tokens"] == len(ids)

@@ -19,8 +19,10 @@ from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 from sq_cpu.tuning.alpha_search import ScoredGroup
 from sq_cpu.tuning.losses import LOCAL_LOSSES
 
-SCHEMES = [Scheme.of("O1"), Scheme.of("O2", symmetric=False), Scheme.of("O3")]
-SCHEMES += [Scheme.of("O3", weights="per_tensor"), Scheme.of("O3", static_range="mse")]
+# Where a row may have its own scale, it is dynamic.
+STATIC = Scheme.of("O3", dynamic_fallback=False)
+SCHEMES = [Scheme.of("O1"), Scheme.of("O2", symmetric=False), STATIC]
+SCHEMES += [Scheme.of(STATIC, weights="per_tensor"), Scheme.of(STATIC, static_range="mse")]
 
 
 def group_of(x: Tensor, weight: Tensor, gamma: Tensor, scheme: Scheme) -> GroupStatistics:

@@ -161,3 +161,20 @@ def test_what_sequential_tuning_refuses() -> None:
     ids = inputs("whisper", 2)
     with pytest.raises(SqCpuError, match=r"2 stacks of blocks; tune it with sequential=False"):
         sq_cpu.tune(whisper, sq_cpu.calibrate(whisper, ids), sequential=True, batches=ids)
+
+
+def test_a_prefix_is_not_among_the_rows() -> None:
+    model = planted("llama")
+    data = batches(5)
+    for ids in data:
+        ids[:, :2] = torch.tensor([1, 5])
+    calibration = sq_cpu.calibrate(model, data, rows=500, prefix=[1, 5])
+    groups = {group.name: group for group in smoothing_groups(model)}
+    with linearized(model):
+        blocks = QuantizedPrefix(model, calibration, data, groups, SCHEME).blocks({}, {})
+        _, first = next(blocks)
+    assert {len(rows) for rows in first.rows.values()} == {5 * 2 * 14}
+    for name, rows in first.rows.items():
+        torch.testing.assert_close(rows, calibration.rows[name])
+    tuned = sq_cpu.tune(model, calibration, scheme="O3", sequential=True, batches=data)
+    assert tuned.groups

@@ -191,7 +191,7 @@ def test_scored_are_rows_that_did_not_make_the_range() -> None:
         rows = held_out.rows["linear"]
         assert torch.equal(rows[rows[:, 0].argsort()], x[x[:, 0].argsort()])
     seen = replace(calibration, row_folds={}, fold_min={}, fold_max={})
-    scheme = Scheme.of("O3", ignore=())
+    scheme = Scheme.of("O3", ignore=(), dynamic_fallback=False)
     unseen_loss, seen_loss = (
         float(sq_cpu.tune(model, c, scheme=scheme, clip=False).groups[0].note.split()[-1])
         for c in (calibration, seen)

@@ -34,6 +34,7 @@
 // worker keeps 16 KB of its own for codes that each makes for itself.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -106,6 +107,62 @@ int64_t codes_bytes(int64_t m, int64_t k);
 
 enum class Granularity { kPerToken, kPerTensor, kStatic };
 
+// Rows that a static quantizer met. A row clips where a code would lie beyond the grid, and
+// underflows where its codes span less than an eighth of it: the largest is below 16 of 128 (8 of
+// 64), or the distance of an asymmetric row's below 32 of 256 (16 of 128). A row of zeros and one
+// that is not finite do neither.
+struct RowCounts {
+  int64_t rows = 0;  // those that are not chained
+  int64_t clipped = 0;
+  int64_t underflowed = 0;
+  int64_t chained = 0;  // codes that a product wrote, which sees parts of a row: nobody looked
+
+  RowCounts& operator+=(const RowCounts& more) {
+    rows += more.rows;
+    clipped += more.clipped;
+    underflowed += more.underflowed;
+    chained += more.chained;
+    return *this;
+  }
+};
+
+// Counts of a layer, by any number of threads at once: each worker of a team has a line of its own.
+class RowCounter {
+ public:
+  void add(const RowCounts& counts, int worker) {
+    Line& line = lines_[worker % kLines];
+    const auto count = [](std::atomic<int64_t>& sum, int64_t more) {
+      if (more != 0) sum.fetch_add(more, std::memory_order_relaxed);
+    };
+    count(line.rows, counts.rows);
+    count(line.clipped, counts.clipped);
+    count(line.underflowed, counts.underflowed);
+    count(line.chained, counts.chained);
+  }
+  RowCounts read() const {
+    return sum(lines_, [](const auto& count) { return count.load(std::memory_order_relaxed); });
+  }
+  // Returns what it held; no row is lost between both.
+  RowCounts reset() {
+    return sum(lines_, [](auto& count) { return count.exchange(0, std::memory_order_relaxed); });
+  }
+
+ private:
+  static constexpr int kLines = 16;
+  struct alignas(64) Line {
+    std::atomic<int64_t> rows{0}, clipped{0}, underflowed{0}, chained{0};
+  };
+  template <typename Lines, typename Take>
+  static RowCounts sum(Lines& lines, Take take) {
+    RowCounts all;
+    for (auto& line : lines) {
+      all += {take(line.rows), take(line.clipped), take(line.underflowed), take(line.chained)};
+    }
+    return all;
+  }
+  Line lines_[kLines];
+};
+
 // How activations become u8. Symmetric: zero point 128, |q| <= 127; asymmetric: the range extended
 // to hold 0, zero point and codes in 0..255. reduce_range halves both grids (64, 63; 0..127), which
 // vpmaddubsw needs in order not to saturate.
@@ -126,6 +183,10 @@ struct ActivationQuantizer {
   // rounded up to 64 columns. They take a weight of so many columns, W diag(s) rotated alike, which
   // fills whole tiles; where a function takes or makes them, k stands for either.
   int hadamard = 0;
+  // kStatic only: a row that clips or underflows (RowCounts) gets the scale and zero point that
+  // kPerToken gives it. Codes that a product writes for the next layer cannot: they are static.
+  bool dynamic_fallback = false;
+  RowCounter* counter = nullptr;  // kStatic only: where rows are counted, or null
 
   int max_code() const { return reduce_range ? 127 : 255; }
 };
@@ -159,8 +220,8 @@ void linear(const QuantizedActivation& x, const PackedWeight& weight, void* y, D
 
 // The second half with int8 out, so that int8 layers chain (the paper's W8A8B8O8): y becomes u8 by
 // y_quantizer, which must be kStatic, of one term, without smoothing and not rotated. Writes y's
-// three arrays; y is [x.m / x.terms, weight.n]. Where a row's value before quantization is not
-// finite, y.scale is NaN.
+// three arrays; y is [x.m / x.terms, weight.n]. Its rows are chained: none gets its own scale.
+// Where a row's value before quantization is not finite, y.scale is NaN.
 void linear(const QuantizedActivation& x, const PackedWeight& weight,
             const ActivationQuantizer& y_quantizer, const QuantizedActivation& y,
             const Epilogue& epilogue = {});

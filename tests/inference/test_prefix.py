@@ -1,0 +1,446 @@
+"""A prefix in float: nothing that a model makes of its first tokens itself is seen.
+
+So the embeddings of these are spoilt, after the prefix was made: every other row has to stay what
+it was, in every way to run a model.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+import sq_cpu
+from sq_cpu import Int8Cache, Request, Scheduler, SqCpuError
+from sq_cpu.inference.prefix import make_prefix, prefix_of, use_prefix
+
+BOS = 1
+GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+FAMILIES = [
+    ("llama", {}),
+    ("gemma3_text", {"sliding_window": 4}),
+    ("gemma3_text", {"sliding_window": 40}),
+    ("mistral", {"sliding_window": 5}),
+    ("qwen3", {}),
+    ("deepseek_v2", {}),
+    ("mixtral", {}),
+    ("opt", {}),
+    ("gpt2", {}),
+    ("gptj", {}),
+    ("bloom", {}),
+    ("mpt", {}),
+    ("falcon-new", {}),
+    ("gemma3", {}),
+]
+FUSED = ["llama", "gemma3_text", "mixtral", "opt", "gpt2", "bloom"]
+
+
+def texts(prefix: tuple[int, ...] = (BOS,), rows: int = 3, length: int = 14) -> Tensor:
+    ids = torch.randint(3, 60, (rows, length), generator=torch.Generator().manual_seed(2))
+    ids[:, : len(prefix)] = torch.tensor(prefix)
+    return ids
+
+
+def padded(ids: Tensor) -> dict[str, Tensor]:
+    """Return a batch in which each text begins one position after the one before."""
+    batch = torch.zeros(len(ids), ids.shape[1] + len(ids) - 1, dtype=torch.long)
+    mask = torch.zeros_like(batch)
+    for row, text in enumerate(ids):
+        batch[row, row : row + len(text)] = text
+        mask[row, row:] = 1
+        batch[row, row + len(text) :] = 7
+    return {"input_ids": batch, "attention_mask": mask}
+
+
+def spoil(model: Any, prefix: tuple[int, ...] = (BOS,)) -> Any:
+    """Make the model's own rows of the prefix something else."""
+    weight = model.get_input_embeddings().weight
+    noise = torch.randn(len(prefix), weight.shape[1], generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        weight[list(prefix)] = noise.to(weight)
+    return model
+
+
+def off(made: Tensor, wanted: Tensor) -> float:
+    """Return the relative error of logits; those of tokens that were spoilt in a tied head aside.
+
+    Ids up to 2 are no others.
+    """
+    made, wanted = made[..., 3:].float(), wanted[..., 3:].float()
+    return float((made - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda each: f"{each[0]}{[*each[1].values()] or ''}")
+def float_model(request: pytest.FixtureRequest) -> Any:
+    name, options = request.param
+    return tiny_model(name, **({} if name == "gemma3" else options))
+
+
+@pytest.mark.parametrize("prefix", [(BOS,), (BOS, 2, 0)])
+@torch.no_grad()
+def test_logits_of_a_float_model(float_model: Any, prefix: tuple[int, ...]) -> None:
+    ids = texts(prefix)
+    batch = padded(ids)
+    if float_model.config.model_type not in ("bloom", "mpt"):  # which know only distances
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    wanted, wanted_padded = float_model(ids).logits, float_model(**batch).logits
+    kept = batch["attention_mask"].bool()
+    use_prefix(float_model, make_prefix(float_model, prefix))
+    spoil(float_model, prefix)
+    # The same sums, but for their order.
+    assert off(float_model(ids).logits, wanted) < 1e-5
+    assert off(float_model(ids, use_cache=False).logits, wanted) < 1e-5
+    assert off(float_model(ids, return_dict=False)[0], wanted) < 1e-5
+    assert off(float_model(**batch).logits[kept], wanted_padded[kept]) < 1e-5
+    use_prefix(float_model, None)
+    assert off(float_model(ids).logits, wanted) > 1e-3
+
+
+@torch.no_grad()
+def test_a_continued_cache(float_model: Any) -> None:
+    ids = texts()
+    wanted = float_model(ids).logits
+    use_prefix(float_model, make_prefix(float_model, [BOS]))
+    spoil(float_model)
+    for cuts in ((1, 5, 14), (6, 7, 14), (13, 14)):
+        cache = DynamicCache(config=float_model.config)
+        parts = []
+        for begin, end in zip((0, *cuts), cuts, strict=False):
+            given = {"past_key_values": cache, "use_cache": True}
+            parts.append(float_model(ids[:, begin:end], **given).logits)
+        assert off(torch.cat(parts, dim=1), wanted) < 1e-5
+        assert "update" not in vars(cache)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "bloom", "gpt2"])
+def test_generate(name: str) -> None:
+    model = tiny_model(name, tie_word_embeddings=False)
+    ids = texts()
+    batch = padded(ids)
+    ways: list[dict[str, Any]] = [
+        GREEDY,
+        GREEDY | {"num_beams": 3},
+        GREEDY | {"do_sample": True, "top_k": 5},
+        GREEDY | {"use_cache": False},
+    ]
+    if name in ("llama", "gemma3_text"):
+        ways.append(GREEDY | {"cache_implementation": "static", "disable_compile": True})
+
+    def made() -> list[Tensor]:
+        found = []
+        for way in ways:
+            for given in (batch, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
+                torch.manual_seed(3)
+                found.append(model.generate(**given, **way, suppress_tokens=[BOS]))
+        return found
+
+    wanted = made()
+    use_prefix(model, make_prefix(model, [BOS]))
+    spoil(model)
+    for a, b in zip(made(), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@torch.no_grad()
+def test_caches_of_other_classes() -> None:
+    model = tiny_model("llama")
+    ids = texts()
+    use_prefix(model, make_prefix(model, [BOS]))
+    wanted = [model(ids, past_key_values=cache).logits for cache in caches(model)]
+    spoil(model)
+    for cache, logits in zip(caches(model), wanted, strict=True):
+        assert torch.equal(model(ids, past_key_values=cache).logits[..., 3:], logits[..., 3:])
+
+
+def caches(model: Any) -> list[Any]:
+    static = StaticCache(config=model.config, max_cache_len=32)
+    return [DynamicCache(), DynamicCache(config=model.config), Int8Cache(model), static]
+
+
+@torch.no_grad()
+def test_int8_attention() -> None:
+    model = tiny_model("llama")
+    sq_cpu.use_int8_attention(model)
+    ids = texts()
+    without = model(ids).logits
+    use_prefix(model, make_prefix(model, [BOS]))
+    wanted = model(ids).logits
+    assert off(wanted, without) < 0.02  # codes of int8 attention that are turned over
+    spoil(model)
+    assert torch.equal(model(ids).logits[..., 3:], wanted[..., 3:])
+
+
+@torch.no_grad()
+def test_where_it_is_not_used() -> None:
+    model = tiny_model("llama")
+    use_prefix(model, make_prefix(model, [BOS, 5]))
+    ids = texts((BOS, 5))
+    others = ids.clone()
+    others[:, 1] = 6
+    behind = padded(ids)  # no position_ids: BOS is not at 0 in all rows but the first
+    cases: list[dict[str, Any]] = [
+        {"input_ids": others},
+        {"input_ids": ids[:, :1]},
+        {"input_ids": ids, "position_ids": torch.arange(3, 17)[None]},
+        {"inputs_embeds": model.get_input_embeddings()(ids)},
+        {name: each[1:] for name, each in behind.items()},
+        {"input_ids": ids, "attention_mask": torch.ones(3, 1, 14, 14, dtype=torch.bool).tril()},
+    ]
+    with_prefix = [model(**case).logits for case in cases]
+    use_prefix(model, None)
+    for case, logits in zip(cases, with_prefix, strict=True):
+        assert torch.equal(model(**case).logits, logits)
+
+
+@torch.no_grad()
+def test_a_copy_has_it_too() -> None:
+    model = tiny_model("llama")
+    use_prefix(model, make_prefix(model, [BOS]))
+    twin = copy.deepcopy(model)
+    ids = texts()
+    wanted = model(ids).logits
+    spoil(model)
+    spoil(twin)
+    assert prefix_of(twin) is not None
+    assert off(twin(ids).logits, wanted) < 1e-5
+    assert twin.base_model.forward is not model.base_model.forward
+
+
+def test_one_takes_the_place_of_another() -> None:
+    model = tiny_model("llama")
+    first, second = make_prefix(model, [BOS]), make_prefix(model, [BOS, 4])
+    use_prefix(model, first)
+    use_prefix(model, second)
+    assert prefix_of(model) is second
+    use_prefix(model, None)
+    assert prefix_of(model) is None
+    assert "forward" not in vars(model.base_model)
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "message"),
+    [
+        ("bert", [BOS], "depend on later ones"),
+        ("t5", [BOS], "also sees an encoder"),
+        ("whisper", [BOS], "also sees an encoder"),
+        ("vit", [BOS], "takes no ids, or no cache"),
+        ("llama", [], "has 0 tokens; it has 1 to 8"),
+        ("llama", [BOS] * 9, "has 9 tokens; it has 1 to 8"),
+        ("llama", ["a"], "the prefix: token ids are a list of integers"),
+        ("llama", [64], "64"),
+    ],
+)
+def test_a_model_that_can_have_none(name: str, ids: list[Any], message: str) -> None:
+    with pytest.raises(SqCpuError, match=message):
+        make_prefix(tiny_model(name), ids)
+
+
+def test_layers_that_keep_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *a, **k: forward(*a, **k | CACHELESS))
+    with pytest.raises(SqCpuError, match="1 of its 2 layers keep keys and values"):
+        make_prefix(model, [BOS])
+
+
+CACHELESS: dict[str, Any] = {"past_key_values": None}
+
+
+def test_attention_that_does_not_read_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def update(self: Any, k: Tensor, v: Tensor, *args: Any) -> Any:
+        return k[:, :, 1:].new_zeros(k.shape), v.new_zeros(v.shape)
+
+    monkeypatch.setattr(DynamicCache, "update", update)
+    with pytest.raises(SqCpuError, match="does not read what a cache returns"):
+        make_prefix(tiny_model("llama"), [BOS])
+
+
+@torch.no_grad()
+def test_a_prefix_of_another_model() -> None:
+    other = make_prefix(tiny_model("llama", head_dim=8), [BOS])
+    model = tiny_model("llama")
+    use_prefix(model, other)
+    with pytest.raises(SqCpuError, match="kv heads of 8 channels for layer 0, the model"):
+        model(texts())
+    one_layer = make_prefix(tiny_model("llama", num_hidden_layers=1), [BOS])
+    use_prefix(model, one_layer)
+    with pytest.raises(SqCpuError, match="has nothing for layer 1"):
+        model(texts())
+
+
+# --- quantized, and fused -------------------------------------------------------------------------
+
+
+def quantized(name: str, scheme: str = "O3", prefix: tuple[int, ...] = (BOS,), **more: Any) -> Any:
+    model = tiny_model(name, **more)
+    batches = [texts(prefix), texts(prefix, 2, 20)]
+    calibration = sq_cpu.calibrate(model, batches, prefix=prefix, progress=False)
+    return sq_cpu.quantize(model, calibration, scheme=scheme, progress=False)
+
+
+@pytest.mark.parametrize("scheme", ["O1", "O3"])
+@torch.no_grad()
+def test_a_quantized_model_has_it(scheme: str) -> None:
+    model = tiny_model("llama")
+    wanted = model(texts()).logits
+    prefix = make_prefix(model, [BOS])
+    model = quantized("llama", scheme)
+    assert model.sq_cpu_config.prefix == (BOS,)
+    found = prefix_of(model)
+    assert found is not None
+    # A fold changes values: those of the folded model are kept.
+    folded = [group for group in model.sq_cpu_config.plan.groups if "v_proj" in group.name]
+    assert torch.equal(found.values[0], prefix.values[0]) == (not folded)
+    made = model(texts()).logits
+    assert off(made, wanted) < 0.05
+    assert torch.equal(spoil(model)(texts()).logits[..., 3:], made[..., 3:])
+
+
+@torch.no_grad()
+def test_a_fold_of_values() -> None:
+    model = tiny_model("opt")
+    before = make_prefix(model, [BOS])
+    calibration = sq_cpu.calibrate(model, [texts()], prefix=[BOS], progress=False)
+    wanted = model(texts()).logits
+    sq_cpu.quantize(model, calibration, scheme="O1", progress=False)
+    folded = {group.name for group in model.sq_cpu_config.plan.groups if group.fold}
+    assert any("v_proj" in name for name in folded)
+    after = prefix_of(model)
+    assert after is not None
+    assert not torch.allclose(after.values[0], before.values[0], rtol=1e-3)
+    assert off(model(texts()).logits, wanted) < 0.05
+
+
+@pytest.mark.parametrize("kv", ["int8", "bf16"])
+@pytest.mark.parametrize("prefix", [(BOS,), (BOS, 2, 0)])
+@pytest.mark.parametrize("name", FUSED)
+@torch.no_grad()
+def test_a_fused_model(name: str, prefix: tuple[int, ...], kv: Any) -> None:
+    windowed = {"sliding_window": 6} if name == "gemma3_text" else {}
+    model = quantized(name, prefix=prefix, **windowed)
+    ids = texts(prefix)
+    ids[1, : len(prefix)] = 9  # one that does not begin with it, and has none of its tokens
+    batch = padded(ids)
+    if name != "bloom":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    kept = batch["attention_mask"].bool()
+    base = model.base_model
+    plain, plain_padded = base(ids)[0], base(**batch)[0]
+    sq_cpu.fuse(model, kv=kv)
+    made, made_padded = base(ids)[0], base(**batch)[0]
+    # Int8 keys and values, and codes that they turn over.
+    assert off(made, plain) < 0.08
+    assert off(made_padded[kept], plain_padded[kept]) < 0.08
+    assert not torch.equal(made, plain)  # the program made them
+    # What the prefix's own rows give is the float model's, and not computed.
+    first = base(ids[:1, : len(prefix)])[0]
+    assert torch.equal(first[0], made[0, : len(prefix)])
+    assert torch.equal(first[0], plain[0, : len(prefix)])
+    spoil(model, prefix)
+    again, again_padded = base(ids)[0], base(**batch)[0]
+    if name == "gemma3_text":  # its embeddings' multiplier is measured anew, in all rows
+        assert off(again, made) < 0.01
+        assert off(again_padded[kept], made_padded[kept]) < 0.01
+    else:
+        assert torch.equal(again, made)
+        assert torch.equal(again_padded[kept], made_padded[kept])
+
+
+@pytest.mark.parametrize("name", FUSED)
+@torch.no_grad()
+def test_a_fused_model_goes_on(name: str) -> None:
+    model = quantized(name)
+    sq_cpu.fuse(model)
+    ids = texts()
+    base = model.base_model
+    whole = base(ids)[0]
+    for cut in (1, 5):
+        cache = DynamicCache(config=model.config)
+        first = base(ids[:, :cut], past_key_values=cache, use_cache=True)[0]
+        rest = base(ids[:, cut:], past_key_values=cache, use_cache=True)[0]
+        assert torch.equal(torch.cat([first, rest], dim=1), whole)
+
+
+def test_a_fused_model_generates() -> None:
+    model = quantized("llama", tie_word_embeddings=False)
+    sq_cpu.fuse(model)
+    ids = texts()
+    ways: list[dict[str, Any]] = [
+        GREEDY,
+        GREEDY | {"num_beams": 3},
+        GREEDY | {"custom_generate": sq_cpu.decoding_loop},
+    ]
+    given = [padded(ids), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+
+    def made() -> list[Tensor]:
+        return [model.generate(**x, **way, suppress_tokens=[BOS]) for way in ways for x in given]
+
+    wanted = made()
+    spoil(model)
+    for a, b in zip(made(), wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_scheduler(name: str) -> None:
+    model = quantized(name)
+    sq_cpu.fuse(model)
+    prompts = [*(text.tolist() for text in texts()), [BOS], [BOS, 7], [BOS], [5, 6]]
+    prompts.append([BOS, *[8] * 62])  # to the end of its page
+    alone = {
+        number: model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)).long(),
+            **GREEDY | {"max_new_tokens": 1 if len(prompt) > 60 else 12},
+        )[0, len(prompt) :].tolist()
+        for number, prompt in enumerate(prompts)
+    }
+    for options in ({}, {"rows": 5}, {"pages": 2}):
+        scheduler = Scheduler(model, **options)
+        numbers = {
+            scheduler.add(
+                Request(
+                    prompt=prompt,
+                    max_new_tokens=1 if len(prompt) > 60 else 12,
+                    stop_tokens=(),
+                    logprobs=2,
+                )
+            ): number
+            for number, prompt in enumerate(prompts)
+        }
+        made: dict[int, list[int]] = {number: [] for number in alone}
+        while scheduler.busy:
+            for token in scheduler.step():
+                made[numbers[token.request]].append(token.id)
+        assert made == alone
+        assert scheduler.pages_used == 0
+
+
+def test_the_order_of_fusing() -> None:
+    model = quantized("llama")
+    prefix = prefix_of(model)
+    sq_cpu.fuse(model)
+    assert prefix_of(model) is prefix
+    with pytest.raises(SqCpuError, match="the model is fused"):
+        use_prefix(model, None)
+    sq_cpu.fuse(model, enabled=False)
+    assert prefix_of(model) is prefix
+    use_prefix(model, make_prefix(tiny_model("llama", head_dim=8), [BOS]))
+    with pytest.raises(SqCpuError, match="kv heads of 8 channels for layer 0"):
+        sq_cpu.fuse(model)
+    assert prefix_of(model) is not None
+
+
+def test_a_model_that_is_seen_with_its_prefix_fuses() -> None:
+    # The ids of the call that shows what a model does begin with 0, like this prefix.
+    model = quantized("llama", prefix=(0,))
+    spoil(model, (0,))
+    sq_cpu.fuse(model)
+    ids = texts((0,))
+    assert torch.isfinite(model(ids).logits).all()

@@ -1,0 +1,153 @@
+"""Alphas and clips that gradients move."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import batches, tiny_model
+from tuning_cases import logit_error, planted
+
+import sq_cpu
+from sq_cpu import Scheme, SqCpuError
+from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
+from sq_cpu.numerics.straight_through import quantized_rows, quantized_weight
+from sq_cpu.tuning.learned import learn
+
+SCHEMES = {
+    "per token": Scheme.of("O1"),
+    "per tensor": Scheme.of("O2"),
+    "static": Scheme.of("O3"),
+    "asymmetric": Scheme.of("O1", symmetric=False),
+    "asymmetric static": Scheme.of("O3", symmetric=False),
+    "static alone": Scheme.of("O3", dynamic_fallback=False),
+    "7 bits": Scheme.of("O3", reduce_range=True),
+    "two terms": Scheme(activations="per_token_x2"),
+    "a scale for the weight": Scheme(weights="per_tensor"),
+    "a scale for two rows": Scheme(weights="per_rows", rows_per_scale=2),
+}
+
+
+@pytest.mark.parametrize("hadamard", [0, 64])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_gradients_pass_through_is_what_the_kernels_compute(name: str, hadamard: int) -> None:
+    torch.manual_seed(0)
+    weight, rows = torch.randn(7, 70), torch.randn(20, 70)
+    rows[3] /= 100  # underflows
+    sample = LinearSample(
+        weight, rows, rows.amin(0), rows.amax(0), peaks=rows, weight_clip=0.9, name="linear"
+    )
+    s = torch.rand(70) + 0.5
+    fake = FakeQuantizedLinear(sample, s, SCHEMES[name], clip=0.8, hadamard=hadamard)
+    static = fake.scheme.activations == "static"
+    ends = tuple(map(torch.tensor, fake.range)) if static else None
+    made = quantized_rows(fake.coded(rows), fake.scheme, ends)
+    # Beside ties: a step is 0.03, and that of the second term 1e-4.
+    torch.testing.assert_close(made, fake.quantize(rows), rtol=0, atol=2e-4)
+    through = quantized_weight(fake.coded_weight(), fake.scheme, 0.9)
+    torch.testing.assert_close(through, fake.weight)
+
+
+def test_a_scale_has_the_gradient_of_lsq() -> None:
+    high = torch.tensor(12.7, requires_grad=True)  # a scale of 0.1
+    x, scheme = torch.tensor([[0.26, -0.04, 20.0]]), Scheme.of("O3", dynamic_fallback=False)
+    quantized_rows(x, scheme, (-high.detach() / 2, high))[0, 0].backward()
+    torch.testing.assert_close(high.grad, torch.tensor((3 - 2.6) / 127))
+    high.grad = None
+    quantized_rows(x, scheme, (-high.detach() / 2, high))[0, 2].backward()
+    torch.testing.assert_close(high.grad, torch.tensor(1.0))
+
+
+def far(model: torch.nn.Module, calibration: sq_cpu.Calibration) -> sq_cpu.SmoothPlan:
+    """Return a plan whose clips are much too wide."""
+    plan = sq_cpu.SmoothPlan.uniform(model, calibration, alpha=0.1)
+    return replace(plan, groups=tuple(replace(group, clip=2.0) for group in plan.groups))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_a_learned_plan_is_better_on_batches_that_nobody_saw(model_type: str) -> None:
+    model, data = planted(model_type), batches(3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calibration = sq_cpu.calibrate(model, data, rows=32)
+    plan = far(model, calibration)
+    learned = learn(model, calibration, plan, data, scheme="O3", steps=40)
+    assert learned.after < 0.8 * learned.before
+    assert logit_error(model_type, learned.plan, calibration, "O3") < 0.8 * logit_error(
+        model_type, plan, calibration, "O3"
+    )
+    assert all(0 <= group.alpha <= 1 and group.clip < 2 for group in learned.plan.groups)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_does_not_help_is_not_kept() -> None:
+    model, data = planted("llama"), batches(2)
+    calibration = sq_cpu.calibrate(model, data, rows=32)
+    plan = learn(model, calibration, far(model, calibration), data, scheme="O3", steps=60).plan
+    again = learn(model, calibration, plan, data, scheme="O3", steps=1)
+    assert again.after <= again.before
+    assert again.plan == plan or again.after < again.before
+
+
+def test_only_what_the_plan_leaves_open_moves() -> None:
+    model, data = planted("llama"), batches(2)
+    calibration = sq_cpu.calibrate(model, data, rows=32)
+    plan = sq_cpu.SmoothPlan.uniform(model, calibration, rule="spiq", hadamard=0)
+    plan = replace(plan, groups=tuple(replace(group, clip=2.0) for group in plan.groups))
+    learned = learn(model, calibration, plan, data, scheme="O3", steps=20)
+    assert learned.after < learned.before
+    for group, old in zip(learned.plan.groups, plan.groups, strict=True):
+        assert replace(group, clip=2.0) == old
+    with pytest.raises(SqCpuError, match="nothing to learn"):
+        learn(model, calibration, plan, data, scheme="O1")
+    mixed = far(model, calibration)
+    linear = mixed.groups[0].name.replace("input_layernorm", "self_attn.q_proj")
+    mixed = replace(mixed, layers=(sq_cpu.LayerPlan(name=linear, outliers=(3, 17)),))
+    learned = learn(model, calibration, mixed, data, scheme="O1", steps=20)
+    assert learned.plan.layers == mixed.layers
+    assert all(group.clip == 2.0 for group in learned.plan.groups)
+
+
+def test_padding_and_other_models_than_of_language() -> None:
+    model, data = planted("llama"), batches(2)
+    mask = torch.ones_like(data[0])
+    mask[1, 10:] = 0
+    masked = [{"input_ids": ids.where(mask > 0, 0), "attention_mask": mask} for ids in data]
+    calibration = sq_cpu.calibrate(model, masked, rows=32)
+    plan = far(model, calibration)
+    learned = learn(model, calibration, plan, masked, scheme="O3", steps=8)
+    changed = [{**b, "input_ids": b["input_ids"].where(mask > 0, 5)} for b in masked]
+    assert learn(model, calibration, plan, changed, scheme="O3", steps=8).before == pytest.approx(
+        learned.before
+    )
+    encoder = tiny_model("bert")
+    calibration = sq_cpu.calibrate(encoder, data, rows=32)
+    learned = learn(encoder, calibration, far(encoder, calibration), data, scheme="O3", steps=20)
+    assert learned.after < learned.before
+
+
+def test_bad_input_is_refused() -> None:
+    model, data = planted("llama"), batches(2)
+    calibration = sq_cpu.calibrate(model, data, rows=32)
+    plan = far(model, calibration)
+    with pytest.raises(SqCpuError, match="two batches"):
+        learn(model, calibration, plan, data[:1], scheme="O3")
+    with pytest.raises(SqCpuError, match="steps"):
+        learn(model, calibration, plan, data, scheme="O3", steps=0)
+    strange = replace(plan, groups=(replace(plan.groups[0], name="nobody"),))
+    with pytest.raises(SqCpuError, match="no smoothing group nobody"):
+        learn(model, calibration, strange, data, scheme="O3")
+
+    class Silent(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return self.inner(ids).logits
+
+    silent = Silent()
+    calibration = sq_cpu.calibrate(silent, data, rows=32)
+    with pytest.raises(SqCpuError, match="no gradient"):
+        learn(silent, calibration, far(silent, calibration), data, scheme="O3")
