@@ -23,6 +23,7 @@ from sq_cpu.smoothing.scales import (
     WeightStatistics,
     as_planned,
     channel_in_float,
+    checked_consumers,
     group_statistics,
 )
 from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
@@ -75,6 +76,10 @@ def decided(
     """
     known = {group.name: group for group in groups}
     check_groups(plan, known.values())
+    if not any(map(is_open, plan.groups)):
+        return plan
+    for planned in plan.groups:
+        checked_consumers(model, known[planned.name], calibration)
 
     def decide(planned: GroupPlan) -> GroupPlan:
         if planned.hadamard_fold == AUTO and (planned.hadamard or not planned.fold):

@@ -25,6 +25,7 @@ __all__ = [
     "WeightStatistics",
     "as_planned",
     "channel_in_float",
+    "checked_consumers",
     "consumer_scales",
     "group_statistics",
     "linear_sample",
@@ -114,10 +115,7 @@ def group_statistics(
     Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.
     """
     plan = plan or SmoothPlan(())
-    # An uncovered group fails here, by the name of its first consumer.
-    covered = covered_consumers(group, calibration) or group.consumers[:1]
-    for name in covered:
-        calibration.check_weight(name, model.get_submodule(name))
+    covered = checked_consumers(model, group, calibration)
     return GroupStatistics(
         act_absmax=group.layout.narrow(calibration.absmax(covered[0])),
         weight_absmax=(weights or WeightStatistics()).absmax(model, group),
@@ -139,6 +137,20 @@ def group_statistics(
 def as_planned(statistics: GroupStatistics, planned: GroupPlan) -> GroupStatistics:
     """Return the statistics of a group for the clip and the rotation that its plan has."""
     return replace(statistics, clip=planned.clip, hadamard=planned.rotation)
+
+
+def checked_consumers(
+    model: nn.Module, group: SmoothingGroup, calibration: Calibration
+) -> tuple[str, ...]:
+    """Return the linears of a group that some batch reached.
+
+    Raises `SqCpuError` when the calibration does not cover the group, or weights changed since.
+    """
+    # An uncovered group fails here, by the name of its first consumer.
+    covered = covered_consumers(group, calibration) or group.consumers[:1]
+    for name in covered:
+        calibration.check_weight(name, model.get_submodule(name))
+    return covered
 
 
 def linear_sample(

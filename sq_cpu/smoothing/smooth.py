@@ -61,12 +61,12 @@ def fold(
 
     Afterwards the calibration no longer fits the model. The proof runs the model on the
     calibration's example, a few times in all. `scheme`, resolved, is what the linears are then
-    quantized with; None: that of the plan, or O1. Raises `SqCpuError`, with the model unchanged,
-    where `plan_scales`, `prove_folds` or `refused_folds` does.
+    quantized with; None: that of the plan, or O1, and no rule may need it. Raises `SqCpuError`,
+    with the model unchanged, where `plan_scales`, `prove_folds` or `refused_folds` does.
     """
-    scheme = scheme or scheme_of(None, plan).resolve(has_vnni())
     with linearized(model):
-        plan = decided(model, plan, calibration, scheme, smoothing_groups(model))
+        carried = scheme or scheme_of(None, plan).resolve(has_vnni())
+        plan = decided(model, plan, calibration, carried, smoothing_groups(model))
         scales = plan_scales(model, plan, calibration, scheme=scheme)
         rotated = rotated_groups(plan, scales)
         proof = prove_with(model, scales, calibration.example, rotated=rotated)

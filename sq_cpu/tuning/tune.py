@@ -36,6 +36,7 @@ from sq_cpu.smoothing.plan import (
     check_rotates,
     uniform_plan,
 )
+from sq_cpu.smoothing.rotation import is_open, unrotated
 from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.alpha_search import (
@@ -138,8 +139,6 @@ def tune(
     grid = _grid(alphas)
     with linearized(model), unchanged(model):
         groups = {group.name: group for group in smoothing_groups(model)}
-        if method == "inc" and hadamard == AUTO:
-            hadamard = 0
         uniform = uniform_plan(
             model, groups.values(), calibration, ignore=scheme.ignore, hadamard=hadamard
         )
@@ -150,8 +149,11 @@ def tune(
         if method == "inc":
             assert batches is not None
             choose = CRITERIA[criterion]
+            fixed = [
+                unrotated(planned) if is_open(planned) else planned for planned in uniform.groups
+            ]
             plans = auto_alpha(
-                model, groups, uniform.groups, calibration, batches, scheme, grid, choose, progress
+                model, groups, fixed, calibration, batches, scheme, grid, choose, progress
             )
             return SmoothPlan(tuple(plans), scheme=scheme)
         weights = WeightStatistics()

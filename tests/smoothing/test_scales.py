@@ -108,7 +108,8 @@ def test_the_weights_of_a_group_are_looked_at_once(monkeypatch: pytest.MonkeyPat
     scheme = Scheme.of("O3", dynamic_fallback=False)
     for options in ({}, {"sequential": True, "batches": data}):
         looked.clear()
-        plan = sq_cpu.tune(model, calibration, scheme=scheme, alphas=(0.3, 0.7, 0.4), **options)
+        settings: dict[str, Any] = {"scheme": scheme, "hadamard": 0, **options}
+        plan = sq_cpu.tune(model, calibration, alphas=(0.3, 0.7, 0.4), **settings)
         assert plan.layers  # so the search ran again, with channels in float
         assert looked == dict.fromkeys(names, 1)
     looked.clear()

@@ -9,6 +9,7 @@ from tuning_cases import logit_error, planted
 
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, SqCpuError
+from sq_cpu.smoothing.plan import Hadamard
 
 
 def test_inc_chooses_alphas_from_quantized_runs() -> None:
@@ -64,3 +65,20 @@ def test_inc_where_other_tokens_reach_an_expert() -> None:
     calibration = sq_cpu.calibrate(model, data)
     plan = sq_cpu.tune(model, calibration, method="inc", batches=data, alphas=(0.0, 1.0, 0.5))
     assert {group.alpha for group in plan.groups} <= {0.0, 0.5, 1.0}
+
+
+def test_inc_rotates_what_it_is_told_to_and_nothing_else() -> None:
+    model, data = tiny_model("llama", head_dim=64), batches(2)
+    calibration = sq_cpu.calibrate(model, data)
+    cases: list[tuple[Hadamard, set[int]]] = [("auto", set()), (64, {64})]
+    for hadamard, expected in cases:
+        plan = sq_cpu.tune(
+            model,
+            calibration,
+            method="inc",
+            batches=data,
+            alphas=(0.5, 0.5, 0.1),
+            hadamard=hadamard,
+        )
+        assert {group.hadamard for group in plan.groups} - {0} == expected
+        assert not any(group.hadamard_fold for group in plan.groups)
