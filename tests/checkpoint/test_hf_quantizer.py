@@ -292,8 +292,11 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (edit(files={"other.safetensors": "0"}), "other.safetensors does not exist"),
         (edit(scheme={"activations": "per_row"}), "bad quantization_config.*activations"),
         (lambda c: c["quantization_config"].pop("layers"), "bad quantization_config.*layers"),
-        (edit(layers=["model.norm"]), "layer model.norm is not a linear of LlamaForCausalLM"),
-        (lambda c: c["quantization_config"]["layers"].pop(), "tensor.* not expected"),
+        (
+            edit(layers=["model.norm"], hadamard={}),
+            "layer model.norm is not a linear of LlamaForCausalLM",
+        ),
+        (lambda c: c["quantization_config"]["layers"].pop(0), "tensor.* not expected"),
         (lambda c: c.update(num_hidden_layers=3), r"tensors \(model.layers.2.*missing"),
         (lambda c: c.update(architectures=None), "holds a unknown model"),
     ],

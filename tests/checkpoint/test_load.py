@@ -52,13 +52,19 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (edit(files={"other.safetensors": "0"}), "other.safetensors does not exist"),
         (edit(scheme={"activations": "per_row"}), "bad quantization_config.*activations"),
         (lambda c: c["quantization_config"].pop("scheme"), "bad quantization_config.*scheme"),
-        (edit(layers=["model.layers.7.mlp"]), "layer model.layers.7.mlp is not a linear"),
+        (
+            edit(layers=["model.layers.7.mlp"], hadamard={}),
+            "layer model.layers.7.mlp is not a linear",
+        ),
         (edit(layers=[["a"]]), "bad quantization_config.*layers is not a list of names"),
         (edit(layers="a"), "bad quantization_config.*layers is not a list of names"),
         (edit(format_version=True), "format_version is True"),
         (lambda c: c.update(hidden_size="x"), "config.json: .*cannot build this model.*hidden_s"),
         (lambda c: c.update(num_attention_heads=0), "config.json: .*cannot build this model"),
-        (edit(layers=["model.norm"]), "layer model.norm is not a linear of LlamaForCausalLM"),
+        (
+            edit(layers=["model.norm"], hadamard={}),
+            "layer model.norm is not a linear of LlamaForCausalLM",
+        ),
         (
             lambda c: c.update(architectures=["Nonesuch"]),
             "holds a Nonesuch, which transformers cannot",

@@ -53,6 +53,7 @@ def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
         "reduce_range": True,
         "static_range": "minmax",
         "percentile": 99.99,
+        "dynamic_fallback": True,
         "outlier_threshold": None,
         "ignore": ["lm_head", "down_proj"],
         "unreached": "quantize",
