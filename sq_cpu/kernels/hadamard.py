@@ -15,6 +15,9 @@ BLOCK = 64
 """Columns that one matrix mixes where activations are quantized: a tile of K."""
 
 
+_AT_ONCE = 1 << 18  # elements
+
+
 def check_hadamard(size: object) -> None:
     """Raise `SqCpuError` unless the kernels rotate blocks of so many columns; 0: none."""
     if type(size) is not int or size not in (0, BLOCK):
@@ -60,4 +63,13 @@ def fwht64(x: Tensor) -> Tensor:
 def rotated(x: Tensor, size: int) -> Tensor:
     """Do what `fwht64` does, in blocks of `size` columns, a power of two."""
     x = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
-    return hadamard(x, size) / math.sqrt(size)  # of 64: 8, exact
+    norm = math.sqrt(size)  # of 64: 8, exact
+    if x.numel() <= _AT_ONCE or (x.requires_grad and torch.is_grad_enabled()):
+        return hadamard(x, size) / norm
+    # A large weight in pieces: the butterflies would hold it three times.
+    made = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = max(1, _AT_ONCE // x.shape[-1])
+    parts = (torch.split(each.flatten(0, -2), rows) for each in (made, x))
+    for to, part in zip(*parts, strict=True):
+        torch.div(hadamard(part, size), norm, out=to)
+    return made

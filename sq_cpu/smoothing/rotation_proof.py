@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sq_cpu.errors import first_line
@@ -35,8 +36,8 @@ def prove_rotations(
 ) -> dict[SmoothingGroup, str]:
     """Return of each group why its values cannot be rotated by its `head_block`; "": they can.
 
-    `run` calls the model, or the block that holds all the groups. Memory is that of one module's
-    weights in fp64, and of its inputs and outputs.
+    `run` calls the model, or the block that holds all the groups. Memory is that of one linear's
+    weight in fp64, and of one module's inputs and outputs.
     """
     reasons = dict.fromkeys(groups, "the example never reaches what it lies in")
     running: set[nn.Module] = set()
@@ -92,12 +93,19 @@ def _moved(
             return (rotated(args[0], block), *args[1:]), kwargs
         return args, kwargs | {"input": rotated(kwargs["input"], block)}
 
+    linears = {name for name, each in module.named_modules() if isinstance(each, nn.Linear)}
     tensors = chain(module.named_parameters(), module.named_buffers())
-    state = {name: _in_fp64(tensor.detach()) for name, tensor in tensors}
+    state = {
+        name: _in_fp64(tensor.detach())
+        for name, tensor in tensors
+        if name.rpartition(".")[0] not in linears
+    }
 
     def outputs() -> list[Tensor]:
         given, named = tree_map(_in_fp64, (args, kwargs), is_leaf=is_cache)
-        leaves = tree_leaves(functional_call(module, state, given, named), is_leaf=is_cache)
+        with _LinearsInFp64():
+            returned = functional_call(module, state, given, named)
+        leaves = tree_leaves(returned, is_leaf=is_cache)
         return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
     try:
@@ -110,6 +118,17 @@ def _moved(
     if not expected or not _close(expected, found):
         return f"{type(module).__name__} does not treat the channels of a head alike"
     return ""
+
+
+class _LinearsInFp64(TorchFunctionMode):
+    """Linears compute in fp64, and no two weights are in it at once."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.nn.functional.linear:
+            args, kwargs = tree_map(_in_fp64, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def _in_fp64(value: Any) -> Any:

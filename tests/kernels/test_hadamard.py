@@ -41,3 +41,12 @@ def test_powers_of_two_are_exact(size: int) -> None:
         expected = half.double() @ dense(size)
         assert torch.equal(hadamard(half, size).double(), expected)
     assert torch.equal(fwht64(fwht64(x)), x)
+
+
+def test_a_large_matrix_is_rotated_in_pieces_of_the_same_bits() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(700, 1000).bfloat16()
+    expected = torch.cat([fwht64(row[None]) for row in x])
+    assert torch.equal(fwht64(x), expected)
+    assert torch.equal(fwht64(x.view(7, 100, 1000)).view(700, -1), expected)
+    assert torch.equal(fwht64(x.float().requires_grad_()), fwht64(x.float()))

@@ -26,7 +26,9 @@ KINDS = ("plain", "clipped", "decomposed", "mixed")
 
 def plan_of(kind: str, model: Any, found: Any, scheme: Scheme) -> SmoothPlan:
     if kind == "mixed":
-        return mixed_plan(model, found, scheme)
+        plan = mixed_plan(model, found, scheme)
+        turned = (replace(g, hadamard=64 if g.name.endswith("up_proj") else 0) for g in plan.groups)
+        return replace(plan, groups=tuple(turned))
     plan = SmoothPlan.uniform(model, found, 0.6, ignore=scheme.ignore)
     if kind == "clipped":
         plan = replace(plan, groups=tuple(replace(group, clip=0.7) for group in plan.groups))
