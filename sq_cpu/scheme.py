@@ -136,7 +136,7 @@ class Scheme:
     def from_dict(cls, values: Mapping[str, Any]) -> Scheme:
         """Rebuild what `to_dict` gave, also by earlier versions; absent fields take defaults.
 
-        Those versions quantized what no batch had reached, and had no `dynamic_fallback`.
+        But earlier versions quantized what no batch had reached, and had no `dynamic_fallback`.
         """
         before: dict[str, Any] = {"unreached": "quantize", "dynamic_fallback": False}
         values = before | dict(values)

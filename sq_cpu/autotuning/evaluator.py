@@ -41,6 +41,7 @@ Evaluate = Callable[[nn.Module], float | Iterator[float]]
 Report = Callable[[float, int], None]
 
 _NOTE = "autotune"
+_NUMERICS = 2  # of what settings mean: trials of another number are not comparable
 # The greatest median over linears of the relative difference of mean ranges. On SmolLM2-135M it is
 # 0 in fp32 and 2e-4 in bf16 between AVX-512 and none, and 5e-3 with one of eight windows reversed.
 _MOVED, _MOVED_HALF = 1e-5, 1e-3
@@ -140,6 +141,8 @@ class TuningJob:
             "goal": [self.goal.limit, "relative" if self.goal.relative else "absolute"],
             "higher_is_better": self.higher_is_better,
             "ignore": list(self.ignore),
+            "prefix": list(self.calibration.prefix),
+            "numerics": _NUMERICS,
         }
 
     def ranges(self) -> list[float]:

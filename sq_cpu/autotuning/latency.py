@@ -73,11 +73,12 @@ class Costs:
         rotated: bool = False,
     ) -> float:
         """Return what one call costs; `SqCpuError` for a shape that was not measured."""
+        variant = _variant(precision, smoothed, rotated)
         try:
-            return self.entries[_shape(linear)][_variant(precision, smoothed, rotated)]
+            return self.entries[_shape(linear)][variant]
         except KeyError:
             raise SqCpuError(
-                f"the cost table has no linear of {_shape(linear)}, {precision}: measure this model"
+                f"the cost table has no linear of {_shape(linear)}, {variant}: measure this model"
             ) from None
 
     def of(self, linears: Iterable[nn.Module]) -> float:
@@ -177,6 +178,10 @@ def _variant(precision: Precision, smoothed: bool, rotated: bool) -> str:
     return precision + "+smoothing" * smoothed + "+hadamard" * rotated
 
 
+# Of rows from a normal distribution, divided by 0.5 where they are smoothed: none clips and none
+# underflows, so that none gets its own scale.
+_RANGE = 12.0
+
 _INT8: tuple[tuple[Activations, bool, bool], ...] = tuple(
     product(get_args(Activations), (False, True), (False, True))
 )
@@ -190,7 +195,7 @@ def _variants(linear: nn.Linear) -> Iterator[tuple[str, nn.Module]]:
         layer = QuantLinear.from_float(
             linear,
             Scheme(activations=activations),
-            (-4.0, 4.0),
+            (-_RANGE, _RANGE),
             smoothing=s if smoothed else None,
             hadamard=BLOCK if rotated else 0,
         )

@@ -156,9 +156,11 @@ def quantize_command(
         raise typer.BadParameter(
             "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
         )
-    if hadamard is not None and (plan is not None or not smooth):
+    if hadamard and not smooth:
+        raise typer.BadParameter("--hadamard goes with smoothing; drop it, or --no-smooth")
+    if hadamard is not None and plan is not None:
         raise typer.BadParameter(
-            "--hadamard goes with smoothing, and a --plan says it itself; drop one of them"
+            "--plan says what is rotated; drop it, or --hadamard and --no-hadamard"
         )
     if alpha is not None and not smooth:
         raise typer.BadParameter("--alpha has no effect with --no-smooth; drop one of them")

@@ -97,6 +97,10 @@ def tune_command(
             as_json=as_json,
         )
         return
+    if learn_steps and windows < 2:
+        raise typer.BadParameter(
+            "--learn holds every fourth window out: give two --windows or more"
+        )
     hold(ctx, out)
     data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
     start = time.perf_counter()
@@ -112,11 +116,12 @@ def tune_command(
         hadamard=hadamard_choice(hadamard),
         batches=batches,
     )
+    plan.save(out)
     learned = None
     if learn_steps:
         learned = learn(loaded, calibration, plan, batches, steps=learn_steps)
         plan = learned.plan
-    plan.save(out)
+        plan.save(out)
     seconds = round(time.perf_counter() - start, 1)
     alphas = [group.alpha for group in plan.groups]
     rotated = sum(group.rotation != 0 for group in plan.groups)

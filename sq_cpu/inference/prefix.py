@@ -132,13 +132,14 @@ class Prefix:
         )
 
 
-def make_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
+def make_prefix(model: nn.Module, ids: Sequence[int], *, prove: bool = True) -> Prefix:
     """Compute the prefix of a float model, and prove on a few tokens that it keeps the function.
 
     Parameters
     ----------
     model : a causal decoder of transformers, with a head or without
     ids : the first tokens, 1 to 8
+    prove : whether to; not needed for a model that was proven, and folded since
 
     Raises
     ------
@@ -185,6 +186,8 @@ def make_prefix(model: nn.Module, ids: Sequence[int]) -> Prefix:
             )
         keys, values = zip(*made.values(), strict=True)
         prefix = Prefix(ids, keys, values, hidden)
+        if not prove:
+            return prefix
         after = torch.linspace(0, table.weight.shape[0] - 1, _PROBE).long()[None]
         text = torch.cat([tokens, after], dim=1)
         plain = run(text, lambda k, v, _: (k, v))[len(ids) :]
@@ -212,6 +215,7 @@ def use_prefix(model: nn.Module, prefix: Prefix | None) -> None:
     That is in calls without a cache, or with an empty one of any class, of ids whose mask, if any,
     is of padding before or behind; a sequence whose first token is not at position 0 (padding in
     front, and no `position_ids`) runs without, unless the model has no positions but distances.
+    It looks at the ids, so a model that is exported or compiled whole has to do without.
 
     Parameters
     ----------
@@ -262,7 +266,8 @@ class PrefixedDecoder:
         self._before = base.__dict__.get("forward")
         self.plain = base.forward
         self._paused = False
-        self.absolute = "position_ids" in inspect.signature(self.plain).parameters
+        self._names = tuple(inspect.signature(self.plain).parameters)
+        self.absolute = "position_ids" in self._names
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -285,50 +290,37 @@ class PrefixedDecoder:
             return []
         return self.prefix.places(ids, mask, positions, absolute=self.absolute)
 
-    def __call__(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **others: Any,
-    ) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the base model does."""
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        cache = past_key_values
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
         places: Places = []
         if cache is None or not cache.get_seq_length():
-            places = self.places(input_ids, attention_mask, position_ids)
+            kinds = ("input_ids", "attention_mask", "position_ids")
+            places = self.places(*map(given.get, kinds))
         if not places:
-            return self.plain(**given, **others)
-        if cache is None:
-            cache = DynamicCache(config=self._base.config)
-        # A caller that asked for no cache would go on with the one that the model was given.
+            return self.plain(*args, **kwargs)
         config = self._base.config
-        wanted = getattr(config, "use_cache", True) if use_cache is None else use_cache
-        drops = past_key_values is None and not wanted
-        as_tuple = others.pop("return_dict", config.return_dict) is False
+        wanted, as_tuple = given.get("use_cache"), given.get("return_dict")
+        wanted = getattr(config, "use_cache", True) if wanted is None else wanted
+        as_tuple = (config.return_dict if as_tuple is None else as_tuple) is False
+        # A caller that asked for no cache would go on with the one that the model was given.
+        drops = cache is None and not wanted
+        if cache is None:
+            cache = DynamicCache(config=config)
 
         def change(k: Tensor, v: Tensor, layer: int) -> Any:
             return self.prefix.put_into(k, v, layer, places)
 
         with _changing(cache, change):
-            output = self.plain(**given | {"past_key_values": cache}, **others)
+            output = self.plain(**given | {"past_key_values": cache, "return_dict": True})
         fields = dict(output.items())
         if drops:
             fields.pop("past_key_values", None)
         hidden = fields["last_hidden_state"]
         fields["last_hidden_state"] = self.prefix.put_hidden(hidden, places)
+        if states := fields.get("hidden_states"):  # those within are the model's own
+            fields["hidden_states"] = (*states[:-1], fields["last_hidden_state"])
         made = type(output)(**fields)
         return made.to_tuple() if as_tuple else made
 

@@ -29,7 +29,7 @@ def quantized_rows(x: Tensor, scheme: Scheme, ends: tuple[Tensor, Tensor] | None
     """
     low = x.amin(dim=1, keepdim=True).clamp_max(0)
     high = x.amax(dim=1, keepdim=True).clamp_min(0)
-    if scheme.activations == "per_tensor":
+    if scheme.activations == "per_tensor" and len(x):
         low, high = low.min(), high.max()
     if ends is not None:
         least, greatest = ends[0].clamp_max(0), ends[1].clamp_min(0)

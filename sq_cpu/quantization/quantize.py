@@ -169,7 +169,7 @@ def carry_out(
         restore_modules(replaced)
         raise
     # Of the folded model, still in float: a fold may change what its values are.
-    prefix = make_prefix(model, ids) if ids else None
+    prefix = make_prefix(model, ids, prove=False) if ids else None
     part = _swap(model, linears, prepared, progress)
     free_experts(model)
     contiguous_linears(model)

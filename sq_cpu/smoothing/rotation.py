@@ -70,7 +70,7 @@ def decided(
 
     `scheme`, resolved, is what the plan is carried out with, `linears` are those to quantize (None:
     all that the scheme does not ignore), and `weights` is as for `group_statistics`. Extra memory
-    is a few times 512 rows of a weight in fp32.
+    is a few times 512 rows of a weight in fp32, or all where these share scales.
 
     Raises `SqCpuError` where `group_statistics` and `smoothing_scale` do.
     """
@@ -94,7 +94,7 @@ def decided(
             return unrotated(planned, "not rotated: channels stay in float")
         statistics = group_statistics(model, group, calibration, scheme, plan, weights)
         samples = tuple(
-            _thinned(sample)
+            _thinned(sample, scheme)
             for sample in statistics.samples
             if linears is None or sample.name in linears
         )
@@ -117,10 +117,10 @@ def _has_rows(sample: LinearSample) -> bool:
     return sample.rows is not None and len(sample.rows) > 0
 
 
-def _thinned(sample: LinearSample) -> LinearSample:
-    """Return a sample with some of its outputs alone, evenly spaced."""
+def _thinned(sample: LinearSample, scheme: Scheme) -> LinearSample:
+    """Return a sample with some of its outputs alone, evenly spaced, where each has its scale."""
     outputs = len(sample.weight)
-    if outputs <= _OUTPUTS:
+    if outputs <= _OUTPUTS or scheme.weights != "per_channel":
         return sample
     rows = torch.arange(_OUTPUTS, device=sample.weight.device) * outputs // _OUTPUTS
     return replace(sample, weight=sample.weight[rows])

@@ -150,9 +150,11 @@ def find_prefix(model: nn.Module, tokenizer: Any, choice: PrefixChoice, say: Say
     if choice == "bos":
         lead_with(tokenizer)
     ids = leading_ids(tokenizer)
+    if not ids:
+        say("no prefix: the tokenizer puts no BOS in front of texts (--prefix bos)")
+        return []
     try:
-        if ids:
-            make_prefix(model, ids)
+        make_prefix(model, ids)
     except SqCpuError as error:
         if choice == "bos":
             raise

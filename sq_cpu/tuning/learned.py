@@ -4,7 +4,8 @@ A search scores each group alone. Here all groups' alphas and clips descend toge
 gradient of the divergence of the quantized model's prediction from the float model's, through
 rounding as if it were the identity (`numerics.straight_through`). MobileQuant (arXiv 2408.13933)
 learns smoothing and ranges so, per channel; two numbers a group are what a plan holds, and what a
-few thousand tokens determine.
+few thousand tokens determine. No row has its own scale meanwhile (`Scheme.dynamic_fallback`):
+ranges that no row fits would be best otherwise.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def learn(
     check_model(model)
     check_is_calibration(calibration)
     check_whole(1, steps=steps)
-    scheme = scheme_of(scheme, plan).resolve(has_vnni())
+    scheme = replace(scheme_of(scheme, plan).resolve(has_vnni()), dynamic_fallback=False)
     given = list(model_inputs(model, batches, "learning", "reading batches", False))
     if len(given) < 2:
         raise SqCpuError("learning needs two batches or more: it holds every fourth out")
@@ -117,7 +118,7 @@ def learn(
             raise SqCpuError(
                 "nothing to learn: no group has the rule smoothquant or static activations"
             )
-        judge = _Judge(model, statistics, given[::_HELD_OUT])
+        judge = _Judge(model, statistics, given[::_HELD_OUT], calibration.prefix)
         best, before = plan, judge.divergence(plan.groups)
         after = before
         optimizer = torch.optim.Adam(moving, lr=_RATE)
@@ -125,10 +126,10 @@ def learn(
         checks = {-(-steps * check // _CHECKS) for check in range(1, _CHECKS + 1)}
         for step in track(range(1, steps + 1), "learning ranges", progress):
             example = trained[(step - 1) % len(trained)]
-            expected = _predict(model, example)
+            expected = _predict(model, example, calibration.prefix)
             optimizer.zero_grad()
             with torch.enable_grad(), _learning(model, groups):
-                made = _predict(model, example)
+                made = _predict(model, example, calibration.prefix)
                 lost = made.divergence(expected) / made.count()
             if not lost.requires_grad:
                 raise SqCpuError("the model's outputs have no gradient: it cannot be learned from")
@@ -152,16 +153,21 @@ class _Judge:
         model: nn.Module,
         statistics: Mapping[str, GroupStatistics],
         examples: Sequence[Example],
+        prefix: Sequence[int],
     ) -> None:
         self._model, self._statistics, self._examples = model, statistics, examples
-        self._expected = [_predict(model, each) for each in examples]
+        self._prefix = prefix
 
     def divergence(self, plans: Iterable[GroupPlan]) -> float:
         """Return the nats that a prediction moves by, in the numerics of the kernels."""
-        with simulating(self._model, self._statistics, plans, hold=True):
-            made = [_predict(self._model, each) for each in self._examples]
-        lost = [each.divergence(e) for each, e in zip(made, self._expected, strict=True)]
-        return float(torch.stack(lost).sum()) / sum(each.count() for each in made)
+        plans, lost, count = tuple(plans), 0.0, 0
+        for example in self._examples:  # the predictions of one at a time
+            expected = _predict(self._model, example, self._prefix)
+            with simulating(self._model, self._statistics, plans, hold=True):
+                made = _predict(self._model, example, self._prefix)
+            lost += float(made.divergence(expected))
+            count += made.count()
+        return lost / count
 
 
 class _Group:
@@ -273,7 +279,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 @dataclass(frozen=True, eq=False)
 class _Prediction:
     rows: list[Tensor]
-    """fp32 [rows, features] each, without padding."""
+    """fp32 [rows, features] each, without padding and a prefix."""
     is_logits: bool
 
     def count(self) -> int:
@@ -291,8 +297,8 @@ class _Prediction:
         return torch.stack([(a - b).square().sum() / 2 for a, b in pairs]).sum()
 
 
-def _predict(model: nn.Module, example: Example) -> _Prediction:
-    padding = padding_of(model, *example)
+def _predict(model: nn.Module, example: Example, prefix: Sequence[int]) -> _Prediction:
+    padding = padding_of(model, *example).with_prefix(prefix)
     with padding.tracing():
         outputs = called(model, example, "learning")
         logits = getattr(outputs, "logits", None)

@@ -4,13 +4,16 @@ A group's alpha is sought on a grid and then by golden section; each is scored o
 sampled rows with the numerics of the kernels. Of several batches, rows are scored that did not take
 part in the channels' ranges (`Calibration.held_out`): at a large alpha every channel just reaches
 the static scale's end, so on the rows that made the range nothing ever clips, and on others much
-does. Ranges by percentile or squared error, which are found on rows, see those that are scored.
+does. No row has its own scale meanwhile (`Scheme.dynamic_fallback`): that costs no error, but time,
+so ranges that no row fits would win. Ranges by percentile or squared error, which are found on
+rows, see those that are scored.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -156,6 +159,7 @@ def tune(
                 model, groups, fixed, calibration, batches, scheme, grid, choose, progress
             )
             return SmoothPlan(tuple(plans), scheme=scheme)
+        scored = replace(scheme, dynamic_fallback=False)
         weights = WeightStatistics()
         search = AlphaSearch(
             tokens=calibration.tokens,
@@ -169,7 +173,7 @@ def tune(
             planned: GroupPlan, seen: Calibration, layers: Sequence[LayerPlan] = ()
         ) -> list[GroupStatistics]:
             group, overrides = groups[planned.name], SmoothPlan((), tuple(layers))
-            return _statistics(model, group, seen, scheme, overrides, weights)
+            return _statistics(model, group, seen, scored, overrides, weights)
 
         def best(
             unit: list[GroupPlan], seen: Calibration, layers: Sequence[LayerPlan] = ()
@@ -185,7 +189,7 @@ def tune(
         fed: Iterable[_Fed] = [(unit, calibration) for unit in units]
         if sequential:
             assert batches is not None
-            prefix = QuantizedPrefix(model, calibration, batches, groups, scheme, weights)
+            prefix = QuantizedPrefix(model, calibration, batches, groups, scored, weights)
             fed = _block_by_block(units, groups, prefix, calibration, tuned, layers)
         for open_unit, seen in track(fed, "tuning alpha", progress, total=len(units)):
             unit, found = rotating(
@@ -195,7 +199,7 @@ def tune(
                 planned.name: linears
                 for planned in unit
                 if not planned.hadamard_fold  # which mixes the channels
-                and (linears := massive_layers(model, groups[planned.name], seen, scheme, outliers))
+                and (linears := massive_layers(model, groups[planned.name], seen, scored, outliers))
             }
             if massive:
                 found, kept = keeping(massive, found, partial(best, unit, seen), loss)

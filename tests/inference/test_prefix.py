@@ -7,6 +7,7 @@ it was, in every way to run a model.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -444,3 +445,26 @@ def test_a_model_that_is_seen_with_its_prefix_fuses() -> None:
     sq_cpu.fuse(model)
     ids = texts((0,))
     assert torch.isfinite(model(ids).logits).all()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "llama"])
+def test_arguments_in_the_models_own_order(name: str) -> None:
+    model = tiny_model(name).eval()
+    ids = texts()
+    plain = model.base_model(ids).last_hidden_state
+    spoiled = spoil(copy.deepcopy(model))
+    use_prefix(spoiled, make_prefix(model, (BOS,)))
+    base = spoiled.base_model
+    names = list(inspect.signature(model.base_model.forward).parameters)
+    before = {"llama": ("attention_mask", "position_ids", "past_key_values")}.get(name)
+    assert names[1] == ("past_key_values" if before is None else before[0])
+    given = (ids, DynamicCache()) if before is None else (ids, None, None, DynamicCache())
+    with torch.no_grad():
+        made = base(*given, output_hidden_states=True)
+        assert off(made.last_hidden_state, plain) < 1e-4
+        assert torch.equal(made.hidden_states[-1], made.last_hidden_state)
+        as_tuple = base(ids, return_dict=False)
+        assert isinstance(as_tuple, tuple)
+        assert off(as_tuple[0], plain) < 1e-4
+        base.config.return_dict = False
+        assert isinstance(base(ids), tuple)

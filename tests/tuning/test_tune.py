@@ -1,5 +1,6 @@
 """Alpha per group: the least output error, found from one calibration."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -205,3 +206,20 @@ def test_one_batch_is_scored_on_itself() -> None:
     name = next(iter(calibration.rows))
     assert calibration.held_out([name]) == (calibration,)
     assert sq_cpu.tune(model, calibration).groups
+
+
+def test_rows_that_clip_are_not_free() -> None:
+    """A row that clips gets its own scale, at no error but some time: a search must not use it."""
+    model, data = planted("llama"), batches(4)
+    calibration = sq_cpu.calibrate(model, data, rows=64, gradient_rows=64)
+    plans = [
+        sq_cpu.tune(model, calibration, scheme=Scheme.of("O3", dynamic_fallback=fallback))
+        for fallback in (True, False)
+    ]
+    assert plans[0].groups == plans[1].groups
+    quantized = sq_cpu.quantize(copy.deepcopy(model), calibration, plans[0])
+    with torch.no_grad():
+        for ids in data:
+            quantized(ids)
+    counts = sq_cpu.row_counts(quantized).values()
+    assert sum(each.clipped for each in counts) < 0.2 * sum(each.rows for each in counts)
