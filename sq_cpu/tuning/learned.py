@@ -46,6 +46,7 @@ from sq_cpu.tuning.simulation import simulating
 __all__ = ["Learned", "learn"]
 
 _RATE = 0.01  # of Adam: what alpha, or the logarithm of a clip, moves by in a step at first
+_MOST_STEPS = 10_000
 _CHECKS = 4  # times that the held-out batches are looked at
 _HELD_OUT = 4  # every so manieth batch
 
@@ -95,6 +96,8 @@ def learn(
     check_model(model)
     check_is_calibration(calibration)
     check_whole(1, steps=steps)
+    if steps > _MOST_STEPS:
+        raise SqCpuError(f"steps is {steps}; it is at most {_MOST_STEPS}, and 100 is much")
     scheme = replace(scheme_of(scheme, plan).resolve(has_vnni()), dynamic_fallback=False)
     given = list(model_inputs(model, batches, "learning", "reading batches", False))
     if len(given) < 2:

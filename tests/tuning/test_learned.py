@@ -134,6 +134,8 @@ def test_bad_input_is_refused() -> None:
         learn(model, calibration, plan, data[:1], scheme="O3")
     with pytest.raises(SqCpuError, match="steps"):
         learn(model, calibration, plan, data, scheme="O3", steps=0)
+    with pytest.raises(SqCpuError, match="steps is 20000; it is at most 10000"):
+        learn(model, calibration, plan, data, scheme="O3", steps=20000)
     strange = replace(plan, groups=(replace(plan.groups[0], name="nobody"),))
     with pytest.raises(SqCpuError, match="no smoothing group nobody"):
         learn(model, calibration, strange, data, scheme="O3")
