@@ -79,6 +79,7 @@ def good(
         seen = {"model": model, "calibration": calibration}
         if name in ("make_prefix", "use_prefix", "prefix_of"):
             given = {"model": model, "ids": [1], "prefix": sq_cpu.make_prefix(model, [1])}
+            given["prove"] = True
             return {each: given[each] for each in inspect.signature(_function(name)).parameters}
         if name == "outlier_tokens":
             return {"model": model, "windows": [batches(1)[0][:1]]}

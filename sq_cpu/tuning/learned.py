@@ -33,7 +33,7 @@ from sq_cpu.models.padding import padding_of
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
 from sq_cpu.numerics.straight_through import quantized_rows, quantized_weight
-from sq_cpu.parsing import check_whole
+from sq_cpu.parsing import check_kind, check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, scheme_of
@@ -95,6 +95,7 @@ def learn(
     """
     check_model(model)
     check_is_calibration(calibration)
+    check_kind(SmoothPlan, "a SmoothPlan; read a file with SmoothPlan.load", plan=plan)
     check_whole(1, steps=steps)
     if steps > _MOST_STEPS:
         raise SqCpuError(f"steps is {steps}; it is at most {_MOST_STEPS}, and 100 is much")
