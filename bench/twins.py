@@ -14,6 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import sq_cpu
+from sq_cpu.kernels.hadamard import fwht64
 
 
 @dataclass
@@ -25,6 +26,11 @@ class Made:
     scheme: sq_cpu.Scheme
     range: tuple[float, float] | None
     smoothing: Tensor | None
+    hadamard: int = 0
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Return X / s or W s as the layer rotates it; twice gives back what was."""
+        return fwht64(x) if self.hadamard else x
 
 
 class FloatTwin(nn.Linear):
@@ -34,9 +40,9 @@ class FloatTwin(nn.Linear):
         super().__init__(made.weight.shape[1], made.weight.shape[0], bias=made.bias is not None)
         self.made = made
         self.s = torch.ones(self.in_features) if made.smoothing is None else made.smoothing
-        weight = self.prepared(made.weight.float() * self.s)
-        self.effective = weight
-        self.weight = nn.Parameter(weight / self.s, requires_grad=False)
+        self.effective = self.prepared(made.turned(made.weight.float() * self.s))
+        weight = made.turned(self.effective)[:, : self.in_features] / self.s
+        self.weight = nn.Parameter(weight, requires_grad=False)
         if made.bias is not None:
             self.bias = nn.Parameter(made.bias, requires_grad=False)
 
@@ -51,7 +57,8 @@ class FloatTwin(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return the output for x, of its dtype."""
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(self.quantized(x.float() / self.s), self.effective, bias).to(x.dtype)
+        coded = self.quantized(self.made.turned(x.float() / self.s))
+        return F.linear(coded, self.effective, bias).to(x.dtype)
 
 
 class FakeTwin(FloatTwin):
@@ -64,16 +71,21 @@ class FakeTwin(FloatTwin):
         return torch.fake_quantize_per_channel_affine(weight, scale, zero, 0, -127, 127)
 
     def quantized(self, x: Tensor) -> Tensor:
-        """Return Q(X / s), static or a scale a row."""
-        if self.made.range is not None:
-            scale = max(1e-30, -self.made.range[0], self.made.range[1]) / 127
-            return torch.fake_quantize_per_tensor_affine(x, scale, 0, -127, 127)
+        """Return Q(X / s): static, but for rows that do not fit, or a scale a row."""
         rows = x.reshape(-1, x.shape[-1])
         if not len(rows):
             return x
-        scale = rows.abs().amax(dim=1).clamp_min(1e-30) / 127
+        absmax = rows.abs().amax(dim=1)
         zero = torch.zeros(len(rows), dtype=torch.int32)
-        fake = torch.fake_quantize_per_channel_affine(rows, scale, zero, 0, -127, 127)
+        own = absmax.clamp_min(1e-30) / 127
+        fake = torch.fake_quantize_per_channel_affine(rows, own, zero, 0, -127, 127)
+        if self.made.range is not None:
+            scale = max(1e-30, -self.made.range[0], self.made.range[1]) / 127
+            static = torch.fake_quantize_per_tensor_affine(rows, scale, 0, -127, 127)
+            largest = torch.round(absmax / scale)
+            fits = (largest <= 127) & ((largest >= 16) | (absmax == 0))
+            fits |= not self.made.scheme.dynamic_fallback
+            fake = torch.where(fits[:, None], static, fake)
         return fake.reshape(x.shape)
 
 
@@ -107,6 +119,8 @@ class Reference(nn.Linear):
     def __init__(self, layer: sq_cpu.QuantLinear) -> None:
         super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
         weight = layer.weight_int8().float() * layer.weight_scale[:, None]
+        if layer.hadamard:
+            weight = fwht64(weight)[:, : layer.in_features]
         self.weight = nn.Parameter(weight, requires_grad=False)
         if layer.bias is not None:
             self.bias = nn.Parameter(layer.bias, requires_grad=False)
@@ -130,12 +144,15 @@ def recording() -> Iterator[dict[int, Made]]:
         input_range: Any = None,
         *,
         smoothing: Any = None,
+        hadamard: int = 0,
         **more: Any,
     ) -> Any:
         bias = None if linear.bias is None else linear.bias.detach().clone()
         smoothing = None if smoothing is None else smoothing.detach().clone()
-        made = Made(linear.weight.detach().clone(), bias, scheme, input_range, smoothing)
-        layer = make(cls, linear, scheme, input_range, smoothing=smoothing, **more)
+        weight = linear.weight.detach().clone()
+        made = Made(weight, bias, scheme, input_range, smoothing, hadamard)
+        more |= {"smoothing": smoothing, "hadamard": hadamard}
+        layer = make(cls, linear, scheme, input_range, **more)
         found[id(layer)] = made
         return layer
 
@@ -173,7 +190,8 @@ def steps_from_fake(
             ) -> None:
                 (x,) = [*args, *kwargs.values()]
                 if x.numel():
-                    largest = (x / fake.s).abs().max() * fake.effective.abs().max()
+                    coded = fake.made.turned(x.float() / fake.s)
+                    largest = coded.abs().max() * fake.effective.abs().max()
                     step = float(largest) / 127 + 1e-5 * float(y.abs().max()) + 1e-30
                     count = float((fake(x) - y).abs().max()) / step
                     steps[name] = max(steps.get(name, 0.0), count)
