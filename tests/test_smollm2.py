@@ -46,8 +46,12 @@ def quantized(
     def make(scheme: str, alpha: float | None) -> nn.Module:
         if (scheme, alpha) not in made:
             model = copy.deepcopy(loaded[0])
-            plan = None if alpha is None else SmoothPlan.uniform(model, calibration, alpha)
-            sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=alpha is not None)
+            # As the figures were made: no rotations, and no rows with their own scale.
+            plain = sq_cpu.Scheme.of(scheme, dynamic_fallback=False)
+            plan = None
+            if alpha is not None:
+                plan = SmoothPlan.uniform(model, calibration, alpha, hadamard=0)
+            sq_cpu.quantize(model, calibration, plan, scheme=plain, smooth=alpha is not None)
             made[scheme, alpha] = model
         return made[scheme, alpha]
 
