@@ -25,6 +25,7 @@ PUBLIC = [
     "Int8Cache",
     "KvReport",
     "LayerPlan",
+    "Learned",
     "Prefix",
     "QuantLinear",
     "QuantizedActivation",
