@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._pytree import tree_leaves
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import frozen
 from sq_cpu.models.hooks import hooked
 from sq_cpu.models.padding import Padding
 
@@ -67,7 +68,6 @@ def differentiating(
     Right after a linear ran, taker(name) returns the function that takes its output's gradient.
     Parameters get no gradients.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs["input"]
@@ -89,11 +89,5 @@ def differentiating(
 
     inputs = [(linear, before) for linear in linears.values()]
     outputs = [(linear, after(name)) for name, linear in linears.items()]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with hooked(before=inputs, after=outputs), torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with frozen(model), hooked(before=inputs, after=outputs), torch.enable_grad():
+        yield

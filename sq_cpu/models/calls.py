@@ -23,6 +23,7 @@ __all__ = [
     "copied",
     "evaluating",
     "example_of",
+    "frozen",
     "is_cache",
     "model_inputs",
 ]
@@ -157,6 +158,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Run a block in which the model's parameters get no gradients; restore each."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _arguments(batch: Any, what: str) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
-from sq_cpu.models.calls import Batch, Example, called, evaluating, model_inputs
+from sq_cpu.models.calls import Batch, Example, called, evaluating, frozen, model_inputs
 from sq_cpu.models.checks import check_model
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.models.hooks import hooked
@@ -104,7 +104,7 @@ def learn(
     if len(given) < 2:
         raise SqCpuError("learning needs two batches or more: it holds every fourth out")
     trained = [each for index, each in enumerate(given) if index % _HELD_OUT]
-    with linearized(model), unchanged(model), evaluating(model), _frozen(model):
+    with linearized(model), unchanged(model), evaluating(model), frozen(model):
         found = smoothing_groups(model)
         check_groups(plan, found)
         by_name = {group.name: group for group in found}
@@ -188,9 +188,8 @@ class _Group:
         alive = (x > 0) & (w > 0)
         # d log s / d alpha, by eq. 4 of SmoothQuant.
         self._slope = torch.where(alive, x.where(alive, 1.0).log() + w.where(alive, 1.0).log(), 0.0)
-        self._static = any(
-            (sample.scheme or statistics.scheme).activations == "static"  # type: ignore[union-attr]
-            for sample in statistics.samples
+        self._static = bool(statistics.samples) and any(
+            fake.scheme.activations == "static" for fake in statistics.fake_quantized(self._s)
         )
         self.alpha = torch.tensor(planned.alpha, requires_grad=self._moves)
         self.log_clip = torch.tensor(math.log(planned.clip), requires_grad=self._static)
@@ -227,8 +226,8 @@ class _Group:
         else:
             name = fake.sample.name
             if name not in self._found:
-                at_start = replace(fake, s=fake.s.detach())
-                self._found[name] = tuple(map(torch.tensor, at_start.range))  # type: ignore[assignment]
+                least, greatest = replace(fake, s=fake.s.detach()).range
+                self._found[name] = torch.tensor(least), torch.tensor(greatest)
             ends = self._found[name]
         clip = self.log_clip.exp()
         return clip * ends[0], clip * ends[1]
@@ -266,18 +265,6 @@ def _learning(model: nn.Module, groups: Iterable[_Group]) -> Iterator[None]:
     ]
     with hooked(after=hooks):
         yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 @dataclass(frozen=True, eq=False)
