@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 import sq_cpu
 from sq_cpu.errors import first_line
 from sq_cpu.extras import require
+from sq_cpu.quantization.quantize import carry_out
+from sq_cpu.quantization.recipe import Recipe
 
 SHAPES: dict[str, dict[str, int]] = {  # name -> arguments of LlamaConfig
     "smollm2-135m": {
@@ -116,13 +118,29 @@ def random_ids(model: nn.Module, rows: int, tokens: int, seed: int) -> Tensor:
     return torch.randint(vocabulary, (rows, tokens), generator=generator)
 
 
+def recipe_of(name: str, **options: Any) -> Recipe:
+    """Return how to quantize: a scheme as a user has it, or with what its speed is compared.
+
+    "O3-plain" rotates no input and gives no row its own scale; "O3-rotated" rotates the input of
+    every down projection, as real models' outliers would have it and random weights do not.
+    """
+    preset, _, how = name.partition("-")
+    if how == "plain":
+        scheme = sq_cpu.Scheme.of(preset, dynamic_fallback=False)
+        return Recipe.of(scheme, hadamard=0, **options)
+    if how == "rotated":
+        return Recipe.of(preset, hadamard=64, **options)
+    return Recipe.of(name, **options)
+
+
 def to_int8(model: nn.Module, scheme: str, **options: Any) -> nn.Module:
     """Return a quantized copy, as a user makes it: lm_head stays in float unless asked for."""
+    recipe = recipe_of(scheme, **options)
     model = copy.deepcopy(model)
     windows = range(CALIBRATION_WINDOWS)
     batches = [random_ids(model, 1, CALIBRATION_TOKENS, seed=1 + window) for window in windows]
     calibration = sq_cpu.calibrate(model, batches, progress=False)
-    return sq_cpu.quantize(model, calibration, scheme=scheme, progress=False, **options)
+    return carry_out(model, calibration, recipe, progress=False)
 
 
 def linear_weights(model: nn.Module) -> int:

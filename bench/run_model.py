@@ -27,7 +27,7 @@ import machine
 import model_tables
 import transformers
 import typer
-from model_files import SHAPES, Files, prepare
+from model_files import SHAPES, Files, prepare, recipe_of
 from whole_model import (
     KINDS,
     LEAST_COSINE,
@@ -115,7 +115,7 @@ def check(names: Sequence[str], threads: Sequence[int], settings: Settings) -> N
         if kind not in KINDS:
             raise sq_cpu.SqCpuError(f"--variants has {kind}; they are {', '.join(KINDS)}")
     for scheme in settings.schemes:
-        sq_cpu.Scheme.of(scheme)
+        recipe_of(scheme)
     for name in names:
         if name in SHAPES:
             continue
@@ -165,7 +165,7 @@ def main(
         int | None, typer.Option(min=1, help="Decoder blocks of the shapes; default: their own.")
     ] = None,
     variants: Annotated[str, typer.Option(help="What to measure.")] = ",".join(KINDS),
-    schemes: Annotated[str, typer.Option(help="Of the int8 models, such as O1,O3.")] = "O3",
+    schemes: Annotated[str, typer.Option(help="Such as O1,O3, or O3,O3-plain.")] = "O3",
     threads: Annotated[str, typer.Option(help='Thread counts; "all" for every core.')] = "all",
     rows: Annotated[str, typer.Option(help="Sequences decoded at once.")] = "1,16",
     prompts: Annotated[str, typer.Option(help="Tokens of a prefill.")] = "512",
