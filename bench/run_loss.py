@@ -54,6 +54,7 @@ class Source:
     calibration_windows: int
     alpha: float
     gradients: bool
+    text: str
 
     def __post_init__(self) -> None:
         load = AutoModelForCausalLM.from_pretrained
@@ -65,7 +66,7 @@ class Source:
 
     def evaluated(self, lead: bool) -> list[torch.Tensor]:
         """Return the windows that are scored."""
-        return self._ids(texts.evaluation(), lead, self.windows)
+        return self._ids(self.text, lead, self.windows)
 
     def calibration(self, lead: bool) -> Calibration:
         """Return the calibration, which is made once."""
@@ -98,7 +99,8 @@ class Source:
 def main(
     folder: Annotated[Path, typer.Argument(help="Of a causal LM.")],
     variants: Annotated[str, typer.Option(help="What to measure.")] = "O3-plain,O3,O3+prefix,O1",
-    windows: Annotated[int, typer.Option(min=1)] = 20,
+    windows: Annotated[int, typer.Option(min=1, help="Scored: these, or what the text has.")] = 20,
+    text: Annotated[Path | None, typer.Option(help="In place of the shipped text.")] = None,
     window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
     calibration_windows: Annotated[int, typer.Option(min=1)] = 16,
     alpha: Annotated[float, typer.Option(help="Of what is not tuned.")] = 0.8,
@@ -113,7 +115,9 @@ def main(
         for name in names:
             recipe_of(name.removesuffix(PREFIX).removesuffix(TUNED))
         gradients = any(TUNED in name for name in names)
-        source = Source(str(folder), window, windows, calibration_windows, alpha, gradients)
+        scored = texts.evaluation() if text is None else text.read_text(encoding="utf-8")
+        sizes = (window, windows, calibration_windows)
+        source = Source(str(folder), *sizes, alpha, gradients, scored)
         rows = []
         for lead in (False, True):
             made = [source.variant(name) for name in names if name.endswith(PREFIX) == lead]
@@ -154,7 +158,7 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{row['variant']:20} {row['perplexity']:.3f} over {row['reference_perplexity']:.3f}: "
         f"{row['percent']:+.2f} % +- {row['percent_error']:.2f}, KL {row['kl_mean']:.4f}, "
-        f"same first choice {row['same_top_1']:.1%}",
+        f"same first choice {row['same_top_1']:.1%}, {row['windows']} windows",
         flush=True,
     )
 
