@@ -1,6 +1,6 @@
 """What int8 costs a real language model, beside itself in fp32 on the same ids.
 
-python bench/run_loss.py FOLDER --variants O3-plain,O3,O3+prefix,O3-tuned,O1 --windows 100
+python bench/run_loss.py FOLDER --variants O3-plain,O3,O3+prefix,O3-tuned,O1 --windows 20
 
 A variant is a scheme, "-plain" (no rotated inputs, no own scales), "-rotated" (every down
 projection) or "-tuned" (`sq_cpu.tune`, with gradients), and "+prefix": windows begin with the
@@ -11,7 +11,6 @@ makes them, and a BOS among them is quantized like any other token. All models a
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,18 +20,18 @@ import torch
 import typer
 from divergence import Divergence
 from model_files import recipe_of
+from results import Out, ResultFile, Row
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import sq_cpu
 from sq_cpu import Calibration, texts
-from sq_cpu.files import write_file
+from sq_cpu.calibration.calibrate import TUNING_ROWS
 from sq_cpu.progress import track
 from sq_cpu.quantization.quantize import carry_out
 from sq_cpu.quantization.recipe import Recipe
 
 PREFIX, TUNED = "+prefix", "-tuned"
-GRADIENT_ROWS = 384
 
 
 @dataclass
@@ -59,9 +58,11 @@ class Source:
     def __post_init__(self) -> None:
         load = AutoModelForCausalLM.from_pretrained
         self.model: Any = load(self.folder, dtype=torch.float32).eval().requires_grad_(False)
-        self.tokenizers = {lead: AutoTokenizer.from_pretrained(self.folder) for lead in (0, 1)}
-        if not sq_cpu.leading_ids(self.tokenizers[1]):
-            sq_cpu.lead_with(self.tokenizers[1])
+        self.tokenizers = {
+            lead: AutoTokenizer.from_pretrained(self.folder) for lead in (False, True)
+        }
+        if not sq_cpu.leading_ids(self.tokenizers[True]):
+            sq_cpu.lead_with(self.tokenizers[True])
         self._calibrations: dict[bool, Calibration] = {}
 
     def evaluated(self, lead: bool) -> list[torch.Tensor]:
@@ -74,8 +75,8 @@ class Source:
             self._calibrations[lead] = sq_cpu.calibrate(
                 self.model,
                 self._ids(texts.calibration(), lead, self.calibration_windows),
-                prefix=sq_cpu.leading_ids(self.tokenizers[1]) if lead else (),
-                gradient_rows=GRADIENT_ROWS if self.gradients else 0,
+                prefix=sq_cpu.leading_ids(self.tokenizers[True]) if lead else (),
+                gradient_rows=TUNING_ROWS if self.gradients else 0,
             )
         return self._calibrations[lead]
 
@@ -87,11 +88,10 @@ class Source:
         """Quantize a copy as the name says."""
         how = name.removesuffix(PREFIX)
         calibration = self.calibration(name != how)
+        recipe = recipe_of(how.removesuffix(TUNED), alpha=self.alpha)
         if how.endswith(TUNED):
-            plan = sq_cpu.tune(self.model, calibration, scheme=how.removesuffix(TUNED))
-            recipe = Recipe.of(plan=plan)
-        else:
-            recipe = recipe_of(how, alpha=self.alpha)
+            options = {"scheme": recipe.scheme, "hadamard": recipe.hadamard}
+            recipe = Recipe.of(plan=sq_cpu.tune(self.model, calibration, **options))
         model = carry_out(copy.deepcopy(self.model), calibration, recipe)
         return Variant(name, model)
 
@@ -105,7 +105,7 @@ def main(
     calibration_windows: Annotated[int, typer.Option(min=1)] = 16,
     alpha: Annotated[float, typer.Option(help="Of what is not tuned.")] = 0.8,
     fuse: Annotated[bool, typer.Option(help="Score what `fuse` makes of them.")] = False,
-    out: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
+    out: Out = None,
 ) -> None:
     """Print perplexity above fp32's, with its standard error, and KL to fp32."""
     logging.disable_progress_bar()
@@ -118,7 +118,11 @@ def main(
         scored = texts.evaluation() if text is None else text.read_text(encoding="utf-8")
         sizes = (window, windows, calibration_windows)
         source = Source(str(folder), *sizes, alpha, gradients, scored)
-        rows = []
+        # Without the folder and files, which are this machine's own.
+        command = f"python bench/run_loss.py FOLDER --variants {variants} --windows {windows}"
+        command += f" --window {window} --calibration-windows {calibration_windows}"
+        command += f" --alpha {alpha:g}{' --fuse' * fuse}{' --text FILE' * (text is not None)}"
+        results = ResultFile("loss", out, resume=False, sections={"command": command})
         for lead in (False, True):
             made = [source.variant(name) for name in names if name.endswith(PREFIX) == lead]
             for variant in made if fuse else []:
@@ -127,12 +131,9 @@ def main(
                 score(source, made, lead)
             for variant in made:
                 row = {"variant": variant.name} | variant.divergence.summary()
-                row["own_scales"] = own_scales(variant.model)
-                rows.append(row)
+                row["misfits"] = misfits(variant.model)
+                results.add(row)
                 show(row)
-                if out is not None:
-                    content = {"benchmark": "loss", "machine": machine.facts(), "rows": rows}
-                    write_file(out, json.dumps(content, indent=1) + "\n")
     except sq_cpu.SqCpuError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -147,14 +148,17 @@ def score(source: Source, variants: list[Variant], lead: bool) -> None:
             variant.divergence.add(reference, variant.model(ids).logits[0], ids[0])
 
 
-def own_scales(model: Any) -> float | None:
-    """Return the share of static linears' rows that got their own scale; None without any."""
+def misfits(model: Any) -> float | None:
+    """Return the share of static linears' rows that do not fit the scale; None without any.
+
+    They have their own scale, but in a plain scheme.
+    """
     counts = sq_cpu.row_counts(model).values()
     rows = sum(each.rows for each in counts)
     return sum(each.clipped + each.underflowed for each in counts) / rows if rows else None
 
 
-def show(row: dict[str, Any]) -> None:
+def show(row: Row) -> None:
     print(
         f"{row['variant']:20} {row['perplexity']:.3f} over {row['reference_perplexity']:.3f}: "
         f"{row['percent']:+.2f} % +- {row['percent_error']:.2f}, KL {row['kl_mean']:.4f}, "
