@@ -10,6 +10,8 @@ from .analysis.saturation import count_saturation as count_saturation
 from .autotuning.autotune import Autotuned as Autotuned
 from .autotuning.autotune import autotune as autotune
 from .autotuning.configurations import SearchSpace as SearchSpace
+from .autotuning.picking import PickedScheme as PickedScheme
+from .autotuning.picking import pick_scheme as pick_scheme
 from .calibration.calibrate import calibrate as calibrate
 from .calibration.calibration import Calibration as Calibration
 from .calibration.outlier_tokens import outlier_tokens as outlier_tokens

@@ -92,6 +92,8 @@ def good(
             return seen | {"alphas": (0.5, 0.5, 0.5), "scheme": "O1"}
         if name in ("quantize", "analyze", "SmoothPlan.uniform"):
             return seen
+        if name == "pick_scheme":
+            return seen | {"evaluate": lambda _: 1.0, "schemes": ("O1",), "costs": costs(model)}
         if name == "perplexity":
             return {
                 "model": byte_model(),
@@ -148,7 +150,7 @@ FUNCTIONS = (
     *("analyze", "count_saturation", "perplexity", "token_windows", "quantize_checkpoint"),
     *("use_int8_attention", "measure_kv", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
     *("Calibration.load", "make_prefix", "use_prefix", "prefix_of", "outlier_tokens"),
-    *("lead_with", "leading_ids"),
+    *("lead_with", "leading_ids", "pick_scheme"),
 )
 
 
@@ -194,6 +196,17 @@ NAMED = "space storage study job time_limit costs evaluate say rank sampler prun
 def test_autotune_names_the_argument(good: Callable[[str], dict[str, Any]], argument: str) -> None:
     with pytest.raises(SqCpuError, match=f"^{argument} (is|has) "):
         sq_cpu.autotune(**good("autotune") | {argument: object()})
+
+
+NAMED_BY_PICK = "calibration evaluate goal schemes smooth hadamard head tokens costs say"
+
+
+@pytest.mark.parametrize("argument", NAMED_BY_PICK.split())
+def test_pick_scheme_names_the_argument(
+    good: Callable[[str], dict[str, Any]], argument: str
+) -> None:
+    with pytest.raises(SqCpuError, match=f"^{argument} (is|has) "):
+        sq_cpu.pick_scheme(**good("pick_scheme") | {argument: object()})
 
 
 @pytest.mark.parametrize("metric", [None, "much", [1.0], object()])

@@ -167,10 +167,10 @@ class TuningJob:
                 "one, or another storage or study name"
             )
 
-    def measure_float(self) -> float:
+    def measure_float(self, report: Report | None = None) -> float:
         """Return the float model's metric; `SqCpuError` when it is no finite number, or 0."""
         with evaluating(self.model):
-            metric = self._metric(self.model, None)
+            metric = self._metric(self.model, report)
         if not math.isfinite(metric):
             raise SqCpuError(f"evaluate gives {metric} for the float model; check model and text")
         if self.goal.relative and metric == 0:
@@ -305,7 +305,9 @@ class TuningJob:
             milliseconds = self.costs.of(self.linears.values())
         else:
             try:
-                metric, milliseconds = self._of_copy(configuration, names, report)
+                metric, milliseconds = self.measure(
+                    Recipe.of(plan=self.plan(configuration)), report
+                )
             except SqCpuError as refused:
                 metric, milliseconds, error = math.nan, math.inf, str(refused)
         loss = self.goal.loss(metric, self.float_metric, self.higher_is_better)
@@ -313,7 +315,7 @@ class TuningJob:
             configuration=configuration,
             metric=metric if math.isfinite(metric) else math.nan,
             loss=loss if math.isfinite(loss) else math.inf,
-            loss_percent=self._percent(metric, loss),
+            loss_percent=self.percent(metric, loss),
             milliseconds=milliseconds,
             in_float=kept,
             dynamic=sum(c == "per_token" for c in map(configuration.precision, names)),
@@ -321,22 +323,26 @@ class TuningJob:
             error=error,
         )
 
-    def _percent(self, metric: float, loss: float) -> float:
+    def percent(self, metric: float, loss: float) -> float:
         """Return the loss in percent of the float model's metric, whatever the goal's unit."""
         if not (math.isfinite(loss) and self.float_metric):
             return math.nan
         sign = 1 if loss >= 0 else -1
         return sign * 100 * abs(metric - self.float_metric) / abs(self.float_metric)
 
-    def _of_copy(
-        self, configuration: Configuration, names: list[str], report: Report | None
+    def measure(
+        self, recipe: Recipe, report: Report | None = None, *, within: float = math.inf
     ) -> tuple[float, float]:
+        """Return the metric and the milliseconds of a copy of the model that is quantized so.
+
+        One that takes as many milliseconds as `within`, or more, is not scored: its metric is NaN.
+        """
         assert self.costs is not None
-        recipe = Recipe.of(plan=self.plan(configuration))
         model = copy.deepcopy(self.model)
-        carry_out(model, self.calibration, recipe, self.proof, self._weights, progress=False)
-        milliseconds = self.costs.of(model.get_submodule(name) for name in names)
-        metric = self._metric(model, report)
+        proof = self.proof if recipe.smooth else None
+        carry_out(model, self.calibration, recipe, proof, self._weights, progress=False)
+        milliseconds = self.costs.of(model.get_submodule(name) for name in self.linears)
+        metric = self._metric(model, report) if milliseconds < within else math.nan
         freed = weakref.ref(model)
         del model
         if freed() is not None:

@@ -15,29 +15,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sq_cpu import texts
 from sq_cpu.analysis.analysis import analyze
 from sq_cpu.analysis.report import report, require_report
 from sq_cpu.cli.common import (
+    GOAL,
+    TEXT_WINDOWS,
     Dtype,
     Json,
     Model,
     Prefix,
     PrefixName,
+    Text,
+    TextWindows,
     TrustRemoteCode,
     Window,
-    check_shipped,
     emit,
     hold,
     model_name,
-    read,
     say,
-    shipped_windows,
+    scored_text,
+    text_perplexity,
 )
-from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
+from sq_cpu.cli.tuning import Calib, DtypeOption, Ignore, Out, Windows, tuning_input
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.lm_eval import lm_eval_accuracy
-from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
 from sq_cpu.extras import require
 from sq_cpu.files import check_file
 
@@ -58,14 +59,8 @@ def autotune_command(
     calib: Calib = None,
     windows: Windows = 16,
     window: Window = 512,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="Text to score, other than the one you report. [default: the shipped text, but "
-            "not the windows that `sq-cpu eval` scores]"
-        ),
-    ] = None,
-    text_windows: Annotated[int, typer.Option(min=1, help="Windows of --text.")] = 20,
+    text: Text = None,
+    text_windows: TextWindows = TEXT_WINDOWS,
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="Task of lm-eval, repeatable, whose mean accuracy is the metric."),
@@ -137,7 +132,7 @@ def autotune_command(
     killed = hold(ctx, out)
     data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
     _check_storage(where, study, resume, killed)
-    scored = _scored(text, text_windows) if not tasks else ()
+    scored = scored_text(text, text_windows) if not tasks else ()
     start = time.perf_counter()
     loaded, tokenizer, batches = data.load()
     evaluate: Any
@@ -146,12 +141,7 @@ def autotune_command(
             lm_eval_accuracy, tokenizer=tokenizer, tasks=tasks, limit=task_limit, progress=False
         )
     else:
-        evaluate = TextPerplexity(tokenizer, scored, window, text_windows)
-        # Refuse a text that is too short before the calibration.
-        if text is None:
-            shipped_windows(tokenizer, scored, window, text_windows, "--text")
-        else:
-            token_windows(tokenizer, scored, window=window, windows=text_windows)
+        evaluate = text_perplexity(tokenizer, scored, window, text_windows)
     calibration = data.calibration(loaded, tokenizer, batches)
     identity = {
         "calib": _digest(data.own),
@@ -205,14 +195,6 @@ def _finish(found: Autotuned, out: Path, where: Path | str) -> None:
             f"the goal is not met: {out} is the best so far; {again}, with more --refine-trials or "
             "--time-limit"
         )
-
-
-def _scored(text: Path | None, windows: int) -> str | tuple[str, ...]:
-    if text is not None:
-        return read(text)
-    shipped = texts.selection()
-    check_shipped(windows, len(shipped), "--text")
-    return shipped
 
 
 def _digest(text: str | Sequence[str]) -> str:

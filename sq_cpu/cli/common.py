@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sq_cpu import texts
 from sq_cpu.checkpoint import sources
 from sq_cpu.errors import SqCpuError, printable
-from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
 from sq_cpu.files import absolute, claimed_file
 from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.smoothing.plan import AUTO
@@ -80,6 +80,16 @@ Window = Annotated[int, typer.Option(min=2, help="Tokens per window.")]
 StoredDtype = Annotated[
     Dtype | None, typer.Option(help="What is not int8 runs in this. [default: as stored]")
 ]
+GOAL = "Greatest loss against the float model: 1% of its metric, or a number."
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text to score, other than the one you report. [default: the shipped text, but "
+        "not the windows that `sq-cpu eval` scores]"
+    ),
+]
+TEXT_WINDOWS = 20
+TextWindows = Annotated[int, typer.Option(min=1, help="Windows of --text.")]
 
 
 def hadamard_choice(given: bool | None) -> HadamardChoice:
@@ -186,6 +196,26 @@ def calibration_batches(
         share = windows // len(own) + (index < windows % len(own))
         batches += token_windows(tokenizer, text, window=window, windows=share)
     return batches
+
+
+def scored_text(text: Path | None, windows: int) -> str | tuple[str, ...]:
+    """Return the text that a search scores: the file's, or what is shipped for it."""
+    if text is not None:
+        return read(text)
+    shipped = texts.selection()
+    check_shipped(windows, len(shipped), "--text")
+    return shipped
+
+
+def text_perplexity(
+    tokenizer: Any, scored: str | tuple[str, ...], window: int, windows: int
+) -> TextPerplexity:
+    """Return the perplexity of a `scored_text`; a text that is too short is refused at once."""
+    if isinstance(scored, str):
+        token_windows(tokenizer, scored, window=window, windows=windows)
+    else:
+        shipped_windows(tokenizer, scored, window, windows, "--text")
+    return TextPerplexity(tokenizer, scored, window, windows)
 
 
 def load_model(

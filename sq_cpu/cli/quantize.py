@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
+from sq_cpu.autotuning.evaluator import Goal
+from sq_cpu.autotuning.picking import PickedScheme, pick_recipe
+from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.cli import show
 from sq_cpu.cli.common import (
+    GOAL,
+    TEXT_WINDOWS,
     TORCH_DTYPES,
     Dtype,
     Hadamard,
@@ -19,7 +24,8 @@ from sq_cpu.cli.common import (
     Model,
     Prefix,
     PrefixName,
-    SchemeName,
+    Text,
+    TextWindows,
     TrustRemoteCode,
     Window,
     calibration_batches,
@@ -29,11 +35,21 @@ from sq_cpu.cli.common import (
     quiet,
     read_all,
     say,
+    scored_text,
+    text_perplexity,
 )
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
 from sq_cpu.streaming.convert import Job, convert
+
+
+class _Scheme(str, Enum):
+    o1, o2, o3, auto = "O1", "O2", "O3", "auto"
+
+
+# Of auto: those to try.
+_TRIED = ("O3", "O1")
 
 
 class _Weights(str, Enum):
@@ -73,12 +89,15 @@ def quantize_command(
         typer.Option(metavar="PLAN.json", help="Plan to carry out, as SmoothPlan.save writes it."),
     ] = None,
     scheme: Annotated[
-        SchemeName | None,
+        _Scheme | None,
         typer.Option(
-            help="Activation scales: O1 per token, O2 per tensor, O3 static. "
-            "[default: the plan's, or O1]"
+            help="Activation scales: O1 per token, O2 per tensor, O3 static; auto: O3 or O1, the "
+            "fastest here that holds --goal. [default: the plan's, or O1]"
         ),
     ] = None,
+    goal: Annotated[str, typer.Option(help=f"{GOAL} Of --scheme auto.")] = "1%",
+    text: Text = None,
+    text_windows: TextWindows = TEXT_WINDOWS,
     alpha: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Migration strength. [default: 0.5]"),
@@ -109,6 +128,13 @@ def quantize_command(
     percentile: Annotated[
         float, typer.Option(help="Percentage of the values that --range percentile keeps.")
     ] = Scheme.percentile,
+    dynamic_fallback: Annotated[
+        bool,
+        typer.Option(
+            "--dynamic-fallback/--no-dynamic-fallback",
+            help="O3: a token that the static scale does not fit gets its own.",
+        ),
+    ] = Scheme.dynamic_fallback,
     reduce_range: Annotated[
         _ReduceRange,
         typer.Option(help="7-bit activations; auto: on processors without VNNI."),
@@ -151,7 +177,12 @@ def quantize_command(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize MODEL to int8 and save it to OUT."""
+    """Quantize MODEL to int8 and save it to OUT.
+
+    With --scheme auto, schemes are tried on a copy in memory, the fastest first, and one that holds
+    the goal is carried out. Where none does, the exit code is 1 and OUT is not written.
+    """
+    _check_auto(ctx, scheme, plan, stream)
     if plan is not None and (alpha is not None or rule is not None or not smooth):
         raise typer.BadParameter(
             "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
@@ -176,6 +207,7 @@ def quantize_command(
         "rows_per_scale": rows_per_scale,
         "static_range": static_range.value,
         "percentile": percentile,
+        "dynamic_fallback": dynamic_fallback,
         "reduce_range": reduce_range.setting(),
         "outlier_threshold": outlier_threshold,
         "unreached": unreached.value,
@@ -183,18 +215,26 @@ def quantize_command(
     if ignore:
         overrides["ignore"] = tuple(ignore)
     planned = None if plan is None else SmoothPlan.load(plan)
-    base = scheme_of(None if scheme is None else scheme.value, planned)
     # A default is not to change the plan's scheme.
     given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
-    recipe = Recipe.of(
-        Scheme.of(base, **given),
-        planned,
-        smooth=smooth,
-        alpha=Recipe.alpha if alpha is None else alpha,
-        rule=Recipe.rule if rule is None else rule.value,
-        hadamard=hadamard_choice(hadamard),
-        head=head.value,
-    )
+    how: dict[str, Any] = {
+        "smooth": smooth,
+        "rule": Recipe.rule if rule is None else rule.value,
+        "hadamard": hadamard_choice(hadamard),
+        "head": head.value,
+    }
+    if alpha is not None:
+        how["alpha"] = alpha
+    named = _TRIED if scheme is _Scheme.auto else (None if scheme is None else scheme.value,)
+    recipes = [
+        Recipe.of(Scheme.of(scheme_of(each, planned), **given), planned, **how) for each in named
+    ]
+    recipe = recipes[0]
+    picked: PickedScheme | None = None
+    scored: str | tuple[str, ...] = ()
+    if scheme is _Scheme.auto:
+        Goal.of(goal)
+        scored = scored_text(text, text_windows)
     check_not_quantized(model)
     calibration_texts = read_all(calib or [])
 
@@ -208,20 +248,30 @@ def quantize_command(
         prefix=prefix.value,
     )
 
+    def choose(loaded: nn.Module, tokenizer: Any, calibration: Calibration) -> Recipe:
+        nonlocal recipe, picked
+        evaluate = text_perplexity(tokenizer, scored, window, text_windows)
+        recipe, picked = pick_recipe(loaded, calibration, evaluate, goal, recipes, say=say)
+        return recipe
+
     def batches_of(tokenizer: Any) -> list[Tensor]:
+        if scored:  # refused here, before the calibration, where it is too short
+            text_perplexity(tokenizer, scored, window, text_windows)
         batches = calibration_batches(tokenizer, calibration_texts, window, windows)
         say(f"calibrating on {len(batches)} windows of {window} tokens")
         return batches
 
     start = time.perf_counter()
     quiet()
-    made = convert(job, batches_of, stream=stream, say=say)
+    chosen = choose if scheme is _Scheme.auto else None
+    made = convert(job, batches_of, stream=stream, choose=chosen, say=say)
     record = made.record
     groups = record.plan.groups if record.plan else ()
     folded = {group.name: group.fold for group in groups}
     result = {
         "output": str(out),
         "scheme": record.scheme.to_dict(),
+        "picked": None if picked is None else picked.to_dict(),
         "smooth": smooth,
         "plan": None if plan is None else str(plan),
         "rule": recipe.rule if recipe.is_uniform else None,
@@ -245,9 +295,48 @@ def quantize_command(
     lines = [
         f"{out}: {result['layers']} linears in int8 ({record.scheme.name}), "
         f"{before} -> {after} MB, in {result['seconds']:.0f} s",
+        *([] if picked is None else [_picked_line(picked)]),
         *show.plan_lines(record),
     ]
     emit(result, as_json, "\n".join(lines))
+
+
+# Options of one scheme alone, which auto may not pick.
+_OF_ONE = {
+    "static_range": "--range",
+    "percentile": "--percentile",
+    "outlier_threshold": "--outlier-threshold",
+}
+_OF_AUTO = {"goal": "--goal", "text": "--text", "text_windows": "--text-windows"}
+
+
+def _check_auto(
+    ctx: typer.Context, scheme: _Scheme | None, plan: Path | None, stream: bool | None
+) -> None:
+    """Refuse what does not go with `--scheme auto`, and what goes with nothing else."""
+    is_auto = scheme is _Scheme.auto
+    for name, option in (_OF_ONE if is_auto else _OF_AUTO).items():
+        if _is_given(ctx, name):
+            raise typer.BadParameter(
+                f"{option} is for one scheme alone; drop it, or name the scheme in place of auto"
+                if is_auto
+                else f"{option} goes with --scheme auto; drop it, or give both"
+            )
+    if is_auto and plan is not None:
+        raise typer.BadParameter("--plan says how to quantize; drop it, or --scheme auto")
+    if is_auto and stream:
+        raise typer.BadParameter(
+            "--scheme auto tries schemes on a copy in memory; drop it, or --stream"
+        )
+
+
+def _picked_line(picked: PickedScheme) -> str:
+    error = "" if picked.standard_error is None else f" +- {picked.standard_error:.2f}"
+    return (
+        f"{picked.scheme.activations} activations hold the goal of {picked.goal}: perplexity "
+        f"{picked.metric:.5g} is {picked.loss_percent:+.2f} %{error} over float; linears: "
+        f"{picked.milliseconds:.2f} ms against {picked.float_milliseconds:.2f} in float"
+    )
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:

@@ -9,6 +9,7 @@ import typer
 
 from sq_cpu.cli.autotune import autotune_command
 from sq_cpu.cli.common import (
+    GOAL,
     Dtype,
     Hadamard,
     Json,
@@ -22,7 +23,7 @@ from sq_cpu.cli.common import (
     hadamard_choice,
     hold,
 )
-from sq_cpu.cli.tuning import GOAL, Calib, DtypeOption, Ignore, Out, Windows, tuning_input
+from sq_cpu.cli.tuning import Calib, DtypeOption, Ignore, Out, Windows, tuning_input
 from sq_cpu.scheme import Scheme
 from sq_cpu.tuning.learned import learn
 from sq_cpu.tuning.tune import OUTLIERS, tune

@@ -38,7 +38,6 @@ Ignore = Annotated[
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="What is not int8 is kept in this.")]
-GOAL = "Greatest loss against the float model: 1% of its metric, or a number."
 
 
 @dataclass(frozen=True, kw_only=True)

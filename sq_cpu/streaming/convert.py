@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import calibrate
+from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.checkpoint.folder import Staging, staged
 from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
@@ -29,12 +30,14 @@ from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
 from sq_cpu.streaming.tensors import has_safetensors
 
-__all__ = ["Job", "PrefixChoice", "convert", "find_prefix", "linear_bytes"]
+__all__ = ["Choose", "Job", "PrefixChoice", "convert", "find_prefix", "linear_bytes"]
 
 # What quantizing a model in memory needs, over its size in float.
 _SLACK = 1.3
 
 Say = Callable[[str], object]
+Choose = Callable[[nn.Module, Any, Calibration], Recipe]
+"""Chooses the recipe for a model, its tokenizer and its calibration; the model stays as it is."""
 PrefixChoice = Literal["auto", "bos", "off"]
 """What texts begin with whose keys and values stay in float: what the tokenizer puts in front, its
 BOS, which it then always does, or nothing."""
@@ -61,6 +64,7 @@ def convert(
     batches_of: Callable[[Any], list[Tensor]],
     *,
     stream: bool | None = None,
+    choose: Choose | None = None,
     say: Say = lambda _: None,
 ) -> QuantizedCheckpoint:
     """Calibrate, smooth, quantize and save.
@@ -75,14 +79,21 @@ def convert(
     stream : bool, optional
         One decoder block at a time, see `quantize_checkpoint`. None: to go on with interrupted
         work, or where the float model does not fit in the memory that is available.
+    choose : callable, optional
+        Chooses the recipe that is carried out, one with the job's `ignore` and `head`; it may copy
+        the model. Not streamed then.
     say : callable
         Told, in a line, what is going on.
 
     Raises
     ------
     SqCpuError
-        What loading, `calibrate`, `quantize` and `save`, or `quantize_checkpoint`, refuse.
+        What loading, `calibrate`, `quantize` and `save`, or `quantize_checkpoint`, refuse, and
+        where `choose` is to choose for a model that does not fit twice.
     """
+    if choose is not None:
+        _check_fits_twice(job, stream)
+        stream = False
     if stream is None:
         # Blocks are streamed by what is known of transformers' own classes.
         stream = not job.trust_remote_code and _is_unfinished_or_too_large(job, say)
@@ -90,10 +101,11 @@ def convert(
         raise SqCpuError(
             "a model of its own code cannot be streamed: leave out --stream or --trust-remote-code"
         )
-    work = _stream if stream else _whole
     # Held from the start: another run on it is refused before its work, not after.
     with staged(job.out, replace=job.overwrite, streamed=stream) as staging:
-        return work(job, staging, batches_of, say)
+        if stream:
+            return _stream(job, staging, batches_of, say)
+        return _whole(job, staging, batches_of, choose, say)
 
 
 def linear_bytes(model: nn.Module, ignore: tuple[str, ...], but: str | None = None) -> int:
@@ -112,7 +124,11 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...], but: str | None = No
 
 
 def _whole(
-    job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
+    job: Job,
+    staging: Staging,
+    batches_of: Callable[[Any], list[Tensor]],
+    choose: Choose | None,
+    say: Say,
 ) -> QuantizedCheckpoint:
     model, tokenizer = load_source(
         job.source, dtype=job.dtype, trust_remote_code=job.trust_remote_code, say=say
@@ -125,6 +141,8 @@ def _whole(
     float_bytes = linear_bytes(model, ignore, but=name)
     prefix = find_prefix(model, tokenizer, job.prefix, say)
     calibration = calibrate(model, batches_of(tokenizer), ignore=ignore, prefix=prefix)
+    if choose is not None:
+        recipe = choose(model, tokenizer, calibration)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
@@ -192,14 +210,38 @@ def _stream(
         raise
 
 
+def _check_fits_twice(job: Job, stream: bool | None) -> None:
+    """Refuse to choose a recipe for what is streamed: it takes the model and a copy."""
+    if stream:
+        raise SqCpuError("a recipe is not chosen for a streamed model: say which")
+    if not job.overwrite and (work := streaming.unfinished(job.out)):
+        raise SqCpuError(
+            f"{work} holds finished blocks of a streamed model, for which no scheme is chosen: "
+            "give their scheme, or discard them with --overwrite"
+        )
+    folder = Path(os.path.expanduser(job.source))
+    if not has_safetensors(folder):
+        return
+    needed, available = _needed(job, _SLACK + 1), available_memory()
+    if needed > available:
+        raise SqCpuError(
+            f"{job.source} and a copy to try schemes on need {needed / 1e9:.1f} GB of memory in "
+            f"{job.dtype or 'its dtype'}, and {available / 1e9:.1f} GB are available: give a scheme"
+        )
+
+
+def _needed(job: Job, times: float) -> float:
+    """Return so many times the bytes of a folder's model in float."""
+    return streaming.float_bytes(Path(os.path.expanduser(job.source)), job.dtype) * times
+
+
 def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
     folder = Path(os.path.expanduser(job.source))
     if streaming.unfinished(job.out):
         return True
     if not has_safetensors(folder):
         return False
-    needed = streaming.float_bytes(folder, job.dtype) * _SLACK
-    available = available_memory()
+    needed, available = _needed(job, _SLACK), available_memory()
     if needed > available:
         say(
             f"{job.source} needs {needed / 1e9:.1f} GB of memory in {job.dtype or 'its dtype'}, "
