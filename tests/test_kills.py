@@ -21,8 +21,8 @@ import sq_cpu
 from sq_cpu import SmoothPlan
 
 _SMALL = ["--calib", "text.txt", "--window", "32", "--windows", "2"]
-_SHORT = ["--goal", "50%", "--trials", "2", "--refine-trials", "1", "--tokens", "4"]
-_SHORT += ["--text", "other.txt", "--text-windows", "2"]
+_SCORED = ["--goal", "50%", "--text", "other.txt", "--text-windows", "2"]
+_SHORT = [*_SCORED, "--trials", "2", "--refine-trials", "1", "--tokens", "4"]
 
 
 class _Kind(NamedTuple):
@@ -45,6 +45,10 @@ _KINDS = {
     "stream": _Kind(
         ["quantize", "float", "-o", "out", "--stream", "--scheme", "O3", *_SMALL],
         *("out", 8, ("--overwrite",)),
+    ),
+    "auto": _Kind(
+        ["quantize", "float", "-o", "out", "--scheme", "auto", *_SMALL, *_SCORED],
+        *("out", 4, ("--overwrite",)),
     ),
     "tune": _Kind(["tune", "float", "-o", "plan.json", *_SMALL], "plan.json", 4),
     "autotune": _Kind(
