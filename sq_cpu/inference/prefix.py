@@ -26,6 +26,7 @@ from sq_cpu.inference.requests import integers
 from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.calls import called, evaluating
 from sq_cpu.models.checks import check_ids, check_is_module, input_embeddings
+from sq_cpu.models.families import family_of
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.parsing import check_kind
@@ -241,7 +242,8 @@ def use_prefix(model: nn.Module, prefix: Prefix | None) -> None:
 
     That is in calls without a cache, or with an empty one of any class, of ids whose mask, if any,
     is of padding before or behind; a sequence whose first token is not at position 0 (padding in
-    front, and no `position_ids`) runs without, unless the model has no positions but distances.
+    front, and no `position_ids`) runs without, unless the model has no positions but distances, or
+    counts them from each text's first token by itself (OPT).
     It looks at the ids, so a model that is exported or compiled whole has to do without.
 
     Parameters
@@ -283,6 +285,7 @@ class PrefixedDecoder:
     prefix : what it uses
     plain : the forward that the base had
     absolute : whether keys depend on their positions
+    own_positions : whether those that a call does not give count from each text's first token
     """
 
     same_function = True
@@ -295,6 +298,9 @@ class PrefixedDecoder:
         self._paused = False
         self._names = tuple(inspect.signature(self.plain).parameters)
         self.absolute = "position_ids" in self._names
+        family = family_of(base)
+        decoder = None if family is None else family.decoder
+        self.own_positions = decoder is not None and decoder.own_positions
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -315,7 +321,9 @@ class PrefixedDecoder:
         """Return where a call that nothing has gone before gets the prefix: see `Prefix.places`."""
         if self._paused:
             return []
-        return self.prefix.places(ids, mask, positions, absolute=self.absolute)
+        begins_at_0 = positions is None and self.own_positions  # wherever the first token is
+        absolute = self.absolute and not begins_at_0
+        return self.prefix.places(ids, mask, positions, absolute=absolute)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the base model does."""

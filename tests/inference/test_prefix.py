@@ -65,6 +65,29 @@ def test_logits_of_a_float_model(float_model: Any, prefix: tuple[int, ...]) -> N
     assert off(float_model(ids).logits, wanted) > 1e-3
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["opt", "bloom"])
+@torch.no_grad()
+def test_padding_in_front_without_positions(name: str, fused: bool) -> None:
+    """Of a quantized model; it counts positions itself, or has none."""
+    model = tiny_model(name, tie_word_embeddings=False)
+    ids = texts()
+    calibration = sq_cpu.calibrate(model, [ids], prefix=[BOS])
+    sq_cpu.quantize(model, calibration)
+    wanted = model(ids).logits
+    spoil(model)
+    if fused:
+        sq_cpu.fuse(model)
+    batch = padded(ids)
+    made = model(**batch).logits
+    generated = model.generate(**batch, **GREEDY)
+    for row, text in enumerate(ids):
+        bound = 0.02 if fused else 1e-5  # an int8 cache
+        assert off(made[row, row : row + len(text)], wanted[row]) < bound
+        alone = {name: each[row : row + 1, row:] for name, each in batch.items()}
+        assert torch.equal(generated[row, row:], model.generate(**alone, **GREEDY)[0])
+
+
 @torch.no_grad()
 def test_a_continued_cache(float_model: Any) -> None:
     ids = texts()
