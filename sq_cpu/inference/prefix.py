@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.kv_kinds import layer_count
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.requests import integers
 from sq_cpu.models.bases import decoder_of
@@ -381,10 +382,14 @@ def decoder_with_cache(model: nn.Module) -> Any:
         raise SqCpuError(f"{NO_PREFIX}: {type(model).__name__} is no model of transformers")
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise SqCpuError(f"{NO_PREFIX}: its decoder also sees an encoder, whose text differs")
+        raise SqCpuError(
+            f"{NO_PREFIX}: its decoder also sees an encoder, whose text differs; leave the prefix "
+            "out"
+        )
     base: Any = decoder_of(model)
     plain = getattr(base.forward, "plain", base.forward)
     names = inspect.signature(plain).parameters
     if not {"input_ids", "past_key_values"} <= names.keys():
         raise SqCpuError(f"{NO_PREFIX}: {type(base).__name__} takes no ids, or no cache")
+    layer_count(base.config)
     return base

@@ -213,8 +213,8 @@ def test_one_takes_the_place_of_another() -> None:
     ("name", "ids", "message"),
     [
         ("bert", [BOS], "depend on later ones"),
-        ("t5", [BOS], "also sees an encoder"),
-        ("whisper", [BOS], "also sees an encoder"),
+        ("t5", [BOS], "also sees an encoder, whose text differs; leave the prefix out"),
+        ("whisper", [BOS], "also sees an encoder, whose text differs; leave the prefix out"),
         ("vit", [BOS], "takes no ids, or no cache"),
         ("llama", [], "has 0 tokens; it has 1 to 8"),
         ("llama", [BOS] * 9, "has 9 tokens; it has 1 to 8"),
