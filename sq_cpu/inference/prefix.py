@@ -33,6 +33,7 @@ from sq_cpu.models.unchanged import unchanged
 from sq_cpu.parsing import check_kind
 
 __all__ = [
+    "COPIES",
     "MOST_TOKENS",
     "NO_PREFIX",
     "Places",
@@ -52,6 +53,9 @@ Places = list[tuple[int, int]]
 """Numbers of sequences in a batch, and the position there at which each begins."""
 NO_PREFIX = "the model can have no prefix in float"
 _PROBE = 8  # tokens after the prefix, on which it is proven
+COPIES = 2
+"""Sequences of the prefix that run together: the product of one row and a weight depends, in its
+last bits, on where in memory that lies."""
 MOST_TOKENS = 8
 """Tokens of a prefix, which lies in one page of keys and values, and in the first call."""
 
@@ -174,13 +178,13 @@ def make_prefix(model: nn.Module, ids: Sequence[int], *, prove: bool = True) -> 
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(k: Tensor, v: Tensor, layer: int) -> Any:
-        if k.dim() != 4 or len(k) != 1 or k.shape[2] != len(ids) or layer in made:
+        if k.dim() != 4 or len(k) != COPIES or k.shape[2] != len(ids) or layer in made:
             raise SqCpuError(f"{NO_PREFIX}: layer {layer} keeps keys of the shape {[*k.shape]}")
         made[layer] = k[0].detach().clone(), v[0].detach().clone()
         return k, v
 
     with unchanged(model), evaluating(model):
-        hidden = run(tokens, keep).clone()
+        hidden = run(tokens.expand(COPIES, -1), keep).clone()
         layers = len(DynamicCache(config=base.config).layers)
         if not made or [*made] != [*range(layers)]:
             raise SqCpuError(

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from sq_cpu.checkpoint.prefix import hidden_entry, kv_entries
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import (
+    COPIES,
     NO_PREFIX,
     changing,
     check_same,
@@ -34,7 +35,7 @@ class StreamedPrefix:
     Attributes
     ----------
     hidden : what the next block takes of the prefix alone and of the text that proves it, float
-        [1, tokens, hidden_size] each
+        [2 and 1, tokens, hidden_size]
 
     Raises
     ------
@@ -46,11 +47,12 @@ class StreamedPrefix:
         self._chain = chain
         model = chain.model
         self._base = decoder_with_cache(model)
-        self._tokens = prefix_tokens(model, ids)
+        tokens = prefix_tokens(model, ids)
+        self._tokens = tokens.expand(COPIES, -1)
         layers = self._layers()
         if len(layers) != len(chain.names) or not all(isinstance(x, DynamicLayer) for x in layers):
             raise SqCpuError(f"{NO_PREFIX}: not all blocks keep keys and values of their own")
-        texts = (self._tokens, proving_text(model, self._tokens))
+        texts = (self._tokens, proving_text(model, tokens))
         self._caches = [DynamicCache(config=self._base.config) for _ in texts]
         pairs = zip(texts, self._caches, strict=True)
         given = [((), {"input_ids": ids, "past_key_values": cache}) for ids, cache in pairs]
@@ -84,7 +86,7 @@ class StreamedPrefix:
         made: list[tuple[Tensor, Tensor]] = []
 
         def keep(k: Tensor, v: Tensor, layer: int) -> Any:
-            if k.dim() != 4 or len(k) != 1 or k.shape[2] != count or layer != index:
+            if k.dim() != 4 or len(k) != COPIES or k.shape[2] != count or layer != index:
                 raise SqCpuError(f"{NO_PREFIX}: layer {layer} keeps keys of the shape {[*k.shape]}")
             made.append((k[0].detach().clone(), v[0].detach().clone()))
             return k, v
@@ -106,7 +108,7 @@ class StreamedPrefix:
         plain = self._run(1, index, lambda k, v, _: (k, v))
         same, without = (self._run(1, index, change) for change in (put, others))
         # The rows of the prefix, too: the next block's keys and values are made of them.
-        same = torch.cat([alone, same[:, count:]], dim=1)
+        same = torch.cat([alone[:1], same[:, count:]], dim=1)
         check_same(same, plain, torch.cat([plain[:, :count], without[:, count:]], dim=1))
         return *own, [alone, plain]
 

@@ -198,6 +198,22 @@ def test_a_copy_has_it_too() -> None:
     assert twin.base_model.forward is not model.base_model.forward
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_its_bits_do_not_depend_on_where_weights_lie(name: str) -> None:
+    model = tiny_model(name)
+    wanted = make_prefix(model, [BOS])
+    for floats in (1, 2, 7, 10):
+        for linear in model.modules():
+            if isinstance(linear, torch.nn.Linear):
+                weight = linear.weight
+                moved = torch.empty(weight.numel() + floats)[floats:].view(weight.shape)
+                linear.weight = torch.nn.Parameter(moved.copy_(weight.detach()))
+        made = make_prefix(model, [BOS])
+        for a, b in zip((*made.keys, *made.values), (*wanted.keys, *wanted.values), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(made.hidden, wanted.hidden)
+
+
 def test_one_takes_the_place_of_another() -> None:
     model = tiny_model("llama")
     first, second = make_prefix(model, [BOS]), make_prefix(model, [BOS, 4])
