@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import mmap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -53,31 +51,12 @@ from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.smoothing.plan import SmoothPlan, check_groups, check_rotates
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
+from sq_cpu.streaming.memory import page_out, trim
 from sq_cpu.streaming.prefix import StreamedPrefix
 from sq_cpu.streaming.tensors import WHOLE, copy_tensors
 from sq_cpu.streaming.work_folder import OUTER, Part, State
 
 __all__ = ["Stream"]
-
-
-def _trim() -> None:
-    """Give back what the allocator keeps of freed pieces, where the C library can."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-_MADV_PAGEOUT = 21  # Linux 5.4; leaves the contents as they are, unlike MADV_DONTNEED
-
-
-def _page_out(tensor: Tensor) -> None:
-    """Ask for the pages of a mapped tensor back; they are read again when they are needed."""
-    page = mmap.PAGESIZE
-    begin = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
-    if length > 0:
-        address, size = ctypes.c_void_p(begin), ctypes.c_size_t(length)
-        with suppress(AttributeError):
-            ctypes.CDLL(None).madvise(address, size, _MADV_PAGEOUT)
 
 
 class Stream:
@@ -251,7 +230,7 @@ class Stream:
         # A token's row of an embedding brings its neighbours in: up to all of it.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
-                _page_out(tensor)
+                page_out(tensor)
         return calls
 
     @contextmanager
@@ -261,7 +240,7 @@ class Stream:
         parent, _, key = name.rpartition(".")
         block = self.model.get_submodule(name)
         bare = copy.deepcopy(block)
-        _trim()
+        trim()
         try:
             self.loader.load(name)
             linearize(block)

@@ -113,7 +113,8 @@ def quantize_checkpoint(
     hadamard
         As for `quantize`, where there is no plan.
     prefix
-        As for `calibrate`. Each block is proven when its turn comes.
+        As for `calibrate`. That the model can have one is proven block by block, so what a later
+        block refuses is known late.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
         as stored.
