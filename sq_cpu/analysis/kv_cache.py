@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.attach import attend_in_floats, attention_restored, use_int8_attention
 from sq_cpu.inference.fusing import fused_of
-from sq_cpu.inference.kv_kinds import KvChoice, choose_kv, kv_kinds
+from sq_cpu.inference.kv_kinds import KvChoice, choose_kv, kv_kinds, layer_count
 from sq_cpu.kernels.paged_attention import KvKind
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
 from sq_cpu.models.checks import check_is_module
@@ -85,13 +85,13 @@ def measure_kv(
     calls = list(model_inputs(model, batches, "the cache's cost", "", False))
     with attention_restored(model), evaluating(model):
         use_int8_attention(model)  # refuses what has no such attention
+        config: Any = model.config
+        layers = layer_count(config)
         attend_in_floats(model)
         references = [_kept(model, call, padding_of(model, *call)) for call in calls]
         if not any(len(reference) for reference, _ in references):
             raise SqCpuError("the batches hold padding alone: their masks keep no token")
         use_int8_attention(model)
-        config: Any = model.config
-        layers = config.get_text_config(decoder=True).num_hidden_layers
         before = dict(enumerate(kv_kinds(config, layers)))
 
         def divergence(kv: KvChoice) -> Tensor:

@@ -26,7 +26,14 @@ from sq_cpu.models.padding import padding_of
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.parsing import check_whole
 
-__all__ = ["SAMPLED_ROWS", "TUNING_ROWS", "Calibration", "Example", "calibrate"]
+__all__ = [
+    "SAMPLED_ROWS",
+    "TUNING_ROWS",
+    "Calibration",
+    "Example",
+    "calibrate",
+    "no_text_leads",
+]
 
 SAMPLED_ROWS = 64
 TUNING_ROWS = 384
@@ -122,12 +129,17 @@ def _calibrate(
                 if gradient_rows:
                     torch.autograd.backward(sampled_loss(outputs, counted, labels))
     if prefix and not leads:
-        raise SqCpuError(
-            f"no text of the batches begins with the prefix {[*prefix]}: give texts that do, as "
-            "those of a tokenizer that puts it in front (lead_with)"
-        )
+        raise no_text_leads(prefix)
     calibration = replace(ranges.calibration(example), prefix=prefix)
     return calibration.with_head_apart(*head) if head else calibration
+
+
+def no_text_leads(prefix: Sequence[int]) -> SqCpuError:
+    """Return the error for batches of which no text begins with a prefix."""
+    return SqCpuError(
+        f"no text of the batches begins with the prefix {[*prefix]}: give texts that do, as "
+        "those of a tokenizer that puts it in front (lead_with)"
+    )
 
 
 def _head(model: nn.Module) -> dict[str, nn.Linear]:

@@ -18,7 +18,14 @@ from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.checks import input_embeddings
 from sq_cpu.quantization.record import QuantizationRecord
 
-__all__ = ["check_prefix", "prefix_entries", "read_prefix", "without_prefix"]
+__all__ = [
+    "check_prefix",
+    "hidden_entry",
+    "kv_entries",
+    "prefix_entries",
+    "read_prefix",
+    "without_prefix",
+]
 
 _HIDDEN = "sq_cpu_prefix.hidden"
 _LAYER = re.compile(r"sq_cpu_prefix\.(\d+)\.(key|value)")
@@ -29,10 +36,20 @@ def prefix_entries(prefix: Prefix | None) -> dict[str, Tensor]:
     """Return the tensors of a prefix by the names that they are stored under."""
     if prefix is None:
         return {}
-    entries = {_HIDDEN: prefix.hidden}
+    entries = hidden_entry(prefix.hidden)
     for i, (k, v) in enumerate(zip(prefix.keys, prefix.values, strict=True)):
-        entries |= {_name(i, "key"): k, _name(i, "value"): v}
+        entries |= kv_entries(i, k, v)
     return entries
+
+
+def kv_entries(layer: int, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """Return a prefix's keys and values of a layer by the names that they are stored under."""
+    return {_name(layer, "key"): k, _name(layer, "value"): v}
+
+
+def hidden_entry(hidden: Tensor) -> dict[str, Tensor]:
+    """Return a prefix's last hidden state by the name that it is stored under."""
+    return {_HIDDEN: hidden}
 
 
 def without_prefix(headers: Mapping[str, Header]) -> dict[str, Header]:

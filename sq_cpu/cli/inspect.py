@@ -40,6 +40,7 @@ from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.files import absolute
 from sq_cpu.kernels.runtime import isa
 from sq_cpu.models.linears import linearized, quantizable_linears
+from sq_cpu.models.tokenizers import lead_with
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
@@ -140,7 +141,11 @@ def inspect_command(
     own_texts = read_all(calib or [])
 
     def measured(
-        source: str, planned: SmoothPlan | None, settings: Scheme, layers: Sequence[str] = ()
+        source: str,
+        planned: SmoothPlan | None,
+        settings: Scheme,
+        layers: Sequence[str] = (),
+        prefix: Sequence[int] = (),
     ) -> Analysis:
         loaded, tokenizer = load_model(source, Dtype.fp32, trust_remote_code=trust_remote_code)
         with linearized(loaded):
@@ -149,10 +154,12 @@ def inspect_command(
                     f"{source} is not the model that {model} was made from: it has no linear "
                     f"{lacking[0]}"
                 )
+        if prefix:
+            lead_with(tokenizer, prefix)
         count = windows or _CALIBRATION_WINDOWS
         batches = calibration_batches(tokenizer, own_texts, tokens, count)
         say(f"calibrating on {count} windows of {tokens} tokens")
-        calibration = calibrate(loaded, batches, ignore=settings.ignore)
+        calibration = calibrate(loaded, batches, ignore=settings.ignore, prefix=prefix)
         if planned is None:
             strength = 0.5 if alpha is None else alpha
             planned = SmoothPlan.uniform(loaded, calibration, strength, ignore=settings.ignore)
@@ -165,7 +172,7 @@ def inspect_command(
         title = f"{model}: {record.scheme.name}, {len(record.layers)} int8 linears"
         if source is not None:
             planned = record.plan or SmoothPlan(())
-            analysis = measured(source, planned, record.scheme, record.layers)
+            analysis = measured(source, planned, record.scheme, record.layers, record.prefix)
     else:
         given_plan = None if plan is None else SmoothPlan.load(plan)
         settings = scheme_of(None if scheme is None else scheme.value, given_plan)

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.inference.kv_kinds import kv_kind
+from sq_cpu.inference.kv_kinds import kv_kind, layer_count
 from sq_cpu.inference.lazy import LazyTensor
 from sq_cpu.inference.pages import CallRows, PageTable
 from sq_cpu.kernels.paged_attention import AttentionOptions, KvKind, KvPages
@@ -389,6 +389,7 @@ class Int8Cache(Cache):  # type: ignore[misc]
         check_kind(
             PreTrainedConfig, "a model of transformers, nor a config", model_or_config=config
         )
+        layer_count(config)  # which tells why there can be none
         super().__init__(layers=DynamicCache(config=config).layers)
         if not replace_layers(self, config):
             raise SqCpuError(

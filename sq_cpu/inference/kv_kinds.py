@@ -12,7 +12,7 @@ from typing import Any, get_args
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.paged_attention import KvKind
 
-__all__ = ["KvChoice", "check_kv", "choose_kv", "kv_kind", "kv_kinds"]
+__all__ = ["KvChoice", "check_kv", "choose_kv", "kv_kind", "kv_kinds", "layer_count"]
 
 KvChoice = KvKind | Mapping[int, KvKind] | Mapping[str, KvKind]
 """Of all layers, or by the layer's number ("1", as in JSON, is 1); others are int8."""
@@ -38,7 +38,7 @@ def choose_kv(config: Any, kv: KvChoice) -> None:
 
 def layers_in_bf16(config: Any, kv: KvChoice) -> list[int]:
     """Return the layers that `choose_kv` would have in bf16, and raise what it would."""
-    layers = range(config.get_text_config(decoder=True).num_hidden_layers)
+    layers = range(layer_count(config))
     given: Mapping[Any, KvKind] = kv if isinstance(kv, Mapping) else dict.fromkeys(layers, kv)
     by_layer: dict[int, KvKind] = {}
     for name, kind in given.items():
@@ -50,6 +50,18 @@ def layers_in_bf16(config: Any, kv: KvChoice) -> list[int]:
         if by_layer.setdefault(layer, kind) != kind:
             raise SqCpuError(f"kv names layer {layer} twice, with different kinds: name it once")
     return sorted(layer for layer, kind in by_layer.items() if kind == "bf16")
+
+
+def layer_count(config: Any) -> int:
+    """Return how many layers a model's decoder has; `SqCpuError` where its config does not say."""
+    text = config.get_text_config(decoder=True)
+    count = getattr(text, "num_hidden_layers", None)
+    if not isinstance(count, int):
+        raise SqCpuError(
+            f"{type(text).__name__} has no num_hidden_layers: kv, an int8 cache and a prefix are "
+            "for a decoder whose config says how many layers it has; leave them out"
+        )
+    return count
 
 
 def _number(name: Any) -> int | None:

@@ -21,28 +21,41 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.kv_kinds import layer_count
 from sq_cpu.inference.masks import token_runs
 from sq_cpu.inference.requests import integers
 from sq_cpu.models.bases import decoder_of
 from sq_cpu.models.calls import called, evaluating
 from sq_cpu.models.checks import check_ids, check_is_module, input_embeddings
+from sq_cpu.models.families import family_of
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.parsing import check_kind
 
 __all__ = [
+    "COPIES",
     "MOST_TOKENS",
+    "NO_PREFIX",
     "Places",
     "Prefix",
     "PrefixedDecoder",
+    "changing",
+    "check_same",
+    "decoder_with_cache",
     "make_prefix",
     "prefix_of",
+    "prefix_tokens",
+    "proving_text",
     "use_prefix",
 ]
 
 Places = list[tuple[int, int]]
 """Numbers of sequences in a batch, and the position there at which each begins."""
+NO_PREFIX = "the model can have no prefix in float"
 _PROBE = 8  # tokens after the prefix, on which it is proven
+COPIES = 2
+"""Sequences of the prefix that run together: the product of one row and a weight depends, in its
+last bits, on where in memory that lies."""
 MOST_TOKENS = 8
 """Tokens of a prefix, which lies in one page of keys and values, and in the first call."""
 
@@ -149,21 +162,14 @@ def make_prefix(model: nn.Module, ids: Sequence[int], *, prove: bool = True) -> 
         than that.
     """
     check_is_module(model)
-    ids = tuple(integers(ids, "the prefix"))
-    if not 1 <= len(ids) <= MOST_TOKENS:
-        raise SqCpuError(
-            f"the prefix has {len(ids)} tokens; it has 1 to {MOST_TOKENS}, as "
-            "leading_ids(tokenizer) gives them"
-        )
-    base = _base_of(model)
+    base = decoder_with_cache(model)
     forward = base.forward.plain if isinstance(base.forward, PrefixedDecoder) else base.forward
-    tokens = torch.tensor([ids])
-    table: Any = input_embeddings(model)
-    check_ids(table, "the model's embeddings", tokens)
+    tokens = prefix_tokens(model, ids)
+    ids = tuple(tokens[0].tolist())
 
     def run(tokens: Tensor, change: Callable[[Tensor, Tensor, int], Any]) -> Tensor:
         cache = DynamicCache(config=base.config)
-        with _changing(cache, change):
+        with changing(cache, change):
             given = {"input_ids": tokens, "past_key_values": cache, "use_cache": False}
             output = called(forward, ((), given), "the prefix")
         states: Tensor = output.last_hidden_state
@@ -172,24 +178,23 @@ def make_prefix(model: nn.Module, ids: Sequence[int], *, prove: bool = True) -> 
     made: dict[int, tuple[Tensor, Tensor]] = {}
 
     def keep(k: Tensor, v: Tensor, layer: int) -> Any:
-        if k.dim() != 4 or len(k) != 1 or k.shape[2] != len(ids) or layer in made:
-            raise SqCpuError(f"{_NONE}: layer {layer} keeps keys of the shape {[*k.shape]}")
+        if k.dim() != 4 or len(k) != COPIES or k.shape[2] != len(ids) or layer in made:
+            raise SqCpuError(f"{NO_PREFIX}: layer {layer} keeps keys of the shape {[*k.shape]}")
         made[layer] = k[0].detach().clone(), v[0].detach().clone()
         return k, v
 
     with unchanged(model), evaluating(model):
-        hidden = run(tokens, keep).clone()
+        hidden = run(tokens.expand(COPIES, -1), keep).clone()
         layers = len(DynamicCache(config=base.config).layers)
         if not made or [*made] != [*range(layers)]:
             raise SqCpuError(
-                f"{_NONE}: {len(made)} of its {layers} layers keep keys and values of their own"
+                f"{NO_PREFIX}: {len(made)} of its {layers} layers keep keys and values of their own"
             )
         keys, values = zip(*made.values(), strict=True)
         prefix = Prefix(ids, keys, values, hidden)
         if not prove:
             return prefix
-        after = torch.linspace(0, table.weight.shape[0] - 1, _PROBE).long()[None]
-        text = torch.cat([tokens, after], dim=1)
+        text = proving_text(model, tokens)
         plain = run(text, lambda k, v, _: (k, v))[len(ids) :]
         same = run(text, lambda k, v, layer: prefix.put_into(k, v, layer, [(0, 0)]))[len(ids) :]
 
@@ -197,16 +202,44 @@ def make_prefix(model: nn.Module, ids: Sequence[int], *, prove: bool = True) -> 
             return k, torch.cat([torch.zeros_like(v[:, :, : len(ids)]), v[:, :, len(ids) :]], 2)
 
         without = run(text, silenced)[len(ids) :]
-    # Both are sums of the same products, in another order.
-    bound = min(0.1, 4096 * torch.finfo(plain.dtype).eps)
-    if not float((same - plain).float().norm()) <= bound * float(plain.float().norm()):
-        raise SqCpuError(f"{_NONE}: the keys and values of its first tokens depend on later ones")
-    if torch.equal(without, plain):
-        raise SqCpuError(f"{_NONE}: its attention does not read what a cache returns")
+    check_same(same, plain, without)
     return prefix
 
 
-_NONE = "the model can have no prefix in float"
+def prefix_tokens(model: nn.Module, ids: Sequence[int]) -> Tensor:
+    """Return a prefix as a call's ids, int64 [1, tokens]; `SqCpuError` for what cannot be one."""
+    given = integers(ids, "the prefix")
+    if not 1 <= len(given) <= MOST_TOKENS:
+        raise SqCpuError(
+            f"the prefix has {len(given)} tokens; it has 1 to {MOST_TOKENS}, as "
+            "leading_ids(tokenizer) gives them"
+        )
+    tokens = torch.tensor([given])
+    table: Any = input_embeddings(model)
+    check_ids(table, "the model's embeddings", tokens)
+    return tokens
+
+
+def proving_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return a text that begins with a prefix, to prove that on."""
+    table: Any = input_embeddings(model)
+    after = torch.linspace(0, table.weight.shape[0] - 1, _PROBE).long()[None]
+    return torch.cat([tokens, after], dim=1)
+
+
+def check_same(same: Tensor, plain: Tensor, without: Tensor) -> None:
+    """Raise `SqCpuError` unless a text goes on after a prefix as it does without one.
+
+    `same` are its states with the prefix, and `without` those with other values in its place.
+    """
+    # Both are sums of the same products, in another order.
+    bound = min(0.1, 4096 * torch.finfo(plain.dtype).eps)
+    if not float((same - plain).float().norm()) <= bound * float(plain.float().norm()):
+        raise SqCpuError(
+            f"{NO_PREFIX}: the keys and values of its first tokens depend on later ones"
+        )
+    if torch.equal(without, plain):
+        raise SqCpuError(f"{NO_PREFIX}: its attention does not read what a cache returns")
 
 
 def use_prefix(model: nn.Module, prefix: Prefix | None) -> None:
@@ -214,7 +247,8 @@ def use_prefix(model: nn.Module, prefix: Prefix | None) -> None:
 
     That is in calls without a cache, or with an empty one of any class, of ids whose mask, if any,
     is of padding before or behind; a sequence whose first token is not at position 0 (padding in
-    front, and no `position_ids`) runs without, unless the model has no positions but distances.
+    front, and no `position_ids`) runs without, unless the model has no positions but distances, or
+    counts them from each text's first token by itself (OPT).
     It looks at the ids, so a model that is exported or compiled whole has to do without.
 
     Parameters
@@ -236,7 +270,7 @@ def use_prefix(model: nn.Module, prefix: Prefix | None) -> None:
     if isinstance(held, PrefixedDecoder):
         held.undo()
     if prefix is not None:
-        _base_of(model).forward = PrefixedDecoder(base, prefix)
+        decoder_with_cache(model).forward = PrefixedDecoder(base, prefix)
 
 
 def prefix_of(model: nn.Module) -> Prefix | None:
@@ -256,6 +290,7 @@ class PrefixedDecoder:
     prefix : what it uses
     plain : the forward that the base had
     absolute : whether keys depend on their positions
+    own_positions : whether those that a call does not give count from each text's first token
     """
 
     same_function = True
@@ -268,6 +303,9 @@ class PrefixedDecoder:
         self._paused = False
         self._names = tuple(inspect.signature(self.plain).parameters)
         self.absolute = "position_ids" in self._names
+        family = family_of(base)
+        decoder = None if family is None else family.decoder
+        self.own_positions = decoder is not None and decoder.own_positions
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -288,7 +326,9 @@ class PrefixedDecoder:
         """Return where a call that nothing has gone before gets the prefix: see `Prefix.places`."""
         if self._paused:
             return []
-        return self.prefix.places(ids, mask, positions, absolute=self.absolute)
+        begins_at_0 = positions is None and self.own_positions  # wherever the first token is
+        absolute = self.absolute and not begins_at_0
+        return self.prefix.places(ids, mask, positions, absolute=absolute)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the base model does."""
@@ -312,7 +352,7 @@ class PrefixedDecoder:
         def change(k: Tensor, v: Tensor, layer: int) -> Any:
             return self.prefix.put_into(k, v, layer, places)
 
-        with _changing(cache, change):
+        with changing(cache, change):
             output = self.plain(**given | {"past_key_values": cache, "return_dict": True})
         fields = dict(output.items())
         if drops:
@@ -326,7 +366,7 @@ class PrefixedDecoder:
 
 
 @contextmanager
-def _changing(cache: Cache, change: Callable[[Tensor, Tensor, int], Any]) -> Iterator[None]:
+def changing(cache: Cache, change: Callable[[Tensor, Tensor, int], Any]) -> Iterator[None]:
     """Have a cache take other keys and values than it is given, in a block."""
     update = cache.update
 
@@ -340,15 +380,20 @@ def _changing(cache: Cache, change: Callable[[Tensor, Tensor, int], Any]) -> Ite
         del cache.update
 
 
-def _base_of(model: nn.Module) -> Any:
+def decoder_with_cache(model: nn.Module) -> Any:
+    """Return the base model of a decoder; `SqCpuError` for one that can have no prefix."""
     if not is_transformers(model):
-        raise SqCpuError(f"{_NONE}: {type(model).__name__} is no model of transformers")
+        raise SqCpuError(f"{NO_PREFIX}: {type(model).__name__} is no model of transformers")
     config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise SqCpuError(f"{_NONE}: its decoder also sees an encoder, whose text differs")
+        raise SqCpuError(
+            f"{NO_PREFIX}: its decoder also sees an encoder, whose text differs; leave the prefix "
+            "out"
+        )
     base: Any = decoder_of(model)
     plain = getattr(base.forward, "plain", base.forward)
     names = inspect.signature(plain).parameters
     if not {"input_ids", "past_key_values"} <= names.keys():
-        raise SqCpuError(f"{_NONE}: {type(base).__name__} takes no ids, or no cache")
+        raise SqCpuError(f"{NO_PREFIX}: {type(base).__name__} takes no ids, or no cache")
+    layer_count(base.config)
     return base

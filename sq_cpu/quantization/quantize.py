@@ -187,12 +187,13 @@ def quantize_part(
     groups: Sequence[SmoothingGroup],
     run: Run | None,
     padding: Padding | None = None,
+    folded: Callable[[], object] = lambda: None,
 ) -> QuantizedPart:
     """Quantize some linears of a linearized model as `quantize` does all of them.
 
     `groups` and the recipe's plan, if any, are those of these linears, `run` calls what holds them
-    and returns its outputs, and `padding` is of that call. `linears` is emptied, so that each can
-    be freed.
+    and returns its outputs, and `padding` is of that call. `folded` is called when the linears are
+    folded, and still in float. `linears` is emptied, so that each can be freed.
     """
     head = _head(model, recipe, calibration)
     plan = recipe.plan
@@ -206,6 +207,7 @@ def quantize_part(
         return prove_folds(model, groups, run, padding, rotated=rotated)
 
     prepared = _prepare(model, linears, calibration, recipe, groups, prove, head=head)
+    folded()
     return replace(_swap(model, linears, prepared, progress=False), kept=kept)
 
 

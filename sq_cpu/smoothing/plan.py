@@ -114,7 +114,11 @@ class GroupPlan:
         """
         block = self.hadamard or self.hadamard_fold
         if isinstance(block, str):
-            raise SqCpuError(f"group {self.name}: whether to rotate is not decided yet")
+            which = "hadamard" if self.hadamard else "hadamard_fold"
+            raise SqCpuError(
+                f'group {self.name}: {which} is "auto", and not decided yet: take the plan that '
+                f"tune returns, or quantize records in model.sq_cpu_config, or plan {which}=0"
+            )
         return block
 
     def to_dict(self) -> dict[str, Any]:

@@ -163,13 +163,8 @@ def find_prefix(model: nn.Module, tokenizer: Any, choice: PrefixChoice, say: Say
 
     Raises `SqCpuError` where BOS is asked for, and cannot be.
     """
-    if choice == "off":
-        return []
-    if choice == "bos":
-        lead_with(tokenizer)
-    ids = leading_ids(tokenizer)
+    ids = _leading(tokenizer, choice, say)
     if not ids:
-        say("no prefix: the tokenizer puts no BOS in front of texts (--prefix bos)")
         return []
     try:
         make_prefix(model, ids)
@@ -181,16 +176,24 @@ def find_prefix(model: nn.Module, tokenizer: Any, choice: PrefixChoice, say: Say
     return ids
 
 
+def _leading(tokenizer: Any, choice: PrefixChoice, say: Say) -> list[int]:
+    if choice == "off":
+        return []
+    if choice == "bos":
+        lead_with(tokenizer)
+    ids = leading_ids(tokenizer)
+    if not ids:
+        say("no prefix: the tokenizer puts no BOS in front of texts (--prefix bos)")
+    return ids
+
+
 def _stream(
     job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
 ) -> QuantizedCheckpoint:
     folder = Path(os.path.expanduser(job.source))
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = load_tokenizer(folder, f"model folder {folder}")
-    if job.prefix == "bos":
-        raise SqCpuError("a streamed model has no prefix in float: leave out --stream or --prefix")
-    if job.prefix == "auto" and leading_ids(tokenizer):
-        say("streaming: the keys and values of BOS are quantized like any")
+    prefix = _leading(tokenizer, job.prefix, say)
     batches = batches_of(tokenizer)
     say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:
@@ -199,6 +202,8 @@ def _stream(
             staging,
             batches,
             job.recipe,
+            prefix=prefix,
+            can_do_without=job.prefix == "auto",
             dtype=job.dtype,
             tokenizer=tokenizer,
             overwrite=job.overwrite,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import mmap
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration
+from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration, no_text_leads
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.calibration.weight_uses import WeightUses
 from sq_cpu.checkpoint.config import sha256
@@ -53,30 +51,12 @@ from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
 from sq_cpu.smoothing.plan import SmoothPlan, check_groups, check_rotates
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
+from sq_cpu.streaming.memory import page_out, trim
+from sq_cpu.streaming.prefix import StreamedPrefix
 from sq_cpu.streaming.tensors import WHOLE, copy_tensors
 from sq_cpu.streaming.work_folder import OUTER, Part, State
 
 __all__ = ["Stream"]
-
-
-def _trim() -> None:
-    """Give back what the allocator keeps of freed pieces, where the C library can."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-_MADV_PAGEOUT = 21  # Linux 5.4; leaves the contents as they are, unlike MADV_DONTNEED
-
-
-def _page_out(tensor: Tensor) -> None:
-    """Ask for the pages of a mapped tensor back; they are read again when they are needed."""
-    page = mmap.PAGESIZE
-    begin = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes - begin) // page * page
-    if length > 0:
-        address, size = ctypes.c_void_p(begin), ctypes.c_size_t(length)
-        with suppress(AttributeError):
-            ctypes.CDLL(None).madvise(address, size, _MADV_PAGEOUT)
 
 
 class Stream:
@@ -98,6 +78,7 @@ class Stream:
         self.work = staging.work
         self.state = state
         self.recipe = recipe
+        self.prefix: StreamedPrefix | None = None
         self.scheme = scheme = recipe.scheme
         self.plan = plan = recipe.plan
         tie(model, ties_of(model))  # as far as is known before the weights are
@@ -134,8 +115,12 @@ class Stream:
         batches: Sequence[Example],
         tokenizer: Any,
         progress: bool | None,
+        say_without: Callable[[str], object] | None = None,
     ) -> QuantizationRecord:
-        """Do what is not done yet; afterwards the folder is complete."""
+        """Do what is not done yet; afterwards the folder is complete.
+
+        `say_without` is told why a model has no prefix after all; None: that is an error.
+        """
         state = self.state
         self.batches = len(batches)
         write_companions(self.model, tokenizer, self.folder)  # also makes the files' mode
@@ -145,10 +130,16 @@ class Stream:
             calls: list[BlockCalls] = []
             hidden: list[Tensor] = []
             if batches:
-                calls = self.capture([*batches, *self.example(batches)])
-                hidden = state.carried() if state.blocks else [call.take() for call in calls]
+                calls = self.capture([*batches, *self.example(batches)], say_without)
+                hidden = [call.take() for call in calls]
+                if state.blocks:
+                    carried = state.carried()
+                    hidden, of_prefix = carried[: len(calls)], carried[len(calls) :]
+                    if self.prefix is not None:
+                        self.prefix.hidden = of_prefix
             for index in track(range(state.blocks, len(self.blocks)), "quantizing", progress):
-                state.finish(self.block(index, calls, hidden), hidden)
+                part = self.block(index, calls, hidden)
+                state.finish(part, [*hidden, *(self.prefix.hidden if self.prefix else ())])
             parts = list(state.parts)
             if self.outer:
                 parts.append(self.quantize_outer(calls, hidden))
@@ -202,24 +193,44 @@ class Stream:
         found = (example_of(*batch, padding_of(self.model, *batch)) for batch in batches)
         return list(islice((example for example in found if example is not None), 1))
 
-    def capture(self, batches: Sequence[Example]) -> list[BlockCalls]:
+    def capture(
+        self, batches: Sequence[Example], say_without: Callable[[str], object] | None
+    ) -> list[BlockCalls]:
         """Run what precedes the blocks; return each batch's calls of them."""
         if not self.state.blocks:
             with self.loaded(0):
                 self.state.outputs = self.chain.probe(batches[-1])
+                try:
+                    if self.state.prefix:
+                        StreamedPrefix(self.chain, self.state.prefix).check_first()
+                except SqCpuError as error:
+                    if say_without is None:
+                        raise
+                    self.state.prefix = ()
+                    say_without(str(error))
         self.chain.outputs = self.state.outputs
+        if self.state.prefix:
+            self.prefix = StreamedPrefix(self.chain, self.state.prefix)
         stacks = tuple(f"{block}." for block in self.blocks)
         linears = quantizable_linears(self.model)
         uses = WeightUses(self.model, {n: x for n, x in linears.items() if n.startswith(stacks)})
         with uses:
             calls = self.chain.capture(batches)
+        if self.prefix is not None:
+            leads = False
+            for call in calls[: self.batches]:
+                counted = call.padding.with_prefix(self.state.prefix)
+                leads = leads or counted is not call.padding
+                call.padding = counted
+            if not leads:
+                raise no_text_leads(self.state.prefix)
         if found := uses.found():
             name, why = min(found.items())
             raise SqCpuError(f"{name}: {why} outside of its block; {WHOLE}")
         # A token's row of an embedding brings its neighbours in: up to all of it.
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not tensor.is_meta:
-                _page_out(tensor)
+                page_out(tensor)
         return calls
 
     @contextmanager
@@ -229,7 +240,7 @@ class Stream:
         parent, _, key = name.rpartition(".")
         block = self.model.get_submodule(name)
         bare = copy.deepcopy(block)
-        _trim()
+        trim()
         try:
             self.loader.load(name)
             linearize(block)
@@ -268,16 +279,36 @@ class Stream:
                 def run() -> list[Tensor]:
                     return [call(-1, example)]
 
-            return self.part(index + 1, [name], linears, calibration, run, padding)
+            def folded() -> dict[str, Tensor]:
+                if self.prefix is None:
+                    return {}
+                entries = self.prefix.block(index)
+                if index < len(self.blocks) - 1 or self.outer:
+                    return entries
+                (states, _) = self.prefix.hidden
+                with self.chain.replaced(lambda *_: states):
+                    return entries | self.prefix.last_hidden()
+
+            return self.part(index + 1, [name], linears, calibration, run, padding, folded)
 
     def quantize_outer(self, calls: Sequence[BlockCalls], hidden: Sequence[Tensor]) -> Part:
         """Quantize the linears outside of the blocks, in a model whose blocks hand on `hidden`."""
         linearize(self.model)
         linears = {name: self.model.get_submodule(name) for name in self.outer}
         current = 0
+        of_prefix: Tensor | None = None
 
         def take(index: int, before: Tensor, *_: Any) -> Tensor:
-            return hidden[current] if index == len(self.blocks) - 1 else before
+            if index < len(self.blocks) - 1:
+                return before
+            return hidden[current] if of_prefix is None else of_prefix
+
+        def folded() -> dict[str, Tensor]:
+            nonlocal of_prefix
+            if self.prefix is None:
+                return {}
+            of_prefix, _ = self.prefix.hidden
+            return self.prefix.last_hidden()
 
         def padding_of_call() -> Padding:
             return self.chain.padding(len(self.blocks) - 1, calls[current], hidden[current])
@@ -297,7 +328,7 @@ class Stream:
                 run, padding = running(self.model, calls[-1].arguments), padding_of_call()
             index = len(self.blocks) + 1
             modules = (*self.outer, *self.embeddings)
-            return self.part(index, modules, linears, calibration, run, padding)
+            return self.part(index, modules, linears, calibration, run, padding, folded)
 
     def part(
         self,
@@ -307,8 +338,13 @@ class Stream:
         calibration: Calibration | None,
         run: Run | None,
         padding: Padding,
+        folded: Callable[[], dict[str, Tensor]],
     ) -> Part:
-        """Quantize linears and write the modules, by full name, that are or hold them."""
+        """Quantize linears and write the modules, by full name, that are or hold them.
+
+        `folded` makes what else is to be written, of the linears when they are folded.
+        """
+        entries: dict[str, Tensor] = {}
         names = set(linears)
         before = sum(p.nbytes for linear in linears.values() for p in linear.parameters())
         for name in names.intersection(self.in_float):
@@ -323,7 +359,16 @@ class Stream:
                 layers=tuple(layer for layer in self.plan.layers if layer.name in names),
             )
             recipe = replace(recipe, plan=plan)
-        done = quantize_part(self.model, linears, calibration, recipe, groups, run, padding)
+        done = quantize_part(
+            self.model,
+            linears,
+            calibration,
+            recipe,
+            groups,
+            run,
+            padding,
+            lambda: entries.update(folded()),
+        )
         after = 0
         for name in names:
             for module in self.model.get_submodule(name).modules():
@@ -332,7 +377,6 @@ class Stream:
                 else:  # kept in float, or a DecomposedLinear's channels that are
                     held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
                     after += sum(each.nbytes for each in held)
-        entries: dict[str, Tensor] = {}
         for name in modules:
             module = self.model.get_submodule(name)
             entries |= float_entries(self.model, module, name)
@@ -384,7 +428,7 @@ class Stream:
             dtypes={name: dtype for part in parts for name, dtype in part.dtypes.items()},
             embeddings={name: head for part in parts for name, head in part.embeddings.items()},
         )
-        record = done.record(self.scheme, self.kept)
+        record = replace(done.record(self.scheme, self.kept), prefix=self.state.prefix)
         with StoredTensors(folder, [part.file for part in parts]) as stored:
             headers = stored.headers
             file_of = {name: stored.path(name).name for name in headers}

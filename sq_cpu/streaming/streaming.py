@@ -13,7 +13,7 @@ on.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -31,6 +31,7 @@ from sq_cpu.checkpoint.load import read_generation_config
 from sq_cpu.checkpoint.skeleton import skeleton
 from sq_cpu.errors import SqCpuError
 from sq_cpu.files import as_path
+from sq_cpu.inference.requests import integers
 from sq_cpu.models.block_chain import BlockChain
 from sq_cpu.models.calls import Batch, Example, evaluating, model_inputs
 from sq_cpu.models.hf_private import compute_buffers
@@ -83,6 +84,7 @@ def quantize_checkpoint(
     hadamard: Hadamard = AUTO,
     smooth: bool = True,
     head: HeadKind = "float",
+    prefix: Sequence[int] = (),
     dtype: torch.dtype | None = torch.float32,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -110,6 +112,9 @@ def quantize_checkpoint(
         Migration strength and rule of every group, where there is no plan.
     hadamard
         As for `quantize`, where there is no plan.
+    prefix
+        As for `calibrate`. That the model can have one is proven block by block, so what a later
+        block refuses is known late.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
         as stored.
@@ -138,6 +143,7 @@ def quantize_checkpoint(
             staging,
             batches,
             recipe,
+            prefix=prefix,
             dtype=dtype,
             tokenizer=tokenizer,
             overwrite=overwrite,
@@ -152,14 +158,22 @@ def stream_checkpoint(
     batches: Iterable[Batch] | None,
     recipe: Recipe,
     *,
+    prefix: Sequence[int] = (),
+    can_do_without: bool = False,
     dtype: torch.dtype | None,
     tokenizer: Any,
     overwrite: bool,
     progress: bool | None = None,
     say: Callable[[str], object],
 ) -> QuantizedCheckpoint:
-    """Do what `quantize_checkpoint` does, as `recipe` says, in a folder that is held."""
+    """Do what `quantize_checkpoint` does, as `recipe` says, in a folder that is held.
+
+    With `can_do_without`, a model whose first block can have no prefix gets none, as `say` is told.
+    """
     check_dtype(dtype)
+    ids = tuple(integers(prefix, "prefix"))
+    if ids and batches is None:
+        raise SqCpuError("a prefix needs batches to calibrate on, of texts that begin with it")
     if recipe.needs_calibration and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
@@ -181,6 +195,7 @@ def stream_checkpoint(
         "source": source_digest(folder, weights),
         "batches": batches_digest(inputs),
         **recipe.to_dict(),
+        "prefix": ids,
         "dtype": str(dtype).removeprefix("torch."),
     }
     with writing(staging.target), evaluating(model):
@@ -190,7 +205,9 @@ def stream_checkpoint(
         try:
             loader = Loader(model, weights, folder)
             stream = Stream(loader, chain, staging, state, recipe)
-            record = stream.run(inputs, tokenizer, progress)
+            if not state.blocks:
+                state.prefix = ids
+            record = stream.run(inputs, tokenizer, progress, say if can_do_without else None)
         except BaseException:
             if not state.blocks:  # there is nothing to go on from
                 (staging.work / STATE).unlink(missing_ok=True)

@@ -70,6 +70,7 @@ class _Stored:
     outputs: int
     parts: list[Part]
     digests: dict[str, str]
+    prefix: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self, "the state")
@@ -89,6 +90,9 @@ class State:
     """What is outside of the blocks, then the blocks."""
     outputs: int = 0
     """Length of the tuple that a block returns; 0: a tensor."""
+    prefix: tuple[int, ...] = ()
+    """The first tokens whose keys and values are in float; empty also where the model can have
+    none."""
     digests: dict[str, str] = field(default_factory=dict)
     """SHA-256 of the files to go on from, by their names in the work folder."""
 
@@ -119,7 +123,9 @@ class State:
             raise SqCpuError(
                 f"{path} is damaged ({error}); remove {work} and start anew"
             ) from error
-        state = cls(work, stored.settings, stored.parts, stored.outputs, stored.digests)
+        state = cls(
+            work, stored.settings, stored.parts, stored.outputs, stored.prefix, stored.digests
+        )
         changed = [key for key in settings if state.settings.get(key) != settings[key]]
         if changed and not overwrite:
             raise SqCpuError(
@@ -144,7 +150,7 @@ class State:
         save_file({str(n): tensor.contiguous() for n, tensor in enumerate(hidden)}, path)
         outer = self.digests.get(OUTER) or sha256(self.work / OUTER)
         self.digests = {OUTER: outer, path.name: sha256(path)}
-        stored = _Stored(self.settings, self.outputs, self.parts, self.digests)
+        stored = _Stored(self.settings, self.outputs, self.parts, self.digests, self.prefix)
         write_file(self.work / STATE, json.dumps(asdict(stored)))
         before.unlink(missing_ok=True)
 

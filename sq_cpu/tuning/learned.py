@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sq_cpu.calibration.calibration import Calibration, check_is_calibration
 from sq_cpu.errors import SqCpuError
+from sq_cpu.inference.prefix import make_prefix, prefix_of, use_prefix
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.models.calls import Batch, Example, called, evaluating, frozen, model_inputs
 from sq_cpu.models.checks import check_model
@@ -104,7 +105,13 @@ def learn(
     if len(given) < 2:
         raise SqCpuError("learning needs two batches or more: it holds every fourth out")
     trained = [each for index, each in enumerate(given) if index % _HELD_OUT]
-    with linearized(model), unchanged(model), evaluating(model), frozen(model):
+    with (
+        linearized(model),
+        unchanged(model),
+        evaluating(model),
+        frozen(model),
+        _prefixed(model, calibration.prefix),
+    ):
         found = smoothing_groups(model)
         check_groups(plan, found)
         by_name = {group.name: group for group in found}
@@ -147,6 +154,20 @@ def learn(
                 if (divergence := judge.divergence(candidate.groups)) < after:
                     best, after = candidate, divergence
     return Learned(best, before, after)
+
+
+@contextmanager
+def _prefixed(model: nn.Module, ids: Sequence[int]) -> Iterator[None]:
+    """Run a block in which a float model uses its prefix, as it will when it is quantized."""
+    if not ids:
+        yield
+        return
+    before = prefix_of(model)
+    use_prefix(model, make_prefix(model, ids))
+    try:
+        yield
+    finally:
+        use_prefix(model, before)
 
 
 class _Judge:

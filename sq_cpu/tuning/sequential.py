@@ -3,14 +3,16 @@
 Blocks are tuned in their order. Before a block is tuned, the calibration batches run through it, on
 the hidden states that the quantized blocks before it gave. The rows that the calibration sampled
 are taken again there. Ranges and gradients stay those of the float model: the linears are quantized
-with those ranges.
+with those ranges. The rows of a prefix stay those of the float model, too, as its keys and values
+do in the quantized one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.calibration.sampling import SampledRows
@@ -19,6 +21,7 @@ from sq_cpu.models.block_chain import BlockCalls, BlockChain
 from sq_cpu.models.calls import Batch, evaluating, model_inputs
 from sq_cpu.models.groups import SmoothingGroup
 from sq_cpu.models.hooks import watching_inputs
+from sq_cpu.models.padding import Padding
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
 from sq_cpu.smoothing.scales import WeightStatistics, group_statistics
@@ -30,6 +33,12 @@ __all__ = ["QuantizedPrefix", "is_inside"]
 def is_inside(group: SmoothingGroup, block: str) -> bool:
     """Say whether a group's linears are in a block, given by its full name."""
     return group.consumers[0].startswith(f"{block}.")
+
+
+class _Rows(NamedTuple):
+    which: Tensor
+    """Bool [batch * tokens]."""
+    values: Tensor
 
 
 class QuantizedPrefix:
@@ -63,6 +72,8 @@ class QuantizedPrefix:
         self._calibration = calibration
         self._groups = groups
         self._scheme = scheme
+        self._padding = Padding()
+        """Of the call whose linears are simulated, if it has a prefix."""
         self._weights = weights or WeightStatistics()
         self._chain = BlockChain(model, otherwise="tune it with sequential=False")
         given = list(model_inputs(model, batches, "tuning", "reading batches", False))
@@ -94,10 +105,13 @@ class QuantizedPrefix:
                 if name.startswith(f"{block}.")
             }
             sampled = SampledRows(self._calibration, self._tokens)
+            in_float: list[_Rows | None] = []
             with evaluating(self._model), watching_inputs(linears, "input", sampled.observe):
                 for call, states in zip(self._calls, hidden, strict=True):
-                    with sampled.batch(self._chain.padding(index, call, states)):
-                        self._chain.run(index, call, states)
+                    padding = self._chain.padding(index, call, states)
+                    with sampled.batch(padding):
+                        made = self._chain.run(index, call, states)
+                        in_float.append(self._prefix_rows(made, padding))
             yield block, sampled.calibration()
             if block == self._chain.names[-1]:
                 return  # no block takes what it gives
@@ -114,9 +128,36 @@ class QuantizedPrefix:
                 )
                 for planned in plans
             }
-            with evaluating(self._model), simulating(self._model, statistics, plans, hold=True):
-                for number, call in enumerate(self._calls):
-                    hidden[number] = self._chain.run(index, call, hidden[number])
+            with (
+                evaluating(self._model),
+                simulating(self._model, statistics, plans, hold=True, counted=self._kept),
+            ):
+                for number, (call, rows) in enumerate(zip(self._calls, in_float, strict=True)):
+                    hidden[number] = self._simulated(index, call, hidden[number], rows)
+
+    def _simulated(
+        self, index: int, call: BlockCalls, hidden: Tensor, in_float: _Rows | None
+    ) -> Tensor:
+        """Return what a block makes whose linears are simulated, with some rows put into it."""
+        if in_float is None:
+            return self._chain.run(index, call, hidden)
+        self._padding = self._chain.padding(index, call, hidden)
+        with self._padding.tracing():
+            made = self._chain.run(index, call, hidden)
+        # Also behind linears whose rows nobody can tell apart, as experts'.
+        made = made.contiguous()
+        made.view(-1, made.shape[-1])[in_float.which] = in_float.values
+        return made
+
+    def _kept(self, x: Tensor) -> Tensor | None:
+        return self._padding.kept(x)
+
+    def _prefix_rows(self, made: Tensor, padding: Padding) -> _Rows | None:
+        """Return the rows of hidden states that stay those of the float model: a prefix's."""
+        kept = padding.kept(made) if self._calibration.prefix else None
+        if kept is None:
+            return None
+        return _Rows(~kept, made.reshape(-1, made.shape[-1])[~kept])
 
 
 def _tokens(chain: BlockChain, call: BlockCalls) -> int:

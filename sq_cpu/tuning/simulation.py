@@ -40,15 +40,17 @@ def simulating(
     observe: Callable[[LinearSample, Tensor], object] = lambda _, __: None,
     *,
     hold: bool = False,
+    counted: Callable[[Tensor], Tensor | None] = lambda _: None,
 ) -> Iterator[None]:
     """Run a block in which the groups' linears compute as planned.
 
     `statistics` has the groups by name; `observe` is called with each linear's sample and the rows
     of its input, of the model's dtype [rows, in_features]. With `hold` each linear's range and
-    quantized weight are found once, and the weight is kept in fp32.
+    quantized weight are found once, and the weight is kept in fp32. `counted` tells which rows of
+    an input [..., in_features] are quantized, bool [rows]; None: all.
     """
     hooks = [
-        (model.get_submodule(linear.sample.name), _quantized(linear, observe, hold))
+        (model.get_submodule(linear.sample.name), _quantized(linear, observe, hold, counted))
         for planned in plans
         for linear in fake_quantized(statistics[planned.name], planned)
     ]
@@ -57,7 +59,10 @@ def simulating(
 
 
 def _quantized(
-    fake: FakeQuantizedLinear, observe: Callable[[LinearSample, Tensor], object], hold: bool
+    fake: FakeQuantizedLinear,
+    observe: Callable[[LinearSample, Tensor], object],
+    hold: bool,
+    counted: Callable[[Tensor], Tensor | None],
 ) -> Callable[..., Tensor]:
     def hook(linear: nn.Linear, args: Any, kwargs: Any, y: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
@@ -67,6 +72,8 @@ def _quantized(
         made = (fake if hold else replace(fake))(rows)
         if linear.bias is not None:
             made = made + linear.bias.float()
-        return made.to(y.dtype).reshape(y.shape)
+        made = made.to(y.dtype).reshape(y.shape)
+        kept = counted(x)
+        return made if kept is None else made.where(kept.view(*y.shape[:-1], 1), y)
 
     return hook

@@ -125,7 +125,7 @@ def tune(
         For an unknown scheme, loss, criterion or `hadamard`, a `hadamard` that rotates nothing,
         negative `outliers`, alphas outside [0, 1], a calibration without sampled rows (or
         gradients, for "kl"), and weights that changed since it; with `sequential` for other
-        batches, and a model whose blocks are not one chain.
+        batches, and a model whose blocks are not one chain; with "inc" for one with a prefix.
     """
     check_model(model)
     check_is_calibration(calibration)
@@ -138,6 +138,11 @@ def tune(
         raise SqCpuError(f'method is {method!r}; it is "offline" or "inc"')
     if sequential and method == "inc":
         raise SqCpuError('method="inc" has its own way of running the model: drop sequential')
+    if calibration.prefix and method == "inc":
+        raise SqCpuError(
+            'method="inc" knows no prefix, and scores its rows like any: calibrate without prefix, '
+            'or take method="offline"'
+        )
     check_whole(0, outliers=outliers)
     grid = _grid(alphas)
     with linearized(model), unchanged(model):

@@ -32,8 +32,12 @@ def plan(tmp_path: Path) -> tuple[Path, SmoothPlan]:
     return made.save(tmp_path / "plan.json"), made
 
 
-def calibration(model: Any) -> sq_cpu.Calibration:
-    return sq_cpu.calibrate(model, token_windows(byte_tokenizer(), TEXT, window=64, windows=4))
+def calibration(model: Any, prefix: str = "off") -> sq_cpu.Calibration:
+    tokenizer = byte_tokenizer()
+    if prefix == "bos":
+        sq_cpu.lead_with(tokenizer)
+    windows = token_windows(tokenizer, TEXT, window=64, windows=4)
+    return sq_cpu.calibrate(model, windows, prefix=sq_cpu.leading_ids(tokenizer))
 
 
 def expected(plan: SmoothPlan | None = None, alpha: float = 0.5, scheme: str | None = None) -> Any:
@@ -99,12 +103,13 @@ def test_a_report_of_a_float_model(
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "same_files").iterdir()}
 
 
+@pytest.mark.parametrize("prefix", ["off", "bos"])
 def test_a_report_of_an_int8_model(
-    folder: Path, text: Path, plan: tuple[Path, SmoothPlan], tmp_path: Path
+    prefix: str, folder: Path, text: Path, plan: tuple[Path, SmoothPlan], tmp_path: Path
 ) -> None:
     int8, out = tmp_path / "int8", tmp_path / "r.html"
     calib = ["--calib", text, *small()]
-    run("quantize", folder, "-o", int8, "--plan", plan[0], *calib)
+    run("quantize", folder, "-o", int8, "--plan", plan[0], "--prefix", prefix, *calib)
     arguments = ["inspect", int8, *calib, "--report", out, "--source", folder]
     shown = json_of(*arguments)
     assert len(shown["layers"]) == 13
@@ -114,7 +119,7 @@ def test_a_report_of_an_int8_model(
     assert "<h1>int8</h1>" in page
     done = SmoothPlan.from_dict(shown["plan"])
     model = byte_model()
-    found = sq_cpu.analyze(model, calibration(model), done, scheme="O3")
+    found = sq_cpu.analyze(model, calibration(model, prefix), done, scheme="O3")
     values = [float(value) for value in re.findall(r'<data value="([^"]*)"', page)]
     columns = ("error_naive", "error", "clipped", "rows_clipped", "rows_underflowed")
     assert values[-len(found.linears) * len(columns) :] == [

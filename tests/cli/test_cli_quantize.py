@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, cli
 from sq_cpu.streaming import convert, streaming
+from sq_cpu.streaming.prefix import StreamedPrefix
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -284,9 +285,12 @@ def test_a_prefix(folder: Path, text: Path, tmp_path: Path) -> None:
     start = ("quantize", folder, "-o", out, "--overwrite", *small())
     assert json_of(*start)["prefix"] == [1]
     assert json_of(*start, "--prefix", "off")["prefix"] == []
-    said = run(*start, "--stream").stderr
-    assert "streaming: the keys and values of BOS are quantized like any" in said
-    assert "a streamed model has no prefix" in error_of(*start, "--stream", "--prefix", "bos")
+    run(*start)
+    whole = sq_cpu.load(out)
+    for choice in ("auto", "bos"):
+        assert json_of(*start, "--stream", "--prefix", choice)["prefix"] == [1]
+        assert_same_model(sq_cpu.load(out), whole, lambda each: logits_after(each, 1))
+    assert json_of(*start, "--stream", "--prefix", "off")["prefix"] == []
 
 
 def logits_after(model: Any, *prefix: int) -> torch.Tensor:
@@ -307,3 +311,9 @@ def test_a_model_without_a_prefix_says_why(tmp_path: Path, monkeypatch: pytest.M
     assert "no prefix in float: a reason" in run(*start).stderr
     assert sq_cpu.load(tmp_path / "out").sq_cpu_config.prefix == ()
     assert "a reason" in error_of(*start, "--overwrite", "--prefix", "bos")
+    # Streaming asks the first block.
+    monkeypatch.setattr(StreamedPrefix, "check_first", refused)
+    stream = (*start, "--overwrite", "--stream")
+    assert "no prefix in float: a reason" in run(*stream).stderr
+    assert sq_cpu.load(tmp_path / "out").sq_cpu_config.prefix == ()
+    assert "a reason" in error_of(*stream, "--prefix", "bos")

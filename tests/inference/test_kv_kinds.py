@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from test_fusing import GREEDY, fused, prompt
 from test_lowering import quantized
 from tiny import tiny_model
 from torch import Tensor
+from transformers import LlamaConfig
 
 import sq_cpu
 from sq_cpu import Int8Cache, Scheduler, SqCpuError
@@ -165,3 +168,34 @@ def test_refused() -> None:
     config.sq_cpu_bf16_kv_layers = "all"
     with pytest.raises(SqCpuError, match="it is a list of layers"):
         kv_kind(config, 0)
+
+
+def without_layers() -> Any:
+    """Return a tiny decoder whose config does not say how many layers it has."""
+
+    class Countless(LlamaConfig):
+        def __getattribute__(self, name: str) -> Any:
+            if name == "num_hidden_layers":
+                raise AttributeError(name)
+            return super().__getattribute__(name)
+
+    model = tiny_model("llama")
+    model.config.__class__ = Countless
+    return model
+
+
+def test_a_config_without_a_number_of_layers() -> None:
+    model, ids = without_layers(), prompt(1, 8)
+    sq_cpu.use_int8_attention(model)  # which needs none
+    wants: list[Callable[[], object]] = [
+        *(partial(sq_cpu.use_int8_attention, model, kv=kv) for kv in ("bf16", {0: "bf16"})),
+        partial(sq_cpu.measure_kv, model, [ids]),
+        partial(sq_cpu.Int8Cache, model),
+        partial(sq_cpu.make_prefix, model, [1]),
+        partial(sq_cpu.calibrate, model, [ids], prefix=[1]),
+    ]
+    for want in wants:
+        with pytest.raises(SqCpuError, match=r"Countless has no num_hidden_layers: .* leave them"):
+            want()
+    with pytest.raises(SqCpuError, match="SamConfig has no num_hidden_layers"):
+        sq_cpu.Int8Cache(transformers.SamConfig())

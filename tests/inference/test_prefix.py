@@ -65,6 +65,29 @@ def test_logits_of_a_float_model(float_model: Any, prefix: tuple[int, ...]) -> N
     assert off(float_model(ids).logits, wanted) > 1e-3
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["opt", "bloom"])
+@torch.no_grad()
+def test_padding_in_front_without_positions(name: str, fused: bool) -> None:
+    """Of a quantized model; it counts positions itself, or has none."""
+    model = tiny_model(name, tie_word_embeddings=False)
+    ids = texts()
+    calibration = sq_cpu.calibrate(model, [ids], prefix=[BOS])
+    sq_cpu.quantize(model, calibration)
+    wanted = model(ids).logits
+    spoil(model)
+    if fused:
+        sq_cpu.fuse(model)
+    batch = padded(ids)
+    made = model(**batch).logits
+    generated = model.generate(**batch, **GREEDY)
+    for row, text in enumerate(ids):
+        bound = 0.02 if fused else 1e-5  # an int8 cache
+        assert off(made[row, row : row + len(text)], wanted[row]) < bound
+        alone = {name: each[row : row + 1, row:] for name, each in batch.items()}
+        assert torch.equal(generated[row, row:], model.generate(**alone, **GREEDY)[0])
+
+
 @torch.no_grad()
 def test_a_continued_cache(float_model: Any) -> None:
     ids = texts()
@@ -175,6 +198,22 @@ def test_a_copy_has_it_too() -> None:
     assert twin.base_model.forward is not model.base_model.forward
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_its_bits_do_not_depend_on_where_weights_lie(name: str) -> None:
+    model = tiny_model(name)
+    wanted = make_prefix(model, [BOS])
+    for floats in (1, 2, 7, 10):
+        for linear in model.modules():
+            if isinstance(linear, torch.nn.Linear):
+                weight = linear.weight
+                moved = torch.empty(weight.numel() + floats)[floats:].view(weight.shape)
+                linear.weight = torch.nn.Parameter(moved.copy_(weight.detach()))
+        made = make_prefix(model, [BOS])
+        for a, b in zip((*made.keys, *made.values), (*wanted.keys, *wanted.values), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(made.hidden, wanted.hidden)
+
+
 def test_one_takes_the_place_of_another() -> None:
     model = tiny_model("llama")
     first, second = make_prefix(model, [BOS]), make_prefix(model, [BOS, 4])
@@ -190,8 +229,8 @@ def test_one_takes_the_place_of_another() -> None:
     ("name", "ids", "message"),
     [
         ("bert", [BOS], "depend on later ones"),
-        ("t5", [BOS], "also sees an encoder"),
-        ("whisper", [BOS], "also sees an encoder"),
+        ("t5", [BOS], "also sees an encoder, whose text differs; leave the prefix out"),
+        ("whisper", [BOS], "also sees an encoder, whose text differs; leave the prefix out"),
         ("vit", [BOS], "takes no ids, or no cache"),
         ("llama", [], "has 0 tokens; it has 1 to 8"),
         ("llama", [BOS] * 9, "has 9 tokens; it has 1 to 8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,11 @@ from tiny import batches, tiny_model
 import sq_cpu
 from sq_cpu import Calibration, GroupPlan, SmoothPlan, SqCpuError
 from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.models.linears import linearized
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import LayerPlan
 from sq_cpu.smoothing.rotation import decided
+from sq_cpu.smoothing.scales import plan_scales
 
 SCHEMES = ["O1", "O2", "O3"]
 DOWN, OUT = "model.layers.{}.mlp.up_proj", "model.layers.{}.self_attn.v_proj"
@@ -129,8 +132,26 @@ def test_values_stay_where_s_is_not_folded() -> None:
 
 
 def test_what_is_open_has_no_rotation_yet() -> None:
-    with pytest.raises(SqCpuError, match="group up: whether to rotate is not decided yet"):
-        _ = GroupPlan(name="up", hadamard="auto").rotation
+    for which in ("hadamard", "hadamard_fold"):
+        given = GroupPlan(name="up", **{which: "auto"})
+        message = (
+            f'group up: {which} is "auto", and not decided yet: take the plan that tune returns, '
+            f"or quantize records in model.sq_cpu_config, or plan {which}=0"
+        )
+        with pytest.raises(SqCpuError, match=re.escape(message)):
+            _ = given.rotation
+        assert replace(given, **{which: 0}).rotation == 0
+
+
+def test_scales_of_an_open_plan_say_what_to_do() -> None:
+    model = model_of(True)
+    calibration = sq_cpu.calibrate(model, batches())
+    plan = SmoothPlan.uniform(model, calibration)
+    with linearized(model), pytest.raises(SqCpuError, match=r'"auto", and not .*: take the plan'):
+        plan_scales(model, plan, calibration, scheme=Scheme.of("O3").resolve(True))
+
+
+def test_which_blocks_there_are() -> None:
     for wrong in ({"hadamard_fold": 8}, {"hadamard_fold": 128}):
         with pytest.raises(SqCpuError, match="blocks are of 64, 32 or 16 columns, or 0"):
             GroupPlan(name="v", **wrong)

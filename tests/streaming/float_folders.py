@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,13 @@ def in_memory(
     rule: str = "smoothquant",
     smooth: bool = True,
     head: HeadKind = "float",
+    prefix: tuple[int, ...] = (),
+    texts: Sequence[Batch] | None = None,
 ) -> Any:
     """Quantize and save as a whole."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    calibration = sq_cpu.calibrate(model, batches(), ignore=scheme.ignore)
+    texts = batches() if texts is None else texts
+    calibration = sq_cpu.calibrate(model, texts, ignore=scheme.ignore, prefix=prefix)
     plan = SmoothPlan.uniform(model, calibration, alpha, rule=rule) if smooth else None
     sq_cpu.quantize(model, calibration, plan, scheme=scheme, smooth=smooth, head=head)
     sq_cpu.save(model, out)

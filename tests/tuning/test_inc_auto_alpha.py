@@ -33,6 +33,14 @@ def test_inc_chooses_alphas_from_quantized_runs() -> None:
         sq_cpu.tune(model, calibration, method="best")  # type: ignore[arg-type]
 
 
+def test_inc_refuses_a_prefix() -> None:
+    model, data = planted("llama"), batches(2)
+    prefix = data[0][0, :1].tolist()
+    calibration = sq_cpu.calibrate(model, data, prefix=prefix)
+    with pytest.raises(SqCpuError, match=r'"inc" knows no prefix, .*: calibrate without prefix'):
+        sq_cpu.tune(model, calibration, method="inc", batches=data)
+
+
 def test_inc_by_its_definition() -> None:
     # One linear and one sample: the alpha of least sum(|y - y~| / rowmax|y|)^0.5.
     torch.manual_seed(0)

@@ -42,42 +42,59 @@ def test_the_same_run_gives_the_same_rows(model_type: str) -> None:
         torch.testing.assert_close(again.gradient_rows[name], calibration.gradient_rows[name])
 
 
-def every_row(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return all inputs of all linears over five batches, in the order in which they come."""
+def led(prefix: tuple[int, ...]) -> list[torch.Tensor]:
+    """Return five batches of texts that begin with a prefix, but for one text."""
+    data = batches(5)
+    for number, ids in enumerate(data):
+        ids[number == 3 :, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
+    return data
+
+
+def every_row(model: torch.nn.Module, prefix: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Return the inputs of all linears over the batches, in their order, without a prefix's."""
     seen: dict[str, list[torch.Tensor]] = {}
 
     def see(name: str, x: torch.Tensor) -> None:
-        seen.setdefault(name, []).append(x.reshape(-1, x.shape[-1]))
+        x = x.reshape(*ids.shape, -1)
+        for text, rows in zip(ids.tolist(), x, strict=True):
+            leads = tuple(text[: len(prefix)]) == prefix
+            seen.setdefault(name, []).append(rows[len(prefix) if leads else 0 :])
 
     linears = {n: m for n, m in model.named_modules() if hasattr(m, "in_features")}
+    del linears["lm_head"]
     with evaluating(model), watching_inputs(linears, "input", see):
-        for ids in batches(5):
+        for ids in led(prefix):
             model(ids)
     return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
-def test_rows_are_those_behind_a_quantized_first_block() -> None:
-    model = planted("llama")
-    calibration = sq_cpu.calibrate(model, batches(5), rows=12, gradient_rows=12)
+@pytest.mark.parametrize("prefix", [(), (1, 5)])
+@pytest.mark.parametrize("model_type", ["llama", "opt"])
+def test_rows_are_those_behind_a_quantized_first_block(
+    model_type: str, prefix: tuple[int, ...]
+) -> None:
+    model, data = planted(model_type), led(prefix)
+    calibration = sq_cpu.calibrate(model, data, rows=12, gradient_rows=12, prefix=prefix)
     groups = {group.name: group for group in smoothing_groups(model)}
     plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore, hadamard=0)
     tuned = {group.name: replace(group, fold=False, clip=0.9) for group in plan.groups}
-    prefix = QuantizedPrefix(model, calibration, batches(5), groups, SCHEME)
-    fed = dict(prefix.blocks(tuned, {}))
-    assert list(fed) == ["model.layers.0", "model.layers.1"]
+    fed = dict(QuantizedPrefix(model, calibration, data, groups, SCHEME).blocks(tuned, {}))
+    blocks = [name.removesuffix(".self_attn.q_proj") for name in calibration.channel_min]
+    first, second_block = dict.fromkeys(n for n in blocks if n.rpartition(".")[2].isdecimal())
+    assert list(fed) == [first, second_block]
 
     # The real thing: the first block in int8 kernels.
-    second = [name for name in calibration.channel_min if name.startswith("model.layers.1.")]
-    of_first = [g for g in tuned.values() if groups[g.name].block == "model.layers.0"]
+    second = [name for name in calibration.channel_min if name.startswith(f"{second_block}.")]
+    of_first = [g for g in tuned.values() if groups[g.name].block == first]
     quantized = sq_cpu.quantize(
-        planted("llama"),
+        planted(model_type),
         calibration,
         replace(plan, groups=tuple(of_first)),
         scheme=Scheme.of("O3", ignore=("lm_head", *second)),
     )
-    rows, before = every_row(quantized), every_row(model)
+    rows, before = every_row(quantized, prefix), every_row(model, prefix)
     for name in calibration.rows:
-        seen = fed[".".join(name.split(".")[:3])]
+        seen = fed[second_block if name in second else first]
         for places, of_kind in (
             (calibration.row_places, seen.rows),
             (calibration.gradient_places, seen.gradient_rows),
@@ -161,6 +178,26 @@ def test_what_sequential_tuning_refuses() -> None:
     ids = inputs("whisper", 2)
     with pytest.raises(SqCpuError, match=r"2 stacks of blocks; tune it with sequential=False"):
         sq_cpu.tune(whisper, sq_cpu.calibrate(whisper, ids), sequential=True, batches=ids)
+
+
+def test_a_prefix_behind_experts_is_the_float_models() -> None:
+    model, data = planted("mixtral"), led((1, 5))[:3]
+    calibration = sq_cpu.calibrate(model, data, prefix=[1, 5])
+    with torch.no_grad():
+        wanted = [model(ids, output_hidden_states=True).hidden_states[1] for ids in data]
+    with linearized(model):
+        groups = {group.name: group for group in smoothing_groups(model)}
+        plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore, hadamard=0)
+        tuned = {group.name: replace(group, clip=0.7) for group in plan.groups}
+        blocks = QuantizedPrefix(model, calibration, data, groups, SCHEME).blocks(tuned, {})
+        next(blocks)
+        seen: list[torch.Tensor] = []
+        norm = {"": model.model.layers[1].input_layernorm}
+        with watching_inputs(norm, "input", lambda _, x: seen.append(x)):
+            next(blocks)
+    for made, states in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(made[:, :2], states[:, :2])
+        assert not torch.allclose(made[:, 2:], states[:, 2:], atol=1e-3)
 
 
 def test_a_prefix_is_not_among_the_rows() -> None:
