@@ -237,6 +237,8 @@ class _Prepared:
     """Of those that are rotated: full name -> columns of a block."""
     embeddings: Mapping[str, str]
     """Those that will read the weight of a quantized linear: full name -> the linear's."""
+    misfits: Mapping[str, float]
+    """`QuantizationRecord.misfits`."""
 
 
 def _prepare(
@@ -304,11 +306,15 @@ def _prepare(
             )
         embeddings = dict.fromkeys(head.embeddings, head.name)
     by_linear, at_run_time = smoothed.scales, smoothed.at_run_time
-    ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, group_of)
+    ranges, outliers, misfits = _what_inputs_tell(
+        linears, plan, scheme, calibration, by_linear, group_of
+    )
     smoothed.apply(model)
     if head is not None and head.name in outliers:
         embeddings = {}
-    return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers, hadamard, embeddings)
+    return _Prepared(
+        plan, schemes, by_linear, at_run_time, ranges, outliers, hadamard, embeddings, misfits
+    )
 
 
 def _of_quantized(
@@ -369,24 +375,27 @@ def _swap(
         hadamard=prepared.hadamard,
         dtypes=dtypes_of(model, (*layers, *prepared.embeddings)),
         embeddings=prepared.embeddings,
+        misfits=prepared.misfits,
     )
 
 
-def _ranges_and_outliers(
+def _what_inputs_tell(
     linears: Mapping[str, nn.Linear],
     plan: SmoothPlan | None,
     base: Scheme,
     calibration: Calibration | None,
     scales: Mapping[str, Tensor],
     group_of: Mapping[str, GroupPlan],
-) -> tuple[_Ranges, dict[str, Tensor]]:
-    """Return what each static scale covers, and which channels stay in float: int64, ascending.
+) -> tuple[_Ranges, dict[str, Tensor], dict[str, float]]:
+    """Return what each static scale covers, which channels stay in float, and what does not fit.
 
-    Both are what the searches see of a linear. One without such channels has no entry.
+    The channels are int64, ascending; a linear without any has no entry. What does not fit is the
+    share of the sampled rows. All are what the searches see of a linear.
     """
     plan = plan or SmoothPlan(())
     ranges: _Ranges = {}
     outliers: dict[str, Tensor] = {}
+    misfits: dict[str, float] = {}
     for name, linear in linears.items():
         scheme = plan.layer_scheme(base, name)
         seen = calibration if scheme.needs_calibration else None
@@ -405,4 +414,8 @@ def _ranges_and_outliers(
             outliers[name] = fake.outliers.nonzero().flatten()
         if seen is not None and scheme.activations == "static":
             ranges[name] = fake.range
-    return ranges, outliers
+            rows = fake.sample.rows
+            if rows is not None and len(rows):
+                clips, underflows = fake.row_fits(rows)  # never both
+                misfits[name] = int((clips | underflows).sum()) / len(rows)
+    return ranges, outliers, misfits
