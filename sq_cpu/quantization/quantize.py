@@ -69,6 +69,7 @@ def quantize(
     smooth: bool = True,
     hadamard: Hadamard = AUTO,
     head: HeadKind = "float",
+    target_length: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
@@ -97,6 +98,9 @@ def quantize(
     It is not the default: alone it costs SmolLM2-135M 0.100 % +- 0.047 of perplexity, where 0.1 %
     is the bound, and Gemma-3-270M 0.004 % (median KL 9.0e-4 and 4.6e-4 nats; bench/results).
 
+    With `target_length`, in tokens, all is chosen by `calibration.for_length(target_length)`: what
+    texts of that length showed.
+
     A calibration with a `prefix` gives the model a `Prefix`: the first tokens of texts, whose keys
     and values the float model makes once.
 
@@ -110,9 +114,11 @@ def quantize(
     model lacks, a model that is quantized already or has no linear, linears with hooks or
     parametrizations or in a module that reads their weight itself, weights that are NaN, Inf or too
     long for int32 sums, and a calibration that is older than the weights, not finite, or without
-    the rows that the scheme's range needs.
+    the rows that the scheme's range needs or the batches of the `target_length`.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth, hadamard=hadamard, head=head)
+    recipe = Recipe.of(
+        scheme, plan, smooth=smooth, hadamard=hadamard, head=head, target_length=target_length
+    )
     return carry_out(model, calibration, recipe, progress=progress)
 
 
@@ -134,6 +140,10 @@ def carry_out(
     check_model(model)
     if calibration is not None:
         check_is_calibration(calibration)
+    if recipe.target_length is not None:
+        if calibration is None:
+            raise SqCpuError("target_length chooses of a calibration: give one, or leave it out")
+        calibration = calibration.for_length(recipe.target_length)
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)

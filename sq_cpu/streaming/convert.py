@@ -55,6 +55,12 @@ class Job:
     """Whether code of the model's own may run; then not streamed."""
     prefix: PrefixChoice = "auto"
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those of the calibration: all of its batches are of the recipe's target."""
+        target = self.recipe.target_length
+        return () if target is None else (target,)
+
 
 def convert(
     job: Job,
@@ -124,7 +130,9 @@ def _whole(
     name = None if head is None or head.in_float else head.name
     float_bytes = linear_bytes(model, ignore, but=name)
     prefix = find_prefix(model, tokenizer, job.prefix, say)
-    calibration = calibrate(model, batches_of(tokenizer), ignore=ignore, prefix=prefix)
+    calibration = calibrate(
+        model, batches_of(tokenizer), ignore=ignore, prefix=prefix, lengths=job.lengths
+    )
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
@@ -181,6 +189,7 @@ def _stream(
             staging,
             batches,
             job.recipe,
+            lengths=job.lengths,
             dtype=job.dtype,
             tokenizer=tokenizer,
             overwrite=job.overwrite,

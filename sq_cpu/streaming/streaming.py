@@ -13,7 +13,7 @@ on.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from sq_cpu.calibration.lengths import checked_lengths, of_length
 from sq_cpu.checkpoint import sources
 from sq_cpu.checkpoint.config import check_dtype
 from sq_cpu.checkpoint.folder import STATE, Staging, staged, work_folder, writing
@@ -83,6 +84,8 @@ def quantize_checkpoint(
     hadamard: Hadamard = AUTO,
     smooth: bool = True,
     head: HeadKind = "float",
+    lengths: Sequence[int] = (),
+    target_length: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -110,6 +113,10 @@ def quantize_checkpoint(
         Migration strength and rule of every group, where there is no plan.
     hadamard
         As for `quantize`, where there is no plan.
+    lengths : sequence of int
+        As for `calibrate`.
+    target_length : int, optional
+        As for `quantize`; the batches of other lengths are not run.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
         as stored.
@@ -130,7 +137,14 @@ def quantize_checkpoint(
         hidden states alone from block to block; unfinished work of other settings.
     """
     recipe = Recipe.of(
-        scheme, plan, smooth=smooth, alpha=alpha, rule=rule, hadamard=hadamard, head=head
+        scheme,
+        plan,
+        smooth=smooth,
+        alpha=alpha,
+        rule=rule,
+        hadamard=hadamard,
+        head=head,
+        target_length=target_length,
     )
     with staged(out, streamed=True) as staging:
         return stream_checkpoint(
@@ -138,6 +152,7 @@ def quantize_checkpoint(
             staging,
             batches,
             recipe,
+            lengths=lengths,
             dtype=dtype,
             tokenizer=tokenizer,
             overwrite=overwrite,
@@ -152,6 +167,7 @@ def stream_checkpoint(
     batches: Iterable[Batch] | None,
     recipe: Recipe,
     *,
+    lengths: Sequence[int] = (),
     dtype: torch.dtype | None,
     tokenizer: Any,
     overwrite: bool,
@@ -160,6 +176,7 @@ def stream_checkpoint(
 ) -> QuantizedCheckpoint:
     """Do what `quantize_checkpoint` does, as `recipe` says, in a folder that is held."""
     check_dtype(dtype)
+    lengths = checked_lengths(lengths)
     if recipe.needs_calibration and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
@@ -176,6 +193,9 @@ def stream_checkpoint(
     if batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
             inputs.append(given)
+        inputs = of_length(inputs, lengths, recipe.target_length)
+    elif recipe.target_length is not None:
+        raise SqCpuError("target_length chooses of batches: give some, or leave it out")
     settings = {
         **{package: version(package) for package in ("sq_cpu", "torch", "transformers")},
         "source": source_digest(folder, weights),
