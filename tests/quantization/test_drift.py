@@ -13,7 +13,7 @@ from quantize_cases import calibrated
 from tiny import batches, change_config, tiny_model
 
 import sq_cpu
-from sq_cpu import Drift, SmoothPlan, SqCpuError, drift
+from sq_cpu import Drift, Scheme, SmoothPlan, SqCpuError, drift
 from sq_cpu.numerics.rounding import row_fits
 from sq_cpu.smoothing.plan import LayerPlan
 
@@ -58,6 +58,18 @@ def test_rows_of_a_naive_model_are_counted_as_in_calibration() -> None:
         layer(rows)
         found = drift(model)[name]
         assert found == Drift(len(rows), round(share * len(rows)), share)
+
+
+def test_rows_that_underflow_are_misfits_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    rows = torch.ones(40, 8)
+    rows[3] = 100.0  # sets the scale, of which the others use less than an eighth
+    rows[7] = 0.0
+    calibration = sq_cpu.calibrate(model, [rows])
+    sq_cpu.quantize(model, calibration, scheme=Scheme.of("O3", ignore=()), smooth=False)
+    assert model.sq_cpu_config.misfits == {"0": 38 / 40}
+    model(rows)
+    assert drift(model) == {"0": Drift(40, 38, 38 / 40)}
 
 
 def test_no_rows_no_shares(tmp_path: Path) -> None:
