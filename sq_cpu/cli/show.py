@@ -124,8 +124,8 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
         mean = sum(record.misfits.values()) / len(record.misfits)
         name, most = max(record.misfits.items(), key=lambda each: each[1])
         lines.append(
-            f"  {_percent(mean)} of the calibration's rows do not fit the static scales, most in "
-            f"{printable(name)} ({_percent(most)})"
+            f"  {100 * mean:.3g} % of the calibration's rows do not fit the static scales, most in "
+            f"{printable(name)} ({100 * most:.3g} %)"
         )
     reasons = Counter(record.kept.values())
     for reason, count in reasons.most_common():

@@ -134,8 +134,8 @@ def test_rows_that_do_not_fit_the_static_scales(folder: Path, text: Path, tmp_pa
         (line,) = [line for line in text_of.splitlines() if "do not fit the static scales" in line]
         mean = sum(misfits.values()) / len(misfits)
         assert line.strip() == (
-            f"{100 * mean:.2g} % of the calibration's rows do not fit the static scales, most in "
-            f"{most} ({100 * misfits[most]:.2g} %)"
+            f"{100 * mean:.3g} % of the calibration's rows do not fit the static scales, most in "
+            f"{most} ({100 * misfits[most]:.3g} %)"
         )
     assert json_of("inspect", out)["misfits"] == misfits
 
