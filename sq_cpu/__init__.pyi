@@ -49,6 +49,8 @@ from .models.tokenizers import leading_ids as leading_ids
 from .nn.counting import RowCounts as RowCounts
 from .nn.counting import row_counts as row_counts
 from .nn.linear import QuantLinear as QuantLinear
+from .quantization.drift import Drift as Drift
+from .quantization.drift import drift as drift
 from .quantization.quantize import quantize as quantize
 from .scheme import Scheme as Scheme
 from .smoothing.plan import GroupPlan as GroupPlan

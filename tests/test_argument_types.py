@@ -117,7 +117,7 @@ def good(
             return {"path": saved}
         if name == "save":
             return {"model": sq_cpu.load(saved), "path": tmp_path / "out"}
-        if name in ("fuse", "use_int8_attention"):
+        if name in ("fuse", "use_int8_attention", "drift"):
             return {"model": sq_cpu.load(saved)}
         if name == "measure_kv":
             return {"model": float_model, "batches": batches(2), "progress": False}
@@ -150,7 +150,7 @@ FUNCTIONS = (
     *("analyze", "count_saturation", "perplexity", "token_windows", "quantize_checkpoint"),
     *("use_int8_attention", "measure_kv", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
     *("Calibration.load", "make_prefix", "use_prefix", "prefix_of", "outlier_tokens"),
-    *("lead_with", "leading_ids", "pick_scheme"),
+    *("lead_with", "leading_ids", "pick_scheme", "drift"),
 )
 
 

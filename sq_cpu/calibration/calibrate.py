@@ -15,11 +15,12 @@ from torch import nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.calibration.gradients import differentiating, sampled_loss
+from sq_cpu.calibration.lengths import checked_bucket, checked_lengths
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import make_prefix
 from sq_cpu.inference.requests import integers
-from sq_cpu.models.calls import Batch, Example, called, evaluating, example_of, model_inputs
+from sq_cpu.models.calls import Batch, Example, called, copied, evaluating, example_of, model_inputs
 from sq_cpu.models.checks import check_model, check_weights, checking_ids
 from sq_cpu.models.linears import check_ignore, head_of, linearized, quantizable_linears
 from sq_cpu.models.padding import padding_of
@@ -48,6 +49,7 @@ def calibrate(
     rows: int = SAMPLED_ROWS,
     gradient_rows: int = 0,
     prefix: Sequence[int] = (),
+    lengths: Sequence[int] = (),
     progress: bool | None = None,
 ) -> Calibration:
     """Run `model` over `batches` and record the input range of every linear not ignored.
@@ -70,6 +72,11 @@ def calibrate(
     the float model. Where a text begins with them they are not counted, as if they were padding,
     and `quantize` of this calibration gives the model a `Prefix`.
 
+    With `lengths`, in tokens and ascending, as (128, 512, 2048), the calibration has all but the
+    gradients a second time by length: `Calibration.for_length`. A batch belongs to the least length
+    that its longest sequence, without padding, does not exceed. Of each length that occurs there
+    are 2 * rows * in_features elements a linear more.
+
     A batch is a tensor (the model's one positional argument), a tuple or list (positional
     arguments) or a mapping (keyword arguments). Positions that are padding by the `attention_mask`
     of their sequence (see `padding_of`) are not counted. The model runs in evaluation mode without
@@ -79,7 +86,8 @@ def calibrate(
     Raises `SqCpuError` when there is no batch, or a batch is empty, of another type or longer than
     the model's context, when the model's own forward fails, when an activation or gradient is NaN
     or infinite, when the model has no linear, for `rows` or `gradient_rows` that are no number of
-    rows, for an entry of `ignore` that matches none, for a `prefix` that the model cannot have (see
+    rows, for `lengths` that do not ascend or that a batch exceeds, for an entry of `ignore` that
+    matches none, for a `prefix` that the model cannot have (see
     `make_prefix`) or that begins no text of the batches, and for what `check_model` and
     `check_weights` refuse: a model that is compiled, quantized, or not in this machine's memory as
     fp32, bf16 or fp16.
@@ -88,8 +96,9 @@ def calibrate(
     ids = tuple(integers(prefix, "prefix"))
     if ids:
         make_prefix(model, ids)  # which tells whether there can be one
+    lengths = checked_lengths(lengths)
     with linearized(model):
-        return _calibrate(model, batches, ignore, rows, gradient_rows, ids, progress)
+        return _calibrate(model, batches, ignore, rows, gradient_rows, ids, lengths, progress)
 
 
 def _calibrate(
@@ -99,6 +108,7 @@ def _calibrate(
     rows: int,
     gradient_rows: int,
     prefix: tuple[int, ...],
+    lengths: tuple[int, ...],
     progress: bool | None,
 ) -> Calibration:
     check_whole(0, rows=rows, gradient_rows=gradient_rows)
@@ -110,6 +120,7 @@ def _calibrate(
     head = {name: each for name, each in _head(model).items() if name not in linears}
     ranges = InputRanges(model, linears | head, rows, gradient_rows)
     example: Example | None = None
+    examples: dict[int, Example] = {}
     leads = False
     labels = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
@@ -121,17 +132,27 @@ def _calibrate(
             stack.enter_context(differentiating(model, linears, ranges.observe_gradients))
         for args, kwargs in model_inputs(model, batches, "calibration", "calibrating", progress):
             padding = padding_of(model, args, kwargs)
-            example = example or example_of(args, kwargs, padding)
+            length = checked_bucket(args, kwargs, lengths) if lengths else None
+            if example is None or (length is not None and length not in examples):
+                found = example_of(args, kwargs, padding)
+                example = example or found
+                if found is not None and length is not None:
+                    examples.setdefault(length, copied(found))  # a file shares no memory
             counted = padding.with_prefix(prefix)
             leads = leads or counted is not padding
-            with ranges.batch(counted):
+            with ranges.batch(counted, length):
                 outputs = called(model, (args, kwargs), f"calibration batch {ranges.batches}")
                 if gradient_rows:
                     torch.autograd.backward(sampled_loss(outputs, counted, labels))
     if prefix and not leads:
         raise no_text_leads(prefix)
-    calibration = replace(ranges.calibration(example), prefix=prefix)
-    return calibration.with_head_apart(*head) if head else calibration
+
+    def whole(calibration: Calibration) -> Calibration:
+        calibration = replace(calibration, prefix=prefix)
+        return calibration.with_head_apart(*head) if head else calibration
+
+    parts = {length: whole(part) for length, part in ranges.by_length(examples).items()}
+    return replace(whole(ranges.calibration(example)), lengths=lengths, by_length=parts)
 
 
 def no_text_leads(prefix: Sequence[int]) -> SqCpuError:

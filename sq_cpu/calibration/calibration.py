@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from sq_cpu.calibration.lengths import checked_lengths, no_batch, target_bucket
 from sq_cpu.calibration.stored import FOLDS, check_tensors
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import as_path, write_file
@@ -24,7 +25,7 @@ from sq_cpu.parsing import parsed_json, typed
 __all__ = ["FOLDS", "TENSORS", "Calibration", "check_is_calibration", "fingerprint"]
 
 _FORMAT = "sq_cpu.calibration"
-_VERSION = 7
+_VERSION = 8
 TENSORS = (
     "channel_min",
     "channel_max",
@@ -98,6 +99,25 @@ class Calibration:
     head: Calibration | None = None
     """The same of the model's head alone, where `ignore` keeps it out of the rest; None: it does
     not, or there is none."""
+    lengths: tuple[int, ...] = ()
+    """The lengths in tokens that `by_length` may have, ascending."""
+    by_length: dict[int, Calibration] = field(default_factory=dict)
+    """What the batches of each length alone gave, without gradients; see `for_length`. Lengths that
+    no batch had are missing."""
+
+    def for_length(self, tokens: int) -> Calibration:
+        """Return the calibration of the batches of the least length that holds so many tokens.
+
+        It is the one that `calibrate` makes of these batches alone. Plans that are made or tuned
+        for texts of that length begin with it, too.
+
+        Raises `SqCpuError` for a calibration without lengths, more tokens than any has, and a
+        length that no batch had.
+        """
+        bucket = target_bucket(tokens, self.lengths)
+        if bucket not in self.by_length:
+            raise SqCpuError(no_batch(tokens, bucket, self.lengths))
+        return self.by_length[bucket]
 
     def with_head(self) -> Calibration:
         """Return this calibration with the head as one of its linears."""
@@ -221,6 +241,17 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a safetensors file; it appears whole or not at all."""
+        tensors, header = self._stored()
+        header |= {"format": _FORMAT, "format_version": _VERSION, "lengths": list(self.lengths)}
+        header["by_length"] = {}
+        for length, part in self.by_length.items():
+            of_part, header["by_length"][str(length)] = part._stored()
+            tensors |= {f"{length}.{key}": tensor for key, tensor in of_part.items()}
+        write_file(path, safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
+        return Path(path)
+
+    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return tensors and the header of all but what is by length."""
         whole = self.with_head()
         tensors = {
             f"{kind}.{name}": value.contiguous()
@@ -230,8 +261,6 @@ class Calibration:
         given, plain = _split_example(self.example)
         tensors |= {f"example.{key}": value for key, value in given.items()}
         header = {
-            "format": _FORMAT,
-            "format_version": _VERSION,
             "tokens": self.tokens,
             "batches": self.batches,
             "unreached": list(whole.unreached),
@@ -245,8 +274,7 @@ class Calibration:
             header["head"] = next(
                 iter((*self.head.rows_seen, *self.head.unreached, *self.head.in_float))
             )
-        write_file(path, safetensors_bytes(tensors, {_FORMAT: json.dumps(header)}))
-        return Path(path)
+        return tensors, header
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -261,11 +289,10 @@ class Calibration:
         header = parsed_json(text, f"the header of {path}")
         if not isinstance(header, dict):
             raise SqCpuError(f"{path} is not a calibration that sq_cpu saved")
-        kinds: dict[str, Any] = {kind: {} for kind in (*TENSORS, "example")}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition(".")
-            kinds.setdefault(kind, {})[name] = tensor
-        given = kinds["example"]
+        by_length: dict[str, dict[str, Tensor]] = {}
+        for key in [key for key in tensors if key[:1].isdecimal()]:
+            length, _, rest = key.partition(".")
+            by_length.setdefault(length, {})[rest] = tensors.pop(key)
         version = header.get("format_version")
         if isinstance(version, int) and version > _VERSION:
             raise SqCpuError(
@@ -274,25 +301,43 @@ class Calibration:
             )
         try:
             typed(int, version, "format_version")
-            tokens, batches = (typed(int, header[key], key) for key in ("tokens", "batches"))
-            unreached = typed(tuple[str, ...], header["unreached"], "unreached")
-            counts = dict[str, int]
-            fingerprints = typed(counts, header["fingerprints"], "fingerprints")
-            rows_seen = typed(counts, header.get("rows_seen", {}), "rows_seen")
-            in_float = typed(dict[str, str], header.get("in_float", {}), "in_float")
-            head = typed(str, header.get("head", ""), "head")
-            known = (*kinds["channel_min"], *unreached, *in_float)
-            if head and head not in known:
-                raise SqCpuError(f"head is {head}, of which there is nothing")
-            example = _join_example(given, header.get("example"))
-            prefix = typed(tuple[int, ...], header.get("prefix", []), "prefix")
-            check_tensors(kinds)
-            if kinds["channel_min"] and min(tokens, batches) < 1:
-                raise SqCpuError("ranges of no batch")
+            whole = cls._read(tensors, header)
+            lengths = checked_lengths(typed(tuple[int, ...], header.get("lengths", []), "lengths"))
+            headers = typed(dict[str, Any], header.get("by_length", {}), "by_length")
+            if by_length.keys() - headers or not headers.keys() <= set(map(str, lengths)):
+                raise SqCpuError("lengths and by_length differ")
+            parts = {
+                int(length): cls._read(by_length.get(length, {}), typed(dict[str, Any], of, length))
+                for length, of in headers.items()
+            }
         except (KeyError, SqCpuError) as error:
             raise SqCpuError(
                 f"{path} is not one that sq_cpu writes ({first_line(error)}): calibrate again"
             ) from error
+        return replace(whole, lengths=lengths, by_length=parts)
+
+    @classmethod
+    def _read(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Calibration:
+        """Undo `_stored`; `KeyError` or `SqCpuError` for what it does not give."""
+        kinds: dict[str, Any] = {kind: {} for kind in (*TENSORS, "example")}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            kinds.setdefault(kind, {})[name] = tensor
+        tokens, batches = (typed(int, header[key], key) for key in ("tokens", "batches"))
+        unreached = typed(tuple[str, ...], header["unreached"], "unreached")
+        counts = dict[str, int]
+        fingerprints = typed(counts, header["fingerprints"], "fingerprints")
+        rows_seen = typed(counts, header.get("rows_seen", {}), "rows_seen")
+        in_float = typed(dict[str, str], header.get("in_float", {}), "in_float")
+        head = typed(str, header.get("head", ""), "head")
+        known = (*kinds["channel_min"], *unreached, *in_float)
+        if head and head not in known:
+            raise SqCpuError(f"head is {head}, of which there is nothing")
+        example = _join_example(kinds["example"], header.get("example"))
+        prefix = typed(tuple[int, ...], header.get("prefix", []), "prefix")
+        check_tensors(kinds)
+        if kinds["channel_min"] and min(tokens, batches) < 1:
+            raise SqCpuError("ranges of no batch")
         whole = cls(
             fingerprints=fingerprints,
             rows_seen=rows_seen,

@@ -42,7 +42,7 @@ class _LinearObserver:
         self.low = torch.full(shape, torch.inf, dtype=torch.float32, device="cpu")
         self.high = torch.full_like(self.low, -torch.inf)
 
-    def add(self, x: Tensor, recent: InputRows) -> None:
+    def add(self, x: Tensor, recent: InputRows, fold: int) -> None:
         recent.observe(x)
         first, self.rows = self.rows, self.rows + len(recent.rows)
         if not len(recent.rows):  # an expert that no token was routed to, or all padding
@@ -52,7 +52,6 @@ class _LinearObserver:
                 f"calibration batch {recent.batch}: NaN or Inf in the input of {self.name}; "
                 "check the batch and the model's weights"
             )
-        fold = recent.batch % FOLDS
         torch.minimum(self.low[fold], recent.low, out=self.low[fold])
         torch.maximum(self.high[fold], recent.high, out=self.high[fold])
         chance = _uniform(len(recent.rows), self.generator)
@@ -177,6 +176,20 @@ def _uniform(count: int, generator: torch.Generator) -> Tensor:
     return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
 
 
+class _Part:
+    """Observers of all linears, and the batches that they saw."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear], rows: int, gradient_rows: int = 0) -> None:
+        self.observers = {
+            name: _LinearObserver(name, linear, rows, gradient_rows)
+            for name, linear in linears.items()
+        }
+        self.batches = 0
+
+    def add(self, name: str, x: Tensor, recent: InputRows) -> None:
+        self.observers[name].add(x, recent, self.batches % FOLDS)
+
+
 class InputRanges:
     """Gathers a `Calibration` of linears, batch by batch, from whatever runs them."""
 
@@ -189,16 +202,20 @@ class InputRanges:
     ) -> None:
         self._linears = linears
         self._uses = WeightUses(model, linears)
-        self._observers = {
-            name: _LinearObserver(name, linear, rows, gradient_rows)
-            for name, linear in linears.items()
-        }
+        self._rows = rows
+        self._whole = _Part(linears, rows, gradient_rows)
+        self._by_length: dict[int, _Part] = {}
+        self._running = [self._whole]
         self._recent = InputRows()
-        self.batches = 0
+
+    @property
+    def batches(self) -> int:
         """Those that ran."""
+        return self._whole.batches
 
     def _observe(self, name: str, x: Tensor) -> None:
-        self._observers[name].add(x, self._recent)
+        for part in self._running:
+            part.add(name, x, self._recent)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -209,19 +226,38 @@ class InputRanges:
 
     def observe_gradients(self, name: str) -> Callable[[Tensor], None]:
         """Return the function that takes the gradient of the output of a linear that just ran."""
-        return self._observers[name].gradient_taker(self._recent)
+        return self._whole.observers[name].gradient_taker(self._recent)
 
     @contextmanager
-    def batch(self, padding: Padding) -> Iterator[None]:
-        """Run one batch, of which the rows that are padding do not count."""
+    def batch(self, padding: Padding, length: int | None = None) -> Iterator[None]:
+        """Run one batch, of which the rows that are padding do not count.
+
+        `length` names what is gathered of it beside the whole, see `by_length`; None: nothing.
+        """
+        self._running = [self._whole]
+        if length is not None:
+            if length not in self._by_length:
+                self._by_length[length] = _Part(self._linears, self._rows)
+            self._running.append(self._by_length[length])
         with self._recent.of_batch(self.batches, padding), self._uses:
             yield
-        self.batches += 1
+        for part in self._running:
+            part.batches += 1
+
+    def by_length(self, examples: Mapping[int, Example]) -> dict[int, Calibration]:
+        """Return what the batches of each length gave, as if they were all; without gradients."""
+        return {
+            length: self._calibration(part, examples.get(length))
+            for length, part in sorted(self._by_length.items())
+        }
 
     def calibration(self, example: Example | None = None) -> Calibration:
         """Return what was gathered so far."""
+        return self._calibration(self._whole, example)
+
+    def _calibration(self, part: _Part, example: Example | None) -> Calibration:
         in_float = self._uses.found()
-        observers = {n: each for n, each in self._observers.items() if n not in in_float}
+        observers = {n: each for n, each in part.observers.items() if n not in in_float}
         reached = {name: observer for name, observer in observers.items() if observer.rows}
         tensors: dict[str, Any] = {kind: {} for kind in TENSORS}
         for name, observer in reached.items():
@@ -232,8 +268,8 @@ class InputRanges:
             **tensors,
             fingerprints={name: fingerprint(self._linears[name]) for name in reached},
             rows_seen={name: observer.rows for name, observer in reached.items()},
-            tokens=max((observer.rows for observer in self._observers.values()), default=0),
-            batches=self.batches,
+            tokens=max((observer.rows for observer in part.observers.values()), default=0),
+            batches=part.batches,
             unreached=tuple(name for name in observers if name not in reached),
             in_float=in_float,
             example=example,

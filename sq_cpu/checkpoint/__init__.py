@@ -30,7 +30,8 @@ The scheme of a layer is ``scheme``, but for the activations that ``plan`` gives
 :func:`sq_cpu.quantize` (``scheme``, ``plan``, ``layers``, and if any ``smoothed``, the layers with
 a ``smoothing``, ``decomposed``, layer -> O, ``hadamard``, layer -> 64, the columns of a block that
 the Hadamard matrix multiplies, ``prefix``, its ids, ``embeddings``, embedding -> the layer whose
-weight it reads, and ``kept``, linear -> why it is in float), ``files`` (name -> SHA-256 of every
+weight it reads, ``misfits``, static layer -> the share of the calibration's rows that do not fit
+its scale, and ``kept``, linear -> why it is in float), ``files`` (name -> SHA-256 of every
 safetensors file), ``companions`` (names of the other files that :func:`save` wrote) and
 ``settings_sha256`` (of the JSON of ``quantization_config`` without this entry, its keys sorted).
 All else in the folder may be edited.
@@ -38,12 +39,12 @@ All else in the folder may be edited.
 The config of a model that is not of transformers has ``architectures``, the name of its class,
 alone. All of its buffers are stored, and ``load`` fills an instance that it is given.
 
-Versions up to 7 had no ``prefix``, and no group in ``plan`` had ``hadamard_fold``. Versions up to 6
-had no ``hadamard``. Versions up to 5 had no ``embeddings``. Versions up to 4 had weights of [N, K],
-``L.regular.weight`` and so on where L has outlier channels, a table of digests as ``companions``,
-and ``config_sha256``, of all of config.json, which is not looked at. Versions up to 3 had a group's
-``curve`` in ``plan``, no search_curves.json, and in ``scheme`` ``weights`` "per_group" and
-``weight_group_rows`` for "per_rows" and ``rows_per_scale``. Versions 1 and 2 had ``groups`` alone
-in ``plan``; version 1 had no ``smoothed``, ``decomposed`` and ``kept``, and fewer fields in
-``scheme``.
+Versions up to 8 had no ``misfits``. Versions up to 7 had no ``prefix``, and no group in ``plan``
+had ``hadamard_fold``. Versions up to 6 had no ``hadamard``. Versions up to 5 had no ``embeddings``.
+Versions up to 4 had weights of [N, K], ``L.regular.weight`` and so on where L has outlier channels,
+a table of digests as ``companions``, and ``config_sha256``, of all of config.json, which is not
+looked at. Versions up to 3 had a group's ``curve`` in ``plan``, no search_curves.json, and in
+``scheme`` ``weights`` "per_group" and ``weight_group_rows`` for "per_rows" and ``rows_per_scale``.
+Versions 1 and 2 had ``groups`` alone in ``plan``; version 1 had no ``smoothed``, ``decomposed`` and
+``kept``, and fewer fields in ``scheme``.
 """

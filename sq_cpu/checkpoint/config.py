@@ -38,7 +38,7 @@ __all__ = [
     "sha256",
 ]
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -117,7 +117,12 @@ def record_of_settings(settings: Mapping[str, Any], path: Path) -> QuantizationR
             raise SqCpuError("embeddings is not a table of modules and layers")
         if set(embeddings.values()) & (set(decomposed) | set(hadamard)):
             raise SqCpuError("embeddings names a layer with channels in float, or a rotated one")
-        for key in ("smoothed", "decomposed", "hadamard"):
+        misfits = settings.get("misfits", {})
+        if not isinstance(misfits, dict) or not all(
+            type(share) in (int, float) and 0 <= share <= 1 for share in misfits.values()
+        ):
+            raise SqCpuError("misfits is not a table of layers and shares from 0 to 1")
+        for key in ("smoothed", "decomposed", "hadamard", "misfits"):
             if unknown := sorted(set(settings.get(key, ())) - set(settings["layers"])):
                 raise SqCpuError(f"{key} names {unknown[0]}, which is not one of layers")
         return QuantizationRecord.from_dict(settings)

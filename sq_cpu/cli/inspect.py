@@ -258,6 +258,7 @@ def _int8(
         "plan": None if record.plan is None else record.plan.to_dict(),
         "kept": dict(record.kept),
         "prefix": list(record.prefix),
+        "misfits": dict(record.misfits),
     }
     lines = show.plan_lines(record)
     if scored is not None:

@@ -114,6 +114,14 @@ def quantize_command(
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Calibration windows in all.")] = 16,
     window: Window = 512,
+    target_length: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens of the texts that the model is for: calibrate on windows of so many, in "
+            "the place of --window.",
+        ),
+    ] = None,
     symmetric: Annotated[
         bool, typer.Option("--symmetric/--asymmetric", help="Activation range.")
     ] = True,
@@ -201,6 +209,12 @@ def quantize_command(
         raise typer.BadParameter(
             f"--alpha has no effect with --rule {rule.value}; drop one of them"
         )
+    if target_length is not None:
+        if _is_given(ctx, "window"):
+            raise typer.BadParameter(
+                "--target-length says how long the windows are; drop it, or --window"
+            )
+        window = target_length
     overrides: dict[str, Any] = {
         "symmetric": symmetric,
         "weights": weights.value,
@@ -222,6 +236,7 @@ def quantize_command(
         "rule": Recipe.rule if rule is None else rule.value,
         "hadamard": hadamard_choice(hadamard),
         "head": head.value,
+        "target_length": target_length,
     }
     if alpha is not None:
         how["alpha"] = alpha
@@ -280,6 +295,7 @@ def quantize_command(
         "hadamard_fold": sum(group.hadamard_fold != 0 for group in groups),
         "head": head.value,
         "prefix": list(record.prefix),
+        "target_length": target_length,
         "layers": len(record.layers),
         "groups": {
             "folded": sum(folded.values()),

@@ -120,6 +120,13 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
     if record.decomposed:
         channels = sum(record.decomposed.values())
         lines.append(f"  {_linears(len(record.decomposed))} with {channels} channels in float")
+    if any(record.misfits.values()):
+        mean = sum(record.misfits.values()) / len(record.misfits)
+        name, most = max(record.misfits.items(), key=lambda each: each[1])
+        lines.append(
+            f"  {100 * mean:.3g} % of the calibration's rows do not fit the static scales, most in "
+            f"{printable(name)} ({100 * most:.3g} %)"
+        )
     reasons = Counter(record.kept.values())
     for reason, count in reasons.most_common():
         lines.append(f"  {_linears(count)} in float: {reason}")

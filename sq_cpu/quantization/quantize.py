@@ -69,6 +69,7 @@ def quantize(
     smooth: bool = True,
     hadamard: Hadamard = AUTO,
     head: HeadKind = "float",
+    target_length: int | None = None,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
@@ -97,6 +98,9 @@ def quantize(
     It is not the default: alone it costs SmolLM2-135M 0.100 % +- 0.047 of perplexity, where 0.1 %
     is the bound, and Gemma-3-270M 0.004 % (median KL 9.0e-4 and 4.6e-4 nats; bench/results).
 
+    With `target_length`, in tokens, all is chosen by `calibration.for_length(target_length)`: what
+    texts of that length showed.
+
     A calibration with a `prefix` gives the model a `Prefix`: the first tokens of texts, whose keys
     and values the float model makes once.
 
@@ -110,9 +114,11 @@ def quantize(
     model lacks, a model that is quantized already or has no linear, linears with hooks or
     parametrizations or in a module that reads their weight itself, weights that are NaN, Inf or too
     long for int32 sums, and a calibration that is older than the weights, not finite, or without
-    the rows that the scheme's range needs.
+    the rows that the scheme's range needs or the batches of the `target_length`.
     """
-    recipe = Recipe.of(scheme, plan, smooth=smooth, hadamard=hadamard, head=head)
+    recipe = Recipe.of(
+        scheme, plan, smooth=smooth, hadamard=hadamard, head=head, target_length=target_length
+    )
     return carry_out(model, calibration, recipe, progress=progress)
 
 
@@ -134,6 +140,10 @@ def carry_out(
     check_model(model)
     if calibration is not None:
         check_is_calibration(calibration)
+    if recipe.target_length is not None:
+        if calibration is None:
+            raise SqCpuError("target_length chooses of a calibration: give one, or leave it out")
+        calibration = calibration.for_length(recipe.target_length)
     replaced = linearize(model)
     try:
         check_ignore(model, scheme.ignore)
@@ -239,6 +249,8 @@ class _Prepared:
     """Of those that are rotated: full name -> columns of a block."""
     embeddings: Mapping[str, str]
     """Those that will read the weight of a quantized linear: full name -> the linear's."""
+    misfits: Mapping[str, float]
+    """`QuantizationRecord.misfits`."""
 
 
 def _prepare(
@@ -306,11 +318,15 @@ def _prepare(
             )
         embeddings = dict.fromkeys(head.embeddings, head.name)
     by_linear, at_run_time = smoothed.scales, smoothed.at_run_time
-    ranges, outliers = _ranges_and_outliers(linears, plan, scheme, calibration, by_linear, group_of)
+    ranges, outliers, misfits = _what_inputs_tell(
+        linears, plan, scheme, calibration, by_linear, group_of
+    )
     smoothed.apply(model)
     if head is not None and head.name in outliers:
         embeddings = {}
-    return _Prepared(plan, schemes, by_linear, at_run_time, ranges, outliers, hadamard, embeddings)
+    return _Prepared(
+        plan, schemes, by_linear, at_run_time, ranges, outliers, hadamard, embeddings, misfits
+    )
 
 
 def _of_quantized(
@@ -371,24 +387,27 @@ def _swap(
         hadamard=prepared.hadamard,
         dtypes=dtypes_of(model, (*layers, *prepared.embeddings)),
         embeddings=prepared.embeddings,
+        misfits=prepared.misfits,
     )
 
 
-def _ranges_and_outliers(
+def _what_inputs_tell(
     linears: Mapping[str, nn.Linear],
     plan: SmoothPlan | None,
     base: Scheme,
     calibration: Calibration | None,
     scales: Mapping[str, Tensor],
     group_of: Mapping[str, GroupPlan],
-) -> tuple[_Ranges, dict[str, Tensor]]:
-    """Return what each static scale covers, and which channels stay in float: int64, ascending.
+) -> tuple[_Ranges, dict[str, Tensor], dict[str, float]]:
+    """Return what each static scale covers, which channels stay in float, and what does not fit.
 
-    Both are what the searches see of a linear. One without such channels has no entry.
+    The channels are int64, ascending; a linear without any has no entry. What does not fit is the
+    share of the sampled rows. All are what the searches see of a linear.
     """
     plan = plan or SmoothPlan(())
     ranges: _Ranges = {}
     outliers: dict[str, Tensor] = {}
+    misfits: dict[str, float] = {}
     for name, linear in linears.items():
         scheme = plan.layer_scheme(base, name)
         seen = calibration if scheme.needs_calibration else None
@@ -407,4 +426,8 @@ def _ranges_and_outliers(
             outliers[name] = fake.outliers.nonzero().flatten()
         if seen is not None and scheme.activations == "static":
             ranges[name] = fake.range
-    return ranges, outliers
+            rows = fake.sample.rows
+            if rows is not None and len(rows):
+                clips, underflows = fake.row_fits(rows)  # never both
+                misfits[name] = int((clips | underflows).sum()) / len(rows)
+    return ranges, outliers, misfits

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
+from sq_cpu.parsing import check_whole
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import AUTO, Hadamard, SmoothPlan, check_rotation, scheme_of
 from sq_cpu.smoothing.rules import check_rule
@@ -40,6 +41,9 @@ class Recipe:
     head: HeadKind = "float"
     """"int8": the head of a model of transformers with two terms of activations, and the embeddings
     that are tied to it, although the scheme ignores it. "float": as the scheme says."""
+    target_length: int | None = None
+    """Tokens of the task's texts: the calibration is that of such batches
+    (`Calibration.for_length`). None: of all."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.scheme, Scheme) or self.scheme.reduce_range == "auto":
@@ -58,6 +62,8 @@ class Recipe:
             raise SqCpuError("hadamard goes with smoothing, and a plan says it itself: drop it")
         if self.head not in get_args(HeadKind):
             raise SqCpuError(f"head is {self.head!r}; it is {' or '.join(get_args(HeadKind))}")
+        if self.target_length is not None:
+            check_whole(1, target_length=self.target_length)
 
     @classmethod
     def of(
@@ -70,6 +76,7 @@ class Recipe:
         rule: str = "smoothquant",
         hadamard: Hadamard = AUTO,
         head: HeadKind = "float",
+        target_length: int | None = None,
     ) -> Recipe:
         """Return the recipe of these arguments, `reduce_range="auto"` decided for this machine.
 
@@ -85,6 +92,7 @@ class Recipe:
             rule=rule,
             hadamard=hadamard,
             head=head,
+            target_length=target_length,
         )
 
     @property
@@ -109,6 +117,7 @@ class Recipe:
             "hadamard": self.hadamard if self.is_uniform else None,
             "smooth": self.smooth,
             "head": self.head,
+            "target_length": None if self.target_length is None else int(self.target_length),
         }
 
 

@@ -40,13 +40,16 @@ class QuantizationRecord:
     """Embeddings that read the weight of a quantized linear, the head: full name -> the head's."""
     prefix: tuple[int, ...] = ()
     """The first tokens of texts whose keys and values are the float model's (`Prefix`)."""
+    misfits: Mapping[str, float] = field(default_factory=dict)
+    """Share of the calibration's sampled rows that do not fit the static scale of a layer (that
+    clip or underflow, see `RowCounts`), by full name. Layers without such rows have none."""
 
     def layer_scheme(self, name: str) -> Scheme:
         """Return the scheme of a quantized linear."""
         return self.scheme if self.plan is None else self.plan.layer_scheme(self.scheme, name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON types; the last seven only where there are such layers."""
+        """Return the record as JSON types; the last eight only where there are such layers."""
         plan = None if self.plan is None else self.plan.to_dict()
         tables: dict[str, Any] = {
             "smoothed": list(self.smoothed),
@@ -56,6 +59,7 @@ class QuantizationRecord:
             "dtypes": dict(self.dtypes),
             "embeddings": dict(self.embeddings),
             "prefix": list(self.prefix),
+            "misfits": dict(self.misfits),
         }
         return {
             "scheme": self.scheme.to_dict(),
@@ -88,6 +92,7 @@ class QuantizationRecord:
             dtypes=dtypes,
             embeddings=dict(values.get("embeddings", {})),
             prefix=tuple(values.get("prefix", ())),
+            misfits=dict(values.get("misfits", {})),
         )
 
 
@@ -104,6 +109,7 @@ class QuantizedPart:
     """Those that stay in float for what the calibration says, and why."""
     dtypes: Mapping[str, str] = field(default_factory=dict)
     embeddings: Mapping[str, str] = field(default_factory=dict)
+    misfits: Mapping[str, float] = field(default_factory=dict)
 
     def record(self, scheme: Scheme, kept: Mapping[str, str]) -> QuantizationRecord:
         """Return the record of a model of which this is all; `kept` are the others in float."""
@@ -117,4 +123,5 @@ class QuantizedPart:
             kept={**kept, **self.kept},
             dtypes=self.dtypes,
             embeddings=self.embeddings,
+            misfits=self.misfits,
         )

@@ -27,6 +27,7 @@ from sq_cpu.serving.prompts import Prompts
 from sq_cpu.serving.renderer import Renderer
 from sq_cpu.serving.server import listening, run
 from sq_cpu.serving.service import Limits, Service
+from sq_cpu.serving.watch import Watch
 
 __all__ = ["Settings", "default_threads", "serve"]
 
@@ -122,6 +123,7 @@ def serve(
                 tokenizer,
                 stop_tokens_of(model),
                 _limits(model, engine.scheduler, settings),
+                Watch(model, say),
             )
             app = make_app(service, settings.key)
             return await run(service, app, bound, lambda: say(line), say)

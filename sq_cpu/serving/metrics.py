@@ -1,4 +1,7 @@
-"""What Prometheus reads, under the names of vLLM (docs.vllm.ai, "Production Metrics")."""
+"""What Prometheus reads, under the names of vLLM (docs.vllm.ai, "Production Metrics").
+
+What vLLM has not is under "sq_cpu": how rows fit static scales.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from sq_cpu.inference.scheduler import Scheduler
+from sq_cpu.serving.watch import Watch
 
 __all__ = ["Metrics", "Timer"]
 
@@ -35,11 +39,14 @@ class Metrics:
     ----------
     scheduler : whose numbers are read when Prometheus asks
     model : the name that all metrics carry
+    watch : whose counts are read likewise; None: there are none
     """
 
-    def __init__(self, scheduler: Scheduler, model: str) -> None:
+    def __init__(self, scheduler: Scheduler, model: str, watch: Watch | None = None) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_SchedulerMetrics(scheduler, model))
+        if watch is not None and watch.layers:
+            self._registry.register(_WatchMetrics(watch, model))
         options: Any = {"registry": self._registry, "labelnames": ["model_name"]}
         self.first = Histogram(
             "vllm:time_to_first_token_seconds",
@@ -124,3 +131,36 @@ class _SchedulerMetrics(Collector):
                 family = kind(f"vllm:{name}", text, labels=["model_name"])
                 family.add_metric([self._model], value)
                 yield family
+
+
+class _WatchMetrics(Collector):
+    def __init__(self, watch: Watch, model: str) -> None:
+        self._watch = watch
+        self._model = model
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        self._watch.look()
+        labels = ["model_name", "layer"]
+        rows = CounterMetricFamily(
+            "sq_cpu:rows", "Rows that a layer of static scale quantized.", labels=labels
+        )
+        misfits = CounterMetricFamily(
+            "sq_cpu:misfit_rows", "Of these, rows that clipped or underflowed.", labels=labels
+        )
+        calibrated = GaugeMetricFamily(
+            "sq_cpu:calibrated_misfit_share", "Share of such rows in calibration.", labels=labels
+        )
+        for name, layer in self._watch.layers.items():
+            if not layer.rows:  # another layer with the same input counts them
+                continue
+            rows.add_metric([self._model, name], layer.rows)
+            misfits.add_metric([self._model, name], layer.misfits)
+            if layer.calibrated is not None:
+                calibrated.add_metric([self._model, name], layer.calibrated)
+        drifting = GaugeMetricFamily(
+            "sq_cpu:drifting_layers",
+            "Layers in which over 4 times as many rows as in calibration do not fit.",
+            labels=["model_name"],
+        )
+        drifting.add_metric([self._model], len(self._watch.drifting))
+        yield from (rows, misfits, calibrated, drifting)

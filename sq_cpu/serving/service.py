@@ -18,6 +18,7 @@ from sq_cpu.serving.metrics import Metrics
 from sq_cpu.serving.prompts import Prompts, aside
 from sq_cpu.serving.protocol import ChatRequest, CompletionRequest, JsonFormat, SchemaFormat
 from sq_cpu.serving.refusals import Refused
+from sq_cpu.serving.watch import Watch
 
 __all__ = ["Limits", "Service"]
 
@@ -51,6 +52,7 @@ class Service:
     engine, prompts, tokenizer : the tokenizer makes text alone
     stop_tokens : of the model
     limits : what is refused
+    watch : looks at the model's rows when requests have ended; None: nothing does
 
     Attributes
     ----------
@@ -66,15 +68,17 @@ class Service:
         tokenizer: Any,
         stop_tokens: Sequence[int],
         limits: Limits,
+        watch: Watch | None = None,
     ) -> None:
         self.name = name
         self.engine = engine
-        self.metrics = Metrics(engine.scheduler, name)
+        self.metrics = Metrics(engine.scheduler, name, watch)
         self.draining = False
         self._prompts = prompts
         self._tokenizer = tokenizer
         self._stop_tokens = [*stop_tokens]
         self._limits = limits
+        self._watch = watch
         # A thread of its own: some schemas take seconds.
         self._compiling = ThreadPoolExecutor(1, thread_name_prefix="sq_cpu grammars")
         self._grammars = Grammars(tokenizer, limits.vocabulary, stop_tokens)
@@ -143,6 +147,8 @@ class Service:
             self._taken -= wanted
             if self._taken == 0:
                 self._idle.set()
+            if self._watch is not None:
+                self._watch.glance()
 
     async def _choices(
         self,

@@ -58,6 +58,12 @@ class Job:
     """Whether code of the model's own may run; then not streamed."""
     prefix: PrefixChoice = "auto"
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those of the calibration: all of its batches are of the recipe's target."""
+        target = self.recipe.target_length
+        return () if target is None else (target,)
+
 
 def convert(
     job: Job,
@@ -140,7 +146,9 @@ def _whole(
     name = None if head is None or head.in_float else head.name
     float_bytes = linear_bytes(model, ignore, but=name)
     prefix = find_prefix(model, tokenizer, job.prefix, say)
-    calibration = calibrate(model, batches_of(tokenizer), ignore=ignore, prefix=prefix)
+    calibration = calibrate(
+        model, batches_of(tokenizer), ignore=ignore, prefix=prefix, lengths=job.lengths
+    )
     if choose is not None:
         recipe = choose(model, tokenizer, calibration)
     say(f"quantizing with {recipe.scheme.name}")
@@ -204,6 +212,7 @@ def _stream(
             job.recipe,
             prefix=prefix,
             can_do_without=job.prefix == "auto",
+            lengths=job.lengths,
             dtype=job.dtype,
             tokenizer=tokenizer,
             overwrite=job.overwrite,

@@ -394,6 +394,7 @@ class Stream:
             kept=dict(done.kept),
             dtypes=dict(done.dtypes),
             embeddings=dict(done.embeddings),
+            misfits=dict(done.misfits),
             tokens=calibration.tokens if calibration else 0,
             float_bytes=before,
             int8_bytes=after,
@@ -427,6 +428,7 @@ class Stream:
             kept={name: why for part in parts for name, why in part.kept.items()},
             dtypes={name: dtype for part in parts for name, dtype in part.dtypes.items()},
             embeddings={name: head for part in parts for name, head in part.embeddings.items()},
+            misfits={name: share for part in parts for name, share in part.misfits.items()},
         )
         record = replace(done.record(self.scheme, self.kept), prefix=self.state.prefix)
         with StoredTensors(folder, [part.file for part in parts]) as stored:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 
+from sq_cpu.calibration.lengths import checked_lengths, of_length
 from sq_cpu.checkpoint import sources
 from sq_cpu.checkpoint.config import check_dtype
 from sq_cpu.checkpoint.folder import STATE, Staging, staged, work_folder, writing
@@ -85,6 +86,8 @@ def quantize_checkpoint(
     smooth: bool = True,
     head: HeadKind = "float",
     prefix: Sequence[int] = (),
+    lengths: Sequence[int] = (),
+    target_length: int | None = None,
     dtype: torch.dtype | None = torch.float32,
     tokenizer: Any = None,
     overwrite: bool = False,
@@ -115,6 +118,10 @@ def quantize_checkpoint(
     prefix
         As for `calibrate`. That the model can have one is proven block by block, so what a later
         block refuses is known late.
+    lengths : sequence of int
+        As for `calibrate`.
+    target_length : int, optional
+        As for `quantize`; the batches of other lengths are not run.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16: what the float model runs in, and what is not int8 is kept in. None:
         as stored.
@@ -135,7 +142,14 @@ def quantize_checkpoint(
         hidden states alone from block to block; unfinished work of other settings.
     """
     recipe = Recipe.of(
-        scheme, plan, smooth=smooth, alpha=alpha, rule=rule, hadamard=hadamard, head=head
+        scheme,
+        plan,
+        smooth=smooth,
+        alpha=alpha,
+        rule=rule,
+        hadamard=hadamard,
+        head=head,
+        target_length=target_length,
     )
     with staged(out, streamed=True) as staging:
         return stream_checkpoint(
@@ -144,6 +158,7 @@ def quantize_checkpoint(
             batches,
             recipe,
             prefix=prefix,
+            lengths=lengths,
             dtype=dtype,
             tokenizer=tokenizer,
             overwrite=overwrite,
@@ -160,6 +175,7 @@ def stream_checkpoint(
     *,
     prefix: Sequence[int] = (),
     can_do_without: bool = False,
+    lengths: Sequence[int] = (),
     dtype: torch.dtype | None,
     tokenizer: Any,
     overwrite: bool,
@@ -174,6 +190,7 @@ def stream_checkpoint(
     ids = tuple(integers(prefix, "prefix"))
     if ids and batches is None:
         raise SqCpuError("a prefix needs batches to calibrate on, of texts that begin with it")
+    lengths = checked_lengths(lengths)
     if recipe.needs_calibration and batches is None:
         raise SqCpuError(
             "smoothing, static scales and an outlier threshold need batches to calibrate on"
@@ -190,6 +207,9 @@ def stream_checkpoint(
     if batches is not None:
         for given in model_inputs(model, batches, "calibration", "reading batches", False):
             inputs.append(given)
+        inputs = of_length(inputs, lengths, recipe.target_length)
+    elif recipe.target_length is not None:
+        raise SqCpuError("target_length chooses of batches: give some, or leave it out")
     settings = {
         **{package: version(package) for package in ("sq_cpu", "torch", "transformers")},
         "source": source_digest(folder, weights),

@@ -54,6 +54,7 @@ class Part:
     kept: dict[str, str] = field(default_factory=dict)
     dtypes: dict[str, str] = field(default_factory=dict)
     embeddings: dict[str, str] = field(default_factory=dict)
+    misfits: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     float_bytes: int = 0
     int8_bytes: int = 0

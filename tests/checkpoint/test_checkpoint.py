@@ -145,7 +145,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
     out = save(model, tmp_path / "out")
 
     settings = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert (settings["format_version"], settings["smoothed"]) == (8, [Q_PROJ])
+    assert (settings["format_version"], settings["smoothed"]) == (9, [Q_PROJ])
     loaded: Any = load(out)
     assert_same_model(loaded, model, logits)
     assert torch.equal(loaded.get_submodule(Q_PROJ).smoothing, s)
@@ -161,7 +161,7 @@ def test_a_layer_with_a_smoothing_of_its_own(tmp_path: Path) -> None:
 
 def test_without_a_smoothing_there_is_no_list_of_them(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 8
+    assert settings["format_version"] == 9
     assert "smoothed" not in settings
 
 

@@ -283,20 +283,25 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda content: content["quantization_config"].update(changes)
 
 
+def without_a_layer(content: dict[str, Any]) -> None:
+    settings = content["quantization_config"]
+    del settings["misfits"][settings["layers"].pop(0)]
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (edit(format_version=9), "format_version 9 is newer than 8.*upgrade sq_cpu"),
+        (edit(format_version=10), "format_version 10 is newer than 9.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"other.safetensors": "0"}), "other.safetensors does not exist"),
         (edit(scheme={"activations": "per_row"}), "bad quantization_config.*activations"),
         (lambda c: c["quantization_config"].pop("layers"), "bad quantization_config.*layers"),
         (
-            edit(layers=["model.norm"], hadamard={}),
+            edit(layers=["model.norm"], hadamard={}, misfits={}),
             "layer model.norm is not a linear of LlamaForCausalLM",
         ),
-        (lambda c: c["quantization_config"]["layers"].pop(0), "tensor.* not expected"),
+        (without_a_layer, "tensor.* not expected"),
         (lambda c: c.update(num_hidden_layers=3), r"tensors \(model.layers.2.*missing"),
         (lambda c: c.update(architectures=None), "holds a unknown model"),
     ],

@@ -45,7 +45,7 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
     [
         (lambda c: c.pop("quantization_config"), "has no quantization_config"),
         (edit(quant_method="gptq"), "quant_method is 'gptq', expected 'sq_cpu'"),
-        (edit(format_version=9), "format_version 9 is newer than 8.*upgrade sq_cpu"),
+        (edit(format_version=10), "format_version 10 is newer than 9.*upgrade sq_cpu"),
         (edit(format_version="1"), "format_version is '1'"),
         (edit(files={}), "lists no files"),
         (edit(files={"../model.safetensors": "0"}), "leaves the folder"),
@@ -53,16 +53,20 @@ def edit(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (edit(scheme={"activations": "per_row"}), "bad quantization_config.*activations"),
         (lambda c: c["quantization_config"].pop("scheme"), "bad quantization_config.*scheme"),
         (
-            edit(layers=["model.layers.7.mlp"], hadamard={}),
+            edit(layers=["model.layers.7.mlp"], hadamard={}, misfits={}),
             "layer model.layers.7.mlp is not a linear",
         ),
         (edit(layers=[["a"]]), "bad quantization_config.*layers is not a list of names"),
         (edit(layers="a"), "bad quantization_config.*layers is not a list of names"),
+        (edit(misfits=["a"]), "bad quantization_config.*misfits is not a table of layers"),
+        (edit(misfits={Q_PROJ: 1.5}), "misfits is not a table of layers and shares"),
+        (edit(misfits={Q_PROJ: "0"}), "misfits is not a table of layers and shares"),
+        (edit(misfits={"lm_head": 0.5}), "misfits names lm_head, which is not one of layers"),
         (edit(format_version=True), "format_version is True"),
         (lambda c: c.update(hidden_size="x"), "config.json: .*cannot build this model.*hidden_s"),
         (lambda c: c.update(num_attention_heads=0), "config.json: .*cannot build this model"),
         (
-            edit(layers=["model.norm"], hadamard={}),
+            edit(layers=["model.norm"], hadamard={}, misfits={}),
             "layer model.norm is not a linear of LlamaForCausalLM",
         ),
         (

@@ -128,6 +128,23 @@ def test_a_report_of_an_int8_model(
     assert f"report: {out}" in run(*arguments).stdout
 
 
+def test_rows_that_do_not_fit_the_static_scales(folder: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "int8"
+    options = ("--scheme", "O3", "--range", "percentile", "--percentile", 90, "--calib", text)
+    said = run("quantize", folder, "-o", out, *options, *small()).stdout
+    misfits = sq_cpu.load(out).sq_cpu_config.misfits
+    most = max(misfits, key=lambda name: misfits[name])
+    assert misfits[most] > 0
+    for text_of in (said, run("inspect", out).stdout):
+        (line,) = [line for line in text_of.splitlines() if "do not fit the static scales" in line]
+        mean = sum(misfits.values()) / len(misfits)
+        assert line.strip() == (
+            f"{100 * mean:.3g} % of the calibration's rows do not fit the static scales, most in "
+            f"{most} ({100 * misfits[most]:.3g} %)"
+        )
+    assert json_of("inspect", out)["misfits"] == misfits
+
+
 def test_a_report_of_an_int8_model_that_was_not_smoothed(
     folder: Path, text: Path, tmp_path: Path
 ) -> None:

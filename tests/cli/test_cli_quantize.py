@@ -152,6 +152,23 @@ def test_streaming_equals_quantizing_in_memory(folder: Path, tmp_path: Path) -> 
     assert_same_model(*models, logits)
 
 
+def test_a_target_length_calibrates_on_windows_of_it(folder: Path, tmp_path: Path) -> None:
+    options = ("--scheme", "O3", "--windows", 4)
+    made = json_of(
+        "quantize", folder, "-o", tmp_path / "0", *options, "--window", 48, "--no-stream"
+    )
+    assert made["target_length"] is None
+    expected = sq_cpu.load(tmp_path / "0")
+    for stream in ("--stream", "--no-stream"):
+        out = tmp_path / stream
+        made = json_of("quantize", folder, "-o", out, *options, "--target-length", 48, stream)
+        assert (made["target_length"], made["calibration_tokens"]) == (48, 4 * 48)
+        assert_same_model(sq_cpu.load(out), expected, logits)
+    both = ("--target-length", 48, "--window", 48)
+    refused = run("quantize", folder, "-o", tmp_path / "both", *both, code=2)
+    assert "--target-length says how long the windows are" in refused.stderr
+
+
 def test_a_plan_is_carried_out(folder: Path, plan: Path, text: Path, tmp_path: Path) -> None:
     model = byte_model()
     windows = sq_cpu.token_windows(byte_tokenizer(), TEXT, window=64, windows=4)

@@ -392,7 +392,7 @@ def test_models_are_saved_and_loaded(dtype: torch.dtype, tmp_path: Path) -> None
     half = sq_cpu.load(folder, dtype=torch.float16).get_submodule("model.decoder.layers.0.fc1")
     assert half.outlier_weight.dtype == torch.float16
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["format_version"] == 8
+    assert settings["format_version"] == 9
     assert "smoothed" not in settings
 
 
