@@ -13,7 +13,7 @@ __all__ = ["Activations", "Scheme"]
 
 Activations = Literal["per_token", "per_token_x2", "per_tensor", "static"]
 Weights = Literal["per_channel", "per_tensor", "per_rows"]
-StaticRange = Literal["minmax", "percentile", "mse"]
+StaticRange = Literal["minmax", "percentile", "mse", "auto"]
 Unreached = Literal["float", "quantize"]
 
 # SmoothQuant (arXiv 2211.10438), table 2. Its O1..O3 differ in the activations alone.
@@ -54,7 +54,9 @@ class Scheme:
     VNNI; `resolve` decides."""
     static_range: StaticRange = "minmax"
     """What static activations cover: all that calibration saw, a percentile of the sampled values,
-    or the clip with the least squared error on them (see `sq_cpu.numerics.ranges`)."""
+    or the clip with the least squared error on them (see `sq_cpu.numerics.ranges`). "auto": 19 of
+    20 of the sampled rows, as the others get scales of their own; without `dynamic_fallback` or
+    sampled rows, "minmax"."""
     percentile: float = 99.99
     """Share of the values, in percent, that a `"percentile"` range keeps; in (50, 100]."""
     dynamic_fallback: bool = True

@@ -115,7 +115,7 @@ def _alpha_range(value: Any) -> bool:
 
 
 def _static_range(value: Any) -> bool:
-    return value in ("minmax", "mse") or (_number(value, 50.0, 100.0) and value > 50)
+    return value in ("minmax", "mse", "auto") or (_number(value, 50.0, 100.0) and value > 50)
 
 
 def _weight_clip(value: Any) -> bool:
@@ -126,7 +126,7 @@ def _weight_clip(value: Any) -> bool:
 _CHOICES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "activations": _among(*get_args(Activations)),
     "symmetric": _among(True, False),
-    "static_range": (_static_range, "'minmax', 'mse' or a percentile in (50, 100]"),
+    "static_range": (_static_range, "'minmax', 'mse', 'auto' or a percentile in (50, 100]"),
     "smoothing": _among("tuned", *RULES),
     "alpha": (_share_of_one, "a number in [0, 1]"),
     "alpha_ranges": (_alpha_range, "a tuple (least, greatest), 0 <= least <= greatest <= 1"),

@@ -94,6 +94,8 @@ class Calibration:
     fold_min: dict[str, Tensor] = field(default_factory=dict)
     fold_max: dict[str, Tensor] = field(default_factory=dict)
     """Range of every input channel in each fold, fp32 [FOLDS, in_features]; min > max: no rows."""
+    other_rows: dict[str, Tensor] = field(default_factory=dict)
+    """Of a part that is held out, the rows of the other folds, like `rows`; never saved."""
     prefix: tuple[int, ...] = ()
     """The first tokens of texts, which were not counted: a `Prefix` stands for them."""
     head: Calibration | None = None
@@ -170,6 +172,10 @@ class Calibration:
             return peaks
         return torch.cat([peaks, self.rows[name]])
 
+    def typical(self, name: str) -> Tensor | None:
+        """Return the uniform sample that a static range is found on, of a part those held in."""
+        return self.other_rows.get(name, self.rows.get(name))
+
     def check_weight(self, name: str, linear: nn.Module) -> None:
         """Raise `SqCpuError` unless a linear's weight is still what it was when calibrated.
 
@@ -216,12 +222,14 @@ class Calibration:
             return {name: kind[name][folds[name] == fold] for name in reached if name in kind}
 
         peaks = {n: self.peaks[n][self.peak_folds[n] != fold] for n in reached if n in self.peaks}
+        rest = {n: self.rows[n][self.row_folds[n] != fold] for n in reached if n in self.rows}
 
         return replace(
             self,
             channel_min={name: low[name] for name in reached},
             channel_max={name: high[name] for name in reached},
             rows=part(self.rows, self.row_folds),
+            other_rows=rest,
             row_folds={},
             row_places={},
             peaks=peaks,

@@ -57,7 +57,7 @@ class _Weights(str, Enum):
 
 
 class _Range(str, Enum):
-    minmax, percentile, mse = "minmax", "percentile", "mse"
+    minmax, percentile, mse, auto = "minmax", "percentile", "mse", "auto"
 
 
 class _Unreached(str, Enum):
@@ -131,7 +131,11 @@ def quantize_command(
     ] = Scheme.rows_per_scale,
     static_range: Annotated[
         _Range,
-        typer.Option("--range", help="What O3's scale covers: all, a percentile, the least error."),
+        typer.Option(
+            "--range",
+            help="What O3's scale covers: all, a percentile, the least error, or auto: 19 of 20 "
+            "rows, as the others get their own.",
+        ),
     ] = _Range.minmax,
     percentile: Annotated[
         float, typer.Option(help="Percentage of the values that --range percentile keeps.")

@@ -40,6 +40,8 @@ class LinearSample:
     """Of the model's loss with respect to the output for each of them, [rows, out_features]."""
     gradient_weights: Tensor | None = None
     """How many rows each of them stands for, fp32."""
+    range_rows: Tensor | None = None
+    """Like `rows`: what a static range is found on (`Calibration.typical`); None: `rows`."""
     peaks: Tensor | None = None
     """What a static range of rotated rows covers (`Calibration.farthest`), like `rows`."""
     weight_clip: float = 1.0
@@ -115,7 +117,7 @@ class FakeQuantizedLinear:
     def _full_range(self) -> tuple[float, float]:
         """What `static_range` finds, before the clip."""
         low, high = self.channel_ends()
-        rows = self.sample.rows
+        rows = self.sample.rows if self.sample.range_rows is None else self.sample.range_rows
         if rows is not None:
             rows = self.coded(rows)
             if not self.hadamard:

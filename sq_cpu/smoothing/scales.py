@@ -178,6 +178,7 @@ def linear_sample(
     return replace(
         sample,
         rows=calibration.rows.get(name),
+        range_rows=calibration.typical(name),
         peaks=calibration.farthest(name),
         low=low,
         high=high,

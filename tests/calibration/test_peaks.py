@@ -59,12 +59,14 @@ def test_a_part_that_is_held_out_has_those_of_the_others() -> None:
 def test_a_static_range_covers_the_sample_too() -> None:
     _, calibration = calibrated()
     beyond = replace(calibration, peaks={"0": 0.1 * calibration.peaks["0"]})
-    seen = linear_sample("0", torch.ones(24, 100), Scheme.of("O3"), SmoothPlan(()), beyond)
-    fake = FakeQuantizedLinear(seen, torch.ones(100), Scheme.of("O3"), hadamard=64)
+    scheme = Scheme.of("O3", static_range="minmax")
+    seen = linear_sample("0", torch.ones(24, 100), scheme, SmoothPlan(()), beyond)
+    fake = FakeQuantizedLinear(seen, torch.ones(100), scheme, hadamard=64)
     reach = fwht64(calibration.rows["0"])
     assert fake.range == (float(reach.min()), float(reach.max()))
     for part in calibration.held_out(["0"]):  # is scored on its rows
         assert torch.equal(part.farthest("0"), part.peaks["0"])
+        assert len(part.typical("0")) + len(part.rows["0"]) == len(calibration.rows["0"])
     assert replace(calibration, peaks={}).farthest("0") is None
 
 

@@ -37,7 +37,25 @@ def squared_error(rows: Tensor, scheme: Scheme, ends: tuple[float, float]) -> fl
 
 def test_minmax_is_the_calibrated_range_and_needs_no_rows() -> None:
     low, high = torch.tensor([0.5, -1.0]), torch.tensor([3.0, 2.0])
-    assert static_range(low, high, None, Scheme.of("O3")) == (-1.0, 3.0)
+    assert static_range(low, high, None, scheme_of("minmax")) == (-1.0, 3.0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_auto_covers_19_of_20_rows_where_the_others_get_their_own_scale(symmetric: bool) -> None:
+    scheme = scheme_of("auto", symmetric=symmetric, dynamic_fallback=True)
+    # Row k reaches from -k to 3k in two channels; the calibration saw more than the sample.
+    reach = torch.arange(1.0, 102.0)
+    rows = torch.stack([-reach, 3 * reach, 0 * reach], dim=1)[torch.randperm(101)]
+    ends = torch.tensor([-500.0, 0.0, 0.0]), torch.tensor([0.0, 900.0, 0.0])
+    low, high = static_range(*ends, rows, scheme)
+    assert high == 3 * 96  # at 95 % of 101 rows
+    assert low == (-288 if symmetric else -96)
+    # Not beyond what was seen, as where rows in bf16 round up.
+    assert static_range(*ends, 100 * rows, scheme) == (-500.0, 900.0)
+    # And all of it where no row gets a scale of its own, or none was sampled.
+    assert static_range(*ends, rows, scheme_of("auto", symmetric=symmetric)) == (-500.0, 900.0)
+    for none in (None, rows[:0]):
+        assert static_range(*ends, none, scheme) == (-500.0, 900.0)
 
 
 @pytest.mark.parametrize(
