@@ -1,11 +1,15 @@
 """The command line, run in this process."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 from typer.testing import CliRunner, Result
 
 from sq_cpu import cli
+from sq_cpu.streaming import streaming
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 20
 
@@ -33,3 +37,17 @@ def error_of(*arguments: object) -> str:
 def small(*more: object) -> list[object]:
     """Return options for one quick calibration."""
     return ["--windows", 4, "--window", 64, *more]
+
+
+@contextmanager
+def interrupted_after_a_block() -> Iterator[None]:
+    """Interrupt streamed work when its first block is finished."""
+    finish = streaming.State.finish
+
+    def interrupted(self: Any, *given: Any) -> None:
+        finish(self, *given)
+        if self.blocks == 1:
+            raise KeyboardInterrupt
+
+    with mock.patch.object(streaming.State, "finish", interrupted):
+        yield

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from byte_models import byte_model, byte_tokenizer, save_float
-from command_line import TEXT, error_of, json_of, run, small
+from command_line import TEXT, error_of, interrupted_after_a_block, json_of, run, small
 from other_models import other_model
 from sameness import assert_same_model
 from typer.testing import CliRunner
 
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, cli
-from sq_cpu.streaming import convert, streaming
+from sq_cpu.streaming import convert
 from sq_cpu.streaming.prefix import StreamedPrefix
 
 
@@ -231,19 +231,9 @@ def test_what_does_not_fit_is_streamed(
         assert ("are available: streaming" in result.stderr) is streamed
 
 
-def test_interrupted_streaming_says_how_it_is_resumed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_streaming_says_how_it_is_resumed(folder: Path, tmp_path: Path) -> None:
     arguments = ("quantize", folder, "-o", tmp_path / "out", *small())
-    finish = streaming.State.finish
-
-    def interrupted(self: Any, *given: Any) -> None:
-        finish(self, *given)
-        if self.blocks == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(streaming.State, "finish", interrupted)
+    with interrupted_after_a_block():
         result = run(*arguments, "--stream", code=130)
     assert f"finished blocks are kept in {tmp_path / '.out.partial'}" in result.stderr
     error = error_of(*arguments, "--alpha", 0.7)

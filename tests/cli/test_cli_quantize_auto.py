@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from byte_models import byte_tokenizer
-from command_line import TEXT, error_of, json_of, run, small
+from command_line import TEXT, error_of, interrupted_after_a_block, json_of, run, small
 from picking_cases import calibration, massive_model
 from sameness import assert_same_model
 from torch import nn
@@ -200,17 +200,9 @@ def test_a_model_that_does_not_fit_twice(
 
 
 def test_what_was_begun_block_by_block_is_not_gone_on_with(
-    auto: list[object], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    auto: list[object], folder: Path, tmp_path: Path
 ) -> None:
-    finish = streaming.State.finish
-
-    def interrupted(self: Any, *given: Any) -> None:
-        finish(self, *given)
-        if self.blocks == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(streaming.State, "finish", interrupted)
+    with interrupted_after_a_block():
         run("quantize", folder, "-o", tmp_path / "out", "--stream", *small(), code=130)
     assert "holds finished blocks of a streamed model" in error_of(*auto)
     assert (tmp_path / ".out.partial").exists()
