@@ -13,7 +13,7 @@ __all__ = ["Activations", "Scheme"]
 
 Activations = Literal["per_token", "per_token_x2", "per_tensor", "static"]
 Weights = Literal["per_channel", "per_tensor", "per_rows"]
-StaticRange = Literal["minmax", "percentile", "mse", "auto"]
+StaticRange = Literal["auto", "minmax", "percentile", "mse"]
 Unreached = Literal["float", "quantize"]
 
 # SmoothQuant (arXiv 2211.10438), table 2. Its O1..O3 differ in the activations alone.
@@ -52,7 +52,7 @@ class Scheme:
     """7-bit activations, so that the saturating int16 pair sums of AVX2 and AVX-512 BW stay exact
     (`count_saturation` counts those that would not). `"auto"`: only where the processor has no
     VNNI; `resolve` decides."""
-    static_range: StaticRange = "minmax"
+    static_range: StaticRange = "auto"
     """What static activations cover: all that calibration saw, a percentile of the sampled values,
     or the clip with the least squared error on them (see `sq_cpu.numerics.ranges`). "auto": 19 of
     20 of the sampled rows, as the others get scales of their own; without `dynamic_fallback` or
@@ -107,15 +107,15 @@ class Scheme:
         if type(percentile) not in (int, float) or not 50 < percentile <= 100:
             raise SqCpuError(f"scheme: percentile={percentile!r} is not a number in (50, 100]")
         object.__setattr__(self, "percentile", float(percentile))
-        if self.static_range != "minmax" and self.activations != "static":
+        if self.static_range != "auto" and self.activations != "static":
             raise SqCpuError(
                 f"scheme: static_range={self.static_range!r} has no effect on "
                 f"{self.activations} activations; drop it or set activations='static'"
             )
         if self.static_range != "percentile" and percentile != Scheme.percentile:
             raise SqCpuError(
-                f"scheme: percentile={percentile} has no effect on a {self.static_range} range; "
-                "drop it or set static_range='percentile'"
+                f"scheme: percentile={percentile} has no effect on static_range="
+                f"{self.static_range!r}; drop it or set static_range='percentile'"
             )
 
     @classmethod
@@ -138,10 +138,17 @@ class Scheme:
     def from_dict(cls, values: Mapping[str, Any]) -> Scheme:
         """Rebuild what `to_dict` gave, also by earlier versions; absent fields take defaults.
 
-        But earlier versions quantized what no batch had reached, and had no `dynamic_fallback`.
+        But earlier versions quantized what no batch had reached, had no `dynamic_fallback`, and
+        called a range "minmax" also where it has no effect.
         """
-        before: dict[str, Any] = {"unreached": "quantize", "dynamic_fallback": False}
+        before: dict[str, Any] = {
+            "unreached": "quantize",
+            "static_range": "minmax",
+            "dynamic_fallback": False,
+        }
         values = before | dict(values)
+        if values["static_range"] == "minmax" and values.get("activations") != "static":
+            values["static_range"] = "auto"
         if values.get("weights") == "per_group":
             values["weights"] = "per_rows"
         for old, new in _RENAMED.items():
@@ -171,7 +178,7 @@ class Scheme:
         return replace(
             self,
             activations=activations,
-            static_range="minmax",
+            static_range="auto",
             percentile=Scheme.percentile,
             outlier_threshold=None,
         )
@@ -180,11 +187,12 @@ class Scheme:
     def name(self) -> str:
         """The preset that this scheme equals, whatever it leaves in float; otherwise `"custom"`.
 
-        Presets of earlier versions had no `dynamic_fallback`.
+        Presets of earlier versions had no `dynamic_fallback`, and static ranges by min/max.
         """
+        this = replace(self, static_range="auto") if self.static_range == "minmax" else self
         for name, activations in _PRESETS.items():
             preset = Scheme(activations=activations)
-            if self == replace(preset, **{key: getattr(self, key) for key in _BESIDE_PRESETS}):
+            if this == replace(preset, **{key: getattr(self, key) for key in _BESIDE_PRESETS}):
                 return name
         return "custom"
 

@@ -57,16 +57,23 @@ def test_every_other_field_makes_a_preset_custom(fields: dict[str, Any]) -> None
         ({"weights": "per_rows", "rows_per_scale": 8.0}, "=8.0 is not a positive integer"),
         ({"weights": "per_rows", "rows_per_scale": True}, "=True is not a positive integer"),
         ({"rows_per_scale": 32}, "rows_per_scale=32 has no effect on per_channel weights"),
-        ({"static_range": "max"}, "static_range='max' is not one of 'minmax', 'percentile', 'mse'"),
+        (
+            {"static_range": "max"},
+            "static_range='max' is not one of 'auto', 'minmax', 'percentile'",
+        ),
+        (
+            {"static_range": "minmax"},
+            "static_range='minmax' has no effect on per_token activations",
+        ),
         ({"static_range": "mse"}, "static_range='mse' has no effect on per_token activations"),
         (
             {"activations": "per_tensor", "static_range": "percentile"},
             "static_range='percentile' has no effect on per_tensor activations",
         ),
-        ({"percentile": 99.9}, r"percentile=99.9 has no effect on a minmax range"),
+        ({"percentile": 99.9}, r"percentile=99.9 has no effect on static_range='auto'"),
         (
             {"activations": "static", "static_range": "mse", "percentile": 99},
-            "percentile=99 has no effect on a mse range",
+            "percentile=99 has no effect on static_range='mse'",
         ),
         ({"percentile": 50}, r"percentile=50 is not a number in \(50, 100\]"),
         ({"percentile": 100.1}, r"percentile=100.1 is not a number in \(50, 100\]"),
@@ -119,18 +126,26 @@ def test_the_fields_of_the_first_checkpoints_are_enough() -> None:
         "ignore": ["lm_head"],
     }
     # They quantized what no batch had reached, where they could, and by static scales alone.
-    before = {"unreached": "quantize", "dynamic_fallback": False}
+    before = {"unreached": "quantize", "static_range": "minmax", "dynamic_fallback": False}
     assert Scheme.from_dict(old) == Scheme.of("O3", **before)
     assert Scheme.from_dict(old).name == "O3"
     assert Scheme.of("O3").to_dict() == old | {
         "rows_per_scale": 64,
-        "static_range": "minmax",
+        "static_range": "auto",
         "percentile": 99.99,
         "outlier_threshold": None,
         "unreached": "float",
         "dynamic_fallback": True,
     }
     assert Scheme.from_dict(Scheme.of("O3").to_dict()) == Scheme.of("O3")
+
+
+@pytest.mark.parametrize("name", ["O1", "O2", "O3"])
+def test_schemes_of_before_static_range_had_auto_keep_what_they_say(name: str) -> None:
+    read = Scheme.from_dict(Scheme.of(name).to_dict() | {"static_range": "minmax"})
+    assert read.name == name
+    # min/max where it has an effect; the default's word for none where it has not.
+    assert read.static_range == ("minmax" if name == "O3" else "auto")
 
 
 def test_the_former_names_of_rows_per_scale_are_read_from_files_and_named_in_code() -> None:

@@ -17,7 +17,7 @@ from sq_cpu.autotuning.latency import PRECISIONS, Costs
 from sq_cpu.models.groups import smoothing_groups
 
 # Quick: without `tune`.
-QUICK = SearchSpace(smoothing=("smoothquant",), static_range=("minmax",))
+QUICK = SearchSpace(smoothing=("smoothquant",), static_range=("auto",))
 
 # Every linear per token at first, nothing else to choose: what remains is which stay in float.
 PER_TOKEN = SearchSpace(

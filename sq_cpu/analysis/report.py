@@ -231,7 +231,7 @@ def scheme_text(scheme: Scheme) -> str:
     }[scheme.weights]
     parts = ["int8 weights", f"{7 if scheme.reduce_range else 8}-bit activations", activations]
     parts += [weights, "symmetric" if scheme.symmetric else "asymmetric activations"]
-    if scheme.static_range != "minmax":
+    if scheme.static_range != "auto":
         kept = f" of {scheme.percentile:g} %" if scheme.static_range == "percentile" else ""
         parts.append(f"static range by {scheme.static_range}{kept}")
     if scheme.activations == "static" and scheme.dynamic_fallback:

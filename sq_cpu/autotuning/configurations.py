@@ -27,8 +27,8 @@ class Configuration:
 
     activations: Activations = "static"
     symmetric: bool = True
-    static_range: str | float = "minmax"
-    """`Scheme.static_range`; a number is the percentile. Without effect, "minmax"."""
+    static_range: str | float = "auto"
+    """`Scheme.static_range`; a number is the percentile. Without effect, "auto"."""
     smoothing: str = "tuned"
     """"tuned": alpha of every group by `tune`; or a key of `rules.RULES` for all groups."""
     alpha: tuple[float, ...] = (0.0, 1.0)
@@ -46,7 +46,7 @@ class Configuration:
         object.__setattr__(self, "layers", tuple(sorted(kept.items())))
         object.__setattr__(self, "alpha", tuple(round(float(a), 6) for a in self.alpha))
         if self.activations != "static" and "static" not in kept.values():
-            object.__setattr__(self, "static_range", "minmax")
+            object.__setattr__(self, "static_range", "auto")
 
     @property
     def key(self) -> str:
@@ -115,7 +115,7 @@ def _alpha_range(value: Any) -> bool:
 
 
 def _static_range(value: Any) -> bool:
-    return value in ("minmax", "mse", "auto") or (_number(value, 50.0, 100.0) and value > 50)
+    return value in ("auto", "minmax", "mse") or (_number(value, 50.0, 100.0) and value > 50)
 
 
 def _weight_clip(value: Any) -> bool:
@@ -126,7 +126,7 @@ def _weight_clip(value: Any) -> bool:
 _CHOICES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "activations": _among(*get_args(Activations)),
     "symmetric": _among(True, False),
-    "static_range": (_static_range, "'minmax', 'mse', 'auto' or a percentile in (50, 100]"),
+    "static_range": (_static_range, "'auto', 'minmax', 'mse' or a percentile in (50, 100]"),
     "smoothing": _among("tuned", *RULES),
     "alpha": (_share_of_one, "a number in [0, 1]"),
     "alpha_ranges": (_alpha_range, "a tuple (least, greatest), 0 <= least <= greatest <= 1"),
@@ -145,7 +145,7 @@ class SearchSpace:
 
     activations: tuple[Activations, ...] = ("static", "per_token", "per_tensor")
     symmetric: tuple[bool, ...] = (True, False)
-    static_range: tuple[str | float, ...] = ("minmax",)
+    static_range: tuple[str | float, ...] = ("auto",)
     """"mse" and percentiles are searched only if given: `tune` has clips of its own."""
     smoothing: tuple[str, ...] = ("tuned", "smoothquant", "aqas")
     alpha: tuple[float, ...] = tuple(step / 20 for step in range(4, 20))
@@ -208,7 +208,7 @@ class SearchSpace:
         configuration = Configuration(
             activations=activations,
             symmetric=choose("symmetric", self.symmetric),
-            static_range=choose("static_range", self.static_range) if is_static else "minmax",
+            static_range=choose("static_range", self.static_range) if is_static else "auto",
             smoothing=smoothing,
             alpha=alpha,
             weight_clip=choose("weight_clip", self.weight_clip),

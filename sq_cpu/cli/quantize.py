@@ -57,7 +57,7 @@ class _Weights(str, Enum):
 
 
 class _Range(str, Enum):
-    minmax, percentile, mse, auto = "minmax", "percentile", "mse", "auto"
+    auto, minmax, percentile, mse = "auto", "minmax", "percentile", "mse"
 
 
 class _Unreached(str, Enum):
@@ -136,7 +136,7 @@ def quantize_command(
             help="What O3's scale covers: all, a percentile, the least error, or auto: 19 of 20 "
             "rows, as the others get their own.",
         ),
-    ] = _Range.minmax,
+    ] = _Range.auto,
     percentile: Annotated[
         float, typer.Option(help="Percentage of the values that --range percentile keeps.")
     ] = Scheme.percentile,

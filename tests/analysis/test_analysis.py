@@ -116,7 +116,7 @@ def test_outlier_severity() -> None:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clipped_is_the_share_of_values_beyond_the_range(symmetric: bool) -> None:
-    scheme = Scheme.of("O3", symmetric=symmetric)
+    scheme = Scheme.of("O3", symmetric=symmetric, static_range="minmax")
     model, calibration, plan = planted_plan(scheme, clip=0.5)
     found = analyze(model, calibration, plan)
     for group, of_group in zip(smoothing_groups(model), found.groups, strict=False):
@@ -139,7 +139,8 @@ def test_clipped_is_the_share_of_values_beyond_the_range(symmetric: bool) -> Non
 @torch.no_grad()
 @pytest.mark.parametrize("clip", [1.0, 0.3])
 def test_rows_that_do_not_fit_are_those_that_the_layers_count(clip: float) -> None:
-    model, calibration, plan = planted_plan(clip=clip)
+    scheme = Scheme.of("O3", static_range="minmax")
+    model, calibration, plan = planted_plan(scheme, clip=clip)
     for rows in calibration.rows.values():
         rows[:5] *= 0.01  # far below the range
     found = {one.name: one for one in analyze(model, calibration, plan).linears}

@@ -52,7 +52,7 @@ def test_every_scheme_option_arrives(folder: Path, tmp_path: Path) -> None:
         "rows_per_scale": 64,
         "symmetric": False,
         "reduce_range": True,
-        "static_range": "minmax",
+        "static_range": "auto",
         "percentile": 99.99,
         "dynamic_fallback": True,
         "outlier_threshold": None,
@@ -104,7 +104,7 @@ def test_rules_and_thresholds_arrive(folder: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--scheme", "O1", "--range", "mse"), "static_range='mse' has no effect on per_token"),
-        (("--scheme", "O3", "--percentile", 99), "percentile=99.0 has no effect on a minmax"),
+        (("--scheme", "O3", "--percentile", 99), "percentile=99.0 has no effect on static_range"),
         (("--scheme", "O3", "--range", "percentile", "--percentile", 50), r"50.0 is not a number"),
         (("--rows-per-scale", 8), "rows_per_scale=8 has no effect on per_channel weights"),
         (("--weights", "per_rows", "--rows-per-scale", 0), "_scale=0 is not a positive integer"),

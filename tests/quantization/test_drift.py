@@ -66,7 +66,8 @@ def test_rows_that_underflow_are_misfits_too() -> None:
     rows[3] = 100.0  # sets the scale, of which the others use less than an eighth
     rows[7] = 0.0
     calibration = sq_cpu.calibrate(model, [rows])
-    sq_cpu.quantize(model, calibration, scheme=Scheme.of("O3", ignore=()), smooth=False)
+    scheme = Scheme.of("O3", ignore=(), static_range="minmax")
+    sq_cpu.quantize(model, calibration, scheme=scheme, smooth=False)
     assert model.sq_cpu_config.misfits == {"0": 38 / 40}
     model(rows)
     assert drift(model) == {"0": Drift(40, 38, 38 / 40)}

@@ -81,7 +81,7 @@ EVERY_SCHEME = [
         (False, True),
         get_args(StaticRange),
     )
-    if activations == "static" or static_range == "minmax"
+    if activations == "static" or static_range == "auto"
 ]
 
 
@@ -116,7 +116,7 @@ def test_every_scheme_runs_as_its_reference_and_is_saved(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("kind", ["percentile", "mse"])
+@pytest.mark.parametrize("kind", ["auto", "percentile", "mse"])
 def test_clipped_ranges_are_those_of_the_smoothed_rows(kind: Any, symmetric: bool) -> None:
     model, found = calibrated("opt")
     plan = SmoothPlan.uniform(model, found, alpha=0.8, hadamard=0)
@@ -134,7 +134,7 @@ def test_static_ranges_are_the_calibrated_ones_divided_by_s() -> None:
     model, found = calibrated("opt")
     plan = SmoothPlan.uniform(model, found, alpha=0.8, hadamard=0)
     scales = fold(copy.deepcopy(model), plan, found).scales
-    quantize(model, found, plan, scheme="O3")
+    quantize(model, found, plan, scheme=Scheme.of("O3", static_range="minmax"))
     for name, s in scales.items():
         layer = model.get_submodule(name)
         absmax = (found.absmax(name) / s).max()
@@ -281,8 +281,9 @@ def test_mixed_plans_are_carried_out_linear_by_linear(
         assert torch.equal(layer.weight_int8(), codes)
         assert torch.equal(layer.weight_scale, scale)
         if layer.scheme.activations == "static":
-            low, high = ((e / s).index_fill(0, outliers, 0) for e in found.channels(name))
-            ends = [clips[name] * float(end) for end in (low.min(), high.max())]
+            seen = (*found.channels(name), found.rows[name])
+            low, high, rows = ((each / s).index_fill(-1, outliers, 0) for each in seen)
+            ends = [clips[name] * end for end in static_range(low, high, rows, layer.scheme)]
             assert layer.input_scale == static_code(layer.scheme, *ends)[0]
         else:
             assert layer.input_scale is None
@@ -389,7 +390,8 @@ def test_only_what_rests_on_a_calibration_needs_one() -> None:
     refuse(model, "static activation scales .* need a calibration", None, static)
     quantize(model, found, static)
     assert model.first.input_scale is None
-    expected = static_code(model.rest[2].scheme, 0.0, float(found.absmax("rest.2").max()))
+    scheme, seen = model.rest[2].scheme, (*found.channels("rest.2"), found.rows["rest.2"])
+    expected = static_code(scheme, *static_range(*seen, scheme))
     assert (model.rest[2].input_scale, model.rest[2].input_zero_point) == expected
 
 

@@ -245,18 +245,20 @@ def sampled(columns: int) -> LinearSample:
 
 @pytest.mark.parametrize("columns", [48, 64, 100])
 @pytest.mark.parametrize("outliers", [(), (3, 5)])
-@pytest.mark.parametrize("scheme", ["O1", "O2", "O3"])
+@pytest.mark.parametrize(
+    "scheme", [*map(Scheme.of, ("O1", "O2", "O3")), Scheme.of("O3", static_range="minmax")]
+)
 @torch.no_grad()
 def test_a_fake_quantized_linear_computes_what_the_layer_does(
-    columns: int, outliers: tuple[int, ...], scheme: str
+    columns: int, outliers: tuple[int, ...], scheme: Scheme
 ) -> None:
     sample = replace(sampled(columns), outliers=outliers)
     s = torch.linspace(0.5, 2.0, columns)
-    fake = FakeQuantizedLinear(sample, s, Scheme.of(scheme), 0.9, 64)
+    fake = FakeQuantizedLinear(sample, s, scheme, 0.9, 64)
     linear = nn.Linear(columns, 24, bias=False)
     linear.weight.data = sample.weight
     x: Tensor = sample.inputs()
-    static = fake.range if scheme == "O3" else None
+    static = fake.range if scheme.activations == "static" else None
     options: dict[str, Any] = {"smoothing": s, "hadamard": 64}
     layer: Any
     if outliers:
@@ -267,7 +269,7 @@ def test_a_fake_quantized_linear_computes_what_the_layer_does(
     y = layer(x)
     # 1 / s and x / s round differently, and may turn a code over: a step of both sides.
     torch.testing.assert_close(fake(x), y, rtol=0, atol=float(2**-7 * y.abs().max()))
-    if static is not None:
+    if scheme.static_range == "minmax":
         rest = (sample.peaks / s).index_fill(1, torch.tensor(outliers, dtype=torch.int64), 0.0)
         reach = fwht64(rest)
         assert static == pytest.approx((0.9 * float(reach.min()), 0.9 * float(reach.max())))

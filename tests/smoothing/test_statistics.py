@@ -8,6 +8,7 @@ from smoothing_cases import SCHEMES, sampled
 
 from sq_cpu.nn.decomposed import DecomposedLinear
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.numerics.ranges import static_range
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.statistics import live_median, output_errors
@@ -22,7 +23,7 @@ def test_the_output_error_is_that_of_the_layer(scheme: Scheme, dtype: torch.dtyp
     for sample, error, output in zip(found.samples, errors, outputs, strict=True):
         linear = torch.nn.Linear(32, 24, bias=False)
         linear.weight.data = sample.weight.float() * s
-        ranges = float((sample.low / s).min()), float((sample.high / s).max())
+        ranges = static_range(sample.low / s, sample.high / s, sample.rows / s, scheme)
         layer = QuantLinear.from_float(linear, scheme, ranges)
         y = sample.rows.double() @ sample.weight.double().T
         expected = (layer(sample.rows.float() / s).double() - y).square().sum()

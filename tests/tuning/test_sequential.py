@@ -77,7 +77,7 @@ def test_rows_are_those_behind_a_quantized_first_block(
     calibration = sq_cpu.calibrate(model, data, rows=12, gradient_rows=12, prefix=prefix)
     groups = {group.name: group for group in smoothing_groups(model)}
     plan = uniform_plan(model, groups.values(), calibration, ignore=SCHEME.ignore, hadamard=0)
-    tuned = {group.name: replace(group, fold=False, clip=0.9) for group in plan.groups}
+    tuned = {group.name: replace(group, fold=False, clip=0.8) for group in plan.groups}
     fed = dict(QuantizedPrefix(model, calibration, data, groups, SCHEME).blocks(tuned, {}))
     blocks = [name.removesuffix(".self_attn.q_proj") for name in calibration.channel_min]
     first, second_block = dict.fromkeys(n for n in blocks if n.rpartition(".")[2].isdecimal())
