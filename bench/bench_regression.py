@@ -27,7 +27,7 @@ def saved_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     if given:
         return given
     out = tmp_path_factory.mktemp("saved") / "smollm2-135m-int8"
-    job = Job(source=str(demo.find_model()), out=out, recipe=Recipe.of("O3", alpha=demo.ALPHA))
+    job = Job(source=str(demo.find_model()), out=out, recipe=Recipe.of("O3"))
     calibration = texts.calibration()
     convert(
         job,

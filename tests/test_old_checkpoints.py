@@ -67,7 +67,7 @@ def test_plan(name: str) -> None:
     plan = SmoothPlan.load(file)
     assert_same_plan(plan, json.loads(file.read_text()))
     # Written before there was a choice: then such linears were quantized, by static scales alone.
-    before = {"unreached": "quantize", "dynamic_fallback": False}
+    before = {"unreached": "quantize", "static_range": "minmax", "dynamic_fallback": False}
     assert plan.scheme == sq_cpu.Scheme.of("O3", **before)
 
 

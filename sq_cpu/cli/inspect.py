@@ -44,6 +44,7 @@ from sq_cpu.models.tokenizers import lead_with
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 
 _CALIBRATION_WINDOWS = 16
 _SATURATION_WINDOWS = 4
@@ -64,7 +65,9 @@ def inspect_command(
     alpha: Annotated[
         float | None,
         typer.Option(
-            min=0.0, max=1.0, help="Float MODEL without --plan: migration strength. [default: 0.5]"
+            min=0.0,
+            max=1.0,
+            help=f"Float MODEL without --plan: migration strength. [default: {DEFAULT_ALPHA}]",
         ),
     ] = None,
     calib: Annotated[
@@ -161,7 +164,7 @@ def inspect_command(
         say(f"calibrating on {count} windows of {tokens} tokens")
         calibration = calibrate(loaded, batches, ignore=settings.ignore, prefix=prefix)
         if planned is None:
-            strength = 0.5 if alpha is None else alpha
+            strength = DEFAULT_ALPHA if alpha is None else alpha
             planned = SmoothPlan.uniform(loaded, calibration, strength, ignore=settings.ignore)
         return analyze(loaded, calibration, planned, scheme=settings)
 

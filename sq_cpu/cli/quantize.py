@@ -41,6 +41,7 @@ from sq_cpu.cli.common import (
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 from sq_cpu.streaming.convert import Job, convert
 
 
@@ -100,7 +101,7 @@ def quantize_command(
     text_windows: TextWindows = TEXT_WINDOWS,
     alpha: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="Migration strength. [default: 0.5]"),
+        typer.Option(min=0.0, max=1.0, help=f"Migration strength. [default: {DEFAULT_ALPHA}]"),
     ] = None,
     rule: Annotated[
         _Rule | None,

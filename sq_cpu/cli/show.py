@@ -20,6 +20,7 @@ from sq_cpu.kernels.runtime import isa
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 
 __all__ = [
     "analysis_lines",
@@ -252,7 +253,7 @@ def analysis_lines(analysis: Analysis) -> list[str]:
 def print_report(model: str, report: demo.Report, seconds: float) -> None:
     """Print what the demo measured."""
     first = report.rows[0]
-    table = Table(title=f"{model}, alpha {demo.ALPHA}", title_justify="left")
+    table = Table(title=f"{model}, alpha {DEFAULT_ALPHA}", title_justify="left")
     table.add_column("")
     for heading in ("perplexity", "vs fp32", "linears MB", "prefill tok/s", "decode tok/s"):
         table.add_column(heading, justify="right")

@@ -75,7 +75,7 @@ def quantize(
     """Quantize the linears of `model` in place to int8 and return it, ready to run.
 
     `scheme=None` is the plan's scheme, or O1 where it has none. With `plan=None` every linear to
-    quantize is smoothed at alpha 0.5. `smooth=False` leaves the weights as they are (naive W8A8);
+    quantize is smoothed at alpha 0.8. `smooth=False` leaves the weights as they are (naive W8A8);
     only there, or with a plan without groups, and where no linear is static or decomposed, may the
     calibration be omitted. A group of which no linear is quantized is not smoothed, and not in the
     plan that is recorded. Linears that no batch reached (an expert that no token was routed to)

@@ -10,7 +10,7 @@ from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.parsing import check_whole
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import AUTO, Hadamard, SmoothPlan, check_rotation, scheme_of
-from sq_cpu.smoothing.rules import check_rule
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA, check_rule
 
 __all__ = ["HeadKind", "Recipe"]
 
@@ -31,7 +31,7 @@ class Recipe:
     """
     smooth: bool = True
     """Whether to smooth; a plan says it itself."""
-    alpha: float = 0.5
+    alpha: float = DEFAULT_ALPHA
     """Migration strength of every group, in [0, 1] (SmoothQuant, arXiv 2211.10438, eq. 4)."""
     rule: str = "smoothquant"
     """Smoothing rule of every group, a key of `rules.RULES`."""
@@ -72,7 +72,7 @@ class Recipe:
         plan: SmoothPlan | None = None,
         *,
         smooth: bool = True,
-        alpha: float = 0.5,
+        alpha: float = DEFAULT_ALPHA,
         rule: str = "smoothquant",
         hadamard: Hadamard = AUTO,
         head: HeadKind = "float",

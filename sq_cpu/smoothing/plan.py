@@ -31,7 +31,7 @@ from sq_cpu.models.groups import (
 from sq_cpu.models.linears import check_ignore, is_ignored, linearized
 from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
-from sq_cpu.smoothing.rules import check_rule
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA, check_rule
 
 __all__ = [
     "AUTO",
@@ -63,7 +63,7 @@ class GroupPlan:
     name: str
     rule: str = "smoothquant"
     """A key of `rules.RULES`."""
-    alpha: float = 0.5
+    alpha: float = DEFAULT_ALPHA
     """The migration strength, for the rule that has one."""
     fold: bool = True
     """s is folded into the producer; if not, it divides the input at run time."""
@@ -191,7 +191,7 @@ class SmoothPlan:
         cls,
         model: nn.Module,
         calibration: Calibration,
-        alpha: float = 0.5,
+        alpha: float = DEFAULT_ALPHA,
         *,
         rule: str = "smoothquant",
         ignore: tuple[str, ...] = (),
@@ -296,7 +296,7 @@ def uniform_plan(
     model: nn.Module,
     groups: Iterable[SmoothingGroup],
     calibration: Calibration,
-    alpha: float = 0.5,
+    alpha: float = DEFAULT_ALPHA,
     *,
     rule: str = "smoothquant",
     ignore: tuple[str, ...],

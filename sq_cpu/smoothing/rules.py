@@ -17,6 +17,7 @@ from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 
 __all__ = [
     "ALPHAS",
+    "DEFAULT_ALPHA",
     "RULES",
     "check_rule",
     "smoothing_scale",
@@ -32,6 +33,10 @@ _S_LIMIT = 2.0**30
 # Whisper base, calibrated on 300 decoder tokens, O2 1.69 and 40.5, O1 1.69 and 2.10 (float 1.62);
 # SmolLM2, on 8192, O3 34.18 and 34.24, O1 33.22 and 33.35. Shares from 0.3 to 1 are much the same.
 _QUIET = 0.6
+
+DEFAULT_ALPHA = 0.8
+"""Migration strength where nothing says otherwise: what SmoothQuant (arXiv 2211.10438) takes for
+LLaMA. The 0.5 that it takes for OPT and BLOOM does no better on these (bench/results)."""
 
 ALPHAS = tuple(step / 20 for step in range(21))
 """The grid on which the migration strength is searched."""
@@ -119,7 +124,7 @@ def check_rule(rule: str) -> None:
         raise SqCpuError(f"unknown rule {rule!r}; known are {', '.join(RULES)}")
 
 
-def smoothing_scale(rule: str, statistics: GroupStatistics, alpha: float = 0.5) -> Tensor:
+def smoothing_scale(rule: str, statistics: GroupStatistics, alpha: float = DEFAULT_ALPHA) -> Tensor:
     """Return s of a group by a rule: fp32 [channels], positive and finite.
 
     Raises `SqCpuError` for an unknown rule, statistics that are NaN or Inf or of different shapes,

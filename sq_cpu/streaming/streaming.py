@@ -40,6 +40,7 @@ from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import AUTO, Hadamard, SmoothPlan
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.stream import Stream
 from sq_cpu.streaming.tensors import WHOLE, folder_dtype, folder_tensors
@@ -80,7 +81,7 @@ def quantize_checkpoint(
     *,
     scheme: str | Scheme | None = None,
     plan: SmoothPlan | None = None,
-    alpha: float = 0.5,
+    alpha: float = DEFAULT_ALPHA,
     rule: str = "smoothquant",
     hadamard: Hadamard = AUTO,
     smooth: bool = True,

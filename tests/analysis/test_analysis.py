@@ -24,6 +24,7 @@ from sq_cpu import (
 )
 from sq_cpu.analysis.analysis import outlier_severity
 from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 from sq_cpu.smoothing.smooth import fold
 
 
@@ -196,8 +197,8 @@ def test_defaults_are_those_of_quantize() -> None:
     model, calibration, _ = planted_plan()
     found = analyze(model, calibration)
     assert found.scheme == Scheme()
-    assert {group.alpha for group in found.groups} == {0.5}
-    planned = SmoothPlan.uniform(model, calibration, 0.5, ignore=("lm_head",))
+    assert {group.alpha for group in found.groups} == {DEFAULT_ALPHA}
+    planned = SmoothPlan.uniform(model, calibration, ignore=("lm_head",))
     assert same(found, analyze(model, calibration, planned, scheme="O1"))
     # The plan's own scheme, unless another is given.
     own = replace(planned, scheme=Scheme.of("O3"))

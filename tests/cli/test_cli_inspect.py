@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import sq_cpu
 from sq_cpu import LayerPlan, Scheme, SmoothPlan, cli
 from sq_cpu.evaluation.perplexity import token_windows
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def calibration(model: Any, prefix: str = "off") -> sq_cpu.Calibration:
     return sq_cpu.calibrate(model, windows, prefix=sq_cpu.leading_ids(tokenizer))
 
 
-def expected(plan: SmoothPlan | None = None, alpha: float = 0.5, scheme: str | None = None) -> Any:
+def expected(
+    plan: SmoothPlan | None = None, alpha: float = DEFAULT_ALPHA, scheme: str | None = None
+) -> Any:
     """Return what inspecting the float model on the text has to show."""
     model = byte_model()
     of = calibration(model)
@@ -53,11 +56,11 @@ def expected(plan: SmoothPlan | None = None, alpha: float = 0.5, scheme: str | N
 def test_a_float_model(folder: Path, text: Path) -> None:
     shown = json_of("inspect", folder, "--calib", text, *small())
     assert shown == {"model": str(folder), **expected()}
-    assert {group["alpha"] for group in shown["groups"]} == {0.5}
+    assert {group["alpha"] for group in shown["groups"]} == {DEFAULT_ALPHA}
     assert shown["tokens"] == 4 * 64
-    arguments = ["--scheme", "O3", "--alpha", 0.8, "--calib", text, *small()]
+    arguments = ["--scheme", "O3", "--alpha", 0.7, "--calib", text, *small()]
     shown = json_of("inspect", folder, *arguments)
-    assert shown == {"model": str(folder), **expected(alpha=0.8, scheme="O3")}
+    assert shown == {"model": str(folder), **expected(alpha=0.7, scheme="O3")}
 
     table = run("inspect", folder, *arguments).stdout
     for group in shown["groups"]:

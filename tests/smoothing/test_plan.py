@@ -46,7 +46,7 @@ def test_json_says_what_is_not_the_default() -> None:
                 **{"name": "a", "alpha": 0.25, **default, "clip": 0.9},
                 "curve": [[0.05, 2e-9], [0.5, 0.333333], [1.0, 12345700.0]],
             },
-            {"name": "b", "alpha": 0.5, **default},
+            {"name": "b", "alpha": 0.8, **default},
         ],
         "layers": [
             {"name": "x", "in_float": True, "note": "why"},

@@ -17,6 +17,7 @@ from sq_cpu.models.linears import linearized
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import LayerPlan
 from sq_cpu.smoothing.rotation import decided
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 from sq_cpu.smoothing.scales import plan_scales
 
 SCHEMES = ["O1", "O2", "O3"]
@@ -43,7 +44,7 @@ def model_of(planted: bool) -> Any:
 
 
 def plan_of(
-    model: Any, calibration: Calibration, scheme: str, alpha: float = 0.5, **changes: Any
+    model: Any, calibration: Calibration, scheme: str, alpha: float = DEFAULT_ALPHA, **changes: Any
 ) -> dict[str, GroupPlan]:
     """Give what is decided of a uniform plan with the changes, by group."""
     plan = replace(SmoothPlan.uniform(model, calibration, alpha), **changes)

@@ -17,7 +17,14 @@ from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
-from sq_cpu.smoothing.rules import ALPHAS, RULES, smoothing_scale, smoothing_scales, without_quiet
+from sq_cpu.smoothing.rules import (
+    ALPHAS,
+    DEFAULT_ALPHA,
+    RULES,
+    smoothing_scale,
+    smoothing_scales,
+    without_quiet,
+)
 from sq_cpu.smoothing.scales import group_statistics, plan_scales
 from sq_cpu.smoothing.smooth import fold
 from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
@@ -204,7 +211,7 @@ def test_rules_look_at_the_calibrated_group() -> None:
     expected = smoothing_scales(
         group.layout.narrow(found.absmax(group.consumers[0])),
         group.layout.narrow(weight.abs().amax(0)),
-        0.5,
+        DEFAULT_ALPHA,
     )
     [s] = plan_scales(model, SmoothPlan((GroupPlan(name=group.name),)), found).values()
     assert torch.equal(s, expected)

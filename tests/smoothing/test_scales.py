@@ -18,7 +18,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.models.groups import SmoothingGroup, smoothing_groups
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan
-from sq_cpu.smoothing.rules import smoothing_scales
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA, smoothing_scales
 from sq_cpu.smoothing.smooth import fold
 
 # --- plans --------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def test_scales_follow_the_rule_over_all_consumers_and_heads(
         [block.mlp.gate_proj.weight.abs().amax(0), block.mlp.up_proj.weight.abs().amax(0)]
     ).amax(0)
     name = "model.layers.1.mlp.up_proj"
-    norm_s = smoothing_scales(found.absmax(name), absmax.detach(), 0.5)
+    norm_s = smoothing_scales(found.absmax(name), absmax.detach(), DEFAULT_ALPHA)
     scales = fold(model, SmoothPlan.uniform(model, found), found).scales
     torch.testing.assert_close(scales[name], norm_s)
     assert torch.equal(scales[name], scales["model.layers.1.mlp.gate_proj"])

@@ -18,6 +18,7 @@ from sq_cpu import Scheme
 from sq_cpu.models.calls import Batch
 from sq_cpu.quantization.recipe import HeadKind
 from sq_cpu.smoothing.plan import SmoothPlan
+from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 
 _GATED = {
     "hidden_size": 32,
@@ -82,7 +83,7 @@ def in_memory(
     scheme: Scheme,
     *,
     dtype: torch.dtype = torch.float32,
-    alpha: float = 0.5,
+    alpha: float = DEFAULT_ALPHA,
     rule: str = "smoothquant",
     smooth: bool = True,
     head: HeadKind = "float",
