@@ -58,14 +58,14 @@ def test_what_is_picked_is_written(auto: list[object], tmp_path: Path) -> None:
     picked = made["picked"]
     assert picked["scheme"] == made["scheme"]
     assert [(one["name"], one["holds"]) for one in picked["tried"]] == [("O3", False), ("O1", True)]
-    assert picked["goal"] == "10%"
+    assert picked["goal"] == "20%"
 
     model = massive_model()
     found = calibration(model)
     windows = TextPerplexity(byte_tokenizer(), TEXT, 64, 8)
     schemes = [Scheme.of(name, dynamic_fallback=False) for name in ("O3", "O1")]
     expected = sq_cpu.pick_scheme(
-        model, found, windows, "10%", schemes=schemes, costs=costs(massive_model())
+        model, found, windows, "20%", schemes=schemes, costs=costs(massive_model())
     )
     assert picked == json.loads(json.dumps(expected.to_dict()))
     sq_cpu.quantize(model, found, scheme=PLAIN)
@@ -78,9 +78,9 @@ def test_the_fastest_that_holds(auto: list[object], tmp_path: Path) -> None:
     result = run(*auto)
     assert sq_cpu.load(tmp_path / "out").sq_cpu_config.scheme == Scheme.of("O3")
     assert "trying O3\nO3: " in result.stderr
-    assert "goal 10%" in result.stderr
+    assert "goal 20%" in result.stderr
     assert "trying O1" not in result.stderr
-    assert "static activations hold the goal of 10%: perplexity " in result.stdout
+    assert "static activations hold the goal of 20%: perplexity " in result.stdout
     assert "linears in int8 (O3)" in result.stdout
 
 
@@ -110,7 +110,7 @@ def test_where_none_holds_nothing_is_written(
     names = sorted(os.listdir(tmp_path))
     files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     error = error_of(*auto, "--no-smooth", "--goal", "1%", "--overwrite")
-    assert error.startswith("error: no scheme holds the goal of 1%: the best, O1, is at +")
+    assert error.startswith("error: no scheme holds the goal of 1%: the best, O3, is at +")
     assert "autotune, or set a wider goal" in error
     assert sorted(os.listdir(tmp_path)) == names
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == files

@@ -21,6 +21,7 @@ import sq_cpu
 from sq_cpu import LayerPlan, QuantLinear, Scheme, SmoothPlan, SqCpuError
 from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.nn.decomposed import DecomposedLinear, decomposed_reference
+from sq_cpu.numerics.ranges import static_range
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.smoothing.scales import plan_scales
 from sq_cpu.streaming.convert import linear_bytes
@@ -338,8 +339,10 @@ def test_channels_that_a_plan_keeps_in_float(scheme: str, tmp_path: Path) -> Non
                 group = next(g for g in smoothing_groups(float_model) if name in g.consumers)
                 planned = SmoothPlan(tuple(g for g in plan.groups if g.name == group.name))
                 (s,) = plan_scales(float_model, planned, calibration).values()
-                absmax = (calibration.absmax(name) / s).index_fill(0, module.columns, 0)
-                assert module.regular.input_scale == pytest.approx(float(absmax.max()) / 127)
+                seen = (*calibration.channels(name), calibration.rows[name])
+                rest = ((each / s).index_fill(-1, module.columns, 0) for each in seen)
+                _, end = static_range(*rest, Scheme.of("O3"))
+                assert module.regular.input_scale == pytest.approx(end / 127)
     loaded = sq_cpu.load(sq_cpu.save(model, tmp_path / "out"))
     assert_same_model(loaded, model, logits)
     alone = sq_cpu.quantize(planted(), calibration, SmoothPlan((), layers), scheme=scheme)
