@@ -44,7 +44,7 @@ def auto(folder: Path, text: Path, tmp_path: Path) -> list[object]:
     """Return a quick command, of a goal that O1 holds and O3 only with own scales."""
     texts = ["--calib", text, "--text", text, "--text-windows", 8]
     start = ["quantize", folder, "-o", tmp_path / "out", "--scheme", "auto"]
-    return [*start, *texts, "--goal", "10%", *small()]
+    return [*start, *texts, "--goal", "20%", *small()]
 
 
 def logits(model: Any) -> torch.Tensor:
