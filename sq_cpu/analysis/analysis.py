@@ -90,7 +90,7 @@ class GroupAnalysis:
     """Of the rule "smoothquant"; None with another."""
     fold: bool
     clip: float
-    """Fraction of the calibrated range that a static scale covers."""
+    """Fraction of the range found by `Scheme.static_range` that a static scale covers."""
     hadamard: int
     """Columns of a block that is rotated, at run time or in the weights; 0: none."""
     note: str

@@ -43,7 +43,8 @@ class LinearSample:
     range_rows: Tensor | None = None
     """Like `rows`: what a static range is found on (`Calibration.typical`); None: `rows`."""
     peaks: Tensor | None = None
-    """What a static range of rotated rows covers (`Calibration.farthest`), like `rows`."""
+    """Rows whose ends are the calibrated range of rotated rows (`Calibration.farthest`), like
+    `rows`."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
     outliers: tuple[int, ...] = ()

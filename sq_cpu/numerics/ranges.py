@@ -35,9 +35,9 @@ def static_range(
 ) -> tuple[float, float]:
     """Return the range of a linear's input that its static scale shall cover, for `static_code`.
 
-    - auto: with `Scheme.dynamic_fallback`, what 95 % of the sampled rows lie within:
-      the others get scales of their own, and all min/max would do is to round 19 rows more coarsely
-      for one. Without it, or without rows, minmax.
+    - auto: with `Scheme.dynamic_fallback`, what 95 % of the sampled rows lie within (of an
+      asymmetric scheme, at either end): the others get scales of their own, and all min/max would
+      do is to round 19 rows more coarsely for one. Without it, or without rows, minmax.
     - minmax: from the least to the greatest calibrated value.
     - percentile: the central `scheme.percentile` % of the sampled values (of a symmetric scheme:
       that share of their magnitudes), interpolated between neighbours. The calibrated extremes
