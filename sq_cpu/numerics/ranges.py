@@ -21,7 +21,7 @@ from sq_cpu.scheme import Scheme
 __all__ = ["static_range"]
 
 _FITTING = 0.95
-"""Share of the rows that a range of rows covers at either end. SmolLM2 and Gemma 3 lose as little
+"""Share of the rows that a range of rows covers. SmolLM2 and Gemma 3 lose as little
 with it as with 0.9, and more with 1; rows beyond cost a second quantization each."""
 
 # Where one of n values is far beyond the rest, the best clip is at about 12 qmax^2 / n of it (its
@@ -36,8 +36,8 @@ def static_range(
     """Return the range of a linear's input that its static scale shall cover, for `static_code`.
 
     - auto: with `Scheme.dynamic_fallback`, what 95 % of the sampled rows lie within (of an
-      asymmetric scheme, at either end): the others get scales of their own, and all min/max would
-      do is to round 19 rows more coarsely for one. Without it, or without rows, minmax.
+      asymmetric scheme, 97.5 % at either end): the others get scales of their own, and all min/max
+      would do is to round 19 rows more coarsely for one. Without it, or without rows, minmax.
     - minmax: from the least to the greatest calibrated value.
     - percentile: the central `scheme.percentile` % of the sampled values (of a symmetric scheme:
       that share of their magnitudes), interpolated between neighbours. The calibrated extremes
@@ -95,12 +95,15 @@ def static_range(
 
 
 def _fitting(rows: Tensor, scheme: Scheme) -> tuple[float, float]:
-    """Return what most rows lie within: either end by itself, or one magnitude if symmetric."""
+    """Return what most rows lie within: one magnitude, or if asymmetric, either end by itself."""
     low, high = rows.float().amin(dim=1).clamp_max(0), rows.float().amax(dim=1).clamp_min(0)
+    share = _FITTING
     if scheme.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    return float(torch.quantile(low, 1 - _FITTING)), float(torch.quantile(high, _FITTING))
+    else:  # other rows may be beyond the one end than beyond the other
+        share = (1 + _FITTING) / 2
+    return float(torch.quantile(low, 1 - share)), float(torch.quantile(high, share))
 
 
 def _quantile(values: Tensor, share: float) -> float:
