@@ -18,7 +18,7 @@ from sq_cpu.numerics.golden_section import argmin
 from sq_cpu.numerics.rounding import static_code
 from sq_cpu.scheme import Scheme
 
-__all__ = ["static_range"]
+__all__ = ["fits_rows", "fitting_range", "is_minmax", "static_range"]
 
 _FITTING = 0.95
 """Share of the rows that a range of rows covers. SmolLM2 and Gemma 3 lose as little
@@ -69,20 +69,19 @@ def static_range(
     """
     least, greatest = float(low.min()), float(high.max())
     missing = rows is None or not rows.numel()
-    kind = scheme.static_range
-    if kind == "minmax" or (kind == "auto" and (missing or not scheme.dynamic_fallback)):
+    if is_minmax(scheme, rows):
         return least, greatest
     if rows is None or missing:
         raise SqCpuError(
             f"static_range={scheme.static_range!r} needs sampled rows: calibrate with rows=64"
         )
     least, greatest = min(least, 0.0), max(greatest, 0.0)
-    if kind == "auto":
-        low_end, high_end = _fitting(rows, scheme)
+    if scheme.static_range == "auto":
+        low_end, high_end = map(float, fitting_range(rows, scheme))
         return max(least, low_end), min(greatest, high_end)
     # A model's bf16 rows divided by s may round beyond the fp32 range.
     values = rows.detach().double().flatten().clamp(least, greatest)
-    if kind == "mse":
+    if scheme.static_range == "mse":
         return _least_error(values.sort().values, least, greatest, scheme)
     share = scheme.percentile / 100
     if scheme.symmetric:
@@ -94,8 +93,26 @@ def static_range(
     return min(_quantile(values, tail), 0.0), max(_quantile(values, 1 - tail), 0.0)
 
 
-def _fitting(rows: Tensor, scheme: Scheme) -> tuple[float, float]:
-    """Return what most rows lie within: one magnitude, or if asymmetric, either end by itself."""
+def fits_rows(scheme: Scheme) -> bool:
+    """Tell whether a static range is what most rows fit, as the others get scales of their own.
+
+    There is nothing to search then: a narrower one would cost no error, but time.
+    """
+    return scheme.static_range == "auto" and scheme.dynamic_fallback
+
+
+def is_minmax(scheme: Scheme, rows: Tensor | None) -> bool:
+    """Tell whether a range that is found on these rows is from the least to the greatest value."""
+    if scheme.static_range == "auto":
+        return not fits_rows(scheme) or rows is None or not rows.numel()
+    return scheme.static_range == "minmax"
+
+
+def fitting_range(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return what most rows lie within: one magnitude, or if asymmetric, either end by itself.
+
+    fp32 [] each, with gradients.
+    """
     low, high = rows.float().amin(dim=1).clamp_max(0), rows.float().amax(dim=1).clamp_min(0)
     share = _FITTING
     if scheme.symmetric:
@@ -103,7 +120,7 @@ def _fitting(rows: Tensor, scheme: Scheme) -> tuple[float, float]:
         low = -high
     else:  # other rows may be beyond the one end than beyond the other
         share = (1 + _FITTING) / 2
-    return float(torch.quantile(low, 1 - share)), float(torch.quantile(high, share))
+    return torch.quantile(low, 1 - share), torch.quantile(high, share)
 
 
 def _quantile(values: Tensor, share: float) -> float:

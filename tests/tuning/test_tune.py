@@ -12,6 +12,8 @@ from tuning_cases import logit_error, planted
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, SqCpuError
 from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.smoothing.rules import smoothing_scale
+from sq_cpu.smoothing.scales import as_planned, group_statistics
 from sq_cpu.smoothing.smooth import fold
 from sq_cpu.tuning.losses import LOSSES
 
@@ -160,8 +162,10 @@ def test_block_wise_the_groups_of_a_block_share_alpha_and_clip() -> None:
 def test_clip_is_searched_for_static_scales_alone() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(4))
-    assert any(group.clip != 1 for group in sq_cpu.tune(model, calibration).groups)
-    for scheme, clip in (("O1", True), ("O2", True), ("O3", False)):
+    minmax = Scheme.of("O3", static_range="minmax")
+    assert any(g.clip != 1 for g in sq_cpu.tune(model, calibration, scheme=minmax).groups)
+    # A range that most rows fit leaves nothing to clip.
+    for scheme, clip in (("O1", True), ("O2", True), (minmax, False), ("O3", True)):
         plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip)
         assert all(group.clip == 1 for group in plan.groups)
 
@@ -212,8 +216,9 @@ def test_rows_that_clip_are_not_free() -> None:
     """A row that clips gets its own scale, at no error but some time: a search must not use it."""
     model, data = planted("llama"), batches(4)
     calibration = sq_cpu.calibrate(model, data, rows=64, gradient_rows=64)
+    minmax = Scheme.of("O3", static_range="minmax")
     plans = [
-        sq_cpu.tune(model, calibration, scheme=Scheme.of("O3", dynamic_fallback=fallback))
+        sq_cpu.tune(model, calibration, scheme=replace(minmax, dynamic_fallback=fallback))
         for fallback in (True, False)
     ]
     assert plans[0].groups == plans[1].groups
@@ -223,3 +228,22 @@ def test_rows_that_clip_are_not_free() -> None:
             quantized(ids)
     counts = sq_cpu.row_counts(quantized).values()
     assert sum(each.clipped for each in counts) < 0.2 * sum(each.rows for each in counts)
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_what_is_scored_is_what_quantize_carries_out(fallback: bool) -> None:
+    model = planted("llama")
+    with torch.no_grad():  # a row in 20 that most rows' range leaves out
+        model.get_input_embeddings().weight[:3] *= 20
+    calibration = sq_cpu.calibrate(model, batches(1))  # one batch: nothing is held out
+    scheme = Scheme.of("O3", dynamic_fallback=fallback).resolve(True)
+    plan = sq_cpu.tune(
+        model, calibration, scheme=scheme, loss="nmse", alphas=(0.4, 0.4, 1), outliers=0, hadamard=0
+    )
+    named = {group.name: group for group in smoothing_groups(model)}
+    for planned in plan.groups:
+        statistics = group_statistics(model, named[planned.name], calibration, scheme)
+        s = smoothing_scale(planned.rule, statistics, planned.alpha)
+        fakes = as_planned(statistics, planned).fake_quantized(s)
+        wanted = sum(float(x.squared_error() / x.sample.squared_output()) for x in fakes)
+        assert float(planned.note.split()[-1]) == pytest.approx(wanted, rel=0.01)
