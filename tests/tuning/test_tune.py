@@ -162,12 +162,16 @@ def test_block_wise_the_groups_of_a_block_share_alpha_and_clip() -> None:
 def test_clip_is_searched_for_static_scales_alone() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(4))
-    minmax = Scheme.of("O3", static_range="minmax")
-    assert any(g.clip != 1 for g in sq_cpu.tune(model, calibration, scheme=minmax).groups)
-    # A range that most rows fit leaves nothing to clip.
-    for scheme, clip in (("O1", True), ("O2", True), (minmax, False), ("O3", True)):
+    plan = sq_cpu.tune(model, calibration)
+    assert any(group.clip != 1 for group in plan.groups)
+    # They are fractions of min/max, and carried out so.
+    assert plan.scheme == Scheme.of("O3", static_range="minmax")
+    assert plan == sq_cpu.tune(model, calibration, scheme=plan.scheme)
+    assert sq_cpu.quantize(planted("llama"), calibration, plan).sq_cpu_config.scheme == plan.scheme
+    for scheme, clip in (("O1", True), ("O2", True), ("O3", False)):
         plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip)
         assert all(group.clip == 1 for group in plan.groups)
+        assert plan.scheme == Scheme.of(scheme)
 
 
 def test_scored_are_rows_that_did_not_make_the_range() -> None:
@@ -216,9 +220,8 @@ def test_rows_that_clip_are_not_free() -> None:
     """A row that clips gets its own scale, at no error but some time: a search must not use it."""
     model, data = planted("llama"), batches(4)
     calibration = sq_cpu.calibrate(model, data, rows=64, gradient_rows=64)
-    minmax = Scheme.of("O3", static_range="minmax")
     plans = [
-        sq_cpu.tune(model, calibration, scheme=replace(minmax, dynamic_fallback=fallback))
+        sq_cpu.tune(model, calibration, scheme=Scheme.of("O3", dynamic_fallback=fallback))
         for fallback in (True, False)
     ]
     assert plans[0].groups == plans[1].groups
@@ -231,15 +234,18 @@ def test_rows_that_clip_are_not_free() -> None:
 
 
 @pytest.mark.parametrize("fallback", [True, False])
-def test_what_is_scored_is_what_quantize_carries_out(fallback: bool) -> None:
+@pytest.mark.parametrize("clip", [True, False])
+def test_what_is_scored_is_what_quantize_carries_out(clip: bool, fallback: bool) -> None:
     model = planted("llama")
     with torch.no_grad():  # a row in 20 that most rows' range leaves out
         model.get_input_embeddings().weight[:3] *= 20
     calibration = sq_cpu.calibrate(model, batches(1))  # one batch: nothing is held out
+    given: dict[str, Any] = {"loss": "nmse", "alphas": (0.4, 0.4, 1), "outliers": 0, "hadamard": 0}
     scheme = Scheme.of("O3", dynamic_fallback=fallback).resolve(True)
-    plan = sq_cpu.tune(
-        model, calibration, scheme=scheme, loss="nmse", alphas=(0.4, 0.4, 1), outliers=0, hadamard=0
-    )
+    plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip, **given)
+    assert any(group.clip != 1 for group in plan.groups) is clip
+    assert plan.scheme is not None
+    scheme = replace(plan.scheme, dynamic_fallback=fallback and not clip)
     named = {group.name: group for group in smoothing_groups(model)}
     for planned in plan.groups:
         statistics = group_statistics(model, named[planned.name], calibration, scheme)
