@@ -68,7 +68,7 @@ def logit_error(
     model_type: str,
     plan: sq_cpu.SmoothPlan | None,
     calibration: sq_cpu.Calibration,
-    scheme: str | sq_cpu.Scheme,
+    scheme: str | sq_cpu.Scheme | None,
 ) -> float:
     """Return the squared error of the logits of `planted`, quantized, on unseen batches."""
     float_model, model = planted(model_type), planted(model_type)

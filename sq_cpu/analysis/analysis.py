@@ -34,6 +34,7 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import (
     GroupPlan,
     SmoothPlan,
+    check_clips,
     quantized_consumers,
     scheme_of,
     uniform_plan,
@@ -201,6 +202,7 @@ def analyze(
     check_is_calibration(calibration)
     check_kind(SmoothPlan | None, "a SmoothPlan", plan=plan)
     scheme = scheme_of(scheme, plan).resolve(has_vnni())
+    check_clips(plan, scheme)
     if not calibration.rows:
         raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
     with linearized(model):

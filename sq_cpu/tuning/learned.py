@@ -39,7 +39,7 @@ from sq_cpu.numerics.straight_through import quantized_rows, quantized_weight
 from sq_cpu.parsing import check_kind, check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, scheme_of
+from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_clips, check_groups, scheme_of
 from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.rules import smoothing_scale, without_quiet
 from sq_cpu.smoothing.scales import WeightStatistics, as_planned, group_statistics
@@ -103,6 +103,7 @@ def learn(
     if steps > _MOST_STEPS:
         raise SqCpuError(f"steps is {steps}; it is at most {_MOST_STEPS}, and 100 is much")
     scheme = scheme_of(scheme, plan).resolve(has_vnni())
+    check_clips(plan, scheme)
     if not fits_rows(scheme):
         scheme = replace(scheme, dynamic_fallback=False)
     given = list(model_inputs(model, batches, "learning", "reading batches", False))

@@ -15,6 +15,7 @@ from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.scales import as_planned, group_statistics
 from sq_cpu.smoothing.smooth import fold
+from sq_cpu.tuning.learned import learn
 from sq_cpu.tuning.losses import LOSSES
 
 
@@ -27,7 +28,7 @@ def test_tuned_beats_no_smoothing_where_there_are_outliers(model_type: str, sche
     assert {group.name for group in plan.groups} == {
         g.name for g in smoothing_groups(model) if g.consumers != ("lm_head",)
     }
-    tuned = logit_error(model_type, plan, calibration, scheme)
+    tuned = logit_error(model_type, plan, calibration, None)
     assert tuned < 0.5 * logit_error(model_type, None, calibration, scheme)
 
 
@@ -115,7 +116,7 @@ def test_every_loss_finds_what_the_outliers_need(loss: str) -> None:
     model = planted("opt")
     calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64 * (loss == "kl"))
     plan = sq_cpu.tune(model, calibration, loss=loss)
-    tuned = logit_error("opt", plan, calibration, "O3")
+    tuned = logit_error("opt", plan, calibration, None)
     assert tuned < 0.5 * logit_error("opt", None, calibration, "O3")
     assert all(f"{loss} " in group.note and len(group.curve) > 21 for group in plan.groups)
 
@@ -168,6 +169,12 @@ def test_clip_is_searched_for_static_scales_alone() -> None:
     assert plan.scheme == Scheme.of("O3", static_range="minmax")
     assert plan == sq_cpu.tune(model, calibration, scheme=plan.scheme)
     assert sq_cpu.quantize(planted("llama"), calibration, plan).sq_cpu_config.scheme == plan.scheme
+    for refusing in (sq_cpu.quantize, sq_cpu.analyze):
+        with pytest.raises(SqCpuError, match=r"clips are of static_range='minmax', and the scheme"):
+            refusing(planted("llama"), calibration, plan, scheme="O3")
+        refusing(planted("llama"), calibration, plan, scheme="O1")
+    with pytest.raises(SqCpuError, match=r"has 'auto': give none,"):
+        learn(model, calibration, plan, batches(2), scheme="O3")
     for scheme, clip in (("O1", True), ("O2", True), ("O3", False)):
         plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip)
         assert all(group.clip == 1 for group in plan.groups)
