@@ -115,7 +115,8 @@ class Bench:
             plan, facts = self._plan(variant)
             row |= facts
             model = copy.deepcopy(model)
-            scheme = None if variant == AUTOTUNE else self.scheme
+            # A plan's own scheme says of which range its clips are.
+            scheme = self.scheme if plan is None or plan.scheme is None else None
             sq_cpu.quantize(model, self.calibration(), plan, scheme=scheme)
         row["metrics"] = self.subject.score(model)
         row["losses"] = window_losses(model, self.windows)

@@ -53,10 +53,11 @@ class Scheme:
     (`count_saturation` counts those that would not). `"auto"`: only where the processor has no
     VNNI; `resolve` decides."""
     static_range: StaticRange = "auto"
-    """What static activations cover: all that calibration saw, a percentile of the sampled values,
-    or the clip with the least squared error on them (see `sq_cpu.numerics.ranges`). "auto": 19 of
-    20 of the sampled rows, as the others get scales of their own; without `dynamic_fallback` or
-    sampled rows, "minmax"."""
+    """What static activations cover (see `sq_cpu.numerics.ranges`). "auto": 19 of 20 of the sampled
+    rows, as the others get scales of their own; without `dynamic_fallback` or sampled rows,
+    "minmax". "minmax": all that calibration saw, for layers that pass codes to the next
+    (`QuantLinear.forward_int8`), where every row keeps the static scale. "percentile": that of the
+    sampled values; "mse": the clip with the least squared error on them."""
     percentile: float = 99.99
     """Share of the values, in percent, that a `"percentile"` range keeps; in (50, 100]."""
     dynamic_fallback: bool = True

@@ -65,7 +65,10 @@ class Divergence:
 
 
 def logit_error(
-    model_type: str, plan: sq_cpu.SmoothPlan | None, calibration: sq_cpu.Calibration, scheme: str
+    model_type: str,
+    plan: sq_cpu.SmoothPlan | None,
+    calibration: sq_cpu.Calibration,
+    scheme: str | sq_cpu.Scheme | None,
 ) -> float:
     """Return the squared error of the logits of `planted`, quantized, on unseen batches."""
     float_model, model = planted(model_type), planted(model_type)

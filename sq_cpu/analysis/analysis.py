@@ -34,6 +34,7 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import (
     GroupPlan,
     SmoothPlan,
+    check_clips,
     quantized_consumers,
     scheme_of,
     uniform_plan,
@@ -90,7 +91,7 @@ class GroupAnalysis:
     """Of the rule "smoothquant"; None with another."""
     fold: bool
     clip: float
-    """Fraction of the calibrated range that a static scale covers."""
+    """Fraction of the range found by `Scheme.static_range` that a static scale covers."""
     hadamard: int
     """Columns of a block that is rotated, at run time or in the weights; 0: none."""
     note: str
@@ -201,6 +202,7 @@ def analyze(
     check_is_calibration(calibration)
     check_kind(SmoothPlan | None, "a SmoothPlan", plan=plan)
     scheme = scheme_of(scheme, plan).resolve(has_vnni())
+    check_clips(plan, scheme)
     if not calibration.rows:
         raise SqCpuError("the calibration holds no sampled rows: calibrate with rows=64")
     with linearized(model):

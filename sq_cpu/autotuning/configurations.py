@@ -146,7 +146,7 @@ class SearchSpace:
     activations: tuple[Activations, ...] = ("static", "per_token", "per_tensor")
     symmetric: tuple[bool, ...] = (True, False)
     static_range: tuple[str | float, ...] = ("auto",)
-    """"mse" and percentiles are searched only if given: `tune` has clips of its own."""
+    """The others are searched only if given."""
     smoothing: tuple[str, ...] = ("tuned", "smoothquant", "aqas")
     alpha: tuple[float, ...] = tuple(step / 20 for step in range(4, 20))
     """Of "smoothquant"."""

@@ -15,7 +15,7 @@ from torch import nn
 
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.calibration.gradients import differentiating, sampled_loss
-from sq_cpu.calibration.lengths import checked_bucket, checked_lengths
+from sq_cpu.calibration.lengths import check_takes_tokens, checked_bucket, checked_lengths
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import make_prefix
@@ -97,6 +97,8 @@ def calibrate(
     if ids:
         make_prefix(model, ids)  # which tells whether there can be one
     lengths = checked_lengths(lengths)
+    if lengths:
+        check_takes_tokens(model)
     with linearized(model):
         return _calibrate(model, batches, ignore, rows, gradient_rows, ids, lengths, progress)
 

@@ -73,8 +73,8 @@ class Calibration:
     """The number of each of `rows` among all that the linear saw, int64."""
     peaks: dict[str, Tensor] = field(default_factory=dict)
     """The rows of each fold that reach farthest where blocks of 64 channels are rotated, like
-    `rows`: a static scale of such a linear covers them, as ranges of single channels do not tell
-    what they add up to. Files up to version 5 have none."""
+    `rows`: their ends are the calibrated range of such a linear, as ranges of single channels do
+    not tell what they add up to. Files up to version 5 have none."""
     peak_folds: dict[str, Tensor] = field(default_factory=dict)
     """The fold of each of `peaks`, uint8."""
     rows_seen: dict[str, int] = field(default_factory=dict)
@@ -163,7 +163,7 @@ class Calibration:
         return self.channel_min[name], self.channel_max[name]
 
     def farthest(self, name: str) -> Tensor | None:
-        """Return the rows that a rotated static range covers: `peaks`, and `rows` with them.
+        """Return the rows whose ends are a rotated input's range: `peaks`, and `rows` with them.
 
         Not the rows of a part that is held out: its scores are on them. None without `peaks`.
         """

@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.calls import Example
 from sq_cpu.parsing import check_whole
 
-__all__ = ["checked_bucket", "checked_lengths", "no_batch", "of_length", "target_bucket"]
+__all__ = [
+    "check_takes_tokens",
+    "checked_bucket",
+    "checked_lengths",
+    "no_batch",
+    "of_length",
+    "target_bucket",
+]
 
 
 def checked_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
@@ -29,6 +36,16 @@ def checked_lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     if found != sorted(set(found)):
         raise SqCpuError("lengths do not ascend: give them as (128, 512, 2048)")
     return tuple(found)
+
+
+def check_takes_tokens(model: nn.Module) -> None:
+    """Raise `SqCpuError` for a model of transformers that takes frames or images first."""
+    name = getattr(model, "main_input_name", "input_ids")
+    if name not in ("input_ids", "inputs_embeds"):
+        raise SqCpuError(
+            f"lengths are of token ids, and the {type(model).__name__} takes {name}: calibrate "
+            "without"
+        )
 
 
 def of_length(batches: list[Example], lengths: Sequence[int], target: int | None) -> list[Example]:

@@ -21,6 +21,7 @@ from sq_cpu.cli.common import (
     Dtype,
     Json,
     Model,
+    PrefixName,
     SchemeName,
     TrustRemoteCode,
     calibration_batches,
@@ -45,6 +46,7 @@ from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
 from sq_cpu.smoothing.rules import DEFAULT_ALPHA
+from sq_cpu.streaming.convert import find_prefix
 
 _CALIBRATION_WINDOWS = 16
 _SATURATION_WINDOWS = 4
@@ -73,6 +75,13 @@ def inspect_command(
     calib: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
+    ] = None,
+    prefix: Annotated[
+        PrefixName | None,
+        typer.Option(
+            help="Float MODEL: tokens at the beginning of every text whose keys and values stay in "
+            "float, as for quantize. [default: auto]"
+        ),
     ] = None,
     report: Annotated[
         Path | None,
@@ -124,6 +133,7 @@ def inspect_command(
         "--scheme": scheme,
         "--alpha": alpha,
         "--calib": calib or None,
+        "--prefix": prefix,
         "--png": png,
         "--source": source,
         "--text": text,
@@ -148,7 +158,7 @@ def inspect_command(
         planned: SmoothPlan | None,
         settings: Scheme,
         layers: Sequence[str] = (),
-        prefix: Sequence[int] = (),
+        known: Sequence[int] | None = None,
     ) -> Analysis:
         loaded, tokenizer = load_model(source, Dtype.fp32, trust_remote_code=trust_remote_code)
         with linearized(loaded):
@@ -157,12 +167,15 @@ def inspect_command(
                     f"{source} is not the model that {model} was made from: it has no linear "
                     f"{lacking[0]}"
                 )
-        if prefix:
-            lead_with(tokenizer, prefix)
+        if known is None:
+            choice = PrefixName.auto if prefix is None else prefix
+            ids: Sequence[int] = find_prefix(loaded, tokenizer, choice.value, say)
+        elif ids := known:
+            lead_with(tokenizer, ids)
         count = windows or _CALIBRATION_WINDOWS
         batches = calibration_batches(tokenizer, own_texts, tokens, count)
         say(f"calibrating on {count} windows of {tokens} tokens")
-        calibration = calibrate(loaded, batches, ignore=settings.ignore, prefix=prefix)
+        calibration = calibrate(loaded, batches, ignore=settings.ignore, prefix=ids)
         if planned is None:
             strength = DEFAULT_ALPHA if alpha is None else alpha
             planned = SmoothPlan.uniform(loaded, calibration, strength, ignore=settings.ignore)
@@ -221,7 +234,9 @@ def _check_options(
         if {"--plan", "--alpha"} <= given:
             raise typer.BadParameter("--plan says what alpha is; drop it or --alpha")
         return
-    refuse({"--plan", "--scheme", "--alpha"}, f"is for a float model, and {model} is int8")
+    refuse(
+        {"--plan", "--scheme", "--alpha", "--prefix"}, f"is for a float model, and {model} is int8"
+    )
     if report and "--source" not in given:
         raise typer.BadParameter(
             f"--report compares {model} with the float model it was made from; add --source MODEL"

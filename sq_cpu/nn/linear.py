@@ -222,7 +222,8 @@ class QuantLinear(nn.Module):
         y is not rounded to a float dtype between: its codes are those of the fp32 values. A row
         that is not finite has a scale of NaN. A step of the product sees parts of rows: the scheme
         must be static, `next_layer` without a smoothing of its own and `hadamard`, and all rows
-        keep the static scale (`Scheme.dynamic_fallback`); `row_counts` has them as chained.
+        keep the static scale (`Scheme.dynamic_fallback`); `row_counts` has them as chained. The
+        default range leaves out one row in 20, which then saturates; "minmax" does not.
 
         Raises
         ------

@@ -43,7 +43,8 @@ class LinearSample:
     range_rows: Tensor | None = None
     """Like `rows`: what a static range is found on (`Calibration.typical`); None: `rows`."""
     peaks: Tensor | None = None
-    """What a static range of rotated rows covers (`Calibration.farthest`), like `rows`."""
+    """Rows whose ends are the calibrated range of rotated rows (`Calibration.farthest`), like
+    `rows`."""
     weight_clip: float = 1.0
     """Fraction of a weight scale's absmax that the codes cover."""
     outliers: tuple[int, ...] = ()
@@ -117,12 +118,18 @@ class FakeQuantizedLinear:
     def _full_range(self) -> tuple[float, float]:
         """What `static_range` finds, before the clip."""
         low, high = self.channel_ends()
+        return static_range(low, high, self.range_rows(), self.scheme)
+
+    def range_rows(self) -> Tensor | None:
+        """Return the rows that a static range is found on: fp32 [rows, columns of `coded`].
+
+        Channels that stay in float or are unread are 0.
+        """
         rows = self.sample.rows if self.sample.range_rows is None else self.sample.range_rows
-        if rows is not None:
-            rows = self.coded(rows)
-            if not self.hadamard:
-                rows = rows.masked_fill(self._unread, 0.0)
-        return static_range(low, high, rows, self.scheme)
+        if rows is None:
+            return None
+        rows = self.coded(rows)
+        return rows if self.hadamard else rows.masked_fill(self._unread, 0.0)
 
     def channel_ends(self) -> tuple[Tensor, Tensor]:
         """Return the range of what becomes codes: fp32 [columns of `coded`] each.

@@ -18,10 +18,10 @@ from sq_cpu.numerics.golden_section import argmin
 from sq_cpu.numerics.rounding import static_code
 from sq_cpu.scheme import Scheme
 
-__all__ = ["static_range"]
+__all__ = ["fits_rows", "fitting_range", "is_minmax", "static_range"]
 
 _FITTING = 0.95
-"""Share of the rows that a range of rows covers at either end. SmolLM2 and Gemma 3 lose as little
+"""Share of the rows that a range of rows covers. SmolLM2 and Gemma 3 lose as little
 with it as with 0.9, and more with 1; rows beyond cost a second quantization each."""
 
 # Where one of n values is far beyond the rest, the best clip is at about 12 qmax^2 / n of it (its
@@ -35,9 +35,9 @@ def static_range(
 ) -> tuple[float, float]:
     """Return the range of a linear's input that its static scale shall cover, for `static_code`.
 
-    - auto: with `Scheme.dynamic_fallback`, what 95 % of the sampled rows lie within:
-      the others get scales of their own, and all min/max would do is to round 19 rows more coarsely
-      for one. Without it, or without rows, minmax.
+    - auto: with `Scheme.dynamic_fallback`, what 95 % of the sampled rows lie within (of an
+      asymmetric scheme, 97.5 % at either end): the others get scales of their own, and all min/max
+      would do is to round 19 rows more coarsely for one. Without it, or without rows, minmax.
     - minmax: from the least to the greatest calibrated value.
     - percentile: the central `scheme.percentile` % of the sampled values (of a symmetric scheme:
       that share of their magnitudes), interpolated between neighbours. The calibrated extremes
@@ -69,20 +69,19 @@ def static_range(
     """
     least, greatest = float(low.min()), float(high.max())
     missing = rows is None or not rows.numel()
-    kind = scheme.static_range
-    if kind == "minmax" or (kind == "auto" and (missing or not scheme.dynamic_fallback)):
+    if is_minmax(scheme, rows):
         return least, greatest
     if rows is None or missing:
         raise SqCpuError(
             f"static_range={scheme.static_range!r} needs sampled rows: calibrate with rows=64"
         )
     least, greatest = min(least, 0.0), max(greatest, 0.0)
-    if kind == "auto":
-        low_end, high_end = _fitting(rows, scheme)
+    if scheme.static_range == "auto":
+        low_end, high_end = map(float, fitting_range(rows, scheme))
         return max(least, low_end), min(greatest, high_end)
     # A model's bf16 rows divided by s may round beyond the fp32 range.
     values = rows.detach().double().flatten().clamp(least, greatest)
-    if kind == "mse":
+    if scheme.static_range == "mse":
         return _least_error(values.sort().values, least, greatest, scheme)
     share = scheme.percentile / 100
     if scheme.symmetric:
@@ -94,13 +93,34 @@ def static_range(
     return min(_quantile(values, tail), 0.0), max(_quantile(values, 1 - tail), 0.0)
 
 
-def _fitting(rows: Tensor, scheme: Scheme) -> tuple[float, float]:
-    """Return what most rows lie within: either end by itself, or one magnitude if symmetric."""
+def fits_rows(scheme: Scheme) -> bool:
+    """Tell whether a static range is what most rows fit, as the others get scales of their own.
+
+    There is nothing to search then: a narrower one would cost no error, but time.
+    """
+    return scheme.static_range == "auto" and scheme.dynamic_fallback
+
+
+def is_minmax(scheme: Scheme, rows: Tensor | None) -> bool:
+    """Tell whether a range that is found on these rows is from the least to the greatest value."""
+    if scheme.static_range == "auto":
+        return not fits_rows(scheme) or rows is None or not rows.numel()
+    return scheme.static_range == "minmax"
+
+
+def fitting_range(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return what most rows lie within: one magnitude, or if asymmetric, either end by itself.
+
+    fp32 [] each, with gradients.
+    """
     low, high = rows.float().amin(dim=1).clamp_max(0), rows.float().amax(dim=1).clamp_min(0)
+    share = _FITTING
     if scheme.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    return float(torch.quantile(low, 1 - _FITTING)), float(torch.quantile(high, _FITTING))
+    else:  # other rows may be beyond the one end than beyond the other
+        share = (1 + _FITTING) / 2
+    return torch.quantile(low, 1 - share), torch.quantile(high, share)
 
 
 def _quantile(values: Tensor, share: float) -> float:

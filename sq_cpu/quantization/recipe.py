@@ -9,7 +9,14 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.parsing import check_whole
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import AUTO, Hadamard, SmoothPlan, check_rotation, scheme_of
+from sq_cpu.smoothing.plan import (
+    AUTO,
+    Hadamard,
+    SmoothPlan,
+    check_clips,
+    check_rotation,
+    scheme_of,
+)
 from sq_cpu.smoothing.rules import DEFAULT_ALPHA, check_rule
 
 __all__ = ["HeadKind", "Recipe"]
@@ -62,6 +69,7 @@ class Recipe:
             raise SqCpuError("hadamard goes with smoothing, and a plan says it itself: drop it")
         if self.head not in get_args(HeadKind):
             raise SqCpuError(f"head is {self.head!r}; it is {' or '.join(get_args(HeadKind))}")
+        check_clips(self.plan, self.scheme)
         if self.target_length is not None:
             check_whole(1, target_length=self.target_length)
 

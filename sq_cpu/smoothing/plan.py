@@ -29,6 +29,7 @@ from sq_cpu.models.groups import (
     smoothing_groups,
 )
 from sq_cpu.models.linears import check_ignore, is_ignored, linearized
+from sq_cpu.numerics.ranges import fits_rows
 from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import DEFAULT_ALPHA, check_rule
@@ -39,6 +40,7 @@ __all__ = [
     "Hadamard",
     "LayerPlan",
     "SmoothPlan",
+    "check_clips",
     "check_groups",
     "check_rotates",
     "check_rotation",
@@ -290,6 +292,22 @@ def scheme_of(scheme: str | Scheme | None, plan: SmoothPlan | None) -> Scheme:
     if scheme is None and plan is not None:
         scheme = plan.scheme
     return Scheme.of("O1" if scheme is None else scheme)
+
+
+def check_clips(plan: SmoothPlan | None, scheme: Scheme) -> None:
+    """Raise `SqCpuError` for a plan whose clips are of another range than that which most rows fit.
+
+    They would be fractions of a much narrower one.
+    """
+    clipped = plan is not None and any(group.clip != 1.0 for group in plan.groups)
+    if plan is None or plan.scheme is None or not clipped or not fits_rows(scheme):
+        return
+    if scheme.activations == "static" and not fits_rows(plan.scheme):
+        kind = "minmax" if plan.scheme.static_range == "auto" else plan.scheme.static_range
+        raise SqCpuError(
+            f"the plan's clips are of static_range={kind!r}, and the scheme has 'auto': give none, "
+            f"so that the plan's is taken, or one with that range (--range {kind})"
+        )
 
 
 def uniform_plan(

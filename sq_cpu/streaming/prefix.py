@@ -68,7 +68,13 @@ class StreamedPrefix:
 
         Raises `SqCpuError` where it keeps something else in a cache, or other tokens see more.
         """
-        k, v, self.hidden = self._through(index)
+        try:
+            k, v, self.hidden = self._through(index)
+        except SqCpuError as error:  # the finished blocks are of a model that has one
+            raise SqCpuError(
+                f"{error}; begin again without: --prefix off --overwrite (prefix=(), "
+                "overwrite=True)"
+            ) from error
         return kv_entries(index, k, v)
 
     def last_hidden(self) -> dict[str, Tensor]:

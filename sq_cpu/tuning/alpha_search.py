@@ -22,7 +22,7 @@ Criterion = Literal["mean", "min", "max"]
 Curve = Mapping[float, Mapping[str, float]]
 """The loss of every linear at each alpha that was tried."""
 
-# Of the calibrated range: below 1 rare large values clip and all others are rounded more finely;
+# Of the range that is found: below 1 rare large values clip and all others are rounded more finely;
 # above 1 there is room for values that calibration did not see.
 CLIPS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 _GOLDEN_STEPS = 4  # a bracket of two grid steps, 0.1, shrinks to 0.015

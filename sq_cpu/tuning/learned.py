@@ -4,8 +4,9 @@ A search scores each group alone. Here all groups' alphas and clips descend toge
 gradient of the divergence of the quantized model's prediction from the float model's, through
 rounding as if it were the identity (`numerics.straight_through`). MobileQuant (arXiv 2408.13933)
 learns smoothing and ranges so, per channel; two numbers a group are what a plan holds, and what a
-few thousand tokens determine. No row has its own scale meanwhile (`Scheme.dynamic_fallback`):
-ranges that no row fits would be best otherwise.
+few thousand tokens determine. A range that most rows fit follows alpha, and has no clip. With any
+other, no row has its own scale meanwhile (`Scheme.dynamic_fallback`): ranges that no row fits would
+be best otherwise.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from sq_cpu.models.linears import linearized
 from sq_cpu.models.padding import padding_of
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
+from sq_cpu.numerics.ranges import fits_rows, fitting_range, is_minmax
 from sq_cpu.numerics.straight_through import quantized_rows, quantized_weight
 from sq_cpu.parsing import check_kind, check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, scheme_of
+from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_clips, check_groups, scheme_of
 from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.rules import smoothing_scale, without_quiet
 from sq_cpu.smoothing.scales import WeightStatistics, as_planned, group_statistics
@@ -83,7 +85,7 @@ def learn(
     Parameters
     ----------
     plan : where it begins. alpha moves where the rule is "smoothquant", clip where activations
-        are static.
+        are static, but not with a range that most rows fit (`Scheme.static_range="auto"`).
     batches : as for `calibrate`, two or more
     scheme : as for `quantize`
 
@@ -100,7 +102,10 @@ def learn(
     check_whole(1, steps=steps)
     if steps > _MOST_STEPS:
         raise SqCpuError(f"steps is {steps}; it is at most {_MOST_STEPS}, and 100 is much")
-    scheme = replace(scheme_of(scheme, plan).resolve(has_vnni()), dynamic_fallback=False)
+    scheme = scheme_of(scheme, plan).resolve(has_vnni())
+    check_clips(plan, scheme)
+    if not fits_rows(scheme):
+        scheme = replace(scheme, dynamic_fallback=False)
     given = list(model_inputs(model, batches, "learning", "reading batches", False))
     if len(given) < 2:
         raise SqCpuError("learning needs two batches or more: it holds every fourth out")
@@ -127,7 +132,8 @@ def learn(
         moving = [each for group in groups for each in group.parameters()]
         if not moving:
             raise SqCpuError(
-                "nothing to learn: no group has the rule smoothquant or static activations"
+                "nothing to learn: no group has the rule smoothquant, or static activations with "
+                'another static_range than "auto"'
             )
         judge = _Judge(model, statistics, given[::_HELD_OUT], calibration.prefix)
         best, before = plan, judge.divergence(plan.groups)
@@ -209,12 +215,13 @@ class _Group:
         alive = (x > 0) & (w > 0)
         # d log s / d alpha, by eq. 4 of SmoothQuant.
         self._slope = torch.where(alive, x.where(alive, 1.0).log() + w.where(alive, 1.0).log(), 0.0)
-        self._static = bool(statistics.samples) and any(
-            fake.scheme.activations == "static" for fake in statistics.fake_quantized(self._s)
+        self._clips = bool(statistics.samples) and any(
+            fake.scheme.activations == "static" and not fits_rows(fake.scheme)
+            for fake in statistics.fake_quantized(self._s)
         )
         self.alpha = torch.tensor(planned.alpha, requires_grad=self._moves)
-        self.log_clip = torch.tensor(math.log(planned.clip), requires_grad=self._static)
-        # Ranges that are found on rows stay where they are, but for the clip.
+        self.log_clip = torch.tensor(math.log(planned.clip), requires_grad=self._clips)
+        # Ranges by percentile or squared error stay where they are, but for the clip.
         self._found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def parameters(self) -> list[Tensor]:
@@ -228,7 +235,7 @@ class _Group:
 
     def plan(self) -> GroupPlan:
         alpha = round(float(self.alpha), 4) if self._moves else self._planned.alpha
-        clip = round(math.exp(float(self.log_clip)), 4) if self._static else self._planned.clip
+        clip = round(math.exp(float(self.log_clip)), 4) if self._clips else self._planned.clip
         return replace(self._planned, alpha=alpha, clip=clip)
 
     def linears(self) -> Iterator[FakeQuantizedLinear]:
@@ -241,9 +248,9 @@ class _Group:
         """Return what a linear's static scale covers; None where it is dynamic."""
         if fake.scheme.activations != "static":
             return None
-        if fake.scheme.static_range == "minmax":
-            low, high = fake.channel_ends()
-            ends = low.min(), high.max()
+        if fake.scheme.static_range in ("auto", "minmax"):
+            # Made again for the gradient, as the weights are: these may be many rows.
+            ends = checkpoint(_ends_at, fake, fake.s, use_reentrant=False)
         else:
             name = fake.sample.name
             if name not in self._found:
@@ -252,6 +259,18 @@ class _Group:
             ends = self._found[name]
         clip = self.log_clip.exp()
         return clip * ends[0], clip * ends[1]
+
+
+def _ends_at(fake: FakeQuantizedLinear, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `static_range` finds for min/max, or for most rows; with the gradient of s."""
+    fake = replace(fake, s=s)
+    low, high = fake.channel_ends()
+    least, greatest = low.min(), high.max()
+    rows = fake.range_rows()
+    if rows is None or is_minmax(fake.scheme, rows):
+        return least, greatest
+    low_end, high_end = fitting_range(rows, fake.scheme)
+    return torch.maximum(least, low_end), torch.minimum(greatest, high_end)
 
 
 @contextmanager

@@ -36,6 +36,23 @@ def test_the_plan_is_worth_what_is_said_and_the_model_unchanged() -> None:
     assert found.metric in {trial.metric for trial in found.trials}
 
 
+def test_a_tuned_plan_has_the_range_of_which_its_clips_were_found() -> None:
+    model = llama()
+    calibration = sq_cpu.calibrate(model, batches(3))
+    job = TuningJob(model, calibration, Divergence(model), Goal.of(1.0), False, ("lm_head",))
+    for activations, kind in (("static", "minmax"), ("per_token", "auto")):
+        plan = job.plan(Configuration(activations=activations, alpha=(0.4, 0.6)))  # type: ignore[arg-type]
+        assert plan.scheme is not None
+        assert (plan.scheme.activations, plan.scheme.static_range) == (activations, kind)
+        assert any(group.clip != 1 for group in plan.groups) is (activations == "static")
+    uniform = job.plan(Configuration(smoothing="smoothquant", alpha=(0.5,)))
+    assert uniform.scheme is not None
+    assert uniform.scheme.static_range == "auto"
+    mse = job.plan(Configuration(alpha=(0.4, 0.6), static_range="mse"))
+    assert mse.scheme is not None
+    assert mse.scheme.static_range == "mse"
+
+
 def test_as_few_in_float_as_of_all_subsets() -> None:
     model = llama()
     calibration = sq_cpu.calibrate(model, batches(3))

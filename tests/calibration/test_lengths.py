@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import inputs, tiny_model
 from torch import Tensor, nn
 
 import sq_cpu
@@ -111,6 +111,15 @@ def test_lengths_that_cannot_be(lengths: Any, message: str) -> None:
     with pytest.raises(SqCpuError, match=message) as caught:
         calibrate(tiny_model("llama"), MIXED, lengths=lengths)
     assert "\n" not in str(caught.value)
+
+
+def test_frames_are_no_tokens() -> None:
+    """By position they have the shape of embeddings: [batch, 8 mel bins, frames]."""
+    (given, *_) = inputs("whisper")
+    batch = (given["input_features"], None, given["decoder_input_ids"])
+    for each in (batch, given):
+        with pytest.raises(SqCpuError, match=r"token ids, and the Whisper\w+ takes input_features"):
+            calibrate(tiny_model("whisper"), [each], lengths=LENGTHS)
 
 
 def test_batches_without_a_length() -> None:

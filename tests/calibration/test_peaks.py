@@ -1,4 +1,4 @@
-"""The rows that reach farthest when rotated: what a rotated static scale covers."""
+"""The rows that reach farthest when rotated: their ends are a rotated input's range."""
 
 from __future__ import annotations
 

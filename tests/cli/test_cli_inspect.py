@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,14 @@ def calibration(model: Any, prefix: str = "off") -> sq_cpu.Calibration:
 
 
 def expected(
-    plan: SmoothPlan | None = None, alpha: float = DEFAULT_ALPHA, scheme: str | None = None
+    plan: SmoothPlan | None = None,
+    alpha: float = DEFAULT_ALPHA,
+    scheme: str | None = None,
+    prefix: str = "off",
 ) -> Any:
     """Return what inspecting the float model on the text has to show."""
     model = byte_model()
-    of = calibration(model)
+    of = calibration(model, prefix)
     plan = plan or SmoothPlan.uniform(model, of, alpha, ignore=("lm_head",))
     return json.loads(
         json.dumps(sq_cpu.analyze(model, of, plan, scheme=scheme).to_dict(channels=False))
@@ -89,6 +93,33 @@ def test_a_plan(folder: Path, text: Path, plan: tuple[Path, SmoothPlan]) -> None
     assert "1 linear in float: too rough" in table
     other = json_of(*arguments, "--scheme", "O2")
     assert other["scheme"]["activations"] == "per_tensor"
+
+
+def test_a_prefix(folder: Path, text: Path, plan: tuple[Path, SmoothPlan], tmp_path: Path) -> None:
+    arguments = ["inspect", folder, "--alpha", 0.8, "--calib", text, *small()]
+    without, with_bos = expected(alpha=0.8), expected(alpha=0.8, prefix="bos")
+    assert without != with_bos
+    for given, wanted in (((), without), (("--prefix", "bos"), with_bos)):
+        assert json_of(*arguments, *given) == {"model": str(folder), **wanted}
+    of_plan = ["inspect", folder, "--plan", plan[0], "--calib", text, *small(), "--prefix", "bos"]
+    assert json_of(*of_plan) == {"model": str(folder), **expected(plan[1], prefix="bos")}
+
+    # By default that which the tokenizer puts in front, as of quantize.
+    leading = tmp_path / "leading"
+    tokenizer = byte_tokenizer()
+    sq_cpu.lead_with(tokenizer)
+    shutil.copytree(folder, leading)
+    tokenizer.save_pretrained(leading)
+    arguments[1] = leading
+    assert json_of(*arguments) == {"model": str(leading), **with_bos}
+    off = json_of(*arguments, "--prefix", "off")
+    assert off["tokens"] == 4 * 64  # BOS counts like any
+
+    int8 = tmp_path / "int8"
+    run("quantize", folder, "-o", int8, "--calib", text, *small())
+    for choice in ("auto", "bos", "off"):
+        refused = run("inspect", int8, "--prefix", choice, code=2)
+        assert "--prefix is for a float model" in refused.output
 
 
 def test_a_report_of_a_float_model(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.numerics.ranges import static_range
-from sq_cpu.numerics.rounding import quantize_rows, static_code
+from sq_cpu.numerics.rounding import quantize_rows, row_fits, static_code
 from sq_cpu.scheme import Scheme
 
 GRIDS = list(itertools.product((True, False), (False, True)))
@@ -48,14 +48,25 @@ def test_auto_covers_19_of_20_rows_where_the_others_get_their_own_scale(symmetri
     rows = torch.stack([-reach, 3 * reach, 0 * reach], dim=1)[torch.randperm(101)]
     ends = torch.tensor([-500.0, 0.0, 0.0]), torch.tensor([0.0, 900.0, 0.0])
     low, high = static_range(*ends, rows, scheme)
-    assert high == 3 * 96  # at 95 % of 101 rows
-    assert low == (-288 if symmetric else -96)
+    # At 95 % of 101 rows; of an asymmetric scheme, at 97.5 % of either end.
+    assert (low, high) == pytest.approx((-288, 288) if symmetric else (-98.5, 3 * 98.5))
     # Not beyond what was seen, as where rows in bf16 round up.
     assert static_range(*ends, 100 * rows, scheme) == (-500.0, 900.0)
     # And all of it where no row gets a scale of its own, or none was sampled.
     assert static_range(*ends, rows, scheme_of("auto", symmetric=symmetric)) == (-500.0, 900.0)
     for none in (None, rows[:0]):
         assert static_range(*ends, none, scheme) == (-500.0, 900.0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_of_the_rows_that_auto_is_found_on_19_of_20_do_not_clip(symmetric: bool) -> None:
+    scheme = scheme_of("auto", symmetric=symmetric, dynamic_fallback=True)
+    rows = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    static = static_code(scheme, *static_range(rows.amin(0), rows.amax(0), rows, scheme))
+    clips, underflows = row_fits(rows.amin(1), rows.amax(1), scheme, static)
+    assert not underflows.any()
+    # A value less than half a step beyond is rounded to the end.
+    assert 0.8 * 0.05 < clips.float().mean() <= 0.05
 
 
 @pytest.mark.parametrize(

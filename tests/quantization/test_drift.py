@@ -57,7 +57,7 @@ def test_rows_of_a_naive_model_are_counted_as_in_calibration() -> None:
         drift(model, reset=True)
         layer(rows)
         found = drift(model)[name]
-        assert found == Drift(len(rows), round(share * len(rows)), share)
+        assert found == Drift(len(rows), round(share * len(rows)), share, 1 / 16)
 
 
 def test_rows_that_underflow_are_misfits_too() -> None:
@@ -136,8 +136,31 @@ def test_what_counts_as_drift() -> None:
     assert Drift(0, 0, 0.5).share == 0.0
     assert Drift(1300, 9, 0.1).since(Drift(300, 4, 0.1)) == Drift(1000, 5, 0.1)
     assert Drift(500, 100, 0.0).to_dict() == {
-        "rows": 500, "misfits": 100, "calibrated": 0.0, "share": 0.2, "drifts": True
+        "rows": 500, "misfits": 100, "calibrated": 0.0, "least": 1 / 64, "share": 0.2,
+        "drifts": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("static_range", ["auto", "minmax"])
+def test_what_the_range_leaves_out_is_no_drift(static_range: str) -> None:
+    model, calibration = calibrated("llama")
+    scheme = Scheme.of("O3", static_range=static_range)
+    sq_cpu.quantize(model, calibration, scheme=scheme, smooth=False)
+    model.sq_cpu_config = replace(model.sq_cpu_config, misfits={DOWN: 2 / 64})
+    layer = model.get_submodule(DOWN)
+    fitting = torch.full((1, layer.in_features), layer.static[0] * 100)
+
+    def drifts(share: int) -> bool:
+        drift(model, reset=True)
+        layer(torch.cat([fitting.expand(1000 - share, -1), 1e4 * fitting.expand(share, -1)]))
+        found = drift(model)[DOWN]
+        assert found.misfits == share
+        assert found.since(found) == replace(found, rows=0, misfits=0)
+        return found.drifts
+
+    # One in 20 by itself; of 64 rows, the calibration's share may be half of that by chance.
+    assert drifts(126) is (static_range == "minmax")
+    assert drifts(251)
 
 
 def test_a_decomposed_layer_has_its_own_name() -> None:

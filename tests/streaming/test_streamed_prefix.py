@@ -136,3 +136,7 @@ def test_a_block_that_can_have_none(
     what = f"block {block} keeps 0 pairs" if wrong == "reads no cache" else "depend on later ones"
     assert what in str(raised.value)
     assert not out.exists()
+    if block:  # others are finished, for the prefix
+        assert "begin again without: --prefix off --overwrite" in str(raised.value)
+        made = sq_cpu.quantize_checkpoint(source, out, texts(), prefix=(), overwrite=True)
+        assert made.record.prefix == ()

@@ -10,9 +10,11 @@ from tuning_cases import logit_error, planted
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
+from sq_cpu.models.groups import smoothing_groups
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.numerics.straight_through import quantized_rows, quantized_weight
-from sq_cpu.tuning.learned import learn
+from sq_cpu.smoothing.scales import group_statistics
+from sq_cpu.tuning.learned import _Group, learn
 
 SCHEMES = {
     "per token": Scheme.of("O1"),
@@ -58,6 +60,10 @@ def test_a_scale_has_the_gradient_of_lsq() -> None:
     torch.testing.assert_close(high.grad, torch.tensor(1.0))
 
 
+MINMAX = Scheme.of("O3", static_range="minmax")
+"""Whose clips are learned: the default's range is what most rows fit."""
+
+
 def far(model: torch.nn.Module, calibration: sq_cpu.Calibration) -> sq_cpu.SmoothPlan:
     """Return a plan whose clips are much too wide."""
     plan = sq_cpu.SmoothPlan.uniform(model, calibration, alpha=0.1)
@@ -70,10 +76,10 @@ def test_a_learned_plan_is_better_on_batches_that_nobody_saw(model_type: str) ->
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calibration = sq_cpu.calibrate(model, data, rows=32)
     plan = far(model, calibration)
-    learned = learn(model, calibration, plan, data, scheme="O3", steps=40)
+    learned = learn(model, calibration, plan, data, scheme=MINMAX, steps=40)
     assert learned.after < 0.8 * learned.before
-    assert logit_error(model_type, learned.plan, calibration, "O3") < 0.8 * logit_error(
-        model_type, plan, calibration, "O3"
+    assert logit_error(model_type, learned.plan, calibration, MINMAX) < 0.8 * logit_error(
+        model_type, plan, calibration, MINMAX
     )
     assert all(0 <= group.alpha <= 1 and group.clip < 2 for group in learned.plan.groups)
     for name, value in model.state_dict().items():
@@ -95,12 +101,13 @@ def test_only_what_the_plan_leaves_open_moves() -> None:
     calibration = sq_cpu.calibrate(model, data, rows=32)
     plan = sq_cpu.SmoothPlan.uniform(model, calibration, rule="spiq", hadamard=0)
     plan = replace(plan, groups=tuple(replace(group, clip=2.0) for group in plan.groups))
-    learned = learn(model, calibration, plan, data, scheme="O3", steps=20)
+    learned = learn(model, calibration, plan, data, scheme=MINMAX, steps=20)
     assert learned.after < learned.before
     for group, old in zip(learned.plan.groups, plan.groups, strict=True):
         assert replace(group, clip=2.0) == old
-    with pytest.raises(SqCpuError, match="nothing to learn"):
-        learn(model, calibration, plan, data, scheme="O1")
+    for scheme in ("O1", "O3"):
+        with pytest.raises(SqCpuError, match="nothing to learn"):
+            learn(model, calibration, plan, data, scheme=scheme)
     mixed = far(model, calibration)
     linear = mixed.groups[0].name.replace("input_layernorm", "self_attn.q_proj")
     mixed = replace(mixed, layers=(sq_cpu.LayerPlan(name=linear, outliers=(3, 17)),))
@@ -127,10 +134,36 @@ def test_padding_and_other_models_than_of_language() -> None:
     assert learned.after < learned.before
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_that_most_rows_fit_follows_alpha(symmetric: bool) -> None:
+    model, data = planted("llama"), batches(3)
+    calibration = sq_cpu.calibrate(model, data, rows=32)
+    scheme = Scheme.of("O3", symmetric=symmetric).resolve(True)
+    plan = sq_cpu.SmoothPlan.uniform(model, calibration, alpha=0.1, hadamard=64)
+    by_name = {group.name: group for group in smoothing_groups(model)}
+    for planned in plan.groups:
+        statistics = group_statistics(model, by_name[planned.name], calibration, scheme)
+        group = _Group(statistics, planned)
+        assert group.parameters() == [group.alpha]
+        with torch.no_grad():
+            group.alpha += 0.5
+        for fake in group.linears():
+            low, high = group.ends(fake)
+            found = replace(fake, s=fake.s.detach()).range
+            assert (low.item(), high.item()) == pytest.approx(found, rel=1e-5)
+            (slope,) = torch.autograd.grad(high - low, group.alpha, retain_graph=True)
+            assert slope.isfinite()
+            assert slope != 0
+    learned = learn(model, calibration, plan, data, scheme=scheme, steps=40)
+    assert learned.after < 0.95 * learned.before
+    assert all(group.clip == 1 for group in learned.plan.groups)
+
+
+@pytest.mark.parametrize("scheme", [Scheme.of("O3"), MINMAX], ids=["auto", "minmax"])
 @pytest.mark.parametrize("prefix", [(), (1, 5)])
 @pytest.mark.parametrize("model_type", ["llama", "opt", "mixtral"])
 def test_a_plan_loses_what_the_quantized_model_does(
-    model_type: str, prefix: tuple[int, ...]
+    model_type: str, prefix: tuple[int, ...], scheme: Scheme
 ) -> None:
     model, data = planted(model_type), batches(2)
     for ids in data:
@@ -139,12 +172,14 @@ def test_a_plan_loses_what_the_quantized_model_does(
         model.get_input_embeddings().weight[1] *= 20
     calibration = sq_cpu.calibrate(model, data, rows=32, prefix=prefix)
     plan = far(model, calibration)
-    learned = learn(model, calibration, plan, data, scheme="O3", steps=1)
+    learned = learn(model, calibration, plan, data, scheme=scheme, steps=1)
     assert sq_cpu.prefix_of(model) is None
+    if scheme == MINMAX:  # learned without rows of own scales
+        scheme = replace(scheme, dynamic_fallback=False)
     with torch.no_grad():
         expected = model(data[0]).logits[:, len(prefix) :].log_softmax(-1)
         quantized = copy.deepcopy(model)
-        sq_cpu.quantize(quantized, calibration, plan, scheme=SCHEMES["static alone"])
+        sq_cpu.quantize(quantized, calibration, plan, scheme=scheme)
         made = quantized(data[0]).logits[:, len(prefix) :].log_softmax(-1)
     wanted = (expected.exp() * (expected - made)).sum(-1).mean()
     # A code that falls to the other side of a tie, now and then.

@@ -12,7 +12,10 @@ from tuning_cases import logit_error, planted
 import sq_cpu
 from sq_cpu import Scheme, SmoothPlan, SqCpuError
 from sq_cpu.models.groups import smoothing_groups
+from sq_cpu.smoothing.rules import smoothing_scale
+from sq_cpu.smoothing.scales import as_planned, group_statistics
 from sq_cpu.smoothing.smooth import fold
+from sq_cpu.tuning.learned import learn
 from sq_cpu.tuning.losses import LOSSES
 
 
@@ -25,7 +28,7 @@ def test_tuned_beats_no_smoothing_where_there_are_outliers(model_type: str, sche
     assert {group.name for group in plan.groups} == {
         g.name for g in smoothing_groups(model) if g.consumers != ("lm_head",)
     }
-    tuned = logit_error(model_type, plan, calibration, scheme)
+    tuned = logit_error(model_type, plan, calibration, None)
     assert tuned < 0.5 * logit_error(model_type, None, calibration, scheme)
 
 
@@ -113,7 +116,7 @@ def test_every_loss_finds_what_the_outliers_need(loss: str) -> None:
     model = planted("opt")
     calibration = sq_cpu.calibrate(model, batches(4), gradient_rows=64 * (loss == "kl"))
     plan = sq_cpu.tune(model, calibration, loss=loss)
-    tuned = logit_error("opt", plan, calibration, "O3")
+    tuned = logit_error("opt", plan, calibration, None)
     assert tuned < 0.5 * logit_error("opt", None, calibration, "O3")
     assert all(f"{loss} " in group.note and len(group.curve) > 21 for group in plan.groups)
 
@@ -160,10 +163,22 @@ def test_block_wise_the_groups_of_a_block_share_alpha_and_clip() -> None:
 def test_clip_is_searched_for_static_scales_alone() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(4))
-    assert any(group.clip != 1 for group in sq_cpu.tune(model, calibration).groups)
+    plan = sq_cpu.tune(model, calibration)
+    assert any(group.clip != 1 for group in plan.groups)
+    # They are fractions of min/max, and carried out so.
+    assert plan.scheme == Scheme.of("O3", static_range="minmax")
+    assert plan == sq_cpu.tune(model, calibration, scheme=plan.scheme)
+    assert sq_cpu.quantize(planted("llama"), calibration, plan).sq_cpu_config.scheme == plan.scheme
+    for refusing in (sq_cpu.quantize, sq_cpu.analyze):
+        with pytest.raises(SqCpuError, match=r"clips are of static_range='minmax', and the scheme"):
+            refusing(planted("llama"), calibration, plan, scheme="O3")
+        refusing(planted("llama"), calibration, plan, scheme="O1")
+    with pytest.raises(SqCpuError, match=r"has 'auto': give none,"):
+        learn(model, calibration, plan, batches(2), scheme="O3")
     for scheme, clip in (("O1", True), ("O2", True), ("O3", False)):
         plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip)
         assert all(group.clip == 1 for group in plan.groups)
+        assert plan.scheme == Scheme.of(scheme)
 
 
 def test_scored_are_rows_that_did_not_make_the_range() -> None:
@@ -223,3 +238,25 @@ def test_rows_that_clip_are_not_free() -> None:
             quantized(ids)
     counts = sq_cpu.row_counts(quantized).values()
     assert sum(each.clipped for each in counts) < 0.2 * sum(each.rows for each in counts)
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+@pytest.mark.parametrize("clip", [True, False])
+def test_what_is_scored_is_what_quantize_carries_out(clip: bool, fallback: bool) -> None:
+    model = planted("llama")
+    with torch.no_grad():  # a row in 20 that most rows' range leaves out
+        model.get_input_embeddings().weight[:3] *= 20
+    calibration = sq_cpu.calibrate(model, batches(1))  # one batch: nothing is held out
+    given: dict[str, Any] = {"loss": "nmse", "alphas": (0.4, 0.4, 1), "outliers": 0, "hadamard": 0}
+    scheme = Scheme.of("O3", dynamic_fallback=fallback).resolve(True)
+    plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip, **given)
+    assert any(group.clip != 1 for group in plan.groups) is clip
+    assert plan.scheme is not None
+    scheme = replace(plan.scheme, dynamic_fallback=fallback and not clip)
+    named = {group.name: group for group in smoothing_groups(model)}
+    for planned in plan.groups:
+        statistics = group_statistics(model, named[planned.name], calibration, scheme)
+        s = smoothing_scale(planned.rule, statistics, planned.alpha)
+        fakes = as_planned(statistics, planned).fake_quantized(s)
+        wanted = sum(float(x.squared_error() / x.sample.squared_output()) for x in fakes)
+        assert float(planned.note.split()[-1]) == pytest.approx(wanted, rel=0.01)
