@@ -288,10 +288,19 @@ class SmoothPlan:
 
 
 def scheme_of(scheme: str | Scheme | None, plan: SmoothPlan | None) -> Scheme:
-    """Return the scheme that is given, else the plan's, else O1."""
-    if scheme is None and plan is not None:
-        scheme = plan.scheme
-    return Scheme.of("O1" if scheme is None else scheme)
+    """Return the scheme that is given, else the plan's, else O1.
+
+    O3 by name leaves the static range to the plan, whose clips are fractions of it.
+    """
+    planned = None if plan is None else plan.scheme
+    if scheme is None:
+        return Scheme.of("O1") if planned is None else planned
+    found = Scheme.of(scheme)
+    if planned is None or not isinstance(scheme, str):
+        return found
+    if found.activations == planned.activations == "static":
+        return replace(found, static_range=planned.static_range, percentile=planned.percentile)
+    return found
 
 
 def check_clips(plan: SmoothPlan | None, scheme: Scheme) -> None:

@@ -171,10 +171,13 @@ def test_clip_is_searched_for_static_scales_alone() -> None:
     assert sq_cpu.quantize(planted("llama"), calibration, plan).sq_cpu_config.scheme == plan.scheme
     for refusing in (sq_cpu.quantize, sq_cpu.analyze):
         with pytest.raises(SqCpuError, match=r"clips are of static_range='minmax', and the scheme"):
-            refusing(planted("llama"), calibration, plan, scheme="O3")
+            refusing(planted("llama"), calibration, plan, scheme=Scheme.of("O3"))
         refusing(planted("llama"), calibration, plan, scheme="O1")
     with pytest.raises(SqCpuError, match=r"has 'auto': give none,"):
-        learn(model, calibration, plan, batches(2), scheme="O3")
+        learn(model, calibration, plan, batches(2), scheme=Scheme.of("O3"))
+    # By name, the plan says which range O3 has.
+    named = sq_cpu.quantize(planted("llama"), calibration, plan, scheme="O3").sq_cpu_config
+    assert named.scheme == plan.scheme
     for scheme, clip in (("O1", True), ("O2", True), ("O3", False)):
         plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip)
         assert all(group.clip == 1 for group in plan.groups)
