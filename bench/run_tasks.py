@@ -8,6 +8,9 @@ one. lm-eval scores them as tasks of our own. With one continuation (lambada) a 
 where each of its tokens is the likeliest, with several where the right one's log-likelihood is the
 largest (lm-eval's `acc`: lengths do not count). A variant is one of `run_loss.py`; texts of
 "+prefix" begin with BOS, and so do those of the fp32 beside it. All models are held at once.
+
+Documents are scored a part of each task after the other, and the file is written after every part:
+a run that is cut short has all tasks and models, over fewer documents. `--resume` goes on there.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +37,7 @@ import sq_cpu
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.lm_eval import lm_eval_results
 from sq_cpu.extras import require
+from sq_cpu.progress import track
 
 WINDOW = 512  # tokens of one of the calibration
 SETTING = "rc_0shot"  # continuations ranked, no examples: of a task that has several settings
@@ -85,14 +89,9 @@ def requests_of(package: Path, task: str) -> list[Row]:
     return documents
 
 
-def name_of(task: str) -> str:
-    """Return what lm-eval is to know a task as: it has a piqa of its own."""
-    return f"requests_{task.replace('/', '_')}"
-
-
-def write_task(folder: Path, task: str, documents: Sequence[Row]) -> None:
+def write_task(folder: Path, name: str, documents: Sequence[Row]) -> None:
     """Write a task of lm-eval: its documents, and the YAML file that tells how to read them."""
-    data = folder / f"{name_of(task)}.jsonl"
+    data = folder / f"{name}.jsonl"
     lone = all(len(document["choices"]) == 1 for document in documents)
     with data.open("w", encoding="utf-8") as lines:
         for document in documents:
@@ -100,7 +99,7 @@ def write_task(folder: Path, task: str, documents: Sequence[Row]) -> None:
             lines.write(json.dumps(row) + "\n")
     several = {"output_type": "multiple_choice", "doc_to_choice": "choices"}
     config = {
-        "task": name_of(task),
+        "task": name,
         "dataset_path": "json",
         "dataset_kwargs": {
             "data_files": {"test": str(data)},
@@ -114,12 +113,11 @@ def write_task(folder: Path, task: str, documents: Sequence[Row]) -> None:
         **({"output_type": "loglikelihood"} if lone else several),
     }
     # JSON is YAML.
-    (folder / f"{name_of(task)}.yaml").write_text(json.dumps(config), encoding="utf-8")
+    (folder / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
 
 
-def answers(subject: Subject, task: str, folder: Path, batch_size: int) -> str:
+def answers(subject: Subject, name: str, folder: Path, batch_size: int) -> str:
     """Return "1" for every document that the model has right and "0" for the others."""
-    name = name_of(task)
     found = lm_eval_results(
         subject.model, subject.tokenizer, [name], folder=folder, batch_size=batch_size, samples=True
     )
@@ -154,13 +152,11 @@ def row_of(task: str, subject: Subject, right: str, reference: str | None) -> Ro
 def subjects_of(source: Source, names: Sequence[str]) -> list[Subject]:
     """Return the models, each after the fp32 that it is compared with."""
     subjects: dict[str, Subject] = {}
-    same = sq_cpu.leading_ids(source.tokenizers[False]) == sq_cpu.leading_ids(
-        source.tokenizers[True]
-    )
+    without, led = (sq_cpu.leading_ids(source.tokenizers[lead]) for lead in (False, True))
     for name in names:
         lead = name.endswith(PREFIX)
         tokenizer = source.tokenizers[lead]
-        reference = "fp32" + PREFIX * (lead and not same)
+        reference = "fp32" + PREFIX * (lead and led != without)
         subjects.setdefault(reference, Subject(reference, None, source.model, tokenizer))
         model = source.variant(name).model
         subjects[name] = Subject(name, reference, model, tokenizer)
@@ -175,6 +171,7 @@ def main(
     ] = "lambada,piqa,arc_easy",
     variants: Annotated[str, typer.Option(help="What is beside fp32.")] = "O3,O1",
     limit: Annotated[int, typer.Option(min=2, help="The first documents of each task.")] = ALL,
+    part: Annotated[int, typer.Option(min=2, help="Documents scored at a time.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
     calibration_windows: Annotated[int, typer.Option(min=1)] = 16,
     alpha: Annotated[float, typer.Option(help="Of what is not tuned.")] = 0.8,
@@ -200,7 +197,6 @@ def main(
         settings = {
             "model": type(source.model).__name__,
             "parameters": source.model.num_parameters(),
-            "limit": limit if limit < ALL else None,
             "batch_size": batch_size,
             "calibration_windows": calibration_windows,
             "alpha": alpha,
@@ -212,7 +208,9 @@ def main(
             raise SqCpuError(f"{results.path} was measured with {found}, this run with {settings}")
         if command not in results.content["commands"]:
             results.content["commands"].append(command)
-        measure(source, names, documents, batch_size, results)
+        measure(source, names, documents, results, part=part, batch_size=batch_size)
+        for row in results.rows:
+            show(row)
     except SqCpuError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
@@ -222,25 +220,49 @@ def measure(
     source: Source,
     names: Sequence[str],
     documents: dict[str, list[Row]],
-    batch_size: int,
     results: ResultFile,
+    *,
+    part: int,
+    batch_size: int,
 ) -> None:
-    """Score every model on every task, but what the results hold already."""
-    known = {(row["task"], row["variant"]): row["right"] for row in results.rows}
+    """Score every model on the documents of every task that the results do not have yet."""
     subjects = subjects_of(source, names)
+    known = {(row["task"], row["variant"]): row["right"] for row in results.rows}
+    # What stopped between two parts' models left some with fewer documents than others.
+    ends = {len(right) for right in known.values()}
+    longest = max(map(len, documents.values()))
+    bounds = sorted({0, *ends, *range(0, longest, part), longest})
+    parts = [
+        (task, start, f"requests_{task.replace('/', '_')}_{start}", rows[start:end])
+        for start, end in pairwise(bounds)
+        for task, rows in documents.items()
+        if start < len(rows)
+    ]
     with tempfile.TemporaryDirectory() as place:
-        for task, rows in documents.items():  # all before the first run, which reads the folder
-            write_task(Path(place), task, rows)
-        for task in documents:
+        for _, _, name, rows in parts:  # all before the first run, which reads the folder
+            write_task(Path(place), name, rows)
+        for task, start, name, _ in track(parts, "parts"):
             for subject in subjects:
-                if (task, subject.name) in known:
+                if start < len(known.get((task, subject.name), "")):
                     continue
-                right = answers(subject, task, Path(place), batch_size)
-                known[task, subject.name] = right
-                beside = None if subject.reference is None else known[task, subject.reference]
-                row = row_of(task, subject, right, beside)
-                results.add(row)
-                show(row)
+                right = answers(subject, name, Path(place), batch_size)
+                known[task, subject.name] = known.get((task, subject.name), "") + right
+                put(results, task, subject, known)
+
+
+def put(
+    results: ResultFile, task: str, subject: Subject, known: dict[tuple[str, str], str]
+) -> None:
+    """Write a model's row on a task, in place of the one over fewer documents."""
+    right = known[task, subject.name]
+    reference = None if subject.reference is None else known[task, subject.reference][: len(right)]
+    row = row_of(task, subject, right, reference)
+    places = {(row["task"], row["variant"]): k for k, row in enumerate(results.rows)}
+    if (task, subject.name) in places:
+        results.rows[places[task, subject.name]] = row
+        results.write()
+    else:
+        results.add(row)
 
 
 def show(row: Row) -> None:

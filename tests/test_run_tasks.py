@@ -133,22 +133,30 @@ def test_it_scores_a_folder(package: Path, tmp_path: Path, monkeypatch: pytest.M
 
     def run(*options: str) -> str:
         arguments = [str(folder), "--package", str(package), "--out", str(out), *options]
-        found = CliRunner().invoke(command, [*arguments, "--tasks", "choice,last"])
+        arguments += ["--tasks", "choice,last", "--calibration-windows", "1"]
+        found = CliRunner().invoke(command, arguments)
         return found.output + repr(found.exception or "")
 
-    assert "fp32" in run("--variants", "O3", "--calibration-windows", "1")
+    # Three parts: 0 to 2, 2 to 4 and, resumed, 4 to 6.
+    assert "fp32" in run("--variants", "O3", "--limit", "4", "--part", "2")
     rows = json.loads(out.read_text())["rows"]
     names = [(row["task"], row["variant"]) for row in rows]
     assert names == [(task, name) for task in ("choice", "last") for name in ("fp32", "O3")]
-    assert rows[0]["right"] == by_definition(package, "choice") == "101010"
-    assert rows[2]["right"] == by_definition(package, "last") == "110000"
-    assert rows[1]["reference"] == "fp32"
+    assert {row["documents"] for row in rows} == {4}
+    assert "fp32" in run("--variants", "O3", "--resume")
+    again = json.loads(out.read_text())["rows"]
+    assert again[0]["right"] == by_definition(package, "choice") == "101010"
+    assert again[2]["right"] == by_definition(package, "last") == "110000"
+    assert [(row["task"], row["variant"]) for row in again] == names
+    for row, longer in zip(rows, again, strict=True):
+        assert longer["right"][:4] == row["right"]
+        assert longer["documents"] == DOCUMENTS
+    assert again[1]["reference"] == "fp32"
     assert str(tmp_path) not in out.read_text()
 
     monkeypatch.setattr(run_tasks, "answers", lambda *_: "1" * DOCUMENTS)
-    more = ("--variants", "O3,O1+prefix", "--calibration-windows", "1", "--resume")
-    assert "O1+prefix" in run(*more)
-    again = json.loads(out.read_text())["rows"]
-    assert again[:4] == rows
-    assert [row["variant"] for row in again[4:]] == ["fp32+prefix", "O1+prefix"] * 2
-    assert "was measured with" in run("--variants", "O3", "--limit", "3", "--resume")
+    assert "O1+prefix" in run("--variants", "O3,O1+prefix", "--resume")
+    more = json.loads(out.read_text())["rows"]
+    assert more[:4] == again
+    assert [row["variant"] for row in more[4:]] == ["fp32+prefix", "O1+prefix"] * 2
+    assert "was measured with" in run("--variants", "O3", "--alpha", "0.5", "--resume")
