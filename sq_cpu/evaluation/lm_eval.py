@@ -21,7 +21,7 @@ from sq_cpu.models.calls import evaluating
 from sq_cpu.models.hooks import hooked
 from sq_cpu.models.tokenizers import leading_ids
 
-__all__ = ["lm_eval_accuracy"]
+__all__ = ["lm_eval_accuracy", "lm_eval_results"]
 
 
 def lm_eval_accuracy(
@@ -72,6 +72,36 @@ def lm_eval_accuracy(
     The tasks' data come from the Hugging Face hub, unless a task says otherwise. The global random
     states are left as they were.
     """
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    results = lm_eval_results(
+        model,
+        tokenizer,
+        names,
+        limit=limit,
+        few_shots=few_shots,
+        batch_size=batch_size,
+        folder=folder,
+        progress=progress,
+    )
+    return math.fsum(_metric(results, name, metric) for name in names) / len(names)
+
+
+def lm_eval_results(
+    model: nn.Module,
+    tokenizer: Any,
+    names: Sequence[str],
+    *,
+    limit: int | None = None,
+    few_shots: int | None = None,
+    batch_size: int = 1,
+    folder: Path | str | None = None,
+    progress: bool | None = None,
+    samples: bool = False,
+) -> dict[str, Any]:
+    """Return what lm-eval's `simple_evaluate` does, with every document's scores if `samples`.
+
+    Arguments and errors are those of `lm_eval_accuracy`.
+    """
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -80,7 +110,6 @@ def lm_eval_accuracy(
             f"lm-eval cannot be imported ({first_line(error)}); run: pip install 'sq_cpu[lm-eval]'"
         ) from error
 
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
     if not names:
         raise SqCpuError("no tasks: give the name of at least one")
     if limit is not None and limit < 1:
@@ -97,7 +126,7 @@ def lm_eval_accuracy(
             unknown = [name for name in names if name not in manager.task_index]
             if unknown:
                 raise SqCpuError(f"lm-eval knows no task {unknown[0]}; see: lm-eval ls tasks")
-            results = simple_evaluate(
+            results: dict[str, Any] = simple_evaluate(
                 HFLM(
                     pretrained=model,
                     tokenizer=tokenizer,
@@ -105,12 +134,12 @@ def lm_eval_accuracy(
                     # HFLM adds it by itself for few model types.
                     add_bos_token=bool(leading_ids(tokenizer)),
                 ),
-                tasks=names,
+                tasks=list(names),
                 task_manager=manager,
                 limit=limit,
                 num_fewshot=few_shots,
                 bootstrap_iters=0,  # no standard errors
-                log_samples=False,
+                log_samples=samples,
             )
         except SqCpuError:
             raise
@@ -120,7 +149,7 @@ def lm_eval_accuracy(
                 f"lm-eval cannot evaluate {', '.join(names)}: {first_line(error)}; check the "
                 "tasks, and the connection to the hub"
             ) from error
-    return math.fsum(_metric(results, name, metric) for name in names) / len(names)
+    return results
 
 
 @functools.cache  # it reads thousands of files, for seconds
