@@ -62,21 +62,21 @@ def dearer(table: Costs, variant: str, times: float) -> Costs:
 def test_o1_where_o3_misses_the_goal(pick: Any, model: nn.Module, calibration: Calibration) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     said: list[str] = []
-    picked = pick("10%", schemes=PLAIN, say=said.append)
+    picked = pick("20%", schemes=PLAIN, say=said.append)
     assert [one.scheme for one in picked.tried] == [*PLAIN]
     assert [one.holds for one in picked.tried] == [False, True]
     o3, o1 = picked.tried
     assert picked.scheme == PLAIN[1]
     assert (picked.metric, picked.loss_percent) == (o1.metric, o1.loss_percent)
     assert (picked.milliseconds, picked.standard_error) == (o1.milliseconds, o1.standard_error)
-    assert o3.loss_percent > 100 > 10 > picked.loss_percent  # neither is near the goal
+    assert o3.loss_percent > 100 > 20 > picked.loss_percent  # neither is near the goal
     worse = 100 * (picked.metric / picked.float_metric - 1)
     assert picked.loss_percent == pytest.approx(worse, rel=1e-9)
     assert o3.milliseconds < picked.milliseconds < picked.float_milliseconds
-    assert picked.goal == "10%"
+    assert picked.goal == "20%"
     assert said[0] == "evaluating the float model"
     assert said[1::2] == ["trying O3", "trying O1"]
-    assert said[2].startswith(f"O3: {o3.loss_percent:+.2f} % +- {o3.standard_error:.2f}, goal 10%;")
+    assert said[2].startswith(f"O3: {o3.loss_percent:+.2f} % +- {o3.standard_error:.2f}, goal 20%;")
 
     # The model is as it was, and quantized so is worth what was measured.
     after = model.state_dict()
@@ -89,7 +89,7 @@ def test_o1_where_o3_misses_the_goal(pick: Any, model: nn.Module, calibration: C
 
 
 def test_o3_where_it_holds(pick: Any) -> None:
-    picked = pick("10%")
+    picked = pick("20%")
     assert picked.scheme == Scheme.of("O3")
     (one,) = picked.tried  # and O1 is not tried
     assert one.holds
@@ -133,9 +133,9 @@ def test_the_standard_error_is_over_the_windows_paired_losses(
             losses.append(-float(likelihoods.gather(1, ids[0, 1:, None]).mean()))
         more.append(losses[1] - losses[0])
     assert picked.loss_percent == pytest.approx(100 * math.expm1(statistics.fmean(more)), rel=1e-3)
-    error = 100 * statistics.stdev(more) / math.sqrt(8)
-    # exp(mean) is near 1.
-    assert picked.standard_error == pytest.approx(error, rel=0.05)
+    # Of exp(mean), to first order.
+    error = 100 * math.exp(statistics.fmean(more)) * statistics.stdev(more) / math.sqrt(8)
+    assert picked.standard_error == pytest.approx(error, rel=1e-3)
     assert error > 0
 
 
@@ -150,9 +150,9 @@ def test_what_has_no_standard_error(pick: Any) -> None:
 
 def test_the_fastest_by_the_costs_is_tried_first(pick: Any, model: nn.Module) -> None:
     table = dearer(costs(model), "static", 2)
-    picked = pick("10%", costs=table)
+    picked = pick("20%", costs=table)
     assert [one.scheme.name for one in picked.tried] == ["O1"]
-    picked = pick("10%", schemes=("O2", "O1", "O3"))
+    picked = pick("20%", schemes=("O2", "O1", "O3"))
     assert [one.scheme.name for one in picked.tried] == ["O3"]
 
 
@@ -165,7 +165,7 @@ def test_what_is_done_at_run_time_can_make_another_faster(pick: Any, model: nn.M
         return SCORED(each)
 
     table = dearer(costs(model), "static+hadamard", 3)
-    picked = pick("10%", counted, costs=table, hadamard=64)
+    picked = pick("20%", counted, costs=table, hadamard=64)
     assert [one.scheme.name for one in picked.tried] == ["O3", "O1"]
     assert [one.holds for one in picked.tried] == [True, True]
     assert picked.scheme.name == "O1"
@@ -177,7 +177,7 @@ def test_what_is_done_at_run_time_can_make_another_faster(pick: Any, model: nn.M
     calls.clear()
     said: list[str] = []
     both = dearer(table, "per_token+hadamard", 3)
-    picked = pick("10%", counted, costs=both, hadamard=64, say=said.append)
+    picked = pick("20%", counted, costs=both, hadamard=64, say=said.append)
     assert picked.scheme.name == "O3"
     assert calls == ["float", "O3"]
     assert said[-1] == "O1: not faster than one that holds"
@@ -231,15 +231,15 @@ def test_costs_are_measured_where_none_are_given(
         return costs(model)
 
     monkeypatch.setattr(picking, "measured_costs", measured)
-    assert pick("10%", costs=None, tokens=3) == pick("10%")
+    assert pick("20%", costs=None, tokens=3) == pick("20%")
     assert asked == [(14, 3, torch.float32)]
 
 
 def test_all_is_json(pick: Any) -> None:
-    picked = pick("10%", schemes=PLAIN)
+    picked = pick("20%", schemes=PLAIN)
     told = json.loads(json.dumps(picked.to_dict()))
     assert told["scheme"] == picked.scheme.to_dict()
-    assert (told["name"], told["goal"]) == ("O1", "10%")
+    assert (told["name"], told["goal"]) == ("O1", "20%")
     assert [(one["name"], one["holds"]) for one in told["tried"]] == [("O3", False), ("O1", True)]
     assert told["tried"][1]["metric"] == told["metric"] == picked.metric
 
