@@ -33,6 +33,7 @@ ROWS = {1: 384, 16: 128}
 STEPS, TURNS, PREFILLS, GROUPS = 8, 12, 3, 3
 """Decoding steps of a turn; turns of decoding, and of prefills, of a group; groups a load."""
 
+Work = Callable[[Generate], object]
 Ratios = dict[tuple[str, int, str], list[float]]
 """(work, rows, scheme) -> time over that of the first scheme, a group each."""
 
@@ -54,28 +55,29 @@ def measure(folders: dict[str, str], vocabulary: int, budget: float, ratios: Rat
         }
         for rows in ROWS:
             for _ in range(GROUPS):
-                works: dict[str, tuple[int, Callable[[Generate], object]]] = {
+                works: dict[str, tuple[int, Work]] = {
                     "prefill": (PREFILLS, lambda model, rows=rows: model.prefill(prompts(rows))),
                     "decode": (TURNS, lambda model: model.decode(STEPS)),
                 }
                 for work, (turns, call) in works.items():
-                    for name in order:
-                        call(made[name])  # untimed
-                    seconds = {name: [_timed(call, made[name])] for name in order}
-                    for _ in range(turns - 1):
-                        for name in order:
-                            seconds[name].append(_timed(call, made[name]))
-                    base, *others = (statistics.median(seconds[name]) for name in folders)
-                    for name, median in zip(list(folders)[1:], others, strict=True):
-                        ratios.setdefault((work, rows, name), []).append(median / base)
+                    medians = _group(made, turns, call)
+                    base, *others = folders
+                    for name in others:
+                        ratio = medians[name] / medians[base]
+                        ratios.setdefault((work, rows, name), []).append(ratio)
         if time.monotonic() > end:
             return
 
 
-def _timed(call: Callable[[Generate], object], model: Generate) -> float:
-    start = time.perf_counter()
-    call(model)
-    return time.perf_counter() - start
+def _group(made: dict[str, Generate], turns: int, call: Work) -> dict[str, float]:
+    """Return the median seconds of each model's work, in turns; the first turn is not timed."""
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(1 + turns):
+        for name, model in made.items():
+            start = time.perf_counter()
+            call(model)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(each[1:]) for name, each in seconds.items()}
 
 
 def main(

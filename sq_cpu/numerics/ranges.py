@@ -18,7 +18,7 @@ from sq_cpu.numerics.golden_section import argmin
 from sq_cpu.numerics.rounding import static_code
 from sq_cpu.scheme import Scheme
 
-__all__ = ["fits_rows", "fitting_range", "is_minmax", "static_range"]
+__all__ = ["covered_range", "fits_rows", "static_range"]
 
 _FITTING = 0.95
 """Share of the rows that a range of rows covers. SmolLM2 and Gemma 3 lose as little
@@ -67,18 +67,14 @@ def static_range(
     SqCpuError
         When rows are needed and there are none.
     """
-    least, greatest = float(low.min()), float(high.max())
-    missing = rows is None or not rows.numel()
-    if is_minmax(scheme, rows):
-        return least, greatest
-    if rows is None or missing:
+    if scheme.static_range in ("auto", "minmax"):
+        least_covered, greatest_covered = covered_range(low, high, rows, scheme)
+        return float(least_covered), float(greatest_covered)
+    if rows is None or not rows.numel():
         raise SqCpuError(
             f"static_range={scheme.static_range!r} needs sampled rows: calibrate with rows=64"
         )
-    least, greatest = min(least, 0.0), max(greatest, 0.0)
-    if scheme.static_range == "auto":
-        low_end, high_end = map(float, fitting_range(rows, scheme))
-        return max(least, low_end), min(greatest, high_end)
+    least, greatest = min(float(low.min()), 0.0), max(float(high.max()), 0.0)
     # A model's bf16 rows divided by s may round beyond the fp32 range.
     values = rows.detach().double().flatten().clamp(least, greatest)
     if scheme.static_range == "mse":
@@ -101,18 +97,22 @@ def fits_rows(scheme: Scheme) -> bool:
     return scheme.static_range == "auto" and scheme.dynamic_fallback
 
 
-def is_minmax(scheme: Scheme, rows: Tensor | None) -> bool:
-    """Tell whether a range that is found on these rows is from the least to the greatest value."""
-    if scheme.static_range == "auto":
-        return not fits_rows(scheme) or rows is None or not rows.numel()
-    return scheme.static_range == "minmax"
+def covered_range(
+    low: Tensor, high: Tensor, rows: Tensor | None, scheme: Scheme
+) -> tuple[Tensor, Tensor]:
+    """Return what `static_range` does for "auto" and "minmax", as tensors [] with gradients."""
+    least, greatest = low.min(), high.max()
+    if not fits_rows(scheme) or rows is None or not rows.numel():
+        return least, greatest
+    low_end, high_end = _fitting(rows, scheme)
+    return (
+        torch.maximum(least.clamp_max(0), low_end),
+        torch.minimum(greatest.clamp_min(0), high_end),
+    )
 
 
-def fitting_range(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """Return what most rows lie within: one magnitude, or if asymmetric, either end by itself.
-
-    fp32 [] each, with gradients.
-    """
+def _fitting(rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return what most rows lie within: one magnitude, or if asymmetric, either end by itself."""
     low, high = rows.float().amin(dim=1).clamp_max(0), rows.float().amax(dim=1).clamp_min(0)
     share = _FITTING
     if scheme.symmetric:

@@ -308,10 +308,9 @@ def check_clips(plan: SmoothPlan | None, scheme: Scheme) -> None:
 
     They would be fractions of a much narrower one.
     """
-    clipped = plan is not None and any(group.clip != 1.0 for group in plan.groups)
-    if plan is None or plan.scheme is None or not clipped or not fits_rows(scheme):
+    if plan is None or plan.scheme is None or all(group.clip == 1.0 for group in plan.groups):
         return
-    if scheme.activations == "static" and not fits_rows(plan.scheme):
+    if scheme.activations == "static" and fits_rows(scheme) and not fits_rows(plan.scheme):
         kind = "minmax" if plan.scheme.static_range == "auto" else plan.scheme.static_range
         raise SqCpuError(
             f"the plan's clips are of static_range={kind!r}, and the scheme has 'auto': give none, "

@@ -34,7 +34,7 @@ from sq_cpu.models.linears import linearized
 from sq_cpu.models.padding import padding_of
 from sq_cpu.models.unchanged import unchanged
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear
-from sq_cpu.numerics.ranges import fits_rows, fitting_range, is_minmax
+from sq_cpu.numerics.ranges import covered_range, fits_rows
 from sq_cpu.numerics.straight_through import quantized_rows, quantized_weight
 from sq_cpu.parsing import check_kind, check_whole
 from sq_cpu.progress import track
@@ -264,13 +264,7 @@ class _Group:
 def _ends_at(fake: FakeQuantizedLinear, s: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `static_range` finds for min/max, or for most rows; with the gradient of s."""
     fake = replace(fake, s=s)
-    low, high = fake.channel_ends()
-    least, greatest = low.min(), high.max()
-    rows = fake.range_rows()
-    if rows is None or is_minmax(fake.scheme, rows):
-        return least, greatest
-    low_end, high_end = fitting_range(rows, fake.scheme)
-    return torch.maximum(least, low_end), torch.minimum(greatest, high_end)
+    return covered_range(*fake.channel_ends(), fake.range_rows(), fake.scheme)
 
 
 @contextmanager

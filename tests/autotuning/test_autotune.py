@@ -18,6 +18,7 @@ from sq_cpu.autotuning import evaluator
 from sq_cpu.autotuning.configurations import Configuration
 from sq_cpu.autotuning.evaluator import Goal, TuningJob
 from sq_cpu.autotuning.ranking import Errors, estimated_errors
+from sq_cpu.scheme import Activations
 
 
 def test_the_plan_is_worth_what_is_said_and_the_model_unchanged() -> None:
@@ -40,8 +41,9 @@ def test_a_tuned_plan_has_the_range_of_which_its_clips_were_found() -> None:
     model = llama()
     calibration = sq_cpu.calibrate(model, batches(3))
     job = TuningJob(model, calibration, Divergence(model), Goal.of(1.0), False, ("lm_head",))
-    for activations, kind in (("static", "minmax"), ("per_token", "auto")):
-        plan = job.plan(Configuration(activations=activations, alpha=(0.4, 0.6)))  # type: ignore[arg-type]
+    kinds: tuple[tuple[Activations, str], ...] = (("static", "minmax"), ("per_token", "auto"))
+    for activations, kind in kinds:
+        plan = job.plan(Configuration(activations=activations, alpha=(0.4, 0.6)))
         assert plan.scheme is not None
         assert (plan.scheme.activations, plan.scheme.static_range) == (activations, kind)
         assert any(group.clip != 1 for group in plan.groups) is (activations == "static")
