@@ -115,7 +115,7 @@ class Bench:
             plan, facts = self._plan(variant)
             row |= facts
             model = copy.deepcopy(model)
-            # A plan's own scheme says of which range its clips are.
+            # autotune's plan has a scheme of its own.
             scheme = self.scheme if plan is None or plan.scheme is None else None
             sq_cpu.quantize(model, self.calibration(), plan, scheme=scheme)
         row["metrics"] = self.subject.score(model)

@@ -210,9 +210,6 @@ class TuningJob:
             layers[name] = layer
         overriding = (layer for layer in layers.values() if layer != LayerPlan(name=layer.name))
         scheme = configuration.scheme(self.ignore)
-        if scheme.activations == "static" and base.scheme is not None:
-            # That of which tune found clips.
-            scheme = replace(scheme, static_range=base.scheme.static_range)
         return replace(base, layers=tuple(overriding), scheme=scheme)
 
     def _smoothing(self, configuration: Configuration) -> SmoothPlan:

@@ -4,9 +4,9 @@ A group's alpha is sought on a grid and then by golden section; each is scored o
 sampled rows with the numerics of the kernels. Of several batches, rows are scored that did not take
 part in the channels' ranges (`Calibration.held_out`): at a large alpha every channel just reaches
 the static scale's end, so on the rows that made the range nothing ever clips, and on others much
-does. No row has its own scale meanwhile (`Scheme.dynamic_fallback`): that costs no error, but time,
-so ranges that no row fits would win. Clips take the place of a range that most rows fit
-(`Scheme.static_range="auto"`); without them it is found, and scored, as it will run.
+does. A range that most rows fit (`Scheme.static_range="auto"`) is found, and scored, as it will
+run. With any other, no row has its own scale meanwhile (`Scheme.dynamic_fallback`): that costs no
+error, but time, so clips that no row fits would win.
 """
 
 from __future__ import annotations
@@ -104,9 +104,8 @@ def tune(
         blocks; what is outside of it, and linears that not every token reaches, are scored on the
         float model's inputs. It runs every block twice on the batches.
     clip : bool
-        Search a static scale's clip, too (`GroupPlan.clip`); dynamic schemes have none. For
-        static_range "auto" they are fractions of min/max, and the scheme of the plan has "minmax":
-        quantize with that.
+        Search a static scale's clip, too (`GroupPlan.clip`), where there is one to find: a range
+        that most rows fit ("auto") needs none, and dynamic schemes have none.
     outliers : int
         Greatest number of a linear's input channels that may stay in float (`LayerPlan.outliers`).
         They are those of massive activations, whose absmax is 16 times the median channel's or
@@ -167,12 +166,8 @@ def tune(
                 model, groups, fixed, calibration, batches, scheme, grid, choose, progress
             )
             return SmoothPlan(tuple(plans), scheme=scheme)
-        clips = CLIPS if clip and scheme.activations == "static" else (1.0,)
-        if len(clips) > 1 and fits_rows(scheme):
-            # Clips of the range of auto, scored without own scales, left 26 % of SmolLM2's rows to
-            # scales of their own.
-            scheme = replace(scheme, static_range="minmax")
         as_run = fits_rows(scheme)
+        clips = CLIPS if clip and scheme.activations == "static" and not as_run else (1.0,)
         scored = scheme if as_run else replace(scheme, dynamic_fallback=False)
         weights = WeightStatistics()
         search = AlphaSearch(

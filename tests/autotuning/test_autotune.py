@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import pytest
@@ -37,22 +37,24 @@ def test_the_plan_is_worth_what_is_said_and_the_model_unchanged() -> None:
     assert found.metric in {trial.metric for trial in found.trials}
 
 
-def test_a_tuned_plan_has_the_range_of_which_its_clips_were_found() -> None:
+@pytest.mark.parametrize("smoothing", ["tuned", "smoothquant"])
+@pytest.mark.parametrize("kind", ["auto", "minmax", "mse"])
+def test_a_plan_has_the_range_of_its_configuration(smoothing: str, kind: str) -> None:
     model = llama()
     calibration = sq_cpu.calibrate(model, batches(3))
     job = TuningJob(model, calibration, Divergence(model), Goal.of(1.0), False, ("lm_head",))
-    kinds: tuple[tuple[Activations, str], ...] = (("static", "minmax"), ("per_token", "auto"))
-    for activations, kind in kinds:
-        plan = job.plan(Configuration(activations=activations, alpha=(0.4, 0.6)))
+    alpha = (0.4, 0.6) if smoothing == "tuned" else (0.5,)
+    for activations in get_args(Activations):
+        configuration = Configuration(
+            activations=activations, static_range=kind, smoothing=smoothing, alpha=alpha
+        )
+        plan = job.plan(configuration)
         assert plan.scheme is not None
-        assert (plan.scheme.activations, plan.scheme.static_range) == (activations, kind)
-        assert any(group.clip != 1 for group in plan.groups) is (activations == "static")
-    uniform = job.plan(Configuration(smoothing="smoothquant", alpha=(0.5,)))
-    assert uniform.scheme is not None
-    assert uniform.scheme.static_range == "auto"
-    mse = job.plan(Configuration(alpha=(0.4, 0.6), static_range="mse"))
-    assert mse.scheme is not None
-    assert mse.scheme.static_range == "mse"
+        static = activations == "static"
+        assert plan.scheme.activations == activations
+        assert plan.scheme.static_range == (kind if static else "auto")
+        clips = static and kind != "auto" and smoothing == "tuned"
+        assert any(group.clip != 1 for group in plan.groups) is clips
 
 
 def test_as_few_in_float_as_of_all_subsets() -> None:

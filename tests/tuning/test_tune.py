@@ -133,13 +133,16 @@ def test_criterion_takes_the_least_or_greatest_of_the_members_alphas() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(4))
     least, mean, greatest = (
-        {g.name: g.alpha for g in sq_cpu.tune(model, calibration, criterion=c, clip=False).groups}
+        {g.name: g.alpha for g in sq_cpu.tune(model, calibration, criterion=c).groups}
         for c in ("min", "mean", "max")
     )
     assert all(least[name] <= greatest[name] for name in mean)
     assert any(least[name] < greatest[name] for name in mean if "norm" in name)
     # Clips are searched for the mean; then the whole grid is looked at.
-    clipped = [sq_cpu.tune(model, calibration, criterion=c).groups for c in ("min", "max")]
+    minmax = Scheme.of("O3", static_range="minmax")
+    clipped = [
+        sq_cpu.tune(model, calibration, scheme=minmax, criterion=c).groups for c in ("min", "max")
+    ]
     assert all(a.alpha <= b.alpha and a.clip == b.clip for a, b in zip(*clipped, strict=True))
     # One linear alone has one optimum.
     alone = [name for name in mean if name.endswith(("v_proj", "up_proj"))]
@@ -150,7 +153,8 @@ def test_criterion_takes_the_least_or_greatest_of_the_members_alphas() -> None:
 def test_block_wise_the_groups_of_a_block_share_alpha_and_clip() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(4))
-    plan = sq_cpu.tune(model, calibration, block_wise=True)
+    scheme = Scheme.of("O3", static_range="minmax")
+    plan = sq_cpu.tune(model, calibration, scheme=scheme, block_wise=True)
     blocks: dict[str, set[tuple[float, float]]] = {}
     for group in plan.groups:
         block = ".".join(group.name.split(".")[:3])
@@ -160,14 +164,12 @@ def test_block_wise_the_groups_of_a_block_share_alpha_and_clip() -> None:
     assert len(set.union(*blocks.values())) > 1
 
 
-def test_clip_is_searched_for_static_scales_alone() -> None:
+def test_clip_is_searched_for_static_scales_alone_that_hold_for_all_rows() -> None:
     model = planted("llama")
     calibration = sq_cpu.calibrate(model, batches(4))
-    plan = sq_cpu.tune(model, calibration)
+    plan = sq_cpu.tune(model, calibration, scheme=Scheme.of("O3", static_range="minmax"))
     assert any(group.clip != 1 for group in plan.groups)
-    # They are fractions of min/max, and carried out so.
     assert plan.scheme == Scheme.of("O3", static_range="minmax")
-    assert plan == sq_cpu.tune(model, calibration, scheme=plan.scheme)
     assert sq_cpu.quantize(planted("llama"), calibration, plan).sq_cpu_config.scheme == plan.scheme
     for refusing in (sq_cpu.quantize, sq_cpu.analyze):
         with pytest.raises(SqCpuError, match=r"clips are of static_range='minmax', and the scheme"):
@@ -178,8 +180,11 @@ def test_clip_is_searched_for_static_scales_alone() -> None:
     # By name, the plan says which range O3 has.
     named = sq_cpu.quantize(planted("llama"), calibration, plan, scheme="O3").sq_cpu_config
     assert named.scheme == plan.scheme
-    for scheme, clip in (("O1", True), ("O2", True), ("O3", False)):
-        plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip)
+    without = sq_cpu.tune(model, calibration, scheme=plan.scheme, clip=False)
+    assert all(group.clip == 1 for group in without.groups)
+    # A range that most rows fit follows alpha.
+    for scheme in ("O1", "O2", "O3"):
+        plan = sq_cpu.tune(model, calibration, scheme=scheme)
         assert all(group.clip == 1 for group in plan.groups)
         assert plan.scheme == Scheme.of(scheme)
 
@@ -230,8 +235,9 @@ def test_rows_that_clip_are_not_free() -> None:
     """A row that clips gets its own scale, at no error but some time: a search must not use it."""
     model, data = planted("llama"), batches(4)
     calibration = sq_cpu.calibrate(model, data, rows=64, gradient_rows=64)
+    scheme = Scheme.of("O3", static_range="minmax")
     plans = [
-        sq_cpu.tune(model, calibration, scheme=Scheme.of("O3", dynamic_fallback=fallback))
+        sq_cpu.tune(model, calibration, scheme=replace(scheme, dynamic_fallback=fallback))
         for fallback in (True, False)
     ]
     assert plans[0].groups == plans[1].groups
@@ -244,18 +250,19 @@ def test_rows_that_clip_are_not_free() -> None:
 
 
 @pytest.mark.parametrize("fallback", [True, False])
-@pytest.mark.parametrize("clip", [True, False])
-def test_what_is_scored_is_what_quantize_carries_out(clip: bool, fallback: bool) -> None:
+@pytest.mark.parametrize("kind", ["auto", "minmax"])
+def test_what_is_scored_is_what_quantize_carries_out(kind: Any, fallback: bool) -> None:
     model = planted("llama")
     with torch.no_grad():  # a row in 20 that most rows' range leaves out
         model.get_input_embeddings().weight[:3] *= 20
     calibration = sq_cpu.calibrate(model, batches(1))  # one batch: nothing is held out
     given: dict[str, Any] = {"loss": "nmse", "alphas": (0.4, 0.4, 1), "outliers": 0, "hadamard": 0}
-    scheme = Scheme.of("O3", dynamic_fallback=fallback).resolve(True)
-    plan = sq_cpu.tune(model, calibration, scheme=scheme, clip=clip, **given)
-    assert any(group.clip != 1 for group in plan.groups) is clip
-    assert plan.scheme is not None
-    scheme = replace(plan.scheme, dynamic_fallback=fallback and not clip)
+    scheme = Scheme.of("O3", static_range=kind, dynamic_fallback=fallback).resolve(True)
+    plan = sq_cpu.tune(model, calibration, scheme=scheme, **given)
+    assert plan.scheme == scheme
+    fits = kind == "auto" and fallback
+    assert any(group.clip != 1 for group in plan.groups) is not fits
+    scheme = replace(scheme, dynamic_fallback=fits)  # a search must not count on own scales
     named = {group.name: group for group in smoothing_groups(model)}
     for planned in plan.groups:
         statistics = group_statistics(model, named[planned.name], calibration, scheme)
