@@ -56,6 +56,7 @@ from .scheme import Scheme as Scheme
 from .smoothing.plan import GroupPlan as GroupPlan
 from .smoothing.plan import LayerPlan as LayerPlan
 from .smoothing.plan import SmoothPlan as SmoothPlan
+from .smoothing.qconf import plan_from_qconf as plan_from_qconf
 from .streaming.streaming import QuantizedCheckpoint as QuantizedCheckpoint
 from .streaming.streaming import quantize_checkpoint as quantize_checkpoint
 from .tuning.learned import Learned as Learned

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from byte_models import byte_model, byte_tokenizer
 from command_line import TEXT
+from recipes import write_recipe
 from tiny import batches, tiny_model
 from torch import nn
 from tuning_cases import PER_TOKEN, costs, llama
@@ -134,6 +135,8 @@ def good(
         if name == "SmoothPlan.load":
             plan = sq_cpu.SmoothPlan.uniform(float_model, calibration)
             return {"path": plan.save(tmp_path / "plan.json")}
+        if name == "plan_from_qconf":
+            return {"path": write_recipe(tmp_path / "q.json", float_model), "model": float_model}
         if name == "Calibration.load":
             return {"path": calibration.save(tmp_path / "calibration")}
         if name == "quantize_checkpoint":
@@ -150,7 +153,7 @@ FUNCTIONS = (
     *("analyze", "count_saturation", "perplexity", "token_windows", "quantize_checkpoint"),
     *("use_int8_attention", "measure_kv", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
     *("Calibration.load", "make_prefix", "use_prefix", "prefix_of", "outlier_tokens"),
-    *("lead_with", "leading_ids", "pick_scheme", "drift"),
+    *("lead_with", "leading_ids", "pick_scheme", "drift", "plan_from_qconf"),
 )
 
 

@@ -66,6 +66,7 @@ PUBLIC = [
     "outlier_tokens",
     "perplexity",
     "pick_scheme",
+    "plan_from_qconf",
     "prefix_of",
     "quantize",
     "quantize_checkpoint",

@@ -40,7 +40,12 @@ from sq_cpu.smoothing.plan import (
     uniform_plan,
 )
 from sq_cpu.smoothing.rotation import decided
-from sq_cpu.smoothing.scales import WeightStatistics, group_statistics, plan_scales
+from sq_cpu.smoothing.scales import (
+    WeightStatistics,
+    group_statistics,
+    own_scales,
+    plan_scales,
+)
 from sq_cpu.smoothing.statistics import GroupStatistics, live_median
 
 __all__ = ["Analysis", "GroupAnalysis", "LinearAnalysis", "analyze", "outlier_severity"]
@@ -295,9 +300,14 @@ def _linear(
 ) -> LinearAnalysis:
     assert naive.scheme is not None  # _group passes it
     layer, own = plan.layer(place.name), plan.layer_scheme(naive.scheme, place.name)
-    wide = naive.widen(s)
+    wide = own_scales(plan).get(place.name, naive.widen(s))
     as_naive = FakeQuantizedLinear(sample, torch.ones_like(wide), naive.scheme)
-    planned = replace(sample, weight_clip=layer.weight_clip, outliers=layer.outliers)
+    planned = replace(
+        sample,
+        weight_clip=layer.weight_clip,
+        outliers=layer.outliers,
+        input_range=layer.input_range,
+    )
     as_planned = FakeQuantizedLinear(planned, wide, own, group.clip, group.rotation)
     rows_clipped, rows_underflowed = (
         float(fits.double().mean()) for fits in as_planned.row_fits(sample.inputs())

@@ -17,8 +17,12 @@ from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, quantized_consumers
 from sq_cpu.smoothing.rotation import decided
-from sq_cpu.smoothing.rules import smoothing_scale
-from sq_cpu.smoothing.scales import WeightStatistics, as_planned, group_statistics
+from sq_cpu.smoothing.scales import (
+    WeightStatistics,
+    as_planned,
+    group_statistics,
+    planned_scale,
+)
 from sq_cpu.tuning.losses import default_loss, loss_of
 
 __all__ = ["Errors", "estimated_errors"]
@@ -72,7 +76,7 @@ def estimated_errors(
                 s = torch.ones_like(statistics.act_absmax)
                 if entry is not None:
                     statistics = as_planned(statistics, entry)
-                    s = smoothing_scale(entry.rule, statistics, entry.alpha)
+                    s = planned_scale(entry, statistics)
                 for linear in statistics.fake_quantized(s):
                     error = loss_of(loss, linear, calibration.tokens)
                     errors[linear.sample.name][choice] = error

@@ -41,6 +41,7 @@ from sq_cpu.cli.common import (
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
+from sq_cpu.smoothing.qconf import QCONF_SCHEME, Qconf
 from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 from sq_cpu.streaming.convert import Job, convert
 
@@ -88,6 +89,15 @@ def quantize_command(
     plan: Annotated[
         Path | None,
         typer.Option(metavar="PLAN.json", help="Plan to carry out, as SmoothPlan.save writes it."),
+    ] = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="QCONF.json",
+            help="Scales and ranges that IPEX or Neural Compressor found (best_configure.json, "
+            "qconfig.json), as a plan.",
+        ),
     ] = None,
     scheme: Annotated[
         _Scheme | None,
@@ -196,6 +206,8 @@ def quantize_command(
     the goal is carried out. Where none does, the exit code is 1 and OUT is not written.
     """
     _check_auto(ctx, scheme, plan, stream)
+    if recipe_file is not None:
+        _check_recipe(ctx)
     if plan is not None and (alpha is not None or rule is not None or not smooth):
         raise typer.BadParameter(
             "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
@@ -245,7 +257,12 @@ def quantize_command(
     }
     if alpha is not None:
         how["alpha"] = alpha
-    named = _TRIED if scheme is _Scheme.auto else (None if scheme is None else scheme.value,)
+    qconf = None if recipe_file is None else Qconf.load(recipe_file)
+    named: tuple[str | Scheme | None, ...]
+    if qconf is not None:
+        named = (QCONF_SCHEME,)
+    else:
+        named = _TRIED if scheme is _Scheme.auto else (None if scheme is None else scheme.value,)
     recipes = [
         Recipe.of(Scheme.of(scheme_of(each, planned), **given), planned, **how) for each in named
     ]
@@ -274,6 +291,12 @@ def quantize_command(
         recipe, picked = pick_recipe(loaded, calibration, evaluate, goal, recipes, say=say)
         return recipe
 
+    def carry_over(loaded: nn.Module, _tokenizer: Any, _calibration: Calibration) -> Recipe:
+        nonlocal recipe
+        assert qconf is not None
+        recipe = Recipe.of(recipe.scheme, qconf.plan(loaded))
+        return recipe
+
     def batches_of(tokenizer: Any) -> list[Tensor]:
         if scored:  # refused here, before the calibration, where it is too short
             text_perplexity(tokenizer, scored, window, text_windows)
@@ -283,8 +306,9 @@ def quantize_command(
 
     start = time.perf_counter()
     quiet()
-    chosen = choose if scheme is _Scheme.auto else None
-    made = convert(job, batches_of, stream=stream, choose=chosen, say=say)
+    chosen = choose if scheme is _Scheme.auto else None if qconf is None else carry_over
+    copies = int(scheme is _Scheme.auto)
+    made = convert(job, batches_of, stream=stream, choose=chosen, copies=copies, say=say)
     record = made.record
     groups = record.plan.groups if record.plan else ()
     folded = {group.name: group.fold for group in groups}
@@ -294,6 +318,7 @@ def quantize_command(
         "picked": None if picked is None else picked.to_dict(),
         "smooth": smooth,
         "plan": None if plan is None else str(plan),
+        "recipe": None if recipe_file is None else str(recipe_file),
         "rule": recipe.rule if recipe.is_uniform else None,
         "alpha": recipe.alpha if recipe.is_uniform and recipe.rule == "smoothquant" else None,
         "hadamard": len(record.hadamard),
@@ -329,6 +354,34 @@ _OF_ONE = {
     "outlier_threshold": "--outlier-threshold",
 }
 _OF_AUTO = {"goal": "--goal", "text": "--text", "text_windows": "--text-windows"}
+
+
+# Options of which the recipe of another tool says what they would.
+_OF_NO_RECIPE = {
+    "plan": "--plan",
+    "scheme": "--scheme",
+    "alpha": "--alpha",
+    "rule": "--rule",
+    "smooth": "--no-smooth",
+    "hadamard": "--hadamard",
+    "symmetric": "--symmetric",
+    "static_range": "--range",
+    "percentile": "--percentile",
+    "outlier_threshold": "--outlier-threshold",
+    "ignore": "--ignore",
+    "head": "--head",
+    "stream": "--stream",
+}
+
+
+def _check_recipe(ctx: typer.Context) -> None:
+    """Refuse what does not go with `--recipe`."""
+    for name, option in _OF_NO_RECIPE.items():
+        if _is_given(ctx, name):
+            raise typer.BadParameter(
+                f"{option} does not go with --recipe, which says itself what is done to which "
+                "linear; drop one of them"
+            )
 
 
 def _check_auto(

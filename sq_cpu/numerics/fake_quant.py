@@ -49,6 +49,8 @@ class LinearSample:
     """Fraction of a weight scale's absmax that the codes cover."""
     outliers: tuple[int, ...] = ()
     """Input channels that stay in float, beside those that reach the scheme's threshold."""
+    input_range: tuple[float, float] | None = None
+    """What a static scale covers of X / s; None: what `static_range` finds."""
     name: str = ""
     """Its full name, for who asks for several."""
 
@@ -116,7 +118,9 @@ class FakeQuantizedLinear:
 
     @cached_property
     def _full_range(self) -> tuple[float, float]:
-        """What `static_range` finds, before the clip."""
+        """What is given, or `static_range` finds, before the clip."""
+        if self.sample.input_range is not None:
+            return self.sample.input_range
         low, high = self.channel_ends()
         return static_range(low, high, self.range_rows(), self.scheme)
 

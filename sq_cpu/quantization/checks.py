@@ -75,6 +75,11 @@ def check_layers(linears: Mapping[str, nn.Linear], plan: SmoothPlan | None) -> N
                 f"the plan keeps channel {layer.outliers[-1]} of {layer.name} in float, which has "
                 f"{channels}; plan for this very model"
             )
+        if len(layer.smoothing) not in (0, channels):
+            raise SqCpuError(
+                f"the plan gives {layer.name} {len(layer.smoothing)} smoothing scales for "
+                f"{channels} channels; plan for this very model"
+            )
 
 
 def check_replaceable(

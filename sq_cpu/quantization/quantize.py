@@ -54,7 +54,7 @@ from sq_cpu.smoothing.plan import (
 )
 from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
 from sq_cpu.smoothing.rotation import decided
-from sq_cpu.smoothing.scales import WeightStatistics, linear_sample, plan_scales
+from sq_cpu.smoothing.scales import WeightStatistics, linear_sample, own_scales, plan_scales
 from sq_cpu.smoothing.smooth import Smoothed, rotated_groups, settled
 
 __all__ = ["carry_out", "quantize", "quantize_part"]
@@ -317,7 +317,8 @@ def _prepare(
                 "hadamard from its group"
             )
         embeddings = dict.fromkeys(head.embeddings, head.name)
-    by_linear, at_run_time = smoothed.scales, smoothed.at_run_time
+    own = own_scales(plan) if plan is not None else {}
+    by_linear, at_run_time = smoothed.scales | own, smoothed.at_run_time | own.keys()
     ranges, outliers, misfits = _what_inputs_tell(
         linears, plan, scheme, calibration, by_linear, group_of
     )

@@ -6,10 +6,11 @@ file.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from sq_cpu.smoothing.rules import DEFAULT_ALPHA, check_rule
 
 __all__ = [
     "AUTO",
+    "GIVEN",
     "GroupPlan",
     "Hadamard",
     "LayerPlan",
@@ -55,6 +57,9 @@ AUTO: Literal["auto"] = "auto"
 Hadamard = int | Literal["auto"]
 """Columns that a Hadamard matrix mixes, 0: none; "auto": decided where the plan is carried out."""
 
+GIVEN = "given"
+"""The rule of a group whose plan has s itself."""
+
 _MAX_CLIP = 2.0
 
 
@@ -64,7 +69,7 @@ class GroupPlan:
 
     name: str
     rule: str = "smoothquant"
-    """A key of `rules.RULES`."""
+    """A key of `rules.RULES`; "given": s is `scales`."""
     alpha: float = DEFAULT_ALPHA
     """The migration strength, for the rule that has one."""
     fold: bool = True
@@ -84,11 +89,18 @@ class GroupPlan:
     "auto": the largest that divides a head, where that lowers the error. Only with `fold`."""
     curve: tuple[tuple[float, float], ...] = ()
     """(alpha, loss) that a search tried, kept sorted by alpha, with 6 significant digits."""
+    scales: tuple[float, ...] = ()
+    """s, one for each of the group's channels (`SmoothingGroup.layout`), where `rule` is "given".
+    """
 
     def __post_init__(self) -> None:
         check_fields(self, f"group {self.name}")
+        _check_scales(f"group {self.name}: scales", self.scales)
+        if bool(self.scales) != (self.rule == GIVEN):
+            raise SqCpuError(f"group {self.name}: scales go with the rule {GIVEN!r}: give both")
         try:
-            check_rule(self.rule)
+            if self.rule != GIVEN:
+                check_rule(self.rule)
             check_rotation(self.hadamard)
             _check_folded(self.hadamard_fold)
         except SqCpuError as error:
@@ -124,10 +136,11 @@ class GroupPlan:
         return block
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types; the last four only where they say something."""
+        """Return the fields as JSON types; the last five only where they say something."""
         curve = [list(point) for point in self.curve]
-        optional = ("clip", "hadamard", "hadamard_fold", "curve")
-        return _without_defaults(self, asdict(self) | {"curve": curve}, optional)
+        optional = ("clip", "hadamard", "hadamard_fold", "curve", "scales")
+        values = asdict(self) | {"curve": curve, "scales": list(self.scales)}
+        return _without_defaults(self, values, optional)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +158,12 @@ class LayerPlan:
     saturates."""
     outliers: tuple[int, ...] = ()
     """Input channels that stay in float, ascending: the linear is a `DecomposedLinear`."""
+    smoothing: tuple[float, ...] = ()
+    """s of its own, one for each input channel, by which the input is divided at run time; its
+    group has no plan then."""
+    input_range: tuple[float, float] | None = None
+    """(least, greatest) that a static scale covers, of the input divided by s; None: what
+    `Scheme.static_range` finds."""
     note: str = ""
     """Why."""
 
@@ -159,16 +178,26 @@ class LayerPlan:
                 f"layer {self.name}: outliers={list(self.outliers)} is not a list of channels, "
                 "each once, ascending"
             )
+        _check_scales(f"layer {self.name}: smoothing", self.smoothing)
+        if self.input_range is not None and self.input_range[0] >= self.input_range[1]:
+            raise SqCpuError(
+                f"layer {self.name}: input_range is {self.input_range}; it is (least, greatest)"
+            )
         if self.in_float and replace(self, in_float=False, note="") != LayerPlan(name=self.name):
             raise SqCpuError(
-                f"layer {self.name}: in_float leaves nothing to quantize; drop it, or activations, "
-                "weight_clip and outliers"
+                f"layer {self.name}: in_float leaves nothing to quantize; drop it, or what else "
+                "there is of it"
             )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types, but for those that say nothing."""
-        optional = ("in_float", "activations", "weight_clip", "outliers", "note")
-        return _without_defaults(self, asdict(self) | {"outliers": list(self.outliers)}, optional)
+        optional = tuple(field.name for field in fields(self) if field.name != "name")
+        values = asdict(self) | {
+            "outliers": list(self.outliers),
+            "smoothing": list(self.smoothing),
+            "input_range": self.input_range and list(self.input_range),
+        }
+        return _without_defaults(self, values, optional)
 
 
 @dataclass(frozen=True)
@@ -368,12 +397,17 @@ def quantized_consumers(
 
 
 def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
-    """Raise `SqCpuError` for a planned group that is not among the model's."""
-    known = {group.name for group in groups}
+    """Raise `SqCpuError` for a planned group that is not among the model's, or smoothed twice."""
+    known = {group.name: group for group in groups}
     for planned in plan.groups:
-        if planned.name not in known:
+        group = known.get(planned.name)
+        if group is None:
             raise SqCpuError(
                 f"the model has no smoothing group {planned.name}; plan for this very model"
+            )
+        if name := next((name for name in group.consumers if plan.layer(name).smoothing), ""):
+            raise SqCpuError(
+                f"the plan smooths {name} with group {planned.name} and by itself: drop one of both"
             )
 
 
@@ -381,6 +415,11 @@ def check_rotation(hadamard: object) -> None:
     """Raise `SqCpuError` unless it is "auto", 64 or 0."""
     if not (isinstance(hadamard, str) and hadamard == AUTO):
         check_hadamard(hadamard)
+
+
+def _check_scales(what: str, scales: tuple[float, ...]) -> None:
+    if bad := [s for s in scales if not (s > 0 and 0 < 1 / s < math.inf)]:
+        raise SqCpuError(f"{what} hold {bad[0]!r}; they and their reciprocals are positive")
 
 
 def _check_folded(block: Hadamard) -> None:

@@ -18,13 +18,13 @@ from sq_cpu.models.groups import NO_BLOCKS, SmoothingGroup
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import AUTO, GroupPlan, SmoothPlan, check_groups, joined
-from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.scales import (
     WeightStatistics,
     as_planned,
     channel_in_float,
     checked_consumers,
     group_statistics,
+    planned_scale,
 )
 from sq_cpu.smoothing.statistics import GroupStatistics, output_errors
 
@@ -128,5 +128,5 @@ def _thinned(sample: LinearSample, scheme: Scheme) -> LinearSample:
 
 def _error(statistics: GroupStatistics, planned: GroupPlan) -> float:
     statistics = as_planned(statistics, planned)
-    s = smoothing_scale(planned.rule, statistics, planned.alpha)
+    s = planned_scale(planned, statistics)
     return float(output_errors(statistics, s)[0].sum())

@@ -17,7 +17,7 @@ from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_groups, covered_consumers
+from sq_cpu.smoothing.plan import GIVEN, GroupPlan, SmoothPlan, check_groups, covered_consumers
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.statistics import GroupStatistics
 
@@ -29,7 +29,9 @@ __all__ = [
     "consumer_scales",
     "group_statistics",
     "linear_sample",
+    "own_scales",
     "plan_scales",
+    "planned_scale",
     "weight_absmax",
 ]
 
@@ -73,6 +75,27 @@ def plan_scales(
 def consumer_scales(scales: Mapping[SmoothingGroup, Tensor]) -> dict[str, Tensor]:
     """Return s of every consumer, by full name, fp32 [in_features]."""
     return {name: group.layout.widen(s) for group, s in scales.items() for name in group.consumers}
+
+
+def own_scales(plan: SmoothPlan) -> dict[str, Tensor]:
+    """Return s of the linears that have their own, by full name, fp32 [in_features]."""
+    return {
+        layer.name: torch.tensor(layer.smoothing, dtype=torch.float32, device="cpu")
+        for layer in plan.layers
+        if layer.smoothing
+    }
+
+
+def planned_scale(planned: GroupPlan, statistics: GroupStatistics) -> Tensor:
+    """Return s of a group by its plan: fp32 [channels]; raises as `smoothing_scale` does."""
+    if planned.rule != GIVEN:
+        return smoothing_scale(planned.rule, statistics, planned.alpha)
+    if len(planned.scales) != len(statistics.act_absmax):
+        raise SqCpuError(
+            f"the plan gives {len(planned.scales)} scales for {len(statistics.act_absmax)} "
+            "channels; plan for this very model"
+        )
+    return torch.tensor(planned.scales, dtype=torch.float32, device="cpu")
 
 
 class WeightStatistics:
@@ -170,6 +193,7 @@ def linear_sample(
         scheme=None if layer.activations is None else scheme.with_activations(layer.activations),
         weight_clip=layer.weight_clip,
         outliers=layer.outliers,
+        input_range=layer.input_range,
         name=name,
     )
     if calibration is None:
@@ -224,6 +248,6 @@ def _group_scales(
 ) -> Tensor:
     statistics = group_statistics(model, group, calibration, scheme, plan, weights)
     try:
-        return smoothing_scale(planned.rule, as_planned(statistics, planned), planned.alpha)
+        return planned_scale(planned, as_planned(statistics, planned))
     except SqCpuError as error:
         raise SqCpuError(f"group {group.name}: {error}") from None

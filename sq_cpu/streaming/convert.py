@@ -71,6 +71,7 @@ def convert(
     *,
     stream: bool | None = None,
     choose: Choose | None = None,
+    copies: int = 1,
     say: Say = lambda _: None,
 ) -> QuantizedCheckpoint:
     """Calibrate, smooth, quantize and save.
@@ -86,8 +87,10 @@ def convert(
         One decoder block at a time, see `quantize_checkpoint`. None: to go on with interrupted
         work, or where the float model does not fit in the memory that is available.
     choose : callable, optional
-        Chooses the recipe that is carried out, one with the job's `ignore` and `head`; it may copy
-        the model. Not streamed then.
+        Chooses the recipe that is carried out, one with the job's `ignore` and `head`. Not streamed
+        then.
+    copies : int
+        Copies of the model that `choose` holds at once.
     say : callable
         Told, in a line, what is going on.
 
@@ -95,10 +98,10 @@ def convert(
     ------
     SqCpuError
         What loading, `calibrate`, `quantize` and `save`, or `quantize_checkpoint`, refuse, and
-        where `choose` is to choose for a model that does not fit twice.
+        where `choose` is to choose for a model that does not fit, with its copies.
     """
     if choose is not None:
-        _check_fits_twice(job, stream)
+        _check_fits(job, stream, copies)
         stream = False
     if stream is None:
         # Blocks are streamed by what is known of transformers' own classes.
@@ -224,8 +227,8 @@ def _stream(
         raise
 
 
-def _check_fits_twice(job: Job, stream: bool | None) -> None:
-    """Refuse to choose a recipe for what is streamed: it takes the model and a copy."""
+def _check_fits(job: Job, stream: bool | None, copies: int) -> None:
+    """Refuse to choose a recipe for what is streamed: it takes the model, and copies of it."""
     if stream:
         raise SqCpuError("a recipe is not chosen for a streamed model: say which")
     if not job.overwrite and (work := streaming.unfinished(job.out)):
@@ -236,11 +239,12 @@ def _check_fits_twice(job: Job, stream: bool | None) -> None:
     folder = Path(os.path.expanduser(job.source))
     if not has_safetensors(folder):
         return
-    needed, available = _needed(job, _SLACK + 1), available_memory()
+    needed, available = _needed(job, _SLACK + copies), available_memory()
     if needed > available:
+        needs = " and a copy to try schemes on need" if copies else ", in memory as a whole, needs"
         raise SqCpuError(
-            f"{job.source} and a copy to try schemes on need {needed / 1e9:.1f} GB of memory in "
-            f"{job.dtype or 'its dtype'}, and {available / 1e9:.1f} GB are available: give a scheme"
+            f"{job.source}{needs} {needed / 1e9:.1f} GB of memory in {job.dtype or 'its dtype'}, "
+            f"and {available / 1e9:.1f} GB are available: give a scheme"
         )
 
 

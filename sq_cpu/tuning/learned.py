@@ -41,8 +41,13 @@ from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_clips, check_groups, scheme_of
 from sq_cpu.smoothing.rotation import decided
-from sq_cpu.smoothing.rules import smoothing_scale, without_quiet
-from sq_cpu.smoothing.scales import WeightStatistics, as_planned, group_statistics
+from sq_cpu.smoothing.rules import without_quiet
+from sq_cpu.smoothing.scales import (
+    WeightStatistics,
+    as_planned,
+    group_statistics,
+    planned_scale,
+)
 from sq_cpu.smoothing.statistics import GroupStatistics
 from sq_cpu.tuning.simulation import simulating
 
@@ -208,7 +213,7 @@ class _Group:
         self._planned = planned
         # A rule that reads the clip shall see the planned one.
         at_start = as_planned(statistics, planned)
-        self._s = smoothing_scale(planned.rule, at_start, planned.alpha)
+        self._s = planned_scale(planned, at_start)
         self._statistics = replace(at_start, clip=1.0)
         self._moves = planned.rule == "smoothquant" and bool(statistics.samples)
         x, w = without_quiet(statistics.act_absmax), statistics.weight_absmax
@@ -248,7 +253,8 @@ class _Group:
         """Return what a linear's static scale covers; None where it is dynamic."""
         if fake.scheme.activations != "static":
             return None
-        if fake.scheme.static_range in ("auto", "minmax"):
+        given = fake.sample.input_range is not None
+        if not given and fake.scheme.static_range in ("auto", "minmax"):
             # Made again for the gradient, as the weights are: these may be many rows.
             ends = checkpoint(_ends_at, fake, fake.s, use_reentrant=False)
         else:

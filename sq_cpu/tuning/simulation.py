@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from sq_cpu.models.hooks import hooked
 from sq_cpu.numerics.fake_quant import FakeQuantizedLinear, LinearSample
 from sq_cpu.smoothing.plan import GroupPlan
-from sq_cpu.smoothing.rules import smoothing_scale
-from sq_cpu.smoothing.scales import as_planned
+from sq_cpu.smoothing.scales import as_planned, planned_scale
 from sq_cpu.smoothing.statistics import GroupStatistics
 
 __all__ = ["fake_quantized", "simulating"]
@@ -28,8 +27,7 @@ def fake_quantized(
     """Yield the linears of a group as its plan has them quantized; none where it has none."""
     if statistics.samples:
         statistics = as_planned(statistics, planned)
-        s = smoothing_scale(planned.rule, statistics, planned.alpha)
-        yield from statistics.fake_quantized(s)
+        yield from statistics.fake_quantized(planned_scale(planned, statistics))
 
 
 @contextmanager

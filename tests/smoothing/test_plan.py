@@ -81,6 +81,12 @@ def test_plans_of_older_versions_are_read() -> None:
         ({"curve": [["a", "b"]]}, "curve is 'a', not a finite number"),
         ({"curve": [[0.5, float("nan")]]}, "curve is nan, not a finite number"),
         ({"curve": 1}, "curve is 1, not a list"),
+        ({"rule": "given"}, "scales go with the rule 'given': give both"),
+        ({"scales": [1.0]}, "scales go with the rule 'given': give both"),
+        ({"rule": "given", "scales": [1.0, 0]}, "scales hold 0; they and their reciprocals"),
+        ({"rule": "given", "scales": [-1.0]}, "scales hold -1.0"),
+        ({"rule": "given", "scales": [1e-320]}, "scales hold 1e-320"),
+        ({"rule": "given", "scales": 1.0}, "scales is 1.0, not a list"),
     ],
 )
 def test_bad_groups_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -109,6 +115,12 @@ def test_bad_groups_are_refused(fields: dict[str, Any], message: str) -> None:
         ({"in_float": True, "outliers": [3]}, "in_float leaves nothing to quantize"),
         ({"in_float": True, "activations": "static"}, "in_float leaves nothing to quantize"),
         ({"in_float": True, "weight_clip": 0.5}, "in_float leaves nothing to quantize"),
+        ({"in_float": True, "smoothing": [1.0]}, "in_float leaves nothing to quantize"),
+        ({"in_float": True, "input_range": [0, 1]}, "in_float leaves nothing to quantize"),
+        ({"smoothing": [1.0, -1.0]}, "smoothing hold -1.0; they and their reciprocals"),
+        ({"smoothing": [float("nan")]}, "smoothing is nan, not a finite number"),
+        ({"input_range": [1.0, 1.0]}, r"input_range is \(1.0, 1.0\); it is \(least, greatest\)"),
+        ({"input_range": [1.0]}, "input_range has 1 items, not 2"),
     ],
 )
 def test_bad_layers_are_refused(fields: dict[str, Any], message: str) -> None:
