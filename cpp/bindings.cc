@@ -18,6 +18,7 @@
 #include "sq_cpu/isa.h"
 #include "team.h"
 #include "testing/use_isa.h"
+#include "torch_ops.h"
 
 namespace py = pybind11;
 
@@ -123,6 +124,11 @@ void use_isa(std::string name, bool emulated) {
   throw std::runtime_error(name + " is not an ISA of sq_cpu");
 }
 
+void add_torch_operators() {
+  const char* const problem = sq_cpu_add_torch_operators();
+  SQ_CHECK(problem == nullptr, "sq_cpu's operators cannot be added to torch: ", problem);
+}
+
 int64_t page_bytes(int64_t head_dim, KvType type) { return sq_cpu::page_bytes(head_dim, type); }
 
 PyMethodDef functions[] = {
@@ -133,6 +139,7 @@ PyMethodDef functions[] = {
          return fastcall(#name, &name, args, count);                          \
        })),                                                                   \
    METH_FASTCALL, #name "($module, " parameters "/)\n--\n\n"}
+    SQ_FUNCTION(add_torch_operators, ""),
     SQ_FUNCTION(append, "pages, head_dim, kind, first_row, length, table, k, v, "),
     SQ_FUNCTION(attention,
                 "pages, head_dim, kind, first_row, length, table, q, scale, causal, window, "
@@ -141,8 +148,9 @@ PyMethodDef functions[] = {
     SQ_FUNCTION(codes_bytes, "m, k, "),
     SQ_FUNCTION(count_saturation, "codes, zero_point, max_code, packed, n, k, "),
     SQ_FUNCTION(gemm, "codes, zero_point, max_code, packed, n, k, y, "),
-    SQ_FUNCTION(gather_rows, "packed, n, k, quantizer, ids, y, "),
+    SQ_FUNCTION(gather_rows, "packed, n, k, inverse_smoothing, ids, y, "),
     SQ_FUNCTION(is_plain, "x, "),
+    SQ_FUNCTION(isa, ""),
     SQ_FUNCTION(linear, "x, packed, n, k, quantizer, y, activation, other, residual, "),
     SQ_FUNCTION(linear_quantized,
                 "codes, scale, zero_point, max_code, terms, packed, n, k, y, activation, other, "
@@ -162,12 +170,6 @@ PyMethodDef functions[] = {
     SQ_FUNCTION(unpack_weight, "packed, n, k, weight, scale, bias, "),
     SQ_FUNCTION(use_isa, "name, emulated, "),
 #undef SQ_FUNCTION
-    {"isa",
-     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(
-         +[](PyObject*, PyObject* const* args, Py_ssize_t count) -> PyObject* {
-           return fastcall("isa", &isa, args, count);
-         })),
-     METH_FASTCALL, "isa($module, /)\n--\n\n"},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

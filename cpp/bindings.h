@@ -77,7 +77,7 @@ Quantizer make_quantizer(Granularity granularity, bool symmetric, bool reduce_ra
 void pack_weight(py::handle codes, py::handle scale, py::handle bias, py::handle out);
 void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py::handle scale,
                    py::handle bias);
-void gather_rows(py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
+void gather_rows(py::handle packed, int64_t n, int64_t k, py::handle inverse_smoothing,
                  py::handle ids, py::handle y);
 void linear(py::handle x, py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
             py::handle y, Activation activation, py::handle other, py::handle residual);

@@ -128,7 +128,7 @@ void unpack_weight(py::handle packed, int64_t n, int64_t k, py::handle codes, py
   sq_cpu::unpack_weight(from, w, scales, biases);
 }
 
-void gather_rows(py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
+void gather_rows(py::handle packed, int64_t n, int64_t k, py::handle inverse_smoothing,
                  py::handle ids, py::handle y) {
   const sq_cpu::PackedWeight w = weight(packed, n, k);
   const int64_t rows = count(ids);
@@ -138,9 +138,10 @@ void gather_rows(py::handle packed, int64_t n, int64_t k, const Quantizer& quant
   SQ_CHECK(type.has_value(), "y is ", describe(y), "; use float32, bfloat16 or float16");
   auto* const out =
       array<void>("y", y, get(y, Torch::get().dtype), sq_cpu::bounded_product(rows, k));
-  const sq_cpu::ActivationQuantizer view = quantizer.view(k);
+  auto* const scales =
+      optional_array<const float>("inverse_smoothing", inverse_smoothing, Torch::get().float32, k);
   const Door door;
-  sq_cpu::gather_rows(w, from, rows, view.inverse_smoothing, out, *type, k);
+  sq_cpu::gather_rows(w, from, rows, scales, out, *type, k);
 }
 
 void linear(py::handle x, py::handle packed, int64_t n, int64_t k, const Quantizer& quantizer,
@@ -194,20 +195,21 @@ void linear_requantized(py::handle codes, py::handle scale, py::handle zero_poin
   sq_cpu::linear(in, w, view, out, steps);
 }
 
-// An ordinary tensor that nothing traces or transforms; torch.compile's tracer is not seen here.
+// An ordinary tensor that nothing traces, transforms or differentiates forward; torch.compile's
+// tracer is not seen here.
 bool is_plain(py::handle x) {
   const Torch& torch = Torch::get();
   return Py_TYPE(x.ptr()) == reinterpret_cast<PyTypeObject*>(torch.tensor.ptr()) &&
          invoke(torch.tracing_state).is_none() && !truth(invoke(torch.dispatch_modes)) &&
-         !truth(invoke(torch.functorch_active));
+         !truth(invoke(torch.functorch_active)) && !torch.is_differentiating_forward();
 }
 
 // y of a call that needs nothing changed or explained; None leaves the others to ops.py.
 py::object linear_tensor(py::handle x, py::handle packed, int64_t k, int64_t n,
                          const Quantizer& quantizer) try {
   constexpr size_t kMaxRank = 8;
-  if (!is_plain(x) || !is_tensor(packed)) return py::none();
   const Torch& torch = Torch::get();
+  if (!is_plain(x) || !is_tensor(packed) || torch.is_profiling()) return py::none();
   const std::optional<DType> type = float_type(x);
   if (!type.has_value()) return py::none();
 

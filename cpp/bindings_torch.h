@@ -34,6 +34,11 @@ struct Torch {
   py::object tracing_state = torch.attr("_C").attr("_get_tracing_state");
   py::object dispatch_modes = torch.attr("_C").attr("_len_torch_dispatch_stack");
   py::object functorch_active = torch.attr("_C").attr("_are_functorch_transforms_active");
+  // What modules say of themselves: the level of forward-mode derivatives, and whether it profiles.
+  py::object forward_ad = py::module_::import("torch.autograd.forward_ad");
+  py::object profiler = py::module_::import("torch.autograd.profiler");
+  py::str current_level{"_current_level"};
+  py::str is_profiler_enabled{"_is_profiler_enabled"};
   // Descriptors: x.name would look each up.
   py::object data_ptr = tensor.attr("data_ptr");
   py::object device = tensor.attr("device");
@@ -47,6 +52,11 @@ struct Torch {
   py::object requires_grad = tensor.attr("requires_grad");
   py::object shape = tensor.attr("shape");
   py::object stride = tensor.attr("stride");
+
+  bool is_differentiating_forward() const {
+    return py::getattr(forward_ad, current_level).cast<int>() >= 0;
+  }
+  bool is_profiling() const { return py::getattr(profiler, is_profiler_enabled).ptr() == Py_True; }
 
   static const Torch& get() {
     PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> torch;

@@ -81,6 +81,7 @@ def good() -> dict[str, Any]:
         "symmetric": True,
         "reduce_range": False,
         "smoothing": torch.rand(K) + 0.5,
+        "inverse_smoothing": torch.rand(K) + 0.5,
         "epilogue": Epilogue("silu", torch.randn(M, N), None),
         "leading": (M,),
         "dtype": torch.float32,
@@ -221,11 +222,17 @@ OTHERS: dict[str, dict[str, Callable[[], Any]]] = {
     "KvPages.copy_page": {"source": lambda: 0, "target": lambda: 3},
     "KvPages.grow": {"count": lambda: 7},
     "torch.ops.linear": {
+        "granularity": lambda: 2,
         "scale": lambda: 0.1,
         "zero_point": lambda: 128,
-        "activation": lambda: "relu",
+        "terms": lambda: 1,
+        "hadamard": lambda: 0,
+        "activation": lambda: 4,
+        "other": lambda: torch.randn(M, N),
+        "residual": lambda: torch.randn(M, N),
     },
-    "torch.ops.batched_matmul": {"scale": lambda: 0.5},
+    "torch.ops.gather_rows": {"type": lambda: 0},
+    "torch.ops.batched_matmul": {"scale": lambda: 0.5, "type": lambda: 0},
     "QuantLinear": {"scheme": Scheme, "bias": lambda: True, "smoothed": lambda: True},
     "QuantLinear.forward": {"activation": lambda: "silu"},
     "QuantLinear.forward_int8": {
@@ -263,12 +270,9 @@ def annotations(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def schema(operator: Any) -> dict[str, str]:
-    kinds = {"Optional[Tensor]": "Tensor | None", "Optional[str]": "str | None"}
-    kinds |= {"ScalarType": "torch.dtype", "SymInt": "int"}
+    kinds = {"Optional[Tensor]": "Tensor | None"}
     found = {a.name: str(a.type) for a in operator._schema.arguments}
-    found = {name: kinds.get(kind, kind) for name, kind in found.items()}
-    # custom_op's schema has numbers for dtypes
-    return found | {n: "torch.dtype" for n in ("dtype", "out_dtype") if n in found}
+    return {name: kinds.get(kind, kind) for name, kind in found.items()}
 
 
 @dataclasses.dataclass
@@ -335,7 +339,7 @@ def doors() -> dict[str, Door]:
             if inspect.isfunction(value):
                 label = f"{module.__name__.rpartition('.')[2]}.{name}"
                 found[label] = Door(value, annotations(value))
-    for name in ("linear", "gather_rows", "batched_matmul"):
+    for name in ("linear", "gather_rows", "unpack_weight", "batched_matmul"):
         operator = getattr(torch.ops.sq_cpu, name).default
         found[f"torch.ops.{name}"] = Door(operator, schema(operator))
     found["QuantLinear"] = Door(QuantLinear, annotations(QuantLinear.__init__))
@@ -357,8 +361,15 @@ def doors() -> dict[str, Door]:
 
 METHODS = ("forward", "forward_int8", "quantize_input", "count_saturation")
 PAGES_METHODS = ("append", "attend", "read", "copy_page", "grow")
-# Plain torch, and no kernel: a reference, and torch.empty of any size that it is asked for.
-PLAIN = {"attention.matmul_reference", "ops.empty", "paged_attention.attend_reference"}
+# Plain torch, and no kernel: a reference, torch.empty of any size that it is asked for, and whether
+# a gradient is asked for.
+PLAIN = {
+    "attention.matmul_reference",
+    "ops.empty",
+    "ops.needs_gradient",
+    "ops.refuse_gradient",
+    "paged_attention.attend_reference",
+}
 
 
 def positional(function: Callable[..., Any], **arguments: Any) -> Any:

@@ -75,7 +75,12 @@ class Embed:
             return self.table[ids].float()
         head = self.table
         return gather_rows(
-            ids, head.packed, head.out_features, head.in_features, head.smoothing, torch.float32
+            ids,
+            head.packed,
+            head.out_features,
+            head.in_features,
+            head.inverse_smoothing,
+            torch.float32,
         )
 
 

@@ -5,6 +5,6 @@ The one place that imports torch before the extension: that uses the OpenMP runt
 
 import torch  # noqa: F401
 
-from sq_cpu.kernels import attention, ops
+from sq_cpu.kernels import attention, ops, torch_ops
 
-__all__ = ["attention", "ops"]
+__all__ = ["attention", "ops", "torch_ops"]

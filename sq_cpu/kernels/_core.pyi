@@ -157,6 +157,9 @@ class Program:
         threads: int,
     ) -> None: ...
 
+# cpp/torch_ops.cc; done once.
+def add_torch_operators() -> None: ...
+
 # Blind to torch.compile's tracer; see ops.is_plain.
 def is_plain(x: object, /) -> bool: ...
 def isa() -> dict[str, Any]: ...
@@ -196,9 +199,15 @@ def sample(
     /,
 ) -> None: ...
 
-# Of ids int64 [...]; y [..., k].
+# Of inverse_smoothing fp32 [k], ids int64 [...]; y [..., k].
 def gather_rows(
-    packed: Tensor, n: int, k: int, quantizer: ActivationQuantizer, ids: Tensor, y: Tensor, /
+    packed: Tensor,
+    n: int,
+    k: int,
+    inverse_smoothing: Tensor | None,
+    ids: Tensor,
+    y: Tensor,
+    /,
 ) -> None: ...
 
 # Of x [..., k]; y, other and residual [..., n] are of its dtype.

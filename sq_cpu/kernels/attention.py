@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels import _core
+from sq_cpu.kernels import _core, torch_ops
 from sq_cpu.kernels.ops import empty, is_dense, is_plain
 
 __all__ = ["matmul_pv", "matmul_qk", "matmul_reference"]
@@ -143,8 +143,15 @@ def _matmul(
     _check(a, b, transposed, scale, a_scale, b_scale, out_dtype)
     if all(is_plain(x) for x in (a, b, a_scale, b_scale) if x is not None):
         return _run(a, b, transposed, scale, a_scale, b_scale, out_dtype)
-    return torch.ops.sq_cpu.batched_matmul(  # type: ignore[no-any-return]
-        a, b, transposed, scale, a_scale, b_scale, out_dtype
+    return torch_ops.call(
+        "batched_matmul",
+        a,
+        b,
+        transposed,
+        scale,
+        a_scale,
+        b_scale,
+        torch_ops.RESULT_TYPES[out_dtype],
     )
 
 
@@ -180,8 +187,6 @@ def _check(
     a_scale: Tensor | None,
     b_scale: Tensor | None,
     out_dtype: torch.dtype,
-    *,
-    traced: bool = False,
 ) -> None:
     product = "int8 q @ k.T" if transposed else "int8 p @ v"
     for x in (a, b, a_scale, b_scale):
@@ -221,34 +226,5 @@ def _check(
     if out_dtype == torch.int32 and not (scale == 1.0 and a_scale is None and b_scale is None):
         raise SqCpuError(f"{product}: int32 results are the plain sums; leave the scales out")
     for x in (a, b, a_scale, b_scale):
-        if x is not None and not x.is_cpu and not (traced and x.device == a.device):
+        if x is not None and not x.is_cpu:
             raise SqCpuError(f"{product}: an operand is on {x.device}; sq_cpu runs on the CPU only")
-
-
-@torch.library.custom_op("sq_cpu::batched_matmul", mutates_args=(), device_types="cpu")
-def _batched_matmul_op(
-    a: Tensor,
-    b: Tensor,
-    transposed: bool,
-    scale: float,
-    a_scale: Tensor | None,
-    b_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Run the kernel where torch traces or transforms; plain calls go straight to `_run`."""
-    _check(a, b, transposed, scale, a_scale, b_scale, out_dtype)
-    return _run(a, b, transposed, scale, a_scale, b_scale, out_dtype)
-
-
-@_batched_matmul_op.register_fake
-def _(
-    a: Tensor,
-    b: Tensor,
-    transposed: bool,
-    scale: float,
-    a_scale: Tensor | None,
-    b_scale: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    _check(a, b, transposed, scale, a_scale, b_scale, out_dtype, traced=True)
-    return a.new_empty((*a.shape[:3], b.shape[2 if transposed else 3]), dtype=out_dtype)

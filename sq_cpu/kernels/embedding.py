@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels import _core
-from sq_cpu.kernels.ops import FLOATS, empty, is_dense, is_plain, make_quantizer
+from sq_cpu.kernels import _core, torch_ops
+from sq_cpu.kernels.ops import FLOATS, empty, is_dense, is_plain
 
 __all__ = ["gather_rows"]
 
@@ -21,7 +19,7 @@ def gather_rows(
     packed: Tensor,
     out_features: int,
     in_features: int,
-    smoothing: Tensor | None,
+    inverse_smoothing: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return rows of a packed weight [out_features, in_features], divided by a smoothing scale.
@@ -30,7 +28,7 @@ def gather_rows(
     ----------
     ids : int64 or int32 [...], each in [0, out_features)
     packed : uint8, as `PackedWeight` has it
-    smoothing : s, fp32 [in_features]; None: ones
+    inverse_smoothing : 1 / s, fp32 [in_features]; None: ones
     dtype : fp32, bf16 or fp16, of the result [..., in_features]
 
     Raises
@@ -52,10 +50,16 @@ def gather_rows(
     if not is_plain(ids):
         if not torch.compiler.is_compiling():  # the tracer cannot follow the check
             _check_packed(ids, packed, out_features, in_features)
-        return torch.ops.sq_cpu.gather_rows(  # type: ignore[no-any-return]
-            ids, packed, out_features, in_features, smoothing, dtype
+        return torch_ops.call(
+            "gather_rows",
+            ids,
+            packed,
+            out_features,
+            in_features,
+            inverse_smoothing,
+            torch_ops.RESULT_TYPES[dtype],
         )
-    return _gather(ids, packed, out_features, in_features, smoothing, dtype)
+    return _gather(ids, packed, out_features, in_features, inverse_smoothing, dtype)
 
 
 def _gather(
@@ -63,35 +67,13 @@ def _gather(
     packed: Tensor,
     out_features: int,
     in_features: int,
-    smoothing: Tensor | None,
+    inverse_smoothing: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if ids.dtype not in _IDS:
-        raise SqCpuError(f"int8 embedding: ids are {ids.dtype}; use int64 or int32")
-    quantizer = make_quantizer("per_token", True, False, 0.0, 0, smoothing)
     y = empty((*ids.shape, in_features), dtype)
     ids = ids.to(torch.int64).contiguous()
-    _core.gather_rows(packed, out_features, in_features, quantizer, ids, y)
+    _core.gather_rows(packed, out_features, in_features, inverse_smoothing, ids, y)
     return y
-
-
-@torch.library.custom_op("sq_cpu::gather_rows", mutates_args=(), device_types="cpu")
-def _gather_op(
-    ids: Tensor,
-    packed: Tensor,
-    out_features: int,
-    in_features: int,
-    smoothing: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Run the kernel where torch traces or transforms; plain calls go straight to it."""
-    return _gather(ids, packed, out_features, in_features, smoothing, dtype)
-
-
-@_gather_op.register_fake
-def _(ids: Tensor, packed: Tensor, out_features: int, in_features: int, *rest: Any) -> Tensor:
-    _check_packed(ids, packed, out_features, in_features)
-    return ids.new_empty((*ids.shape, in_features), dtype=rest[-1])
 
 
 def _check_packed(ids: Tensor, packed: Tensor, out_features: int, in_features: int) -> None:

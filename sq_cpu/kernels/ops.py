@@ -1,4 +1,4 @@
-"""The kernels as functions of tensors: checked calls, quantized activations, the torch operator.
+"""The kernels as functions of tensors: checked calls, quantized activations.
 
 The names are those of cpp/include/sq_cpu/linear.h.
 """
@@ -6,19 +6,20 @@ The names are those of cpp/include/sq_cpu/linear.h.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.autograd import forward_ad, profiler
 
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.kernels import _core
 from sq_cpu.kernels.hadamard import check_hadamard, fwht64, whole_blocks
 
 __all__ = [
+    "ACTIVATION_KINDS",
     "FLOATS",
     "Activation",
     "Epilogue",
@@ -31,7 +32,10 @@ __all__ = [
     "linear_quantized",
     "linear_requantized",
     "make_quantizer",
+    "needs_gradient",
     "quantize_activations",
+    "reciprocals",
+    "refuse_gradient",
 ]
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu"]
@@ -46,16 +50,17 @@ FLOATS = tuple(_DTYPES)
 _ACTIVATIONS = {None: _core.Activation.none} | {
     name: getattr(_core.Activation, name) for name in get_args(Activation)
 }
-# Granularity of the scale, and terms.
-_ACTIVATION_KINDS = {
+_CODES = {name: int(activation) for name, activation in _ACTIVATIONS.items()}
+ACTIVATION_KINDS = {
     "per_token": (_core.Granularity.per_token, 1),
     "per_token_x2": (_core.Granularity.per_token, 2),
     "per_tensor": (_core.Granularity.per_tensor, 1),
     "static": (_core.Granularity.static, 1),
 }
+"""Granularity of the scale, and terms, of `Scheme.activations`."""
 _NO_STEPS = (_core.Activation.none, None, None)
 
-_NO_GRADIENT = "int8 linear has no gradient: call the model under torch.no_grad()"
+_NO_GRADIENT = "quantized activations have no gradient: call the model under torch.no_grad()"
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +142,6 @@ class QuantizedActivation:
         return whole_blocks(k) if self.quantizer.hadamard else k
 
 
-# Per smoothing tensor, as long as it lives: its version, and the quantizers made of that.
-_quantizers: MutableMapping[
-    Tensor, tuple[int, dict[tuple[object, ...], _core.ActivationQuantizer]]
-] = WeakTensorKeyDictionary()
-
-
 def make_quantizer(
     activations: str,
     symmetric: bool,
@@ -158,9 +157,6 @@ def make_quantizer(
     `hadamard` is 64 where blocks of so many columns are rotated then (`fwht64`), else 0; where
     scales are not static, `dynamic_fallback` (see `Scheme`) has no effect.
 
-    It is made once per smoothing tensor, as the traced operator asks for it at each call and 1 / s
-    takes longer than a short product. A tensor that is changed in place gets a new one.
-
     Raises
     ------
     SqCpuError
@@ -168,30 +164,28 @@ def make_quantizer(
         grid has, or another size of blocks.
     """
     check_hadamard(hadamard)
-    if activations not in _ACTIVATION_KINDS:
+    if activations not in ACTIVATION_KINDS:
         raise SqCpuError(
-            f"activations are quantized {', '.join(_ACTIVATION_KINDS)}; not {activations!r}"
+            f"activations are quantized {', '.join(ACTIVATION_KINDS)}; not {activations!r}"
         )
     if not -(2**63) <= zero_point < 2**63:
         raise SqCpuError(f"static zero point is {zero_point}; codes are 0 .. 255")
-    granularity, terms = _ACTIVATION_KINDS[activations]
-    beside = (terms, hadamard, dynamic_fallback and activations == "static")
-    settings = (granularity, symmetric, reduce_range, scale, zero_point)
-    if smoothing is None:
-        return _core.ActivationQuantizer(*settings, (), *beside)
-    if smoothing.is_inference():  # such a tensor does not tell when it is changed
-        return _core.ActivationQuantizer(*settings, _reciprocals(smoothing), *beside)
-    version, made = _quantizers.get(smoothing, (None, {}))
-    if version != smoothing._version:
-        made = {}
-        _quantizers[smoothing] = smoothing._version, made
-    key = (*settings, *beside)
-    if key not in made:
-        made[key] = _core.ActivationQuantizer(*settings, _reciprocals(smoothing), *beside)
-    return made[key]
+    granularity, terms = ACTIVATION_KINDS[activations]
+    return _core.ActivationQuantizer(
+        granularity,
+        symmetric,
+        reduce_range,
+        scale,
+        zero_point,
+        () if smoothing is None else reciprocals(smoothing).tolist(),
+        terms,
+        hadamard,
+        dynamic_fallback and activations == "static",
+    )
 
 
-def _reciprocals(smoothing: Tensor) -> list[float]:
+def reciprocals(smoothing: Tensor) -> Tensor:
+    """Return 1 / s, fp32 [in_features], of s; `SqCpuError` unless they are positive and finite."""
     if not (smoothing.is_cpu and smoothing.is_floating_point() and smoothing.dim() == 1):
         raise SqCpuError(
             f"the smoothing scale is {_describe(smoothing)}; use floats [in_features] on cpu"
@@ -200,7 +194,8 @@ def _reciprocals(smoothing: Tensor) -> list[float]:
         reciprocal = 1 / smoothing
         if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
             raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
-        return reciprocal.tolist()
+        reciprocal.tolist()
+        return reciprocal.float()
     except RuntimeError as error:  # sparse, fake or transformed
         raise SqCpuError(f"the smoothing scale cannot be read: {first_line(error)}") from error
 
@@ -217,8 +212,15 @@ def is_dense(x: Tensor) -> bool:
 
 
 def is_plain(x: object) -> bool:
-    """Tell whether `x` is an ordinary tensor that nothing traces or transforms."""
+    """Tell whether `x` is a tensor that nothing traces, transforms or differentiates forward."""
     return not torch.compiler.is_compiling() and _core.is_plain(x)
+
+
+def needs_gradient(*tensors: object) -> bool:
+    """Tell whether a call with these arguments, None among them, is recorded for a backward."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in tensors
+    )
 
 
 class Epilogue(NamedTuple):
@@ -228,33 +230,43 @@ class Epilogue(NamedTuple):
     other: Tensor | None = None
     residual: Tensor | None = None
 
-    def checked(self, shape: tuple[int, ...], dtype: torch.dtype) -> Epilogue:
-        """Return it with operands that the kernels can read."""
+    def check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raise `SqCpuError` unless it is one for an output of this shape and dtype."""
         if self.activation not in _ACTIVATIONS:
             raise SqCpuError(
                 f"int8 linear: activation is {self.activation!r}, known are "
                 + ", ".join(get_args(Activation))
             )
+        for name, operand in (("other", self.other), ("residual", self.residual)):
+            if operand is not None:
+                _check_operand(name, operand, shape, dtype)
+
+    def checked(self, shape: tuple[int, ...], dtype: torch.dtype) -> Epilogue:
+        """Return it with operands that the kernels can read."""
+        self.check(shape, dtype)
+        operands = [x for x in (self.other, self.residual) if x is not None]
+        refuse_gradient(*operands)
         other, residual = (
-            None if operand is None else _operand(name, operand, shape, dtype)
-            for name, operand in (("other", self.other), ("residual", self.residual))
+            None if operand is None else operand.resolve_neg().contiguous()
+            for operand in (self.other, self.residual)
         )
         return Epilogue(self.activation, other, residual)
+
+    def code(self) -> int:
+        """Return the number of the activation, as cpp/include/sq_cpu/linear.h counts them."""
+        return _CODES[self.activation]
 
     def arguments(self) -> tuple[_core.Activation, Tensor | None, Tensor | None]:
         """Return what the bindings take."""
         return _ACTIVATIONS[self.activation], self.other, self.residual
 
 
-def _operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def _check_operand(name: str, operand: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     readable = operand.is_cpu and is_dense(operand)
     if not readable or tuple(operand.shape) != shape or operand.dtype != dtype:
         raise SqCpuError(
             f"int8 linear: {name} is {_describe(operand)}, the output {dtype} {list(shape)} on cpu"
         )
-    if operand.requires_grad and torch.is_grad_enabled():
-        raise SqCpuError(_NO_GRADIENT)
-    return operand.resolve_neg().contiguous()
 
 
 def check(
@@ -262,6 +274,8 @@ def check(
 ) -> list[int]:
     """Return `leading` of an x [*leading, in_features] that the kernels take; else `SqCpuError`."""
     _check_input(x)
+    operands = list(operands)
+    _refuse_tangents(x, *operands)
     *leading, width = x.shape or (-1,)
     if width != in_features:
         raise SqCpuError(
@@ -275,9 +289,24 @@ def check(
     for each in (packed, *operands):
         if not is_dense(each):
             raise SqCpuError(f"int8 linear: an operand is {_describe(each)}; use a dense tensor")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise SqCpuError(_NO_GRADIENT)
     return leading
+
+
+def refuse_gradient(*tensors: Tensor) -> None:
+    """Raise `SqCpuError` where a gradient of these is asked for."""
+    if needs_gradient(*tensors):
+        raise SqCpuError(_NO_GRADIENT)
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Raise `SqCpuError` for forward-mode derivatives, which would come out as zeros."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    unpack_dual: Any = forward_ad.unpack_dual
+    if any(unpack_dual(x).tangent is not None for x in tensors):
+        raise SqCpuError(
+            "int8 linear has no forward-mode derivative (jvp): use gradients (vjp, grad)"
+        )
 
 
 def _check_input(x: Tensor) -> None:
@@ -297,6 +326,7 @@ def linear(
 ) -> Tensor:
     """Return y [..., out_features] of x's dtype, for a plain x."""
     leading = check(x, packed, in_features)
+    refuse_gradient(x)
     if x.is_neg():
         x = x.resolve_neg()
     x = x.contiguous()
@@ -304,7 +334,12 @@ def linear(
     if epilogue is not None:
         epilogue = epilogue.checked(tuple(y.shape), y.dtype)
     activation, other, residual = _NO_STEPS if epilogue is None else epilogue.arguments()
-    _core.linear(x, packed, out_features, in_features, quantizer, y, activation, other, residual)
+    arguments = (x, packed, out_features, in_features, quantizer, y, activation, other, residual)
+    if not profiler._is_profiler_enabled:
+        _core.linear(*arguments)
+    else:  # the name that the operator has
+        with profiler.record_function("sq_cpu::linear"):
+            _core.linear(*arguments)
     return y
 
 
@@ -393,50 +428,3 @@ def linear_requantized(
         *epilogue.arguments(),
     )
     return y
-
-
-@torch.library.custom_op("sq_cpu::linear", mutates_args=(), device_types="cpu")
-def _linear_op(
-    x: Tensor,
-    packed: Tensor,
-    out_features: int,
-    activations: str,
-    symmetric: bool,
-    reduce_range: bool,
-    scale: float,
-    zero_point: int,
-    smoothing: Tensor | None = None,
-    activation: str | None = None,
-    other: Tensor | None = None,
-    residual: Tensor | None = None,
-    hadamard: int = 0,
-    dynamic_fallback: bool = False,
-) -> Tensor:
-    """Run the kernel where torch traces or transforms; plain calls go straight to `linear`."""
-    _check_packed(x, packed, out_features)
-    settings = (activations, symmetric, reduce_range, scale, zero_point)
-    quantizer = make_quantizer(*settings, smoothing, hadamard, dynamic_fallback)
-    epilogue = Epilogue(activation, other, residual)
-    return linear(x, packed, x.shape[-1], out_features, quantizer, epilogue)
-
-
-@_linear_op.register_fake
-def _(x: Tensor, packed: Tensor, out_features: int, *_: Any, **__: Any) -> Tensor:
-    _check_packed(x, packed, out_features)
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _check_packed(x: Tensor, packed: Tensor, out_features: int) -> None:
-    if x.dtype not in _DTYPES or x.dim() == 0:
-        raise SqCpuError(
-            f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
-            "use float32, bfloat16 or float16, of one or more"
-        )
-    if x.device != packed.device:
-        raise SqCpuError(f"int8 linear: input is on {x.device}, weights on {packed.device}")
-    size = _core.packed_bytes(out_features, int(x.shape[-1]))
-    if packed.dtype != torch.uint8 or not packed.is_contiguous() or packed.numel() != size:
-        raise SqCpuError(
-            f"int8 linear: {packed.numel()} elements of {packed.dtype} are not a packed weight "
-            f"[{out_features}, {x.shape[-1]}], which takes {size} of uint8"
-        )

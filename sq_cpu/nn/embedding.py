@@ -137,7 +137,7 @@ class QuantEmbedding(nn.Module):
             head.packed,
             self.num_embeddings,
             self.embedding_dim,
-            head.smoothing,
+            head.inverse_smoothing,
             self.dtype,
         )
         return _scaled(rows, self.embed_scale)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from sq_cpu.errors import SqCpuError
-from sq_cpu.kernels import _core, ops
+from sq_cpu.kernels import _core, ops, torch_ops
 from sq_cpu.kernels.hadamard import check_hadamard, fwht64
 from sq_cpu.kernels.ops import Activation, Epilogue, QuantizedActivation
 from sq_cpu.nn.entries import (
@@ -29,7 +29,7 @@ from sq_cpu.nn.entries import (
     weight_columns,
 )
 from sq_cpu.nn.packed_weight import PackedWeight
-from sq_cpu.nn.quantizer import layer_quantizer, own_copy
+from sq_cpu.nn.quantizer import layer_quantizer, layer_settings, own_copy
 from sq_cpu.nn.reference import linear_reference
 from sq_cpu.numerics.rounding import quantize_weight, static_code
 from sq_cpu.scheme import Scheme
@@ -154,8 +154,11 @@ class QuantLinear(nn.Module):
         Raises
         ------
         SqCpuError
-            For another dtype, shape or device, for an input that asks for gradients, and for one
-            that was quantized otherwise than this layer does.
+            For another dtype, shape or device, and for an input that was quantized otherwise than
+            this layer does.
+
+        Where gradients are asked for they pass straight through the rounding to the input, `other`
+        and `residual`: dx = (dy * weight_scale) @ weight / s. The layer itself has none.
         """
         packed: Any = self._buffers["packed"]  # self.packed takes nn.Module's long way
         steps = None
@@ -171,26 +174,14 @@ class QuantLinear(nn.Module):
             self._check_quantized(input)
             return ops.linear_quantized(input, packed, self.out_features, steps or Epilogue())
         operands = [operand for operand in (other, residual) if operand is not None]
-        if ops.is_plain(input) and all(ops.is_plain(operand) for operand in operands):
+        plain = ops.is_plain(input) and all(ops.is_plain(operand) for operand in operands)
+        if plain and not ops.needs_gradient(input, *operands):
             return ops.linear(
                 input, packed, self.in_features, self.out_features, self._quantizer, steps
             )
         ops.check(input, packed, self.in_features, operands)
-        return torch.ops.sq_cpu.linear(  # type: ignore[no-any-return]
-            input,
-            packed,
-            self.out_features,
-            self.scheme.activations,
-            self.scheme.symmetric,
-            self.scheme.reduce_range,
-            self.input_scale or 0.0,
-            self.input_zero_point,
-            self.smoothing,
-            activation,
-            other,
-            residual,
-            self.hadamard,
-            self.scheme.dynamic_fallback,
+        return torch_ops.linear(
+            input, packed, self.out_features, self.inverse_smoothing, self._settings, steps
         )
 
     def quantize_input(self, x: Tensor) -> QuantizedActivation:
@@ -204,6 +195,7 @@ class QuantLinear(nn.Module):
             For what `forward` refuses, and where torch traces or transforms the call.
         """
         ops.check(x, self.packed, self.in_features)
+        ops.refuse_gradient(x)
         if not ops.is_plain(x):
             raise SqCpuError("quantize_input cannot be traced or transformed; call the layer on x")
         return ops.quantize_activations(x, self._quantizer)
@@ -342,8 +334,8 @@ class QuantLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Resident bytes: the packed weight with its scales and bias, and s with 1 / s."""
-        smoothing = 0 if self.smoothing is None else 2 * self.smoothing.nbytes
+        """Resident bytes: the packed weight with its scales and bias, s, and 1 / s twice."""
+        smoothing = 0 if self.smoothing is None else 3 * self.smoothing.nbytes
         return self.packed_weight.nbytes + smoothing
 
     def extra_repr(self) -> str:
@@ -389,7 +381,10 @@ class QuantLinear(nn.Module):
         self.input_scale = None if static is None else static[0]
         self.input_zero_point = 0 if static is None else static[1]
         self.smoothing = smoothing
+        with torch.inference_mode(False):  # else autograd cannot save it
+            self.inverse_smoothing = None if smoothing is None else ops.reciprocals(smoothing)
         self._quantizer = quantizer
+        self._settings = layer_settings(self.scheme, static, self.hadamard)
 
     def entries(self) -> Entries:
         """Return the shape and dtype of each entry of the state dict."""

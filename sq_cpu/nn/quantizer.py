@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels import _core, ops
+from sq_cpu.kernels.torch_ops import LinearSettings, linear_settings
 from sq_cpu.scheme import Scheme
 
-__all__ = ["layer_quantizer", "own_copy"]
+__all__ = ["layer_quantizer", "layer_settings", "own_copy"]
 
 
 def layer_quantizer(
@@ -62,8 +63,22 @@ def layer_quantizer(
     )
 
 
+def layer_settings(
+    scheme: Scheme, static: tuple[float, int] | None, hadamard: int
+) -> LinearSettings:
+    """Return the same as `layer_quantizer` for the torch operator, which takes 1 / s beside it."""
+    return linear_settings(
+        scheme.activations,
+        scheme.symmetric,
+        scheme.qmax == 63,
+        static,
+        scheme.dynamic_fallback,
+        hadamard,
+    )
+
+
 def own_copy(smoothing: Tensor) -> Tensor:
     """Return s as a layer keeps it, fp32 on the CPU."""
-    # No tensor of inference mode, for its quantizer would be made at each traced call.
+    # No tensor of inference mode, which autograd cannot save.
     with torch.inference_mode(False):
         return smoothing.detach().to("cpu", torch.float32, copy=True).contiguous()

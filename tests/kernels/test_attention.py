@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sq_cpu import SqCpuError, texts
 from sq_cpu.evaluation.perplexity import token_windows
 from sq_cpu.kernels.attention import matmul_pv, matmul_qk, matmul_reference
+from sq_cpu.kernels.torch_ops import RESULT_TYPES
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int8)
 
@@ -144,7 +145,7 @@ def test_torch_compile_and_fake_tensors_see_the_op() -> None:
     assert (fake.shape, fake.dtype) == ((1, 4, 5, 7), torch.bfloat16)
     v_scale = torch.rand(1, 2, 64)
     p = codes(1, 4, 5, 7, dtype=torch.uint8)
-    arguments = (p, k, False, 0.5, None, v_scale, torch.float32)
+    arguments = (p, k, False, 0.5, None, v_scale, RESULT_TYPES[torch.float32])
     torch.library.opcheck(torch.ops.sq_cpu.batched_matmul.default, arguments)
 
 

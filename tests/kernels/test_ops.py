@@ -257,7 +257,7 @@ def test_bad_operands_are_one_clear_line() -> None:
         fails(r"residual is torch.float64 \[2, 4\]", layer, call, residual=y.double())
         fails("residual is .* on meta", layer, call, residual=y.to("meta"))
     with torch.enable_grad():
-        fails("no_grad", layer, x, other=y.clone().requires_grad_())
+        fails("no_grad", layer, q, other=y.clone().requires_grad_())
     for bad in (torch.zeros(8), torch.full((8,), float("inf")), torch.full((8,), float("nan"))):
         fails("smoothing scale or its reciprocal", make, 8, 4, Scheme(), bad)
     fails(r"smoothing scale is \[7\], the layer needs \[8\]", make, 8, 4, Scheme(), torch.ones(7))
@@ -313,10 +313,9 @@ def test_what_traces_sees_every_step() -> None:
     assert torch.equal(traced(x, other, residual), y)
     compiled = torch.compile(step, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x, other, residual), y)
-    arguments = (x, layer.packed, 32, "static", True, False, layer.input_scale, 128)
-    torch.library.opcheck(
-        torch.ops.sq_cpu.linear.default, (*arguments, layer.smoothing, "silu", other, residual)
-    )
+    silu = int(_core.Activation.silu)
+    arguments = (x, layer.packed, 32, layer.inverse_smoothing, *layer._settings, silu)
+    torch.library.opcheck(torch.ops.sq_cpu.linear.default, (*arguments, other, residual))
     with pytest.raises(SqCpuError, match="quantize_input cannot be traced"):
         make_fx(lambda x: layer.quantize_input(x).scale)(x)
 

@@ -263,7 +263,7 @@ def test_bad_input_is_one_clear_line() -> None:
     with pytest.raises(SqCpuError, match="the CPU only"):
         layer(torch.zeros(2, 8, device="meta"))
     with torch.enable_grad(), pytest.raises(SqCpuError, match=r"torch.no_grad"):
-        layer(torch.zeros(2, 8, requires_grad=True))
+        layer.quantize_input(torch.zeros(2, 8, requires_grad=True))
     with pytest.raises(SqCpuError, match="needs the input's range"):
         QuantLinear.from_float(nn.Linear(8, 4), Scheme.of("O3"))
     with pytest.raises(SqCpuError, match="in_features 65794 exceeds 65793"):

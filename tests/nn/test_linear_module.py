@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from sq_cpu import QuantLinear, Scheme, SqCpuError
+from sq_cpu.kernels.torch_ops import linear_settings
 from sq_cpu.nn.decomposed import DecomposedLinear
 
 
@@ -99,11 +100,13 @@ def test_what_traces_or_transforms_sees_the_op() -> None:
 
 def test_the_op_refuses_what_is_not_a_packed_weight() -> None:
     layer = make(64, 32, Scheme())
-    rest = ("per_token", True, False, 0.0, 0)
+    rest: Any = (None, *linear_settings(), 0, None, None)
     for x, n in ((torch.randn(5, 128), 32), (torch.randn(5, 64), 50_000_000)):
-        with pytest.raises(SqCpuError, match="are not a packed weight"):
+        with pytest.raises(RuntimeError, match="are not a packed weight"):
             torch.ops.sq_cpu.linear(x, layer.packed, n, *rest)
-    with pytest.raises(SqCpuError, match="use float32"):
+        with pytest.raises(SqCpuError, match="are not a packed weight"):
+            torch.ops.sq_cpu.linear(x.to("meta"), layer.packed.to("meta"), n, *rest)
+    with pytest.raises(RuntimeError, match="use float32"):
         torch.ops.sq_cpu.linear(torch.randn(5, 64).double(), layer.packed, 32, *rest)
 
 
@@ -155,7 +158,7 @@ def test_torch_compile_and_export_see_the_op() -> None:
     program = torch.export.export(nn.Sequential(layer), (x,))
     assert "sq_cpu.linear" in str(program.graph)
     assert torch.equal(program.module()(x), layer(x))
-    arguments = (x, layer.packed, 32, "static", True, False, layer.input_scale, 128)
+    arguments = (x, layer.packed, 32, None, *layer._settings, 0, None, None)
     torch.library.opcheck(torch.ops.sq_cpu.linear.default, arguments)
 
 
