@@ -214,7 +214,7 @@ def test_smoothing_survives_an_ordinary_life(scheme: Scheme) -> None:
     assert torch.equal(state["smoothing"], s)
     assert state["smoothing"].dtype == torch.float32
     assert layer.entries()["smoothing"] == ((70,), torch.float32)
-    assert layer.nbytes == layer.packed.nbytes + 2 * s.nbytes
+    assert layer.nbytes == layer.packed.nbytes + 3 * s.nbytes
     state["smoothing"].mul_(2)  # a copy, as all of the state dict
     s.mul_(2)
     assert torch.equal(layer(x), y)
