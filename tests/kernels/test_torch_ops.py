@@ -270,9 +270,9 @@ def test_an_exported_layer_takes_any_length_and_survives_a_file(
 
 def test_a_trace_of_symbolic_shapes_holds_for_others() -> None:
     layer = make()
-    traced: Any = make_fx(
-        layer, tracing_mode="symbolic", _allow_non_fake_inputs=True
-    )(torch.randn(5, K))
+    traced: Any = make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(
+        torch.randn(5, K)
+    )
     x = torch.randn(9, K)
     assert torch.equal(traced(x), layer(x))
 
