@@ -144,7 +144,7 @@ def _matmul(
     if all(is_plain(x) for x in (a, b, a_scale, b_scale) if x is not None):
         return _run(a, b, transposed, scale, a_scale, b_scale, out_dtype)
     return torch_ops.call(
-        "batched_matmul",
+        torch.ops.sq_cpu.batched_matmul.default,
         a,
         b,
         transposed,

@@ -51,7 +51,7 @@ def gather_rows(
         if not torch.compiler.is_compiling():  # the tracer cannot follow the check
             _check_packed(ids, packed, out_features, in_features)
         return torch_ops.call(
-            "gather_rows",
+            torch.ops.sq_cpu.gather_rows.default,
             ids,
             packed,
             out_features,

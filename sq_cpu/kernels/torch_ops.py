@@ -60,9 +60,8 @@ def linear_settings(
     return (*settings, terms, hadamard)
 
 
-def call(name: str, *arguments: Any) -> Tensor:
-    """Call the operator of this name; what it refuses, but for a traced graph, is `SqCpuError`."""
-    operator: Any = getattr(_OPS, name)
+def call(operator: Any, *arguments: Any) -> Tensor:
+    """Call an operator; what it refuses, but for a traced graph, is an `SqCpuError`."""
     if torch.compiler.is_compiling():
         return operator(*arguments)  # type: ignore[no-any-return]
     try:
@@ -85,17 +84,19 @@ def linear(
     layer multiplied x / s by the weight that its codes stand for. With an epilogue y is rounded as
     its steps in plain torch are.
     """
-    steps = epilogue or Epilogue()
-    steps.check((*x.shape[:-1], out_features), x.dtype)
     arguments = (packed, out_features, inverse_smoothing)
-    if needs_gradient(x, steps.other, steps.residual):
-        if epilogue is None:
+    if epilogue is None:
+        if needs_gradient(x):
             return _straight_through(x, *arguments, settings)
-        v = _straight_through(x.float(), *arguments, settings)
-        v = _ACTIVATIONS[steps.activation](v)
-        v = v if steps.other is None else v * steps.other.float()
-        return (v if steps.residual is None else v + steps.residual.float()).to(x.dtype)
-    return call("linear", x, *arguments, *settings, steps.code(), steps.other, steps.residual)
+        return call(_OPS.linear.default, x, *arguments, *settings, 0, None, None)
+    epilogue.check((*x.shape[:-1], out_features), x.dtype)
+    activation, other, residual = epilogue
+    if needs_gradient(x, other, residual):
+        v = _ACTIVATIONS[activation](_straight_through(x.float(), *arguments, settings))
+        v = v if other is None else v * other.float()
+        return (v if residual is None else v + residual.float()).to(x.dtype)
+    steps = (epilogue.code(), other, residual)
+    return call(_OPS.linear.default, x, *arguments, *settings, *steps)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -112,7 +113,7 @@ class _StraightThrough(torch.autograd.Function):
         settings: LinearSettings,
     ) -> Tensor:
         arguments = (packed, out_features, inverse_smoothing, *settings, 0, None, None)
-        return call("linear", x, *arguments)
+        return call(_OPS.linear.default, x, *arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,7 +126,7 @@ class _StraightThrough(torch.autograd.Function):
         packed, inverse_smoothing = ctx.saved_tensors
         rotated = ctx.hadamard != 0
         columns = whole_blocks(ctx.in_features) if rotated else ctx.in_features
-        codes, scale = _OPS.unpack_weight(packed, ctx.out_features, columns)
+        codes, scale = _OPS.unpack_weight.default(packed, ctx.out_features, columns)
         # Codes are exact in bf16; fp16 has too few exponents for dy times a scale.
         dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
         dx = ((dy.float() * scale).to(dtype) @ codes.to(dtype)).float()
