@@ -44,7 +44,8 @@ def row_counts(model: nn.Module, *, reset: bool = False) -> dict[str, RowCounts]
 
     Every call counts, also in other threads and of a fused model. Of linears that share one
     quantized input, as q, k and v do in a fused model, the first counts its rows. Calls that torch
-    traces may not count. A copy of a model, also one that was saved and loaded, begins at 0.
+    traces or takes gradients of do not count. A copy of a model, also one that was saved and
+    loaded, begins at 0.
 
     Parameters
     ----------

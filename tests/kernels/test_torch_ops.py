@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from sq_cpu.nn.decomposed import DecomposedLinear
 
 K, N = 70, 33
 OPS = torch.ops.sq_cpu
+COMPILER = os.environ.get("CXX") or shutil.which("c++")
 
 
 @pytest.fixture(autouse=True)
@@ -280,3 +285,31 @@ def test_a_trace_of_symbolic_shapes_holds_for_others() -> None:
 def test_the_operators_are_added_once() -> None:
     _core.add_torch_operators()
     assert torch_ops.RESULT_TYPES[torch.int8] == int(_core.BatchedType.int8)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_a_process_without_torch_or_with_an_old_one_is_told(tmp_path: Path) -> None:
+    # Another library under the name of torch's: it has none of the functions.
+    old = tmp_path / "libtorch_cpu.so"
+    subprocess.run(
+        [COMPILER, "-shared", "-x", "c++", "/dev/null", "-o", old, f"-Wl,-soname,{old.name}"],
+        check=True,
+    )
+    maps = Path("/proc/self/maps").read_text().split()
+    openmp = next(path for path in maps if Path(path).name.startswith(("libgomp", "libiomp5")))
+    library = Path(_core.__file__).with_name("libsq_cpu_torch.so")
+    said = []
+    for torch_library in (None, old):
+        program = f"""import ctypes
+for each in {[openmp, *([str(torch_library)] if torch_library else [])]}:
+    ctypes.CDLL(each, ctypes.RTLD_GLOBAL)
+add = ctypes.CDLL({str(library)!r}).sq_cpu_add_torch_operators
+add.restype = ctypes.c_char_p
+print(add().decode())"""
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        said.append(done.stdout.strip())
+    assert said == [
+        "no libtorch_cpu.so is loaded: load torch first",
+        "this torch has no aoti_torch_library_init_fragment: install torch 2.8 or newer",
+    ]
