@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sq_cpu.checkpoint.config import (
     CONFIG,
+    FORMAT_VERSION,
     QUANT_METHOD,
     check_dtype,
     check_files,
@@ -24,24 +25,23 @@ from sq_cpu.checkpoint.config import (
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
+from sq_cpu.checkpoint.pretrained import PushToHub, SavePretrained
 from sq_cpu.checkpoint.rebuild import fit, restore
 from sq_cpu.checkpoint.skeleton import check_buffers, check_counts
 from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.hf_private import load_again, load_nothing
+from sq_cpu.models.hf_private import is_transformers, load_again, load_nothing
 from sq_cpu.models.linears import linearized
 from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
+from sq_cpu.quantization.replace import when_quantized
 
 __all__ = ["SqCpuConfig", "SqCpuQuantizer"]
 
 
 @register_quantization_config(QUANT_METHOD)
 class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a checkpoint, its fields as attributes.
-
-    It describes a saved model and cannot ask for one to be quantized: see `sq_cpu.quantize`.
-    """
+    """The `quantization_config` of an int8 model, its fields as attributes."""
 
     def __init__(self, **settings: Any) -> None:
         self.__dict__.update(settings)
@@ -52,13 +52,15 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
 class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
     """What `from_pretrained` calls on its way. All errors are `SqCpuError`, of one line."""
 
-    def __init__(self, quantization_config: SqCpuConfig, *, pre_quantized: bool = True) -> None:
+    def __init__(
+        self, quantization_config: SqCpuConfig, *, pre_quantized: bool = True, **kwargs: Any
+    ) -> None:
         if not pre_quantized:
             raise SqCpuError(
                 "from_pretrained does not quantize with sq_cpu; load the float model without "
                 "quantization_config, then call sq_cpu.calibrate and sq_cpu.quantize"
             )
-        super().__init__(quantization_config, pre_quantized=pre_quantized)
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         # Before any file is looked for: a newer format may name them otherwise.
         check_settings(self._settings, Path(CONFIG))
         self._dtype: torch.dtype | None = None
@@ -79,11 +81,11 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                     'leave it out or give device_map="cpu"'
                 )
 
-    def update_device_map(self, device_map: Any) -> Any:
+    def update_device_map(self, device_map: Any, **_: Any) -> Any:
         """Let "auto" mean the CPU, whatever else the machine has."""
         return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
 
-    def update_attn_implementation(self, config: Any) -> Any:
+    def update_attn_implementation(self, config: Any, **_: Any) -> Any:
         """Look at the config before a model is built from it: its counts have to be possible."""
         folder = Path(str(config.name_or_path))
         if (folder / CONFIG).is_file():
@@ -91,7 +93,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 check_counts(config.to_dict(), len(stored.headers), folder / CONFIG)
         return config
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def update_dtype(self, dtype: torch.dtype, **_: Any) -> torch.dtype:
         """Note the dtype of everything that is not quantized."""
         check_dtype(dtype)
         self._dtype = dtype
@@ -153,11 +155,35 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 "leave out tp_plan and distributed_config"
             )
 
-    def is_serializable(self) -> bool:
-        """Refuse `save_pretrained`, whose files config.json would not describe."""
-        raise SqCpuError("save_pretrained cannot write this model; call sq_cpu.save(model, path)")
+    def is_serializable(self, **_: Any) -> bool:
+        """True: `save_pretrained` of the model is `sq_cpu.save`."""
+        return True
 
     @property
     def is_trainable(self) -> bool:
         """False: the int8 layers have no gradient."""
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: torch.compile takes the int8 layers whole."""
+        return True
+
+
+def _tell_transformers(model: Any) -> None:
+    """Give an int8 model what transformers' own code asks a quantized one for.
+
+    Not `is_quantized`, with which a Trainer refuses also to evaluate: from_pretrained sets that.
+    """
+    if not is_transformers(model):
+        return
+    record: QuantizationRecord = model.sq_cpu_config
+    settings = SqCpuConfig(format_version=FORMAT_VERSION, **record.to_dict())
+    model.config.quantization_config = settings
+    model.hf_quantizer = SqCpuQuantizer(settings)
+    model.quantization_method = QUANT_METHOD
+    model.save_pretrained = SavePretrained(model)
+    model.push_to_hub = PushToHub(model)
+
+
+when_quantized(_tell_transformers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +79,11 @@ def attention_implementation(config: Any) -> str | None:
 def bare_model(make: Callable[[], Any]) -> Any:
     """Return make(), with all of its tensors on the meta device."""
     check_version()
-    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+    from transformers import initialization
 
-    with no_init_weights(), torch.device("meta"), meta_device_safe_creation_ops():
+    # Not in 5.0.
+    on_cpu = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+    with initialization.no_init_weights(), torch.device("meta"), on_cpu():
         return make()
 
 
@@ -144,7 +146,8 @@ def _mark_initialized(model: Any) -> None:
 def forget_quantization(model: Any) -> None:
     """Make a model that transformers dequantized an ordinary float model, to be saved and cast."""
     check_version()
-    model.hf_quantizer.remove_quantization_config(model)
+    if getattr(model, "hf_quantizer", None) is not None:  # earlier releases leave none
+        model.hf_quantizer.remove_quantization_config(model)
 
 
 # --- experts of a mixture -------------------------------------------------------------------------
@@ -168,7 +171,7 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
 
     A norm after each expert is not in the layout: None.
     """
-    names = ("has_gate", "is_transposed", "_apply_gate", "down_proj")
+    names = ("is_transposed", "_apply_gate", "down_proj")
     if not all(hasattr(module, name) for name in names):
         return None
     if not isinstance(module.down_proj, nn.Parameter) or module.down_proj.dim() != 3:
@@ -176,12 +179,16 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
     check_version()
     if getattr(module, "has_post_expert_norm", False):
         return None
-    return ExpertsLayout("gate_up_proj" if module.has_gate else "up_proj", module.is_transposed)
+    return ExpertsLayout("gate_up_proj" if _has_gate(module) else "up_proj", module.is_transposed)
+
+
+def _has_gate(module: Any) -> bool:
+    return bool(getattr(module, "has_gate", True))  # before 5.3, all have one
 
 
 def experts_activation(module: Any, x: Tensor) -> Tensor:
     """Return what the experts of a module with an `experts_layout` do between up and down."""
-    result: Tensor = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    result: Tensor = module._apply_gate(x) if _has_gate(module) else module.act_fn(x)
     return result
 
 

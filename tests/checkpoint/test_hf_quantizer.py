@@ -222,13 +222,6 @@ def test_save_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
-def test_save_pretrained_names_save(folder: Path, tmp_path: Path) -> None:
-    found = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(SqCpuError, match=r"call sq_cpu\.save"):
-        found.save_pretrained(tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
 # --- what is refused ----------------------------------------------------------------------------
 
 
