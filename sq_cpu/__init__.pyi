@@ -15,6 +15,7 @@ from .autotuning.picking import pick_scheme as pick_scheme
 from .calibration.calibrate import calibrate as calibrate
 from .calibration.calibration import Calibration as Calibration
 from .calibration.outlier_tokens import outlier_tokens as outlier_tokens
+from .checkpoint.hf_config import SqCpuConfig as SqCpuConfig
 from .checkpoint.load import load as load
 from .checkpoint.save import save as save
 from .errors import SqCpuError as SqCpuError

@@ -41,6 +41,7 @@ PUBLIC = [
     "Scheme",
     "SearchSpace",
     "SmoothPlan",
+    "SqCpuConfig",
     "SqCpuError",
     "Stack",
     "TextPerplexity",

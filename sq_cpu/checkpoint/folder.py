@@ -9,10 +9,10 @@ which cannot be replaced, it is in OUT, and what is finished is moved out of it,
 .OUT.partial/old/          what is replaced, where a file system cannot exchange folders
 .OUT.partial.moving        beside it: from before anything is moved to where nothing was, to the end
 
-At every moment OUT is as it was or complete. (In a folder that other files share (`keep`), the
-config.json of the checkpoint that is replaced goes first. Without an exchange there is a moment in which it is
+At every moment OUT is as it was or complete. (Without an exchange there is a moment in which it is
 absent; where a process is killed then, the next one puts the old OUT back.) The next call clears
-what a killed process left.
+what a killed process left. Where OUT also holds files of others, which stay (`keep`), its
+config.json goes first, and the new one comes last: between the two there is no checkpoint.
 """
 
 from __future__ import annotations

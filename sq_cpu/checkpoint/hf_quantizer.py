@@ -1,5 +1,7 @@
 """`AutoModelForCausalLM.from_pretrained("out/")` for what `sq_cpu.save` wrote.
 
+Or of a float model, with `quantization_config=SqCpuConfig(...)`, which is quantized then.
+
 Importing this module registers the method "sq_cpu" with transformers, which then builds the model
 and its generation config, with the caller's options, while `sq_cpu.checkpoint` checks the files and
 fills the weights, so that the result is the model that `sq_cpu.load` returns.
@@ -12,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers import HfQuantizer, register_quantizer
 
+from sq_cpu.checkpoint import hf_config  # whose import may be under way, and brings this one
 from sq_cpu.checkpoint.config import (
     CONFIG,
     FORMAT_VERSION,
@@ -36,16 +38,7 @@ from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.quantization.replace import when_quantized
 
-__all__ = ["SqCpuConfig", "SqCpuQuantizer"]
-
-
-@register_quantization_config(QUANT_METHOD)
-class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of an int8 model, its fields as attributes."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.__dict__.update(settings)
-        self.quant_method = QUANT_METHOD
+__all__ = ["SqCpuQuantizer"]
 
 
 @register_quantizer(QUANT_METHOD)
@@ -53,16 +46,12 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
     """What `from_pretrained` calls on its way. All errors are `SqCpuError`, of one line."""
 
     def __init__(
-        self, quantization_config: SqCpuConfig, *, pre_quantized: bool = True, **kwargs: Any
+        self, quantization_config: Any, *, pre_quantized: bool = True, **kwargs: Any
     ) -> None:
-        if not pre_quantized:
-            raise SqCpuError(
-                "from_pretrained does not quantize with sq_cpu; load the float model without "
-                "quantization_config, then call sq_cpu.calibrate and sq_cpu.quantize"
-            )
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
-        # Before any file is looked for: a newer format may name them otherwise.
-        check_settings(self._settings, Path(CONFIG))
+        if pre_quantized:
+            # Before any file is looked for: a newer format may name them otherwise.
+            check_settings(self._settings, Path(CONFIG))
         self._dtype: torch.dtype | None = None
         self._folder = Path()
         self._files: list[str] = []
@@ -88,7 +77,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
     def update_attn_implementation(self, config: Any, **_: Any) -> Any:
         """Look at the config before a model is built from it: its counts have to be possible."""
         folder = Path(str(config.name_or_path))
-        if (folder / CONFIG).is_file():
+        if self.pre_quantized and (folder / CONFIG).is_file():
             with StoredTensors(folder, check_files(folder, self._settings, verify=False)) as stored:
                 check_counts(config.to_dict(), len(stored.headers), folder / CONFIG)
         return config
@@ -100,9 +89,11 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: Any, *, checkpoint_files: list[str] | None, **_: Any
+        self, model: Any, *, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         """Check the model and its files, and leave transformers no weight to load."""
+        if not self.pre_quantized:
+            return
         if not checkpoint_files:
             raise SqCpuError("from_pretrained needs the folder of an sq_cpu checkpoint: give it")
         self._folder = folder = Path(checkpoint_files[0]).parent
@@ -121,7 +112,11 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         self._before = load_nothing(model)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        """Fill the weights as `sq_cpu.load` does."""
+        """Fill the weights as `sq_cpu.load` does, or quantize those of a float model."""
+        if not self.pre_quantized:
+            model.hf_quantizer = None  # so far it is a float model
+            self.quantization_config.quantize(model.eval())
+            return
         load_again(model, self._before)
         folder = self._folder
         record = with_stored_curves(self._record, folder, self._settings)
@@ -156,7 +151,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def is_serializable(self, **_: Any) -> bool:
-        """True: `save_pretrained` of the model is `sq_cpu.save`."""
+        """Return True: `save_pretrained` of the model is `sq_cpu.save`."""
         return True
 
     @property
@@ -178,7 +173,9 @@ def _tell_transformers(model: Any) -> None:
     if not is_transformers(model):
         return
     record: QuantizationRecord = model.sq_cpu_config
-    settings = SqCpuConfig(format_version=FORMAT_VERSION, **record.to_dict())
+    settings = hf_config.SqCpuConfig(
+        quant_method=QUANT_METHOD, format_version=FORMAT_VERSION, **record.to_dict()
+    )
     model.config.quantization_config = settings
     model.hf_quantizer = SqCpuQuantizer(settings)
     model.quantization_method = QUANT_METHOD

@@ -25,7 +25,6 @@ from transformers import (
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
-from sq_cpu.checkpoint.hf_quantizer import SqCpuConfig
 from sq_cpu.nn.linear import QuantLinear
 
 
@@ -236,14 +235,6 @@ def test_other_quantization(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
         )
-
-
-@pytest.mark.parametrize(
-    "settings", [SqCpuConfig(scheme="O3"), {"quant_method": "sq_cpu"}], ids=["object", "dict"]
-)
-def test_quantizing_on_the_fly(settings: Any, tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    fails(r"call sq_cpu\.calibrate and sq_cpu\.quantize", tmp_path, quantization_config=settings)
 
 
 def test_headless_class(folder: Path) -> None:

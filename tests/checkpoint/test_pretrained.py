@@ -160,7 +160,6 @@ def test_sentence_transformer(tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
