@@ -27,6 +27,7 @@ from sq_cpu.checkpoint.config import (
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
+from sq_cpu.checkpoint.dequantize import dequantize
 from sq_cpu.checkpoint.pretrained import PushToHub, SavePretrained
 from sq_cpu.checkpoint.rebuild import fit, restore
 from sq_cpu.checkpoint.skeleton import check_buffers, check_counts
@@ -149,6 +150,10 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 "a checkpoint of sq_cpu is loaded whole by one process; "
                 "leave out tp_plan and distributed_config"
             )
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
+        """Make the model a float one, for `model.dequantize()`."""
+        return dequantize(model, dtype)
 
     def is_serializable(self, **_: Any) -> bool:
         """Return True: `save_pretrained` of the model is `sq_cpu.save`."""

@@ -10,7 +10,14 @@ from torch import nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.quantization.record import QuantizationRecord
 
-__all__ = ["mark_quantized", "places_of", "put", "replace_linears", "when_quantized"]
+__all__ = [
+    "mark_quantized",
+    "places_of",
+    "put",
+    "replace_linears",
+    "unmark_quantized",
+    "when_quantized",
+]
 
 _TOLD: list[Callable[[Any], None]] = []
 
@@ -28,6 +35,12 @@ def mark_quantized(model: Any, record: QuantizationRecord) -> None:
         model.save_pretrained = _refuse_save_pretrained
     for tell in _TOLD:
         tell(model)
+
+
+def unmark_quantized(model: Any) -> None:
+    """Take from a model, float again, what `mark_quantized` gave it."""
+    for name in ("sq_cpu_config", "save_pretrained", "push_to_hub"):
+        vars(model).pop(name, None)
 
 
 def _refuse_save_pretrained(*_: Any, **__: Any) -> None:
