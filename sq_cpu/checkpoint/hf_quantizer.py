@@ -9,11 +9,12 @@ fills the weights, so that the result is the model that `sq_cpu.load` returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from sq_cpu.checkpoint import hf_config  # whose import may be under way, and brings this one
@@ -28,6 +29,7 @@ from sq_cpu.checkpoint.config import (
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
 from sq_cpu.checkpoint.dequantize import dequantize
+from sq_cpu.checkpoint.heads import Translation, translation
 from sq_cpu.checkpoint.pretrained import PushToHub, SavePretrained
 from sq_cpu.checkpoint.rebuild import fit, restore
 from sq_cpu.checkpoint.skeleton import check_buffers, check_counts
@@ -57,6 +59,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         self._folder = Path()
         self._files: list[str] = []
         self._before: tuple[Any, Any] = (None, {})
+        self._translation: Translation | None = None
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -106,11 +109,22 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{min(foreign)} is not a file of this checkpoint; remove it, or what names it "
                 "(an index, an argument)"
             )
-        with StoredTensors(folder, self._files) as stored, linearized(model):
-            fit(model, self._record, stored.headers, self._version, folder, stored.path)
+        with StoredTensors(folder, self._files) as stored:
+            record, stored, is_new = self._translated(model, self._record, stored)
+            with linearized(model):
+                found = fit(
+                    model,
+                    record,
+                    stored.headers,
+                    self._version,
+                    folder,
+                    stored.path,
+                    is_new=is_new,
+                )
             check_buffers(model, stored.nbytes, folder / CONFIG)
+        dropped = () if self._translation is None else self._translation.dropped
         # transformers would hold all int8 weights unpacked beside the packed ones.
-        self._before = load_nothing(model)
+        self._before = load_nothing(model, found.new, dropped)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         """Fill the weights as `sq_cpu.load` does, or quantize those of a float model."""
@@ -126,7 +140,19 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         stored_dtype = content.get("dtype", content.get("torch_dtype"))
         dtype = None if str(self._dtype).removeprefix("torch.") == stored_dtype else self._dtype
         with StoredTensors(folder, self._files) as stored:
-            restore(model, record, stored, self._version, folder, dtype)
+            record, stored, is_new = self._translated(model, record, stored)
+            restore(model, record, stored, self._version, folder, dtype, is_new=is_new)
+
+    def _translated(
+        self, model: Any, record: QuantizationRecord, stored: StoredTensors
+    ) -> tuple[QuantizationRecord, StoredTensors, Callable[[str], bool]]:
+        """Return both as the model's class names them, and which tensors of it may be new."""
+        if type(model).__name__ == self._architecture(model):
+            return record, stored, lambda _: False
+        if self._translation is None:
+            self._translation = translation(model, record, stored.headers)
+        found = self._translation
+        return found.record(record), stored.renamed(found.names), found.is_new
 
     @property
     def _record(self) -> QuantizationRecord:
@@ -137,13 +163,20 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         version: int = self._settings["format_version"]
         return version
 
-    def _check_model(self, model: Any) -> None:
+    def _architecture(self, model: Any) -> str:
         named = model.config.architectures
-        architecture = named[0] if isinstance(named, list) and named else "unknown model"
-        if type(model).__name__ != architecture:
+        return str(named[0]) if isinstance(named, list) and named else "unknown model"
+
+    def _check_model(self, model: Any) -> None:
+        name = self._architecture(model)
+        # Of the same model, another class: its base alone, or another head.
+        known: Any = getattr(transformers, name, None)
+        kin = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
+        kin = kin and isinstance(model.config, known.config_class or ())
+        if type(model).__name__ != name and not kin:
             raise SqCpuError(
-                f"{self._folder} holds a {architecture}, not a {type(model).__name__}; "
-                f"load it with transformers.{architecture}"
+                f"{self._folder} holds a {name}, not a {type(model).__name__}; "
+                f"load it with transformers.{name}"
             )
         if getattr(model.config, "distributed_config", None) is not None:
             raise SqCpuError(

@@ -7,7 +7,8 @@ function raises `SqCpuError`, which says what to install.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -115,19 +116,27 @@ def hub_kernels(config: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and "/" in name]
 
 
-def load_nothing(model: Any) -> tuple[Any, Any]:
+def load_nothing(
+    model: Any, new: Collection[str] = (), unexpected: Collection[str] = ()
+) -> tuple[Any, Any]:
     """Leave from_pretrained no weight to load into `model` and none to tie.
 
-    It loads what the state dict names and initialises what is not marked. Buffers it makes as ever.
-    Returns what `load_again` needs.
+    It loads what the state dict names and initialises what is not marked: the `new` ones, which it
+    reports as missing. It reports the `unexpected` tensors of its files, and no other. Buffers it
+    makes as ever. Returns what `load_again` needs.
     """
     check_version()
     before = model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys
-    model.state_dict = lambda *_, **__: {}
-    # A pattern: every key. Releases before 5.9 add lists to it, later ones sets.
-    model._keys_to_ignore_on_load_unexpected = {""} if isinstance(before[0], set) else [""]
+    missing = {name: tensor for name, tensor in model.state_dict().items() if name in new}
+    model.state_dict = lambda *_, **__: dict(missing)
+    # A pattern: every other key. Releases before 5.9 add lists to it, later ones sets.
+    names = "|".join(map(re.escape, sorted(unexpected)))
+    pattern = f"^(?!({names})$)" if names else ""
+    model._keys_to_ignore_on_load_unexpected = (
+        {pattern} if isinstance(before[0], set) else [pattern]
+    )
     model.all_tied_weights_keys = {}
-    _mark_initialized(model)
+    _mark_initialized(model, new)
     return before
 
 
@@ -138,9 +147,9 @@ def load_again(model: Any, before: tuple[Any, Any]) -> None:
     model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys = before
 
 
-def _mark_initialized(model: Any) -> None:
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+def _mark_initialized(model: Any, but: Collection[str] = ()) -> None:
+    for name, parameter in model.named_parameters():
+        parameter._is_hf_initialized = name not in but
 
 
 def forget_quantization(model: Any) -> None:

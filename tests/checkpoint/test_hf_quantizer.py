@@ -237,10 +237,6 @@ def test_other_quantization(folder: Path) -> None:
         )
 
 
-def test_headless_class(folder: Path) -> None:
-    fails("holds a LlamaForCausalLM, not a LlamaModel", folder, auto=AutoModel)
-
-
 def test_tensor_parallel(folder: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     config.distributed_config = {"tp_size": 2}
