@@ -18,6 +18,7 @@ import transformers
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from sq_cpu.checkpoint import hf_config  # whose import may be under way, and brings this one
+from sq_cpu.checkpoint.card import carry_card
 from sq_cpu.checkpoint.config import (
     CONFIG,
     FORMAT_VERSION,
@@ -142,6 +143,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         with StoredTensors(folder, self._files) as stored:
             record, stored, is_new = self._translated(model, record, stored)
             restore(model, record, stored, self._version, folder, dtype, is_new=is_new)
+        carry_card(model, folder)
 
     def _translated(
         self, model: Any, record: QuantizationRecord, stored: StoredTensors

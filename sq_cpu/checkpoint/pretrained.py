@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from sq_cpu.checkpoint.card import CARD, tagged
 from sq_cpu.checkpoint.folder import staged
 from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.errors import SqCpuError
@@ -132,13 +133,13 @@ class PushToHub(_OfModel):
     ) -> str:
         """Write the model as `save_pretrained` does, and upload that; return the commit's address.
 
-        A README.md that the repository has stays as it is. `tags` are refused then, and else stand
-        in the one that is written.
+        A README.md that the repository has stays as it is; else it is the model card, with `tags`.
         """
-        del tags
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "model"
             self.model.save_pretrained(folder, max_shard_size=max_shard_size or "5GB")
+            if tags:
+                tagged(folder, tags)
             return _upload(
                 folder,
                 repo_id,
@@ -162,13 +163,13 @@ def _upload(
 ) -> str:
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    has_card = api.file_exists(repo_id, "README.md", revision=options.get("revision"))
+    has_card = api.file_exists(repo_id, CARD, revision=options.get("revision"))
     return str(
         api.upload_folder(
             folder_path=folder,
             repo_id=repo_id,
             commit_message=commit_message or "Upload int8 model",
-            ignore_patterns=["README.md"] if has_card else None,
+            ignore_patterns=[CARD] if has_card else None,
             **options,
         )
     )

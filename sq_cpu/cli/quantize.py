@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sq_cpu.autotuning.evaluator import Goal
 from sq_cpu.autotuning.picking import PickedScheme, pick_recipe
 from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.checkpoint.card import Measured
 from sq_cpu.cli import show
 from sq_cpu.cli.common import (
     GOAL,
@@ -38,6 +39,7 @@ from sq_cpu.cli.common import (
     scored_text,
     text_perplexity,
 )
+from sq_cpu.kernels.runtime import isa
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
@@ -308,7 +310,19 @@ def quantize_command(
     quiet()
     chosen = choose if scheme is _Scheme.auto else None if qconf is None else carry_over
     copies = int(scheme is _Scheme.auto)
-    made = convert(job, batches_of, stream=stream, choose=chosen, copies=copies, say=say)
+
+    def measured() -> Measured:
+        return () if picked is None else _measured(picked, text, text_windows, window)
+
+    made = convert(
+        job,
+        batches_of,
+        stream=stream,
+        choose=chosen,
+        copies=copies,
+        measured=measured,
+        say=say,
+    )
     record = made.record
     groups = record.plan.groups if record.plan else ()
     folded = {group.name: group.fold for group in groups}
@@ -411,6 +425,29 @@ def _picked_line(picked: PickedScheme) -> str:
         f"{picked.metric:.5g} is {picked.loss_percent:+.2f} %{error} over float; linears: "
         f"{picked.milliseconds:.2f} ms against {picked.float_milliseconds:.2f} in float"
     )
+
+
+def _measured(picked: PickedScheme, text: Path | None, windows: int, window: int) -> Measured:
+    """Return the rows of the model card: float, and what was picked."""
+    error = "" if picked.standard_error is None else f" +- {picked.standard_error:.2f}"
+    scored = "the shipped text" if text is None else text.name
+    perplexity = f"perplexity ({windows} windows of {window} tokens of {scored})"
+    here = isa()
+    linears = f"linears ({here['cpu']}, {here['in_use']}, {here['threads']} threads)"
+    return [
+        {
+            "": "float",
+            perplexity: f"{picked.float_metric:.5g}",
+            "over float": "",
+            linears: f"{picked.float_milliseconds:.2f} ms",
+        },
+        {
+            "": "int8",
+            perplexity: f"{picked.metric:.5g}",
+            "over float": f"{picked.loss_percent:+.2f} %{error}",
+            linears: f"{picked.milliseconds:.2f} ms",
+        },
+    ]
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:

@@ -39,7 +39,7 @@ def mark_quantized(model: Any, record: QuantizationRecord) -> None:
 
 def unmark_quantized(model: Any) -> None:
     """Take from a model, float again, what `mark_quantized` gave it."""
-    for name in ("sq_cpu_config", "save_pretrained", "push_to_hub"):
+    for name in ("sq_cpu_config", "sq_cpu_card", "save_pretrained", "push_to_hub"):
         vars(model).pop(name, None)
 
 
