@@ -50,6 +50,7 @@ from .models.tokenizers import leading_ids as leading_ids
 from .nn.counting import RowCounts as RowCounts
 from .nn.counting import row_counts as row_counts
 from .nn.linear import QuantLinear as QuantLinear
+from .nn.lora import with_int8_layers as with_int8_layers
 from .quantization.drift import Drift as Drift
 from .quantization.drift import drift as drift
 from .quantization.quantize import quantize as quantize

@@ -80,6 +80,7 @@ PUBLIC = [
     "tune",
     "use_int8_attention",
     "use_prefix",
+    "with_int8_layers",
 ]
 
 

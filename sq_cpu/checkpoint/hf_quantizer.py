@@ -196,8 +196,8 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """False: the int8 layers have no gradient."""
-        return False
+        """True: adapters beside the int8 layers are trained (`sq_cpu.with_int8_layers`)."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

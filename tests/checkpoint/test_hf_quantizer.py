@@ -17,7 +17,6 @@ from sameness import assert_same_model, assert_to_rounding, digests, logits_of_a
 from tiny import batches, change_config, logits, tiny_model
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaForCausalLM,
