@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -105,7 +106,9 @@ def compute_buffers(model: Any) -> None:
 def from_config(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """Return a model of this class, as `config` says and in `dtype`."""
     check_version()
-    return model_class._from_config(config, dtype=dtype)
+    model = model_class._from_config(config, dtype=dtype)
+    model.config.dtype = dtype  # earlier releases leave that as it was
+    return model
 
 
 def hub_kernels(config: Any) -> list[str]:
@@ -275,8 +278,10 @@ class CheckpointLayout:
         config = LoadStateDictConfig(
             dtype=self._model.dtype, dtype_plan=self._dtypes, weight_mapping=self._conversions
         )
+        load = convert_and_load_state_dict_in_model
+        more = {"tp_plan": None} if "tp_plan" in signature(load).parameters else {}
         with _quietly_on_this_thread():
-            info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+            info, _ = load(self._model, dict(tensors), config, **more)  # earlier releases need it
         return info
 
 
