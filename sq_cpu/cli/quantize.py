@@ -39,7 +39,6 @@ from sq_cpu.cli.common import (
     scored_text,
     text_perplexity,
 )
-from sq_cpu.kernels.runtime import isa
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
@@ -312,7 +311,7 @@ def quantize_command(
     copies = int(scheme is _Scheme.auto)
 
     def measured() -> Measured:
-        return () if picked is None else _measured(picked, text, text_windows, window)
+        return () if picked is None else show.card_rows(picked, text, text_windows, window)
 
     made = convert(
         job,
@@ -425,29 +424,6 @@ def _picked_line(picked: PickedScheme) -> str:
         f"{picked.metric:.5g} is {picked.loss_percent:+.2f} %{error} over float; linears: "
         f"{picked.milliseconds:.2f} ms against {picked.float_milliseconds:.2f} in float"
     )
-
-
-def _measured(picked: PickedScheme, text: Path | None, windows: int, window: int) -> Measured:
-    """Return the rows of the model card: float, and what was picked."""
-    error = "" if picked.standard_error is None else f" +- {picked.standard_error:.2f}"
-    scored = "the shipped text" if text is None else text.name
-    perplexity = f"perplexity ({windows} windows of {window} tokens of {scored})"
-    here = isa()
-    linears = f"linears ({here['cpu']}, {here['in_use']}, {here['threads']} threads)"
-    return [
-        {
-            "": "float",
-            perplexity: f"{picked.float_metric:.5g}",
-            "over float": "",
-            linears: f"{picked.float_milliseconds:.2f} ms",
-        },
-        {
-            "": "int8",
-            perplexity: f"{picked.metric:.5g}",
-            "over float": f"{picked.loss_percent:+.2f} %{error}",
-            linears: f"{picked.milliseconds:.2f} ms",
-        },
-    ]
 
 
 def _is_given(ctx: typer.Context, name: str) -> bool:
