@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sq_cpu.checkpoint.config import check_dtype
 from sq_cpu.inference.prefix import use_prefix
 from sq_cpu.models.hf_private import bare_model, from_config, set_ties, tied_weights
 from sq_cpu.models.linears import as_linears
@@ -34,8 +35,9 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
     Raises
     ------
     SqCpuError
-        For a fused model.
+        For a fused model, and another dtype than fp32, bf16 and fp16.
     """
+    check_dtype(dtype)
     use_prefix(model, None)
     given = None if dtype == model.dtype else dtype
     float_model: Any = bare_model(lambda: from_config(type(model), model.config, model.dtype))

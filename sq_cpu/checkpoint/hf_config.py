@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,8 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Raises
     ------
     SqCpuError
-        For an argument that is not one of these. The rest is checked when a model is loaded.
+        For an argument that is not one of these, and an `ignore` that lists none. The rest is
+        checked when a model is loaded.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -72,7 +73,7 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 values[name] = values[name].to_dict()
         if isinstance(values.get("plan"), os.PathLike):
             values["plan"] = os.fspath(values["plan"])
-        if not isinstance(values.get("ignore"), str | None):
+        if values.get("ignore") is not None:
             values["ignore"] = list(values["ignore"])
         if "calibration" in self.__dict__:
             is_path = isinstance(self.calibration, str | os.PathLike)
@@ -95,8 +96,6 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise SqCpuError("SqCpuConfig has an alpha and a plan, which has its own: drop one")
         scheme = Scheme.from_dict(scheme) if isinstance(scheme, dict) else scheme
         if ignore is not None:
-            if isinstance(ignore, str):
-                raise SqCpuError(f"ignore is {ignore!r}, not a tuple of names: use ({ignore!r},)")
             scheme = replace(scheme_of(scheme, plan), ignore=tuple(ignore))
         smooth = plan is not None or source is not None
         recipe = Recipe.of(
@@ -116,9 +115,12 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return carry_out(model, _calibration(model, source, recipe.scheme), recipe)
 
 
-def _check_asked(settings: Iterable[str]) -> None:
+def _check_asked(settings: Mapping[str, Any]) -> None:
     if unknown := sorted(set(settings) - set(_ASKED)):
         raise SqCpuError(f"SqCpuConfig has no {unknown[0]}: it takes {', '.join(_ASKED)}")
+    ignore = settings.get("ignore", ())
+    if isinstance(ignore, str) or not isinstance(ignore, Collection | None):
+        raise SqCpuError(f"ignore is {ignore!r}, not a tuple of names, as in ('lm_head',)")
 
 
 def _calibration(model: nn.Module, source: Any, scheme: Scheme) -> Calibration | None:

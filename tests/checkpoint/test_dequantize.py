@@ -119,6 +119,14 @@ def test_dtype() -> None:
     assert {parameter.dtype for parameter in mixed.dequantize().parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bfloat16"])
+def test_another_dtype_is_refused(dtype: Any) -> None:
+    model = quantized("llama")
+    with pytest.raises(SqCpuError, match="expected torch.float32"):
+        model.dequantize(dtype=dtype)
+    assert model.sq_cpu_config  # as it was
+
+
 def test_a_fused_model_is_refused() -> None:
     model = quantized("llama", "O3")
     sq_cpu.fuse(model)

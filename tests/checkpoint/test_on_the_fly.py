@@ -158,3 +158,25 @@ def test_a_checkpoint_of_ours_is_what_it_is(folder: Path, tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         found = loaded(tmp_path / "out", SqCpuConfig(scheme="O2"))
     assert_same_model(found, model, logits)
+
+
+HOSTILE: list[Any] = [None, "x", b"\xff", "\0", [], ["x", None], {"x": 1}, object(), -1, 0.3]
+HOSTILE += [10**30, True, float("nan"), float("inf")]
+
+
+@pytest.mark.filterwarnings("ignore:SqCpuConfig has no calibration")
+@pytest.mark.parametrize("value", HOSTILE, ids=repr)
+@pytest.mark.parametrize("name", ["scheme", "alpha", "plan", "calibration", "ignore"])
+def test_hostile_values(
+    name: str, value: Any, folder: Path, calibration: Calibration, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)  # a text is a path, too
+    message = ""
+    given = {"calibration": calibration} if name != "plan" else {}
+    try:
+        loaded(folder, SqCpuConfig(**given | {name: value}))
+    except SqCpuError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 400
