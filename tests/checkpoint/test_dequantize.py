@@ -122,7 +122,7 @@ def test_dtype() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, "bfloat16"])
 def test_another_dtype_is_refused(dtype: Any) -> None:
     model = quantized("llama")
-    with pytest.raises(SqCpuError, match="expected torch.float32"):
+    with pytest.raises(SqCpuError, match=r"expected torch\.float32"):
         model.dequantize(dtype=dtype)
     assert model.sq_cpu_config  # as it was
 
