@@ -15,6 +15,7 @@ from .autotuning.picking import pick_scheme as pick_scheme
 from .calibration.calibrate import calibrate as calibrate
 from .calibration.calibration import Calibration as Calibration
 from .calibration.outlier_tokens import outlier_tokens as outlier_tokens
+from .checkpoint.hf_config import SqCpuConfig as SqCpuConfig
 from .checkpoint.load import load as load
 from .checkpoint.save import save as save
 from .errors import SqCpuError as SqCpuError
@@ -49,6 +50,7 @@ from .models.tokenizers import leading_ids as leading_ids
 from .nn.counting import RowCounts as RowCounts
 from .nn.counting import row_counts as row_counts
 from .nn.linear import QuantLinear as QuantLinear
+from .nn.lora import with_int8_layers as with_int8_layers
 from .quantization.drift import Drift as Drift
 from .quantization.drift import drift as drift
 from .quantization.quantize import quantize as quantize

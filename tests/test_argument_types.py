@@ -130,6 +130,8 @@ def good(
             return {"model": sq_cpu.load(saved), "batches": batches(2)}
         if name in ("lead_with", "leading_ids"):
             return {"tokenizer": byte_tokenizer()}
+        if name == "with_int8_layers":
+            return {"config": pytest.importorskip("peft").LoraConfig()}
         if name == "token_windows":
             return {"tokenizer": byte_tokenizer(), "text": TEXT, "window": 8, "windows": 1}
         if name == "SmoothPlan.load":
@@ -154,6 +156,7 @@ FUNCTIONS = (
     *("use_int8_attention", "measure_kv", "Int8Cache", "SmoothPlan.uniform", "SmoothPlan.load"),
     *("Calibration.load", "make_prefix", "use_prefix", "prefix_of", "outlier_tokens"),
     *("lead_with", "leading_ids", "pick_scheme", "drift", "plan_from_qconf"),
+    "with_int8_layers",
 )
 
 

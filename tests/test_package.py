@@ -41,6 +41,7 @@ PUBLIC = [
     "Scheme",
     "SearchSpace",
     "SmoothPlan",
+    "SqCpuConfig",
     "SqCpuError",
     "Stack",
     "TextPerplexity",
@@ -79,6 +80,7 @@ PUBLIC = [
     "tune",
     "use_int8_attention",
     "use_prefix",
+    "with_int8_layers",
 ]
 
 

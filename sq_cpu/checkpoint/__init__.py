@@ -4,6 +4,7 @@ A checkpoint is a folder as transformers writes it, with int8 weights where a li
 
     config.json                  the model's config plus ``quantization_config`` (below)
     model.safetensors            or model-0000x-of-0000y.safetensors and an index of them
+    README.md                    the model card
     search_curves.json           group -> [[alpha, loss], ...], where a search of alpha tried some
     generation_config.json, ...  what the model and the tokenizer add
 

@@ -11,7 +11,8 @@ which cannot be replaced, it is in OUT, and what is finished is moved out of it,
 
 At every moment OUT is as it was or complete. (Without an exchange there is a moment in which it is
 absent; where a process is killed then, the next one puts the old OUT back.) The next call clears
-what a killed process left.
+what a killed process left. Where OUT also holds files of others, which stay (`keep`), its
+config.json goes first, and the new one comes last: between the two there is no checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sq_cpu.checkpoint.config import CONFIG, read_settings
+from sq_cpu.checkpoint.config import CONFIG, INDEX, read_settings
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import as_path, exchange, keep_mode, locked
 from sq_cpu.parsing import typed
@@ -37,6 +38,7 @@ __all__ = ["STATE", "Staging", "contents", "staged", "work_folder", "writing"]
 _LOCK, _OLD, _WHOLE, _STREAMED = "lock", "old", "whole", "checkpoint"
 STATE = "state.json"
 _OURS = (_LOCK, _OLD, _WHOLE, _STREAMED, STATE, f".{STATE}.*", "*.safetensors")
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
 _CHANGED = "{} was changed during the work, and is left as it is now; choose another folder"
 
 
@@ -53,6 +55,8 @@ class Staging:
     """What `commit` makes the target."""
     replaced: os.stat_result | None
     """The checkpoint that was there at the start; None: nothing, or an empty folder."""
+    keep: bool = False
+    """Whether files of others may be there, and stay."""
     done: bool = False
 
     def clear(self) -> None:
@@ -63,6 +67,10 @@ class Staging:
     def commit(self) -> None:
         """Make the folder the target, if that is still what it was at the start."""
         with writing(self.target):
+            if self.keep and self.replaced is not None:
+                self._add()
+                self.done = True
+                return
             if self.replaced is None:
                 _marker(self.work).touch()
             if self.work.parent == self.target:
@@ -100,6 +108,18 @@ class Staging:
                 old.rename(self.target)
             raise
 
+    def _add(self) -> None:
+        """Move what is finished to the files that are there, in the place of a model's."""
+        # First, and the new one last: between the two there is no checkpoint to be loaded.
+        for pattern in (CONFIG, *_WEIGHTS):
+            for path in self.target.glob(pattern):
+                path.unlink()
+        for entry in sorted(self.folder.iterdir(), key=_is_config):
+            if entry.is_dir():
+                shutil.copytree(entry, self.target / entry.name, dirs_exist_ok=True)
+            else:
+                entry.replace(self.target / entry.name)
+
     def _check_unchanged(self, folder: Path, before: os.stat_result) -> None:
         if not folder.is_dir() or not os.path.samestat(folder.stat(), before):
             raise SqCpuError(_CHANGED.format(self.target))
@@ -120,10 +140,15 @@ class Staging:
 
 @contextmanager
 def staged(
-    path: str | os.PathLike[str], *, replace: bool = True, streamed: bool = False
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = True,
+    streamed: bool = False,
+    keep: bool = False,
 ) -> Iterator[Staging]:
     """Yield the folder in which a checkpoint is made; without `commit` nothing of it stays.
 
+    With `keep` the target may hold other files, which stay, and a float model, which is replaced.
     Streamed work stays while the work folder has a `STATE`, and the folder holds what it held.
 
     Raises `SqCpuError` for a target that cannot be replaced, or is not to be (`replace`), while
@@ -141,8 +166,8 @@ def staged(
             stack.callback(_remove_empty, new[:1])
             _claim(work, target, stack)
             try:
-                _settle(target, work, replace)
-                staging = _begin(path, target, work, streamed)
+                _settle(target, work, replace, keep)
+                staging = _begin(path, target, work, streamed, keep)
             except BaseException:
                 _clear(work, keep_stream=True)
                 raise
@@ -215,7 +240,7 @@ def _check_work(work: Path) -> None:
                 raise SqCpuError(f"{entry} is not of sq_cpu's making; move it away")
 
 
-def _settle(target: Path, work: Path, replace: bool) -> None:
+def _settle(target: Path, work: Path, replace: bool, keep: bool) -> None:
     """Set right what a killed process left, and refuse a target that is not to be replaced."""
     if (work / _OLD).exists() and not target.exists():
         (work / _OLD).rename(target)
@@ -227,7 +252,7 @@ def _settle(target: Path, work: Path, replace: bool) -> None:
     # A process that was killed when all was in place: what is there is its own.
     is_done = moving and not any((work / name).exists() for name in (_WHOLE, _STREAMED))
     _clear(work, keep_stream=not is_done)
-    if not _is_occupied(target, work):
+    if keep or not _is_occupied(target, work):
         return
     _check_ours(target, target)
     if inside:
@@ -239,11 +264,11 @@ def _settle(target: Path, work: Path, replace: bool) -> None:
         raise SqCpuError(f"{target} holds a checkpoint; use --overwrite or another folder")
 
 
-def _begin(path: Path, target: Path, work: Path, streamed: bool) -> Staging:
+def _begin(path: Path, target: Path, work: Path, streamed: bool, keep: bool) -> Staging:
     folder = work / (_STREAMED if streamed else _WHOLE)
     folder.mkdir(exist_ok=True)
     replaced = target.stat() if _is_occupied(target, work) else None
-    return Staging(path, target, work, folder, replaced)
+    return Staging(path, target, work, folder, replaced, keep)
 
 
 def _is_occupied(target: Path, work: Path) -> bool:

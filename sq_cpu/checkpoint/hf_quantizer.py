@@ -1,5 +1,7 @@
 """`AutoModelForCausalLM.from_pretrained("out/")` for what `sq_cpu.save` wrote.
 
+Or of a float model, with `quantization_config=SqCpuConfig(...)`, which is quantized then.
+
 Importing this module registers the method "sq_cpu" with transformers, which then builds the model
 and its generation config, with the caller's options, while `sq_cpu.checkpoint` checks the files and
 fills the weights, so that the result is the model that `sq_cpu.load` returns.
@@ -7,16 +9,19 @@ fills the weights, so that the result is the model that `sq_cpu.load` returns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+import transformers
+from transformers.quantizers import HfQuantizer, register_quantizer
 
+from sq_cpu.checkpoint import hf_config  # whose import may be under way, and brings this one
+from sq_cpu.checkpoint.card import carry_card
 from sq_cpu.checkpoint.config import (
     CONFIG,
+    FORMAT_VERSION,
     QUANT_METHOD,
     check_dtype,
     check_files,
@@ -24,47 +29,38 @@ from sq_cpu.checkpoint.config import (
     record_of_settings,
 )
 from sq_cpu.checkpoint.curves import with_stored_curves
+from sq_cpu.checkpoint.dequantize import dequantize
+from sq_cpu.checkpoint.heads import Translation, translation
+from sq_cpu.checkpoint.pretrained import PushToHub, SavePretrained
 from sq_cpu.checkpoint.rebuild import fit, restore
 from sq_cpu.checkpoint.skeleton import check_buffers, check_counts
 from sq_cpu.checkpoint.stored import StoredTensors
 from sq_cpu.errors import SqCpuError
-from sq_cpu.models.hf_private import load_again, load_nothing
+from sq_cpu.models.hf_private import is_transformers, load_again, load_nothing
 from sq_cpu.models.linears import linearized
 from sq_cpu.parsing import read_json
 from sq_cpu.quantization.record import QuantizationRecord
+from sq_cpu.quantization.replace import when_quantized
 
-__all__ = ["SqCpuConfig", "SqCpuQuantizer"]
-
-
-@register_quantization_config(QUANT_METHOD)
-class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a checkpoint, its fields as attributes.
-
-    It describes a saved model and cannot ask for one to be quantized: see `sq_cpu.quantize`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        self.__dict__.update(settings)
-        self.quant_method = QUANT_METHOD
+__all__ = ["SqCpuQuantizer"]
 
 
 @register_quantizer(QUANT_METHOD)
 class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
     """What `from_pretrained` calls on its way. All errors are `SqCpuError`, of one line."""
 
-    def __init__(self, quantization_config: SqCpuConfig, *, pre_quantized: bool = True) -> None:
-        if not pre_quantized:
-            raise SqCpuError(
-                "from_pretrained does not quantize with sq_cpu; load the float model without "
-                "quantization_config, then call sq_cpu.calibrate and sq_cpu.quantize"
-            )
-        super().__init__(quantization_config, pre_quantized=pre_quantized)
-        # Before any file is looked for: a newer format may name them otherwise.
-        check_settings(self._settings, Path(CONFIG))
+    def __init__(
+        self, quantization_config: Any, *, pre_quantized: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        if pre_quantized:
+            # Before any file is looked for: a newer format may name them otherwise.
+            check_settings(self._settings, Path(CONFIG))
         self._dtype: torch.dtype | None = None
         self._folder = Path()
         self._files: list[str] = []
         self._before: tuple[Any, Any] = (None, {})
+        self._translation: Translation | None = None
 
     @property
     def _settings(self) -> Mapping[str, Any]:
@@ -79,28 +75,30 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                     'leave it out or give device_map="cpu"'
                 )
 
-    def update_device_map(self, device_map: Any) -> Any:
+    def update_device_map(self, device_map: Any, **_: Any) -> Any:
         """Let "auto" mean the CPU, whatever else the machine has."""
         return {"": torch.device("cpu")} if isinstance(device_map, str) else device_map
 
-    def update_attn_implementation(self, config: Any) -> Any:
+    def update_attn_implementation(self, config: Any, **_: Any) -> Any:
         """Look at the config before a model is built from it: its counts have to be possible."""
         folder = Path(str(config.name_or_path))
-        if (folder / CONFIG).is_file():
+        if self.pre_quantized and (folder / CONFIG).is_file():
             with StoredTensors(folder, check_files(folder, self._settings, verify=False)) as stored:
                 check_counts(config.to_dict(), len(stored.headers), folder / CONFIG)
         return config
 
-    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+    def update_dtype(self, dtype: torch.dtype, **_: Any) -> torch.dtype:
         """Note the dtype of everything that is not quantized."""
         check_dtype(dtype)
         self._dtype = dtype
         return dtype
 
     def _process_model_before_weight_loading(
-        self, model: Any, *, checkpoint_files: list[str] | None, **_: Any
+        self, model: Any, *, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         """Check the model and its files, and leave transformers no weight to load."""
+        if not self.pre_quantized:
+            return
         if not checkpoint_files:
             raise SqCpuError("from_pretrained needs the folder of an sq_cpu checkpoint: give it")
         self._folder = folder = Path(checkpoint_files[0]).parent
@@ -112,14 +110,29 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 f"{min(foreign)} is not a file of this checkpoint; remove it, or what names it "
                 "(an index, an argument)"
             )
-        with StoredTensors(folder, self._files) as stored, linearized(model):
-            fit(model, self._record, stored.headers, self._version, folder, stored.path)
+        with StoredTensors(folder, self._files) as stored:
+            record, stored, is_new = self._translated(model, self._record, stored)
+            with linearized(model):
+                found = fit(
+                    model,
+                    record,
+                    stored.headers,
+                    self._version,
+                    folder,
+                    stored.path,
+                    is_new=is_new,
+                )
             check_buffers(model, stored.nbytes, folder / CONFIG)
+        dropped = () if self._translation is None else self._translation.dropped
         # transformers would hold all int8 weights unpacked beside the packed ones.
-        self._before = load_nothing(model)
+        self._before = load_nothing(model, found.new, dropped)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        """Fill the weights as `sq_cpu.load` does."""
+        """Fill the weights as `sq_cpu.load` does, or quantize those of a float model."""
+        if not self.pre_quantized:
+            model.hf_quantizer = None  # so far it is a float model
+            self.quantization_config.quantize(model.eval())
+            return
         load_again(model, self._before)
         folder = self._folder
         record = with_stored_curves(self._record, folder, self._settings)
@@ -128,7 +141,20 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         stored_dtype = content.get("dtype", content.get("torch_dtype"))
         dtype = None if str(self._dtype).removeprefix("torch.") == stored_dtype else self._dtype
         with StoredTensors(folder, self._files) as stored:
-            restore(model, record, stored, self._version, folder, dtype)
+            record, stored, is_new = self._translated(model, record, stored)
+            restore(model, record, stored, self._version, folder, dtype, is_new=is_new)
+        carry_card(model, folder)
+
+    def _translated(
+        self, model: Any, record: QuantizationRecord, stored: StoredTensors
+    ) -> tuple[QuantizationRecord, StoredTensors, Callable[[str], bool]]:
+        """Return both as the model's class names them, and which tensors of it may be new."""
+        if type(model).__name__ == self._architecture(model):
+            return record, stored, lambda _: False
+        if self._translation is None:
+            self._translation = translation(model, record, stored.headers)
+        found = self._translation
+        return found.record(record), stored.renamed(found.names), found.is_new
 
     @property
     def _record(self) -> QuantizationRecord:
@@ -139,13 +165,20 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         version: int = self._settings["format_version"]
         return version
 
-    def _check_model(self, model: Any) -> None:
+    def _architecture(self, model: Any) -> str:
         named = model.config.architectures
-        architecture = named[0] if isinstance(named, list) and named else "unknown model"
-        if type(model).__name__ != architecture:
+        return str(named[0]) if isinstance(named, list) and named else "unknown model"
+
+    def _check_model(self, model: Any) -> None:
+        name = self._architecture(model)
+        # Of the same model, another class: its base alone, or another head.
+        known: Any = getattr(transformers, name, None)
+        kin = isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)
+        kin = kin and isinstance(model.config, known.config_class or ())
+        if type(model).__name__ != name and not kin:
             raise SqCpuError(
-                f"{self._folder} holds a {architecture}, not a {type(model).__name__}; "
-                f"load it with transformers.{architecture}"
+                f"{self._folder} holds a {name}, not a {type(model).__name__}; "
+                f"load it with transformers.{name}"
             )
         if getattr(model.config, "distributed_config", None) is not None:
             raise SqCpuError(
@@ -153,11 +186,41 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
                 "leave out tp_plan and distributed_config"
             )
 
-    def is_serializable(self) -> bool:
-        """Refuse `save_pretrained`, whose files config.json would not describe."""
-        raise SqCpuError("save_pretrained cannot write this model; call sq_cpu.save(model, path)")
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None, **_: Any) -> Any:
+        """Make the model a float one, for `model.dequantize()`."""
+        return dequantize(model, dtype)
+
+    def is_serializable(self, **_: Any) -> bool:
+        """Return True: `save_pretrained` of the model is `sq_cpu.save`."""
+        return True
 
     @property
     def is_trainable(self) -> bool:
-        """False: the int8 layers have no gradient."""
-        return False
+        """True: adapters beside the int8 layers are trained (`sq_cpu.with_int8_layers`)."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """True: torch.compile takes the int8 layers whole."""
+        return True
+
+
+def _tell_transformers(model: Any) -> None:
+    """Give an int8 model what transformers' own code asks a quantized one for.
+
+    Not `is_quantized`, with which a Trainer refuses also to evaluate: from_pretrained sets that.
+    """
+    if not is_transformers(model):
+        return
+    record: QuantizationRecord = model.sq_cpu_config
+    settings = hf_config.SqCpuConfig(
+        quant_method=QUANT_METHOD, format_version=FORMAT_VERSION, **record.to_dict()
+    )
+    model.config.quantization_config = settings
+    model.hf_quantizer = SqCpuQuantizer(settings)
+    model.quantization_method = QUANT_METHOD
+    model.save_pretrained = SavePretrained(model)
+    model.push_to_hub = PushToHub(model)
+
+
+when_quantized(_tell_transformers)

@@ -126,7 +126,8 @@ _NAMED = (FunctionType, BuiltinFunctionType, MethodType, type)
 # what stays as it was where an embedding is resized. Nor are those whose names say that they are of
 # a cache, or of dropout.
 _NOT_COMPARED = {*vars(nn.Module()), *LOADING_NOTES, "forward", "gradient_checkpointing"}
-_NOT_COMPARED |= {"name_or_path", "quantization_method", "save_pretrained", "vocab_size"}
+_NOT_COMPARED |= {"name_or_path", "quantization_method", "save_pretrained", "sq_cpu_card"}
+_NOT_COMPARED |= {"vocab_size"}
 
 
 class _UnlikeError(Exception):

@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from sq_cpu.checkpoint.card import carry_card
 from sq_cpu.checkpoint.config import (
     CONFIG,
     check_dtype,
@@ -93,6 +94,7 @@ def load(
             restore(built, record, stored, version, folder, dtype, buffers)
             model = cast(nn.Module, built)
     read_generation_config(model, folder)
+    carry_card(model, folder)
     return model
 
 

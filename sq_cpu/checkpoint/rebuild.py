@@ -45,6 +45,8 @@ class Fit:
     """Names of the stored tensors that are the model's own, of its other modules."""
     tied: Mapping[str, str]
     """Parameter that is not stored -> the one that it is tied to."""
+    new: Collection[str] = ()
+    """The model's own that need not be stored, and are not."""
 
 
 def fit(
@@ -55,6 +57,7 @@ def fit(
     where: object,
     path: Callable[[str], object] | None = None,
     fix: str = _AGAIN,
+    is_new: Callable[[str], bool] = lambda _: False,
 ) -> Fit:
     """Find the place of every stored tensor in a float model; nothing is changed or allocated.
 
@@ -64,6 +67,7 @@ def fit(
     headers : name -> shape and dtype of every stored tensor
     version : of the format
     where, path, fix : the checkpoint, the file that holds a tensor, and what to do, for errors
+    is_new : says which of the model's own need not be stored
 
     Raises
     ------
@@ -98,7 +102,9 @@ def fit(
                 if name not in read_elsewhere:
                     expected[name] = _header(tensor)
     tied = _tied(model, expected.keys() - int8 - headers.keys(), headers.keys() - int8)
-    if missing := sorted(expected.keys() - headers.keys() - tied.keys()):
+    lacking = expected.keys() - headers.keys() - tied.keys()
+    new = {name for name in lacking - int8 if is_new(name)}
+    if missing := sorted(lacking - new):
         raise SqCpuError(f"{where}: {_listed(missing)} missing; {fix}")
     computed = {name: _header(b) for name, b in unsaved_buffers(model).items()}
     known = computed | expected
@@ -114,7 +120,7 @@ def fit(
                 f"{where if path is None else path(name)}: tensor {name} is {header}, expected "
                 f"{wanted}; {fix}"
             )
-    return Fit(layers, headers.keys() - int8, tied)
+    return Fit(layers, headers.keys() - int8, tied, new)
 
 
 def _layer_headers(linear: nn.Linear, name: str, record: QuantizationRecord) -> dict[str, Header]:
@@ -179,15 +185,17 @@ def restore(
     folder: Path,
     dtype: torch.dtype | None,
     prepare: Callable[[], object] = lambda: None,
+    is_new: Callable[[str], bool] = lambda _: False,
 ) -> None:
     """Make a float model, whose values do not count, the one that was saved.
 
     ``prepare`` is called when all is known to fit. Each tensor is read, converted to ``dtype``
-    (None: as stored) or packed, and released before the next. ``SqCpuError`` names a layer or
+    (None: as stored) or packed, and released before the next. What need not be stored, as
+    ``is_new`` says, stays as it is. ``SqCpuError`` names a layer or
     tensor that is missing, unexpected, misshapen or of impossible values.
     """
     with linearized(model):
-        found = fit(model, record, stored.headers, version, folder, stored.path)
+        found = fit(model, record, stored.headers, version, folder, stored.path, is_new=is_new)
     prepare()  # what it calls of transformers expects the model's own modules
     linearize(model)
     modules: dict[str, Any] = dict(model.named_modules())

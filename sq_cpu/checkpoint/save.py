@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sq_cpu.checkpoint.card import Measured, write_card
 from sq_cpu.checkpoint.config import (
     CONFIG,
     FORMAT_VERSION,
@@ -65,6 +66,8 @@ def save(
     else; files that are replaced keep their modes. An empty folder that is a mount point or the
     current one is filled, config.json last.
     Weights are unpacked one file at a time: peak extra memory is one shard.
+    README.md is a model card: what was done, and how to load it. One that somebody wrote or edited,
+    in ``path`` or where the model was loaded from, is kept.
 
     Before anything is written, the model that `load` will build from the config is built on the
     meta device and held against this one: modules, plain attributes, names, shapes and ties.
@@ -107,10 +110,15 @@ def save_staged(
     tokenizer: Any = None,
     *,
     max_shard_size: int | str = "5GB",
+    measured: Measured = (),
 ) -> None:
-    """Do what :func:`save` does, for a target that has been held since before the work began."""
+    """Do what :func:`save` does, for a target that has been held since before the work began.
+
+    `measured` stands in the model card.
+    """
     record = _record_of(model)
     with writing(staging.target):
+        write_card(staging.folder, staging.target, model, record, measured)
         _write(model, record, tokenizer, staging.folder, max_shard_size)
     staging.commit()
 

@@ -5,7 +5,8 @@ No other module reads a header.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
@@ -70,7 +71,7 @@ class StoredTensors:
         self.begins: dict[str, int] = {}
         """Where in its file a tensor's bytes begin."""
         self.nbytes = 0
-        self._handles: dict[str, tuple[Path, Any]] = {}
+        self._handles: dict[str, tuple[Path, Any, str]] = {}
         with ExitStack() as stack:
             for file in files:
                 self._open(folder / file, stack)
@@ -100,7 +101,7 @@ class StoredTensors:
                 )
             self.headers[name] = Header(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             self.begins[name] = 8 + length + entry["data_offsets"][0]
-            self._handles[name] = path, handle
+            self._handles[name] = path, handle, name
 
     def path(self, name: str) -> Path:
         """Return the file that holds a tensor."""
@@ -108,8 +109,17 @@ class StoredTensors:
 
     def read(self, name: str) -> Tensor:
         """Return a tensor: a view of the file's pages."""
-        tensor: Tensor = self._handles[name][1].get_tensor(name)
+        _, handle, stored = self._handles[name]
+        tensor: Tensor = handle.get_tensor(stored)
         return tensor
+
+    def renamed(self, names: Mapping[str, str]) -> StoredTensors:
+        """Return these tensors by other names, new -> stored; those that are not named are not."""
+        other = copy.copy(self)
+        other.headers = {new: self.headers[name] for new, name in names.items()}
+        other.begins = {new: self.begins[name] for new, name in names.items()}
+        other._handles = {new: self._handles[name] for new, name in names.items()}
+        return other
 
     def __enter__(self) -> StoredTensors:
         return self

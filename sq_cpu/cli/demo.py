@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sq_cpu import texts
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.checkpoint.card import Measured
 from sq_cpu.checkpoint.folder import Staging
 from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.errors import SqCpuError
@@ -90,6 +91,21 @@ class Report:
         return asdict(self) | {"alpha": DEFAULT_ALPHA, "question": QUESTION}
 
 
+def _card_rows(rows: Sequence[Row]) -> Measured:
+    """Return what the model card says of the variants measured so far."""
+    here = isa()
+    where = f"{here['cpu']}, {here['in_use']}, {torch.get_num_threads()} threads"
+    return [
+        {
+            where: row.name,
+            "perplexity": f"{row.perplexity:.2f}",
+            "prefill tok/s": f"{row.prefill:.1f}",
+            "decode tok/s": f"{row.decode:.1f}",
+        }
+        for row in rows
+    ]
+
+
 def find_model(path: str | Path | None = None) -> str | Path:
     """Return `path`, or else the GGUF file inside the installed demo package.
 
@@ -155,7 +171,7 @@ def run(
         rows += _measure(models, tokenizer, say, progress)
         if _SAVED in models:
             say(f"saving {staging.path}")
-            save_staged(staging, models[_SAVED], tokenizer)
+            save_staged(staging, models[_SAVED], tokenizer, measured=_card_rows(rows))
 
     here = isa()
     return Report(

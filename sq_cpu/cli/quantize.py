@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sq_cpu.autotuning.evaluator import Goal
 from sq_cpu.autotuning.picking import PickedScheme, pick_recipe
 from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.checkpoint.card import Measured
 from sq_cpu.cli import show
 from sq_cpu.cli.common import (
     GOAL,
@@ -308,7 +309,19 @@ def quantize_command(
     quiet()
     chosen = choose if scheme is _Scheme.auto else None if qconf is None else carry_over
     copies = int(scheme is _Scheme.auto)
-    made = convert(job, batches_of, stream=stream, choose=chosen, copies=copies, say=say)
+
+    def measured() -> Measured:
+        return () if picked is None else show.card_rows(picked, text, text_windows, window)
+
+    made = convert(
+        job,
+        batches_of,
+        stream=stream,
+        choose=chosen,
+        copies=copies,
+        measured=measured,
+        say=say,
+    )
     record = made.record
     groups = record.plan.groups if record.plan else ()
     folded = {group.name: group.fold for group in groups}

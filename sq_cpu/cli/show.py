@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -14,6 +15,7 @@ from torch import nn
 
 from sq_cpu.analysis.analysis import Analysis, GroupAnalysis
 from sq_cpu.analysis.saturation import Saturation
+from sq_cpu.autotuning.picking import PickedScheme
 from sq_cpu.cli import demo
 from sq_cpu.errors import printable
 from sq_cpu.kernels.runtime import isa
@@ -24,6 +26,7 @@ from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 
 __all__ = [
     "analysis_lines",
+    "card_rows",
     "layer_facts",
     "megabytes",
     "plan_lines",
@@ -132,6 +135,31 @@ def plan_lines(record: QuantizationRecord) -> list[str]:
     for reason, count in reasons.most_common():
         lines.append(f"  {_linears(count)} in float: {reason}")
     return lines
+
+
+def card_rows(
+    picked: PickedScheme, text: Path | None, windows: int, window: int
+) -> list[dict[str, str]]:
+    """Return the rows of the model card: float, and what was picked."""
+    error = "" if picked.standard_error is None else f" +- {picked.standard_error:.2f}"
+    scored = "the shipped text" if text is None else text.name
+    perplexity = f"perplexity ({windows} windows of {window} tokens of {scored})"
+    here = isa()
+    linears = f"linears ({here['cpu']}, {here['in_use']}, {here['threads']} threads)"
+    return [
+        {
+            "": "float",
+            perplexity: f"{picked.float_metric:.5g}",
+            "over float": "",
+            linears: f"{picked.float_milliseconds:.2f} ms",
+        },
+        {
+            "": "int8",
+            perplexity: f"{picked.metric:.5g}",
+            "over float": f"{picked.loss_percent:+.2f} %{error}",
+            linears: f"{picked.milliseconds:.2f} ms",
+        },
+    ]
 
 
 def _linears(count: int) -> str:

@@ -7,9 +7,11 @@ function raises `SqCpuError`, which says what to install.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -79,9 +81,11 @@ def attention_implementation(config: Any) -> str | None:
 def bare_model(make: Callable[[], Any]) -> Any:
     """Return make(), with all of its tensors on the meta device."""
     check_version()
-    from transformers.initialization import meta_device_safe_creation_ops, no_init_weights
+    from transformers import initialization
 
-    with no_init_weights(), torch.device("meta"), meta_device_safe_creation_ops():
+    # Not in 5.0.
+    on_cpu = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+    with initialization.no_init_weights(), torch.device("meta"), on_cpu():
         return make()
 
 
@@ -102,7 +106,9 @@ def compute_buffers(model: Any) -> None:
 def from_config(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """Return a model of this class, as `config` says and in `dtype`."""
     check_version()
-    return model_class._from_config(config, dtype=dtype)
+    model = model_class._from_config(config, dtype=dtype)
+    model.config.dtype = dtype  # earlier releases leave that as it was
+    return model
 
 
 def hub_kernels(config: Any) -> list[str]:
@@ -113,19 +119,27 @@ def hub_kernels(config: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and "/" in name]
 
 
-def load_nothing(model: Any) -> tuple[Any, Any]:
+def load_nothing(
+    model: Any, new: Collection[str] = (), unexpected: Collection[str] = ()
+) -> tuple[Any, Any]:
     """Leave from_pretrained no weight to load into `model` and none to tie.
 
-    It loads what the state dict names and initialises what is not marked. Buffers it makes as ever.
-    Returns what `load_again` needs.
+    It loads what the state dict names and initialises what is not marked: the `new` ones, which it
+    reports as missing. It reports the `unexpected` tensors of its files, and no other. Buffers it
+    makes as ever. Returns what `load_again` needs.
     """
     check_version()
     before = model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys
-    model.state_dict = lambda *_, **__: {}
-    # A pattern: every key. Releases before 5.9 add lists to it, later ones sets.
-    model._keys_to_ignore_on_load_unexpected = {""} if isinstance(before[0], set) else [""]
+    missing = {name: tensor for name, tensor in model.state_dict().items() if name in new}
+    model.state_dict = lambda *_, **__: dict(missing)
+    # A pattern: every other key. Releases before 5.9 add lists to it, later ones sets.
+    names = "|".join(map(re.escape, sorted(unexpected)))
+    pattern = f"^(?!({names})$)" if names else ""
+    model._keys_to_ignore_on_load_unexpected = (
+        {pattern} if isinstance(before[0], set) else [pattern]
+    )
     model.all_tied_weights_keys = {}
-    _mark_initialized(model)
+    _mark_initialized(model, new)
     return before
 
 
@@ -136,15 +150,16 @@ def load_again(model: Any, before: tuple[Any, Any]) -> None:
     model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys = before
 
 
-def _mark_initialized(model: Any) -> None:
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+def _mark_initialized(model: Any, but: Collection[str] = ()) -> None:
+    for name, parameter in model.named_parameters():
+        parameter._is_hf_initialized = name not in but
 
 
 def forget_quantization(model: Any) -> None:
     """Make a model that transformers dequantized an ordinary float model, to be saved and cast."""
     check_version()
-    model.hf_quantizer.remove_quantization_config(model)
+    if getattr(model, "hf_quantizer", None) is not None:  # earlier releases leave none
+        model.hf_quantizer.remove_quantization_config(model)
 
 
 # --- experts of a mixture -------------------------------------------------------------------------
@@ -168,7 +183,7 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
 
     A norm after each expert is not in the layout: None.
     """
-    names = ("has_gate", "is_transposed", "_apply_gate", "down_proj")
+    names = ("is_transposed", "_apply_gate", "down_proj")
     if not all(hasattr(module, name) for name in names):
         return None
     if not isinstance(module.down_proj, nn.Parameter) or module.down_proj.dim() != 3:
@@ -176,12 +191,16 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
     check_version()
     if getattr(module, "has_post_expert_norm", False):
         return None
-    return ExpertsLayout("gate_up_proj" if module.has_gate else "up_proj", module.is_transposed)
+    return ExpertsLayout("gate_up_proj" if _has_gate(module) else "up_proj", module.is_transposed)
+
+
+def _has_gate(module: Any) -> bool:
+    return bool(getattr(module, "has_gate", True))  # before 5.3, all have one
 
 
 def experts_activation(module: Any, x: Tensor) -> Tensor:
     """Return what the experts of a module with an `experts_layout` do between up and down."""
-    result: Tensor = module._apply_gate(x) if module.has_gate else module.act_fn(x)
+    result: Tensor = module._apply_gate(x) if _has_gate(module) else module.act_fn(x)
     return result
 
 
@@ -259,8 +278,10 @@ class CheckpointLayout:
         config = LoadStateDictConfig(
             dtype=self._model.dtype, dtype_plan=self._dtypes, weight_mapping=self._conversions
         )
+        load = convert_and_load_state_dict_in_model
+        more = {"tp_plan": None} if "tp_plan" in signature(load).parameters else {}
         with _quietly_on_this_thread():
-            info, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), config)
+            info, _ = load(self._model, dict(tensors), config, **more)  # earlier releases need it
         return info
 
 

@@ -28,6 +28,7 @@ from sq_cpu.models.hf_private import ExpertsLayout, experts_activation, experts_
 __all__ = [
     "LINEAR_TYPES",
     "Experts",
+    "as_linears",
     "check_ignore",
     "contiguous_linears",
     "float_linears",
@@ -126,7 +127,7 @@ class Experts(nn.ModuleList):
         return result
 
 
-def _as_linears(module: nn.Module) -> nn.Module | None:
+def as_linears(module: nn.Module) -> nn.Module | None:
     """Return what replaces `module`, or None where nothing has to."""
     convert: Callable[[Any], nn.Module] | None
     convert = LINEAR_TYPES.get(f"{type(module).__module__}.{type(module).__qualname__}")
@@ -154,7 +155,7 @@ def linearize(model: nn.Module) -> dict[tuple[nn.Module, str], nn.Module]:
     ]
     for _, _, child in places:
         if child not in new:
-            new[child] = _as_linears(child)
+            new[child] = as_linears(child)
     replaced: dict[tuple[nn.Module, str], nn.Module] = {}
     for parent, key, child in places:
         replacement = new[child]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,21 @@ from torch import nn
 from sq_cpu.errors import SqCpuError
 from sq_cpu.quantization.record import QuantizationRecord
 
-__all__ = ["mark_quantized", "places_of", "put", "replace_linears"]
+__all__ = [
+    "mark_quantized",
+    "places_of",
+    "put",
+    "replace_linears",
+    "unmark_quantized",
+    "when_quantized",
+]
+
+_TOLD: list[Callable[[Any], None]] = []
+
+
+def when_quantized(tell: Callable[[Any], None]) -> None:
+    """Have `tell` called with every model that becomes int8 from now on, marked already."""
+    _TOLD.append(tell)
 
 
 def mark_quantized(model: Any, record: QuantizationRecord) -> None:
@@ -19,6 +33,14 @@ def mark_quantized(model: Any, record: QuantizationRecord) -> None:
     model.sq_cpu_config = record
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = _refuse_save_pretrained
+    for tell in _TOLD:
+        tell(model)
+
+
+def unmark_quantized(model: Any) -> None:
+    """Take from a model, float again, what `mark_quantized` gave it."""
+    for name in ("sq_cpu_config", "sq_cpu_card", "save_pretrained", "push_to_hub"):
+        vars(model).pop(name, None)
 
 
 def _refuse_save_pretrained(*_: Any, **__: Any) -> None:

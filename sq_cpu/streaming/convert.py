@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.checkpoint.card import Measured
 from sq_cpu.checkpoint.folder import Staging, staged
 from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
@@ -72,6 +73,7 @@ def convert(
     stream: bool | None = None,
     choose: Choose | None = None,
     copies: int = 1,
+    measured: Callable[[], Measured] = tuple,
     say: Say = lambda _: None,
 ) -> QuantizedCheckpoint:
     """Calibrate, smooth, quantize and save.
@@ -91,6 +93,8 @@ def convert(
         then.
     copies : int
         Copies of the model that `choose` holds at once.
+    measured : callable
+        Gives what the model card is to say of the chosen recipe, after that.
     say : callable
         Told, in a line, what is going on.
 
@@ -114,7 +118,7 @@ def convert(
     with staged(job.out, replace=job.overwrite, streamed=stream) as staging:
         if stream:
             return _stream(job, staging, batches_of, say)
-        return _whole(job, staging, batches_of, choose, say)
+        return _whole(job, staging, batches_of, choose, measured, say)
 
 
 def linear_bytes(model: nn.Module, ignore: tuple[str, ...], but: str | None = None) -> int:
@@ -137,6 +141,7 @@ def _whole(
     staging: Staging,
     batches_of: Callable[[Any], list[Tensor]],
     choose: Choose | None,
+    measured: Callable[[], Measured],
     say: Say,
 ) -> QuantizedCheckpoint:
     model, tokenizer = load_source(
@@ -157,7 +162,7 @@ def _whole(
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
-    save_staged(staging, model, tokenizer)
+    save_staged(staging, model, tokenizer, measured=measured())
     made: Any = model
     return QuantizedCheckpoint(
         path=staging.path,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sq_cpu.calibration.calibrate import SAMPLED_ROWS, Calibration, no_text_leads
 from sq_cpu.calibration.observer import InputRanges
 from sq_cpu.calibration.weight_uses import WeightUses
+from sq_cpu.checkpoint.card import write_card
 from sq_cpu.checkpoint.config import sha256
 from sq_cpu.checkpoint.entries import (
     float_entries,
@@ -74,7 +75,7 @@ class Stream:
         self.model = model = loader.model
         self.chain = chain
         self.blocks = blocks = chain.names
-        self.folder = staging.folder
+        self.folder, self.target = staging.folder, staging.target
         self.work = staging.work
         self.state = state
         self.recipe = recipe
@@ -439,5 +440,6 @@ class Stream:
         # Again: a quantized head is no longer tied.
         write_companions(self.model, tokenizer, folder)
         check_stored(record, headers, folder, f"load could not rebuild {type(self.model).__name__}")
+        write_card(folder, self.target, self.model, record)
         write_settings(folder, record, {part.file: part.sha256 for part in parts})
         return record

@@ -277,9 +277,11 @@ def test_no_pickle(folder: Path) -> None:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 assert file.keys()
-        else:
-            assert path.suffix == ".json"
+        elif path.suffix == ".json":
             json.loads(path.read_text())
+        else:
+            assert path.name == "README.md"
+            assert path.read_text(encoding="ascii")
 
 
 def test_files_have_the_mode_of_the_umask(quantized_llama: Any, tmp_path: Path) -> None:

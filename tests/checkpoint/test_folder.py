@@ -164,4 +164,9 @@ def test_a_fill_that_was_killed_is_filled_again(
         entry.rename(out / entry.name)
     save(quantized_llama, out)
     load(out)
-    assert sorted(os.listdir(out)) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(os.listdir(out)) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]

@@ -17,7 +17,6 @@ from sameness import assert_same_model, assert_to_rounding, digests, logits_of_a
 from tiny import batches, change_config, logits, tiny_model
 from transformers import (
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaForCausalLM,
@@ -25,7 +24,6 @@ from transformers import (
 
 import sq_cpu
 from sq_cpu import Scheme, SqCpuError
-from sq_cpu.checkpoint.hf_quantizer import SqCpuConfig
 from sq_cpu.nn.linear import QuantLinear
 
 
@@ -222,13 +220,6 @@ def test_save_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
-def test_save_pretrained_names_save(folder: Path, tmp_path: Path) -> None:
-    found = AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(SqCpuError, match=r"call sq_cpu\.save"):
-        found.save_pretrained(tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -243,18 +234,6 @@ def test_other_quantization(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
         )
-
-
-@pytest.mark.parametrize(
-    "settings", [SqCpuConfig(scheme="O3"), {"quant_method": "sq_cpu"}], ids=["object", "dict"]
-)
-def test_quantizing_on_the_fly(settings: Any, tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    fails(r"call sq_cpu\.calibrate and sq_cpu\.quantize", tmp_path, quantization_config=settings)
-
-
-def test_headless_class(folder: Path) -> None:
-    fails("holds a LlamaForCausalLM, not a LlamaModel", folder, auto=AutoModel)
 
 
 def test_tensor_parallel(folder: Path) -> None:

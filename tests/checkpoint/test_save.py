@@ -29,6 +29,7 @@ def test_save_replaces_its_own_checkpoint(quantized_llama: Any, tmp_path: Path) 
     save(quantized_llama, folder)
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
+        "README.md",
         "generation_config.json",
         "model.safetensors",
     }
