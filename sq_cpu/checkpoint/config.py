@@ -32,6 +32,7 @@ __all__ = [
     "check_names",
     "check_settings",
     "read_config",
+    "read_content",
     "read_settings",
     "record_of_settings",
     "settings_digest",
@@ -45,8 +46,8 @@ INDEX = "model.safetensors.index.json"
 SETTINGS_DIGEST = "settings_sha256"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and check its ``quantization_config``; its files are not looked at."""
+def read_content(folder: Path) -> dict[str, Any]:
+    """Read config.json, which has a ``quantization_config``, of whatever method."""
     path = folder / CONFIG
     if not path.exists():
         raise SqCpuError(f"{path} does not exist; give the folder that sq_cpu.save wrote")
@@ -55,7 +56,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SqCpuError(
             f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
         )
-    check_settings(content["quantization_config"], path)
+    return content
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json and check its ``quantization_config``; its files are not looked at."""
+    content = read_content(folder)
+    check_settings(content["quantization_config"], folder / CONFIG)
     return content
 
 
