@@ -18,11 +18,12 @@ from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.inference.prefix import MOST_TOKENS
 from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.kernels.ops import FLOATS
-from sq_cpu.parsing import read_json
+from sq_cpu.parsing import read_json, typed
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
     "CONFIG",
+    "EXPORTED",
     "FORMAT_VERSION",
     "INDEX",
     "QUANT_METHOD",
@@ -31,9 +32,8 @@ __all__ = [
     "check_files",
     "check_names",
     "check_settings",
-    "read_config",
     "read_content",
-    "read_settings",
+    "read_written",
     "record_of_settings",
     "settings_digest",
     "sha256",
@@ -44,6 +44,8 @@ QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SETTINGS_DIGEST = "settings_sha256"
+EXPORTED = "sq_cpu_export"
+"""Entry of config.json, where another method has quantization_config: what `save` wrote."""
 
 
 def read_content(folder: Path) -> dict[str, Any]:
@@ -59,17 +61,22 @@ def read_content(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and check its ``quantization_config``; its files are not looked at."""
-    content = read_content(folder)
-    check_settings(content["quantization_config"], folder / CONFIG)
-    return content
+def read_written(folder: Path) -> set[str]:
+    """Return the paths within a folder of what `save` wrote, in whatever format.
 
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read and check the ``quantization_config`` of config.json."""
-    settings: dict[str, Any] = read_config(folder)["quantization_config"]
-    return settings
+    `SqCpuError` where it wrote none of it.
+    """
+    content, path = read_content(folder), folder / CONFIG
+    listed = content.get(EXPORTED)
+    if listed is None:
+        listed = content["quantization_config"]
+        check_settings(listed, path)
+    listed = typed(dict[str, Any], listed, str(path))
+    written = {CONFIG}
+    for key in ("files", "companions"):
+        names = typed(dict[str, str] | list[str], listed.get(key, []), f"{path}: {key}")
+        written.update(names)
+    return written
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

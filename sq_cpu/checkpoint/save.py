@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,16 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sq_cpu.checkpoint.compressed_config import COMPRESSED_TENSORS
+from sq_cpu.checkpoint.compressed_save import (
+    check_compressible,
+    compressed_entries,
+    compressed_settings,
+    compressed_tensors,
+)
 from sq_cpu.checkpoint.config import (
     CONFIG,
+    EXPORTED,
     FORMAT_VERSION,
     INDEX,
     QUANT_METHOD,
@@ -27,8 +35,9 @@ from sq_cpu.checkpoint.config import (
 from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
 from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
-from sq_cpu.checkpoint.likeness import check_layers, check_likeness
+from sq_cpu.checkpoint.likeness import check_layers, check_likeness, is_rebuilt
 from sq_cpu.checkpoint.prefix import prefix_entries
+from sq_cpu.checkpoint.skeleton import skeleton
 from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
@@ -42,6 +51,7 @@ from sq_cpu.quantization.dtypes import dtypes_of
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
+    "FORMATS",
     "save",
     "save_staged",
     "write_companions",
@@ -57,6 +67,7 @@ def save(
     tokenizer: Any = None,
     *,
     max_shard_size: int | str = "5GB",
+    format: str = QUANT_METHOD,  # noqa: A002  as transformers calls it
 ) -> Path:
     """Write a quantized model, all of it or nothing.
 
@@ -84,6 +95,12 @@ def save(
         Saved into the same folder.
     max_shard_size : int or str
         Largest safetensors file, in bytes or as "5GB"; a larger single tensor gets its own file.
+    format : "sq_cpu" or "compressed-tensors"
+        The latter is what vLLM, and transformers with the package compressed-tensors, read. It
+        holds O1 and O3, symmetric or not, mixed too. What it cannot say is refused, and the error
+        says how to quantize instead: scales of their own for rows that do not fit a static one
+        (``dynamic_fallback``), rotations and smoothing at run time, channels in float, a prefix,
+        O2, an int8 head, and linears that vLLM joins (q, k, v; gate, up) and that differ.
 
     Returns
     -------
@@ -93,11 +110,12 @@ def save(
     Raises
     ------
     SqCpuError
-        The model is not one of ours, `load` could not rebuild it, ``path`` holds something else or
-        was changed meanwhile, another process is at work on it, or writing failed.
+        The model is not one of ours, `load` could not rebuild it, the format cannot hold it,
+        ``path`` holds something else or was changed meanwhile, another process is at work on it, or
+        writing failed.
     """
     with staged(path) as staging:
-        save_staged(staging, model, tokenizer, max_shard_size=max_shard_size)
+        save_staged(staging, model, tokenizer, max_shard_size=max_shard_size, format=format)
     return Path(path)
 
 
@@ -107,11 +125,15 @@ def save_staged(
     tokenizer: Any = None,
     *,
     max_shard_size: int | str = "5GB",
+    format: str = QUANT_METHOD,  # noqa: A002
 ) -> None:
     """Do what :func:`save` does, for a target that has been held since before the work began."""
+    write = _FORMATS.get(format) if isinstance(format, str) else None
+    if write is None:
+        raise SqCpuError(f"format is {format!r}; it is {' or '.join(map(repr, _FORMATS))}")
     record = _record_of(model)
     with writing(staging.target):
-        _write(model, record, tokenizer, staging.folder, max_shard_size)
+        write(model, record, tokenizer, staging.folder, max_shard_size)
     staging.commit()
 
 
@@ -159,6 +181,55 @@ def _write(
     write_settings(folder, record, files)
 
 
+def _write_compressed(
+    model: nn.Module,
+    record: QuantizationRecord,
+    tokenizer: Any,
+    folder: Path,
+    max_shard_size: int | str,
+) -> None:
+    if not is_rebuilt(model):
+        raise SqCpuError(
+            f"{type(model).__name__} is no class of transformers, whose models the format "
+            'compressed-tensors holds; save it with format="sq_cpu"'
+        )
+    write_companions(model, tokenizer, folder)
+    layers = dict(int8_layers(model))
+    stored = float_entries(model, model)
+    stock = dict(skeleton(folder, len(stored) + 3 * len(layers)).named_modules())
+    check_compressible(model, record, stock)
+    ours = dict(stored)
+    for name, layer in layers.items():
+        ours |= layer_entries(layer, name)
+    headers = {name: Header.of(tensor) for name, tensor in ours.items()}
+    if buffers := check_likeness(model, record, headers, folder):
+        raise SqCpuError(
+            f"{min(buffers)} is a buffer that transformers computes, and this model has other "
+            "values or another dtype there, which the format compressed-tensors does not store: "
+            "load the float model in that dtype"
+        )
+    layer_of: dict[str, tuple[str, QuantLinear]] = {}
+    for name, layer in layers.items():
+        entries = compressed_entries(layer, name)
+        stored |= entries
+        layer_of |= dict.fromkeys(entries, (name, layer))
+    files = _write_tensors(stored, layer_of, folder, max_shard_size, compressed_tensors)
+    content = read_json(folder / CONFIG)
+    linears = [name for name, module in stock.items() if isinstance(module, nn.Linear)]
+    content["quantization_config"] = compressed_settings(model, linears)
+    companions = sorted(contents(folder) - {CONFIG, *files})
+    content[EXPORTED] = {"files": files, "companions": companions}
+    (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
+
+
+_FORMATS: Mapping[str, Callable[[nn.Module, QuantizationRecord, Any, Path, int | str], None]] = {
+    QUANT_METHOD: _write,
+    COMPRESSED_TENSORS: _write_compressed,
+}
+FORMATS = tuple(_FORMATS)
+"""What `save` writes."""
+
+
 def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write what is beside the tensors: the configs and the tokenizer's files."""
     if is_transformers(model):
@@ -202,6 +273,7 @@ def _write_tensors(
     layer_of: Mapping[str, tuple[str, QuantLinear]],
     folder: Path,
     max_shard_size: int | str,
+    tensors_of: Callable[[QuantLinear, str], Mapping[str, Tensor]] = layer_tensors,
 ) -> dict[str, str]:
     """Write the safetensors files (and an index if there are several); name -> SHA-256."""
     for name, tensor in stored.items():
@@ -227,7 +299,7 @@ def _write_tensors(
                 shard[name] = stored[name]
             elif name not in shard:
                 prefix, module = layer_of[name]
-                entries = layer_tensors(module, prefix)
+                entries = tensors_of(module, prefix)
                 shard.update({key: entries[key] for key in entries if key in names})
         digests[file] = write_shard(folder / file, shard)
     if split.is_sharded:
