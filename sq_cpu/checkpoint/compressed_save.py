@@ -17,13 +17,17 @@ from torch import Tensor, nn
 from sq_cpu.checkpoint.compressed_config import COMPRESSED_TENSORS
 from sq_cpu.checkpoint.entries import int8_layers, own_entries
 from sq_cpu.errors import SqCpuError
+from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.nn.linear import QuantLinear
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
+from sq_cpu.smoothing.plan import SmoothPlan
 
 __all__ = [
     "check_compressible",
     "check_expressible",
+    "check_recipe",
     "compressed_entries",
     "compressed_settings",
     "compressed_tensors",
@@ -35,6 +39,13 @@ _POINT = 128  # of codes in int8, which are stored as u8
 _SHARDS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears of one parent that vLLM joins into one layer."""
 _CANNOT = "the format compressed-tensors has no place for"
+_HEAD = 'quantize with head="float" (--head float)'
+_DECOMPOSED = "channels in float beside int8 ones; plan no outliers"
+_ROTATED = "inputs that are rotated at run time; quantize with hadamard=0 (--no-hadamard)"
+_SMOOTHED = (
+    "inputs that are smoothed at run time, where s is not folded into the layer before; leave that "
+    "group out of the plan, or quantize with smooth=False (--no-smooth)"
+)
 # What a scheme may not say: whether it does, what that is, and what to do.
 _NO_PLACE: tuple[tuple[Callable[[Scheme], bool], str, str], ...] = (
     (
@@ -45,7 +56,7 @@ _NO_PLACE: tuple[tuple[Callable[[Scheme], bool], str, str], ...] = (
     (
         lambda scheme: scheme.activations == "per_token_x2",
         "activations in two int8 terms",
-        'quantize with head="float" (--head float)',
+        _HEAD,
     ),
     (
         lambda scheme: scheme.outlier_threshold is not None,
@@ -73,6 +84,26 @@ def check_expressible(scheme: Scheme, of: str = "the scheme") -> None:
             raise SqCpuError(f"{of}: {_CANNOT} {what}; {fix}")
 
 
+def check_recipe(recipe: Recipe) -> None:
+    """Raise `SqCpuError` for a recipe whose model the format could not hold, whatever the model."""
+    if recipe.head == "int8":
+        raise SqCpuError(f"{_CANNOT} an int8 head; {_HEAD}")
+    if recipe.hadamard == BLOCK:
+        raise SqCpuError(f"{_CANNOT} {_ROTATED}")
+    check_expressible(recipe.scheme)
+    plan = recipe.plan or SmoothPlan(())
+    for layer in plan.layers:
+        if layer.outliers:
+            raise SqCpuError(f"{layer.name}: {_CANNOT} {_DECOMPOSED}")
+        if not layer.in_float:
+            check_expressible(plan.layer_scheme(recipe.scheme, layer.name), layer.name)
+    for group in plan.groups:
+        if group.hadamard:
+            raise SqCpuError(f"group {group.name} of the plan: {_CANNOT} {_ROTATED}")
+        if not group.fold:
+            raise SqCpuError(f"group {group.name} of the plan: {_CANNOT} {_SMOOTHED}")
+
+
 def check_compressible(
     model: nn.Module, record: QuantizationRecord, stock: Mapping[str, nn.Module]
 ) -> None:
@@ -87,26 +118,24 @@ def check_compressible(
             f"{_CANNOT} a prefix whose keys and values stay in float; calibrate without one "
             "(--prefix off)"
         )
-    for names, what, fix in (
-        (record.decomposed, "channels in float beside int8 ones", "plan no outliers"),
-        (record.embeddings, "an embedding that reads an int8 head", 'quantize with head="float"'),
-        (record.hadamard, "inputs that are rotated at run time", "quantize with hadamard=0"),
-        (
-            record.smoothed,
-            "inputs that are smoothed at run time, as s could not be folded",
-            "leave its group out of the plan, or quantize with smooth=False",
-        ),
+    layers = dict(int8_layers(model))
+    for name, layer in layers.items():
+        check_expressible(layer.scheme, name)
+    for names, what in (
+        (record.decomposed, _DECOMPOSED),
+        (record.embeddings, "an embedding that reads an int8 head; " + _HEAD),
+        (record.hadamard, _ROTATED),
+        (record.smoothed, _SMOOTHED),
     ):
         if names:
-            raise SqCpuError(f"{min(names)}: {_CANNOT} {what}; {fix}")
-    for name, layer in int8_layers(model):
-        check_expressible(layer.scheme, name)
+            raise SqCpuError(f"{min(names)}: {_CANNOT} {what}")
+    for name in layers:
         if not isinstance(stock.get(name), nn.Linear):
             raise SqCpuError(
                 f"{name} is no linear of its own in transformers' {type(model).__name__}, and the "
                 f"format compressed-tensors holds such alone; ignore it when you quantize"
             )
-    _check_shards(dict(int8_layers(model)), stock)
+    _check_shards(layers, stock)
 
 
 def _check_shards(layers: Mapping[str, QuantLinear], stock: Mapping[str, nn.Module]) -> None:
@@ -145,19 +174,19 @@ def compressed_entries(layer: QuantLinear, name: str) -> dict[str, Tensor]:
     rows = layer.out_features
     entries = {
         "weight": torch.empty((rows, layer.in_features), dtype=torch.int8, device="meta"),
-        "weight_scale": torch.empty((rows, 1), dtype=layer.dtype, device="meta"),
+        "weight_scale": torch.empty((rows, 1), dtype=torch.float32, device="meta"),
     }
     if layer.has_bias:
         entries["bias"] = torch.empty(rows, dtype=layer.dtype, device="meta")
     if layer.input_scale is not None:
-        entries["input_scale"] = torch.empty(1, dtype=layer.dtype, device="meta")
+        entries["input_scale"] = torch.empty(1, dtype=torch.float32, device="meta")
         if not _is_symmetric(layer):
             entries["input_zero_point"] = torch.empty(1, dtype=torch.int8, device="meta")
     return {f"{name}.{key}": tensor for key, tensor in entries.items()}
 
 
 def compressed_tensors(layer: QuantLinear, name: str) -> dict[str, Tensor]:
-    """Give the tensors of a linear; scales and bias in the dtype that it computes in."""
+    """Give the tensors of a linear: scales in fp32, the bias in what the linear computes in."""
     own = own_entries(layer, name)
     tensors: dict[str, Tensor] = {}
     for key, entry in compressed_entries(layer, name).items():

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sq_cpu.checkpoint.compressed_config import COMPRESSED_TENSORS
 from sq_cpu.checkpoint.compressed_save import (
     check_compressible,
+    check_recipe,
     compressed_entries,
     compressed_settings,
     compressed_tensors,
@@ -48,10 +49,11 @@ from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.parsing import read_json
 from sq_cpu.quantization.dtypes import dtypes_of
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
-    "FORMATS",
+    "check_format",
     "save",
     "save_staged",
     "write_companions",
@@ -128,12 +130,10 @@ def save_staged(
     format: str = QUANT_METHOD,  # noqa: A002
 ) -> None:
     """Do what :func:`save` does, for a target that has been held since before the work began."""
-    write = _FORMATS.get(format) if isinstance(format, str) else None
-    if write is None:
-        raise SqCpuError(f"format is {format!r}; it is {' or '.join(map(repr, _FORMATS))}")
+    kind = _format(format)
     record = _record_of(model)
     with writing(staging.target):
-        write(model, record, tokenizer, staging.folder, max_shard_size)
+        kind.write(model, record, tokenizer, staging.folder, max_shard_size)
     staging.commit()
 
 
@@ -222,12 +222,31 @@ def _write_compressed(
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 
 
-_FORMATS: Mapping[str, Callable[[nn.Module, QuantizationRecord, Any, Path, int | str], None]] = {
-    QUANT_METHOD: _write,
-    COMPRESSED_TENSORS: _write_compressed,
+@dataclass(frozen=True)
+class _Format:
+    """A format that is written."""
+
+    write: Callable[[nn.Module, QuantizationRecord, Any, Path, int | str], None]
+    check: Callable[[Recipe], None]
+    """Raises `SqCpuError` for a recipe whose models it cannot hold."""
+
+
+_FORMATS = {
+    QUANT_METHOD: _Format(_write, lambda recipe: None),
+    COMPRESSED_TENSORS: _Format(_write_compressed, check_recipe),
 }
-FORMATS = tuple(_FORMATS)
-"""What `save` writes."""
+
+
+def check_format(format: str, recipe: Recipe) -> None:  # noqa: A002
+    """Raise `SqCpuError` for a format that `save` does not write, or not of what a recipe makes."""
+    _format(format).check(recipe)
+
+
+def _format(name: str) -> _Format:
+    found = _FORMATS.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise SqCpuError(f"format is {name!r}; it is {' or '.join(map(repr, _FORMATS))}")
+    return found
 
 
 def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.checkpoint.config import QUANT_METHOD
 from sq_cpu.checkpoint.folder import Staging, staged
-from sq_cpu.checkpoint.save import save_staged
+from sq_cpu.checkpoint.save import check_format, save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import make_prefix
@@ -57,6 +58,8 @@ class Job:
     trust_remote_code: bool = False
     """Whether code of the model's own may run; then not streamed."""
     prefix: PrefixChoice = "auto"
+    format: str = QUANT_METHOD
+    """Of `save`; others than ours are not streamed."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -100,6 +103,7 @@ def convert(
         What loading, `calibrate`, `quantize` and `save`, or `quantize_checkpoint`, refuse, and
         where `choose` is to choose for a model that does not fit, with its copies.
     """
+    check_format(job.format, job.recipe)
     if choose is not None:
         _check_fits(job, stream, copies)
         stream = False
@@ -109,6 +113,11 @@ def convert(
     if stream and job.trust_remote_code:
         raise SqCpuError(
             "a model of its own code cannot be streamed: leave out --stream or --trust-remote-code"
+        )
+    if stream and job.format != QUANT_METHOD:
+        raise SqCpuError(
+            f"a model in the format {job.format} is not streamed: leave out --stream, or --format; "
+            f"or finish in another folder than {job.out}"
         )
     # Held from the start: another run on it is refused before its work, not after.
     with staged(job.out, replace=job.overwrite, streamed=stream) as staging:
@@ -157,7 +166,7 @@ def _whole(
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
-    save_staged(staging, model, tokenizer)
+    save_staged(staging, model, tokenizer, format=job.format)
     made: Any = model
     return QuantizedCheckpoint(
         path=staging.path,
