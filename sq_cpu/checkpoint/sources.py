@@ -121,9 +121,10 @@ def check_float(folder: Path) -> None:
     """Raise `SqCpuError` for a folder whose model is quantized already."""
     settings = quantization_of(folder)
     if settings is not None:
-        method = settings["quant_method"]
+        whole = ", or leave out --stream, for its integers stand for floats"
         raise SqCpuError(
-            f"{folder} is already quantized ({method}); give the model in fp32, bf16 or fp16"
+            f"{folder} is already quantized ({settings['quant_method']}); give the model in fp32, "
+            f"bf16 or fp16{whole if is_for_floats(folder) else ''}"
         )
 
 

@@ -15,6 +15,7 @@ from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.checkpoint.config import QUANT_METHOD
 from sq_cpu.checkpoint.folder import Staging, staged
+from sq_cpu.checkpoint.kinds import is_for_floats
 from sq_cpu.checkpoint.save import check_format, save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
 from sq_cpu.errors import SqCpuError
@@ -266,7 +267,7 @@ def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
     folder = Path(os.path.expanduser(job.source))
     if streaming.unfinished(job.out):
         return True
-    if not has_safetensors(folder):
+    if not has_safetensors(folder) or is_for_floats(folder):
         return False
     needed, available = _needed(job, _SLACK), available_memory()
     if needed > available:
