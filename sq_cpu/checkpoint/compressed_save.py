@@ -4,6 +4,9 @@ The format holds linears of transformers' own models, each with int8 rows that h
 and inputs quantized per token or by a static scale. What it cannot say is refused by name. What
 differs where the model then runs: per-token symmetric inputs span 127 steps here and in vLLM, and
 127.5 in compressed-tensors' own code; static symmetric codes end at -127 here, at -128 there.
+
+The entry ``sq_cpu_export`` of config.json names the files that were written, so that they can be
+replaced by what is saved later.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ __all__ = [
     "check_files",
     "check_names",
     "check_settings",
+    "exported_digest",
     "read_content",
     "read_written",
     "record_of_settings",
@@ -45,7 +46,8 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SETTINGS_DIGEST = "settings_sha256"
 EXPORTED = "sq_cpu_export"
-"""Entry of config.json, where another method has quantization_config: what `save` wrote."""
+"""Entry of config.json, where another method has quantization_config: ``files`` and ``companions``
+as of ours, and under `SETTINGS_DIGEST` what `exported_digest` gives."""
 
 
 def read_content(folder: Path) -> dict[str, Any]:
@@ -67,16 +69,23 @@ def read_written(folder: Path) -> set[str]:
     `SqCpuError` where it wrote none of it.
     """
     content, path = read_content(folder), folder / CONFIG
-    listed = content.get(EXPORTED)
-    if listed is None:
-        listed = content["quantization_config"]
+    listed: Any = content["quantization_config"]
+    if listed.get("quant_method") != QUANT_METHOD and EXPORTED in content:
+        listed = typed(dict[str, Any], content[EXPORTED], str(path))
+        if listed.get(SETTINGS_DIGEST) != exported_digest(content):
+            raise SqCpuError(f"{path} was edited, or written by another tool")
+    else:
         check_settings(listed, path)
-    listed = typed(dict[str, Any], listed, str(path))
     written = {CONFIG}
     for key in ("files", "companions"):
         names = typed(dict[str, str] | list[str], listed.get(key, []), f"{path}: {key}")
         written.update(names)
     return written
+
+
+def exported_digest(content: Mapping[str, Any]) -> str:
+    """Give the SHA-256 of a config.json without `EXPORTED`, which others who save it carry on."""
+    return settings_digest({name: value for name, value in content.items() if name != EXPORTED})
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

@@ -30,6 +30,7 @@ from sq_cpu.checkpoint.config import (
     INDEX,
     QUANT_METHOD,
     SETTINGS_DIGEST,
+    exported_digest,
     settings_digest,
     sha256,
 )
@@ -218,7 +219,8 @@ def _write_compressed(
     linears = [name for name, module in stock.items() if isinstance(module, nn.Linear)]
     content["quantization_config"] = compressed_settings(model, linears)
     companions = sorted(contents(folder) - {CONFIG, *files})
-    content[EXPORTED] = {"files": files, "companions": companions}
+    digest = exported_digest(content)
+    content[EXPORTED] = {"files": files, "companions": companions, SETTINGS_DIGEST: digest}
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 
 
@@ -283,6 +285,7 @@ def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str,
     }
     settings[SETTINGS_DIGEST] = settings_digest(settings)
     content = read_json(folder / CONFIG)
+    content.pop(EXPORTED, None)  # of what the model was read from
     content["quantization_config"] = settings
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 
