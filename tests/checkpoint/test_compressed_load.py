@@ -175,6 +175,16 @@ def test_the_template_is_read(folder: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
+def test_it_runs_fused(folder: Path) -> None:
+    model: Any = sq_cpu.load(folder)
+    expected = logits(model)
+    sq_cpu.fuse(model, kv="bf16")
+    # Keys and values in bf16 alone are rounded otherwise, to 2^-9.
+    assert (logits(model) - expected).norm() < 0.03 * expected.norm()
+    assert sources.is_checkpoint(folder)  # what sq-cpu serve asks
+    assert len(sq_cpu.generate(model, [[3, 4]], max_new_tokens=3)[0]) <= 3
+
+
 LAYER = "model.layers.0.mlp.up_proj"
 
 
