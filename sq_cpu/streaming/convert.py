@@ -164,6 +164,7 @@ def _whole(
     )
     if choose is not None:
         recipe = choose(model, tokenizer, calibration)
+        check_format(job.format, recipe)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")

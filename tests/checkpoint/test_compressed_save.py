@@ -118,7 +118,8 @@ def test_it_replaces_itself_and_nothing_else(tmp_path: Path) -> None:
     (folder / "notes.txt").unlink()
     again = sq_cpu.load(folder)
     sq_cpu.save(again, folder)
-    sq_cpu.save(again, folder, byte_tokenizer())  # none of the export's is left
+    sq_cpu.save(again, folder, byte_tokenizer())
+    assert "sq_cpu_export" not in json.loads((folder / "config.json").read_text())
     compressed(again, folder)
     edit_settings(folder, lambda config: config.update(version="1.0"))  # as another tool has it
     fails("is not an sq_cpu checkpoint", compressed, model, folder)
