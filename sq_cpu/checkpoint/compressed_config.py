@@ -163,12 +163,7 @@ def _groups(settings: Mapping[str, Any]) -> Iterator[CompressedGroup]:
             "inputs are rotated (transform_config), which sq_cpu does not read: compress the model "
             "without"
         )
-    status = settings.get("quantization_status", "compressed")
-    if status != "compressed":
-        raise SqCpuError(
-            f"quantization_status is {str(status)[:60]!r}, not 'compressed': save the model with "
-            "save_compressed=True"
-        )
+    # Not looked at: quantization_status, which early versions left at "frozen" beside integers.
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         raise SqCpuError("config_groups is no table of groups; copy the model again")

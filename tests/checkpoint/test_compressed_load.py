@@ -211,7 +211,7 @@ def top(**entries: Any) -> Edit:
         (top(sparsity_config={"format": "sparse-24-bitmask"}), "sparse .sparsity_config"),
         (top(sparsity_config=["2:4"]), "sparse .sparsity_config"),
         (top(transform_config={"config_groups": {"u": {}}}), "rotated .transform_config"),
-        (top(quantization_status="frozen"), "is 'frozen', not 'compressed'"),
+        (group(format="dense"), "format is 'dense'"),
         (top(config_groups={}), "config_groups is no table"),
         (top(config_groups=[1]), "config_groups is no table"),
         (top(config_groups={"W8A8": ["Linear"]}), "group W8A8: it is the name of a preset"),
@@ -309,8 +309,10 @@ def test_tensors_that_are_not_read(folder: Path, edit: Callable[..., object], ma
     fails(match, sq_cpu.load, folder)
 
 
-def test_zero_points_of_zero_are_let_through(folder: Path) -> None:
+def test_what_early_versions_wrote(folder: Path) -> None:
     before = logits(sq_cpu.load(folder))
+    edit_settings(folder, lambda config: config.update(quantization_status="frozen"))
+    edit_settings(folder, group(format=None))
     edit_tensors(folder, put("weight_zero_point", torch.zeros(48, 1, dtype=torch.int8)))
     assert torch.equal(logits(sq_cpu.load(folder)), before)
 
