@@ -19,11 +19,13 @@ from sq_cpu.errors import SqCpuError, printable
 from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.quantization.record import QuantizationRecord
 
-__all__ = ["CARD", "Measured", "carry_card", "tagged", "write_card"]
+__all__ = ["CARD", "READ_BY_US", "Measured", "carry_card", "tagged", "write_card"]
 
 CARD = "README.md"
 Measured = Sequence[Mapping[str, str]]
 """A table: rows of column -> text, all with the same columns."""
+READ_BY_US = "`pip install sq_cpu`; transformers alone refuses these files."
+"""What a card says of who reads the files."""
 
 _TAGS = ("sq_cpu", "smoothquant", "int8", "w8a8", "cpu")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,19 +35,26 @@ _MARK = re.compile(r"<!-- sq_cpu wrote this, ([0-9a-f]{16}); edited, it is kept 
 
 
 def write_card(
-    folder: Path, target: Path, model: Any, record: QuantizationRecord, measured: Measured = ()
+    folder: Path,
+    target: Path,
+    model: Any,
+    record: QuantizationRecord,
+    measured: Measured = (),
+    read_by: str = READ_BY_US,
 ) -> None:
     """Write the card of a model into a folder that is to become `target`.
 
     That is the target's own, if somebody wrote or edited it, else the one that the model was loaded
-    with, unless there is something measured, else a new one.
+    with, unless there is something measured or others read the files now, else a new one.
     """
     carried = getattr(model, "sq_cpu_card", None)
     text = carried if isinstance(carried, str) and not measured else None
+    if text is not None and _is_ours(text) and read_by not in text:
+        text = None
     there = _read(target / CARD)
     if there is not None and not _is_ours(there):
         text = there
-    (folder / CARD).write_text(text or _text(model, record, measured), encoding="utf-8")
+    (folder / CARD).write_text(text or _text(model, record, measured, read_by), encoding="utf-8")
 
 
 def carry_card(model: Any, folder: Path) -> None:
@@ -85,7 +94,7 @@ def _marked(text: str) -> str:
     return f"{text}<!-- sq_cpu wrote this, {_digest(text)}; edited, it is kept -->\n"
 
 
-def _text(model: Any, record: QuantizationRecord, measured: Measured) -> str:
+def _text(model: Any, record: QuantizationRecord, measured: Measured, read_by: str) -> str:
     kind = type(model).__name__
     source = str(getattr(getattr(model, "config", None), "name_or_path", ""))
     is_folder = Path(source).exists()
@@ -113,7 +122,7 @@ def _text(model: Any, record: QuantizationRecord, measured: Measured) -> str:
         "",
         "## Use",
         "",
-        "`pip install sq_cpu`; transformers alone refuses these files.",
+        read_by,
         "",
         "```python",
         *_use(model, kind),

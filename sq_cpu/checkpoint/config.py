@@ -18,11 +18,12 @@ from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.inference.prefix import MOST_TOKENS
 from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.kernels.ops import FLOATS
-from sq_cpu.parsing import read_json
+from sq_cpu.parsing import read_json, typed
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
     "CONFIG",
+    "EXPORTED",
     "FORMAT_VERSION",
     "INDEX",
     "QUANT_METHOD",
@@ -31,8 +32,9 @@ __all__ = [
     "check_files",
     "check_names",
     "check_settings",
-    "read_config",
-    "read_settings",
+    "exported_digest",
+    "read_content",
+    "read_written",
     "record_of_settings",
     "settings_digest",
     "sha256",
@@ -43,10 +45,13 @@ QUANT_METHOD = "sq_cpu"
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SETTINGS_DIGEST = "settings_sha256"
+EXPORTED = "sq_cpu_export"
+"""Entry of config.json, where another method has quantization_config: ``files`` and ``companions``
+as of ours, and under `SETTINGS_DIGEST` what `exported_digest` gives."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json and check its ``quantization_config``; its files are not looked at."""
+def read_content(folder: Path) -> dict[str, Any]:
+    """Read config.json, which has a ``quantization_config``, of whatever method."""
     path = folder / CONFIG
     if not path.exists():
         raise SqCpuError(f"{path} does not exist; give the folder that sq_cpu.save wrote")
@@ -55,14 +60,32 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SqCpuError(
             f"{path} has no quantization_config: not a quantized model; run sq_cpu.quantize first"
         )
-    check_settings(content["quantization_config"], path)
     return content
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Read and check the ``quantization_config`` of config.json."""
-    settings: dict[str, Any] = read_config(folder)["quantization_config"]
-    return settings
+def read_written(folder: Path) -> set[str]:
+    """Return the paths within a folder of what `save` wrote, in whatever format.
+
+    `SqCpuError` where it wrote none of it.
+    """
+    content, path = read_content(folder), folder / CONFIG
+    listed: Any = content["quantization_config"]
+    if listed.get("quant_method") != QUANT_METHOD and EXPORTED in content:
+        listed = typed(dict[str, Any], content[EXPORTED], str(path))
+        if listed.get(SETTINGS_DIGEST) != exported_digest(content):
+            raise SqCpuError(f"{path} was edited, or written by another tool")
+    else:
+        check_settings(listed, path)
+    written = {CONFIG}
+    for key in ("files", "companions"):
+        names = typed(dict[str, str] | list[str], listed.get(key, []), f"{path}: {key}")
+        written.update(names)
+    return written
+
+
+def exported_digest(content: Mapping[str, Any]) -> str:
+    """Give the SHA-256 of a config.json without `EXPORTED`, which others who save it carry on."""
+    return settings_digest({name: value for name, value in content.items() if name != EXPORTED})
 
 
 def check_dtype(dtype: torch.dtype | None) -> None:

@@ -28,10 +28,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from sq_cpu.checkpoint.config import CONFIG, INDEX, read_settings
+from sq_cpu.checkpoint.config import CONFIG, INDEX, read_written
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import as_path, exchange, keep_mode, locked
-from sq_cpu.parsing import typed
 
 __all__ = ["STATE", "Staging", "contents", "staged", "work_folder", "writing"]
 
@@ -279,7 +278,7 @@ def _is_occupied(target: Path, work: Path) -> bool:
 def _check_ours(folder: Path, named: Path) -> None:
     """Refuse to replace anything that ``save`` did not write."""
     try:
-        ours = _written(folder)
+        ours = read_written(folder)
     except SqCpuError as error:
         raise SqCpuError(
             f"{named} is not empty and is not an sq_cpu checkpoint; choose another folder"
@@ -294,20 +293,11 @@ def _check_ours(folder: Path, named: Path) -> None:
         )
 
 
-def _written(folder: Path) -> set[str]:
-    """Give the paths within a checkpoint's folder of what is its own, or raise `SqCpuError`."""
-    settings, where = read_settings(folder), folder / CONFIG
-    ours = {CONFIG}
-    for key in ("files", "companions"):
-        ours.update(typed(dict[str, str] | list[str], settings.get(key, []), f"{where}: {key}"))
-    return ours
-
-
 def _take_back(target: Path, folder: Path) -> None:
     """Move what a call moved out of the staging folder back into it, config.json first."""
     folder.mkdir(exist_ok=True)
     try:
-        ours = _written(folder if (folder / CONFIG).exists() else target)
+        ours = read_written(folder if (folder / CONFIG).exists() else target)
     except SqCpuError:
         return  # it had not begun to move
     moved = [entry for entry in target.iterdir() if entry.name in {n.split("/")[0] for n in ours}]

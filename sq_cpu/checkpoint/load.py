@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,24 +12,20 @@ import transformers
 from torch import nn
 
 from sq_cpu.checkpoint.card import carry_card
-from sq_cpu.checkpoint.config import (
-    CONFIG,
-    check_dtype,
-    check_files,
-    read_config,
-    record_of_settings,
-)
-from sq_cpu.checkpoint.curves import with_stored_curves
-from sq_cpu.checkpoint.rebuild import restore
+from sq_cpu.checkpoint.compressed_layers import GET_AGAIN
+from sq_cpu.checkpoint.config import CONFIG, check_dtype, read_content
+from sq_cpu.checkpoint.kinds import kind_of
+from sq_cpu.checkpoint.rebuild import restore, restore_float
 from sq_cpu.checkpoint.skeleton import check_buffers, skeleton
-from sq_cpu.checkpoint.stored import StoredTensors
+from sq_cpu.checkpoint.stored import Stored
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import as_path
 from sq_cpu.models.hf_private import compute_buffers
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.parsing import read_json
+from sq_cpu.scheme import Scheme
 
-__all__ = ["load", "read_generation_config"]
+__all__ = ["load", "load_floats", "read_generation_config"]
 
 
 def load(
@@ -38,8 +35,16 @@ def load(
     dtype: torch.dtype | None = None,
     verify: bool = True,
     trust_remote_code: bool = False,
+    scheme: str | Scheme | None = None,
 ) -> nn.Module:
     """Read a checkpoint that :func:`save` wrote; logits equal those before saving, bit for bit.
+
+    It also reads models that llm-compressor and others wrote as compressed-tensors, with int8
+    weights and inputs (W8A8): per channel or tensor, inputs per token, or static and symmetric or
+    not. Codes and scales are theirs. Static inputs are rounded as there; symmetric ones per token
+    span 127 steps, as in vLLM, where compressed-tensors itself has 127.5. Weights of 8, 4 or 2 bits
+    beside float inputs take a ``scheme``, if each row has one scale; what has scales for groups of
+    input channels no row of int8 can hold exactly: `sq-cpu quantize` makes int8 of its floats.
 
     Parameters are never allocated twice or initialised: each int8 weight is packed as it is read,
     so peak memory is the model's own size plus one layer (and file pages, which the kernel may
@@ -60,6 +65,9 @@ def load(
         else may be edited in any case.
     trust_remote_code : bool
         Build the model with code from the folder, where its config asks for that (``auto_map``).
+    scheme : str or Scheme, optional
+        How to quantize the inputs of linears that have only their weights quantized, without a
+        calibration: "O1", or another dynamic one.
 
     Returns
     -------
@@ -69,33 +77,59 @@ def load(
     Raises
     ------
     SqCpuError
-        Not a checkpoint of ours, a newer format, a model of another class, or a missing, damaged or
-        mismatching file or tensor, which is named.
+        Not a checkpoint of ours or a compressed-tensors model of integers, a newer format, a model
+        of another class, a scheme where none is to choose, or a missing, damaged or mismatching
+        file or tensor, which is named.
     """
     check_dtype(dtype)
     folder = as_path(path)
-    content = read_config(folder)
+    content = read_content(folder)
     settings = content["quantization_config"]
-    files = check_files(folder, settings, verify=verify)
-    record = record_of_settings(settings, folder / CONFIG)
-    record = with_stored_curves(record, folder, settings)
-    version = settings["format_version"]
-    with StoredTensors(folder, files) as stored:
+    kind = kind_of(settings, folder / CONFIG)
+    with kind.opened(folder, settings, verify, scheme) as (record, stored, version, fix):
         if model is not None:
             _check_class(model, content, folder)
-            restore(model, record, stored, version, folder, dtype)
+            restore(model, record, stored, version, folder, dtype, fix=fix)
         else:
-            built: Any = skeleton(folder, len(stored.headers), dtype=dtype, trust=trust_remote_code)
-
-            def buffers() -> None:
-                check_buffers(built, stored.nbytes, folder / CONFIG)
-                compute_buffers(built)
-
-            restore(built, record, stored, version, folder, dtype, buffers)
+            built, buffers = _built(folder, stored, dtype, trust_remote_code)
+            restore(built, record, stored, version, folder, dtype, buffers, fix)
             model = cast(nn.Module, built)
     read_generation_config(model, folder)
     carry_card(model, folder)
     return model
+
+
+def load_floats(
+    folder: Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """Read a model of integers as the float model that they stand for.
+
+    Weights are codes times scales, in fp32 and rounded once to ``dtype``. `SqCpuError` for a method
+    whose integers stand for none, and as `load` raises it.
+    """
+    check_dtype(dtype)
+    settings = read_content(folder)["quantization_config"]
+    kind = kind_of(settings, folder / CONFIG)
+    if kind.floats is None:
+        raise SqCpuError(f"{folder} is quantized already; give the float model")
+    with kind.floats(folder, settings) as stored:
+        built, buffers = _built(folder, stored, dtype, trust_remote_code)
+        restore_float(built, stored, folder, dtype or built.dtype, buffers, GET_AGAIN)
+    read_generation_config(built, folder)
+    return cast(nn.Module, built)
+
+
+def _built(
+    folder: Path, stored: Stored, dtype: torch.dtype | None, trust: bool
+) -> tuple[Any, Callable[[], None]]:
+    """Return a model without weights, and what computes its buffers."""
+    built = skeleton(folder, len(stored.headers), dtype=dtype, trust=trust)
+
+    def buffers() -> None:
+        check_buffers(built, stored.nbytes, folder / CONFIG)
+        compute_buffers(built)
+
+    return built, buffers
 
 
 def _check_class(model: nn.Module, content: dict[str, Any], folder: Path) -> None:

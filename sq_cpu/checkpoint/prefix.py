@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from sq_cpu.checkpoint.stored import Header, StoredTensors
+from sq_cpu.checkpoint.stored import Header, Stored
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import Prefix
 from sq_cpu.kernels.ops import FLOATS
@@ -106,7 +106,7 @@ def check_prefix(
 
 
 def read_prefix(
-    record: QuantizationRecord, stored: StoredTensors, dtype: torch.dtype | None
+    record: QuantizationRecord, stored: Stored, dtype: torch.dtype | None
 ) -> Prefix | None:
     """Read the prefix of a checkpoint that `check_prefix` has passed; `SqCpuError` for NaN or Inf.
 

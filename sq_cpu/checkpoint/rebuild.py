@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sq_cpu.checkpoint.config import FORMAT_VERSION
 from sq_cpu.checkpoint.entries import own_entries, put_tensor, tie, ties_of, unsaved_buffers
 from sq_cpu.checkpoint.prefix import check_prefix, read_prefix, without_prefix
-from sq_cpu.checkpoint.stored import Header, StoredTensors
+from sq_cpu.checkpoint.stored import Header, Stored
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.inference.prefix import use_prefix
 from sq_cpu.kernels.ops import FLOATS
@@ -29,8 +30,9 @@ from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.dtypes import set_dtypes
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.quantization.replace import mark_quantized, replace_linears
+from sq_cpu.scheme import Scheme
 
-__all__ = ["Fit", "fit", "restore"]
+__all__ = ["Fit", "fit", "restore", "restore_float"]
 
 _AGAIN = "save the model again"
 
@@ -180,22 +182,23 @@ def _tied(model: nn.Module, missing: Collection[str], stored: Collection[str]) -
 def restore(
     model: nn.Module,
     record: QuantizationRecord,
-    stored: StoredTensors,
+    stored: Stored,
     version: int,
     folder: Path,
     dtype: torch.dtype | None,
     prepare: Callable[[], object] = lambda: None,
+    fix: str = _AGAIN,
     is_new: Callable[[str], bool] = lambda _: False,
 ) -> None:
     """Make a float model, whose values do not count, the one that was saved.
 
-    ``prepare`` is called when all is known to fit. Each tensor is read, converted to ``dtype``
-    (None: as stored) or packed, and released before the next. What need not be stored, as
-    ``is_new`` says, stays as it is. ``SqCpuError`` names a layer or
-    tensor that is missing, unexpected, misshapen or of impossible values.
+    ``prepare`` is called when all is known to fit; ``fix`` is what to do where it does not. Each
+    tensor is read, converted to ``dtype`` (None: as stored) or packed, and released before the
+    next. What need not be stored, as ``is_new`` says, stays as it is. ``SqCpuError`` names a layer
+    or tensor that is missing, unexpected, misshapen or of impossible values.
     """
     with linearized(model):
-        found = fit(model, record, stored.headers, version, folder, stored.path, is_new=is_new)
+        found = fit(model, record, stored.headers, version, folder, stored.path, fix, is_new=is_new)
     prepare()  # what it calls of transformers expects the model's own modules
     linearize(model)
     modules: dict[str, Any] = dict(model.named_modules())
@@ -208,6 +211,33 @@ def restore(
     )
     for name, keys in found.layers.items():
         _fill_layer(model.get_submodule(name), keys, stored, dtype, f"{folder}: layer {name}")
+    _fill_others(model, found, stored, dtype, folder)
+    int8 = (*record.layers, *record.embeddings)
+    set_dtypes(model, int8, record.dtypes if dtype is None else {})
+    mark_quantized(model, record)
+    use_prefix(model, read_prefix(record, stored, dtype))
+
+
+def restore_float(
+    model: nn.Module,
+    stored: Stored,
+    folder: Path,
+    dtype: torch.dtype | None,
+    prepare: Callable[[], object],
+    fix: str,
+) -> None:
+    """Do what :func:`restore` does for a model of floats, its linears and all."""
+    record = QuantizationRecord(scheme=Scheme(), plan=None, layers=())
+    found = fit(model, record, stored.headers, FORMAT_VERSION, folder, stored.path, fix)
+    prepare()
+    _fill_others(model, found, stored, dtype, folder)
+    model.eval()
+
+
+def _fill_others(
+    model: nn.Module, found: Fit, stored: Stored, dtype: torch.dtype | None, folder: Path
+) -> None:
+    """Put what is not of int8 layers in place."""
     computed = unsaved_buffers(model)
     for name in found.others:
         # A copy: the model must not change when the file does.
@@ -222,10 +252,6 @@ def restore(
                 f"{folder} does not store the buffer {name}, which is on the meta device; give "
                 "the model with its buffers in memory"
             )
-    int8 = (*record.layers, *record.embeddings)
-    set_dtypes(model, int8, record.dtypes if dtype is None else {})
-    mark_quantized(model, record)
-    use_prefix(model, read_prefix(record, stored, dtype))
 
 
 def _own(value: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -254,7 +280,7 @@ def _empty_layer(
 def _fill_layer(
     layer: Any,
     keys: Mapping[str, str],
-    stored: StoredTensors,
+    stored: Stored,
     dtype: torch.dtype | None,
     where: str,
 ) -> None:

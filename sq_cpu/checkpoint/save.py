@@ -6,8 +6,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,32 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sq_cpu.checkpoint.card import Measured, write_card
+from sq_cpu.checkpoint.card import READ_BY_US, Measured, write_card
+from sq_cpu.checkpoint.compressed_config import COMPRESSED_TENSORS
+from sq_cpu.checkpoint.compressed_save import (
+    check_compressible,
+    check_recipe,
+    compressed_entries,
+    compressed_settings,
+    compressed_tensors,
+)
 from sq_cpu.checkpoint.config import (
     CONFIG,
+    EXPORTED,
     FORMAT_VERSION,
     INDEX,
     QUANT_METHOD,
     SETTINGS_DIGEST,
+    exported_digest,
     settings_digest,
     sha256,
 )
 from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
 from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
-from sq_cpu.checkpoint.likeness import check_layers, check_likeness
+from sq_cpu.checkpoint.likeness import check_layers, check_likeness, is_rebuilt
 from sq_cpu.checkpoint.prefix import prefix_entries
+from sq_cpu.checkpoint.skeleton import skeleton
 from sq_cpu.checkpoint.stored import DTYPES, Header
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import json_text
@@ -40,9 +51,11 @@ from sq_cpu.models.hf_private import is_transformers
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.parsing import read_json
 from sq_cpu.quantization.dtypes import dtypes_of
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord
 
 __all__ = [
+    "check_format",
     "save",
     "save_staged",
     "write_companions",
@@ -58,6 +71,7 @@ def save(
     tokenizer: Any = None,
     *,
     max_shard_size: int | str = "5GB",
+    format: str = QUANT_METHOD,  # noqa: A002  as transformers calls it
 ) -> Path:
     """Write a quantized model, all of it or nothing.
 
@@ -87,6 +101,12 @@ def save(
         Saved into the same folder.
     max_shard_size : int or str
         Largest safetensors file, in bytes or as "5GB"; a larger single tensor gets its own file.
+    format : "sq_cpu" or "compressed-tensors"
+        The latter is what vLLM, and transformers with the package compressed-tensors, read. It
+        holds O1 and O3, symmetric or not, mixed too. What it cannot say is refused, and the error
+        says how to quantize instead: scales of their own for rows that do not fit a static one
+        (``dynamic_fallback``), rotations and smoothing at run time, channels in float, a prefix,
+        O2, an int8 head, and linears that vLLM joins (q, k, v; gate, up) and that differ.
 
     Returns
     -------
@@ -96,11 +116,12 @@ def save(
     Raises
     ------
     SqCpuError
-        The model is not one of ours, `load` could not rebuild it, ``path`` holds something else or
-        was changed meanwhile, another process is at work on it, or writing failed.
+        The model is not one of ours, `load` could not rebuild it, the format cannot hold it,
+        ``path`` holds something else or was changed meanwhile, another process is at work on it, or
+        writing failed.
     """
     with staged(path) as staging:
-        save_staged(staging, model, tokenizer, max_shard_size=max_shard_size)
+        save_staged(staging, model, tokenizer, max_shard_size=max_shard_size, format=format)
     return Path(path)
 
 
@@ -111,15 +132,17 @@ def save_staged(
     *,
     max_shard_size: int | str = "5GB",
     measured: Measured = (),
+    format: str = QUANT_METHOD,  # noqa: A002
 ) -> None:
     """Do what :func:`save` does, for a target that has been held since before the work began.
 
     `measured` stands in the model card.
     """
+    kind = _format(format)
     record = _record_of(model)
     with writing(staging.target):
-        write_card(staging.folder, staging.target, model, record, measured)
-        _write(model, record, tokenizer, staging.folder, max_shard_size)
+        write_card(staging.folder, staging.target, model, record, measured, kind.read_by)
+        kind.write(model, record, tokenizer, staging.folder, max_shard_size)
     staging.commit()
 
 
@@ -167,6 +190,81 @@ def _write(
     write_settings(folder, record, files)
 
 
+def _write_compressed(
+    model: nn.Module,
+    record: QuantizationRecord,
+    tokenizer: Any,
+    folder: Path,
+    max_shard_size: int | str,
+) -> None:
+    if not is_rebuilt(model):
+        raise SqCpuError(
+            f"{type(model).__name__} is no class of transformers, whose models the format "
+            'compressed-tensors holds; save it with format="sq_cpu"'
+        )
+    write_companions(model, tokenizer, folder)
+    layers = dict(int8_layers(model))
+    stored = float_entries(model, model)
+    stock = dict(skeleton(folder, len(stored) + 3 * len(layers)).named_modules())
+    check_compressible(model, record, stock)
+    ours = dict(stored)
+    for name, layer in layers.items():
+        ours |= layer_entries(layer, name)
+    headers = {name: Header.of(tensor) for name, tensor in ours.items()}
+    if buffers := check_likeness(model, record, headers, folder):
+        raise SqCpuError(
+            f"{min(buffers)} is a buffer that transformers computes, and this model has other "
+            "values or another dtype there, which the format compressed-tensors does not store: "
+            "load the float model in that dtype"
+        )
+    layer_of: dict[str, tuple[str, QuantLinear]] = {}
+    for name, layer in layers.items():
+        entries = compressed_entries(layer, name)
+        stored |= entries
+        layer_of |= dict.fromkeys(entries, (name, layer))
+    files = _write_tensors(stored, layer_of, folder, max_shard_size, compressed_tensors)
+    content = read_json(folder / CONFIG)
+    linears = [name for name, module in stock.items() if isinstance(module, nn.Linear)]
+    content["quantization_config"] = compressed_settings(model, linears)
+    companions = sorted(contents(folder) - {CONFIG, *files})
+    digest = exported_digest(content)
+    content[EXPORTED] = {"files": files, "companions": companions, SETTINGS_DIGEST: digest}
+    (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format that is written."""
+
+    write: Callable[[nn.Module, QuantizationRecord, Any, Path, int | str], None]
+    check: Callable[[Recipe], None]
+    """Raises `SqCpuError` for a recipe whose models it cannot hold."""
+    read_by: str
+    """What the model card says of who reads it."""
+
+
+_FORMATS = {
+    QUANT_METHOD: _Format(_write, lambda recipe: None, READ_BY_US),
+    COMPRESSED_TENSORS: _Format(
+        _write_compressed,
+        check_recipe,
+        "vLLM reads these files, transformers with `pip install compressed-tensors`, and sq_cpu.",
+    ),
+}
+
+
+def check_format(format: str, recipe: Recipe) -> None:  # noqa: A002
+    """Raise `SqCpuError` for a format that `save` does not write, or not of what a recipe makes."""
+    _format(format).check(recipe)
+
+
+def _format(name: str) -> _Format:
+    found = _FORMATS.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise SqCpuError(f"format is {name!r}; it is {' or '.join(map(repr, _FORMATS))}")
+    return found
+
+
 def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write what is beside the tensors: the configs and the tokenizer's files."""
     if is_transformers(model):
@@ -201,6 +299,7 @@ def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str,
     }
     settings[SETTINGS_DIGEST] = settings_digest(settings)
     content = read_json(folder / CONFIG)
+    content.pop(EXPORTED, None)  # of what the model was read from
     content["quantization_config"] = settings
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
 
@@ -210,6 +309,7 @@ def _write_tensors(
     layer_of: Mapping[str, tuple[str, QuantLinear]],
     folder: Path,
     max_shard_size: int | str,
+    tensors_of: Callable[[QuantLinear, str], Mapping[str, Tensor]] = layer_tensors,
 ) -> dict[str, str]:
     """Write the safetensors files (and an index if there are several); name -> SHA-256."""
     for name, tensor in stored.items():
@@ -235,7 +335,7 @@ def _write_tensors(
                 shard[name] = stored[name]
             elif name not in shard:
                 prefix, module = layer_of[name]
-                entries = layer_tensors(module, prefix)
+                entries = tensors_of(module, prefix)
                 shard.update({key: entries[key] for key in entries if key in names})
         digests[file] = write_shard(folder / file, shard)
     if split.is_sharded:

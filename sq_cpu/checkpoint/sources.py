@@ -19,8 +19,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from sq_cpu.checkpoint.config import CONFIG, QUANT_METHOD
-from sq_cpu.checkpoint.load import load
+from sq_cpu.checkpoint.config import CONFIG
+from sq_cpu.checkpoint.kinds import is_for_floats, is_int8, quantization_of
+from sq_cpu.checkpoint.load import load, load_floats
 from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.extras import require
@@ -45,8 +46,10 @@ def load_source(
     Parameters
     ----------
     source : str or Path
-        A folder that transformers wrote, a folder that :func:`sq_cpu.save` wrote, a ``.gguf`` file
-        (dequantized by transformers), or the name of a model on the hub.
+        A folder that transformers wrote, a folder that :func:`sq_cpu.load` reads, a ``.gguf`` file
+        (dequantized by transformers), or the name of a model on the hub. A compressed-tensors
+        folder whose inputs are in float, or whose weights have scales for groups of input channels,
+        is dequantized: its floats are exactly codes times scales.
     dtype : torch.dtype, optional
         fp32, bf16 or fp16. None keeps the dtype that the folder or the hub says; a GGUF file, whose
         weights have none, then becomes fp32.
@@ -69,23 +72,27 @@ def load_source(
         does not know, weights that lack a tensor, a hub that cannot be reached, or code that is not
         trusted.
     """
+    path = Path(os.path.expanduser(source))
     if say is None:
-        return _load_source(source, dtype, trust_remote_code)
-    say(f"loading {source}")
+        return _load_source(source, path, dtype, trust_remote_code)
+    floats = ", its weights made floats, its inputs in float" if is_for_floats(path) else ""
+    say(f"loading {source}{floats}")
     # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
     with contextlib.redirect_stderr(io.StringIO()):
-        return _load_source(source, dtype, trust_remote_code)
+        return _load_source(source, path, dtype, trust_remote_code)
 
 
 def _load_source(
-    source: str | Path, dtype: torch.dtype | None, trust: bool
+    source: str | Path, path: Path, dtype: torch.dtype | None, trust: bool
 ) -> tuple[nn.Module, Any]:
-    path = Path(os.path.expanduser(source))
     if path.is_dir():
         check_causal(path)
         if is_checkpoint(path):
             model = load(path, dtype=dtype, trust_remote_code=trust)
             return model, load_tokenizer(path, f"checkpoint {path}", trust)
+        if is_for_floats(path):
+            model = load_floats(path, dtype=dtype, trust_remote_code=trust)
+            return model, load_tokenizer(path, f"model folder {path}", trust)
         check_float(path)
         return _load(path, dtype or "auto", f"model folder {path}", trust)
     if path.is_file():
@@ -98,15 +105,8 @@ def _load_source(
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Tell whether a folder's config.json says that :func:`sq_cpu.save` wrote it."""
-    return _quant_method(folder) == QUANT_METHOD
-
-
-def _quant_method(folder: Path) -> str | None:
-    try:
-        return str(_config(folder)["quantization_config"]["quant_method"])
-    except (LookupError, TypeError):
-        return None
+    """Tell whether a folder's config.json says that :func:`sq_cpu.load` reads it as it is."""
+    return is_int8(folder)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -119,10 +119,12 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def check_float(folder: Path) -> None:
     """Raise `SqCpuError` for a folder whose model is quantized already."""
-    method = _quant_method(folder)
-    if method is not None:
+    settings = quantization_of(folder)
+    if settings is not None:
+        whole = ", or leave out --stream, for its integers stand for floats"
         raise SqCpuError(
-            f"{folder} is already quantized ({method}); give the model in fp32, bf16 or fp16"
+            f"{folder} is already quantized ({settings['quant_method']}); give the model in fp32, "
+            f"bf16 or fp16{whole if is_for_floats(folder) else ''}"
         )
 
 

@@ -11,16 +11,19 @@ from contextlib import ExitStack
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sq_cpu.checkpoint.config import INDEX, check_names
 from sq_cpu.errors import SqCpuError, first_line
-from sq_cpu.parsing import parsed_json
+from sq_cpu.parsing import parsed_json, read_json, typed
 
-__all__ = ["DTYPES", "Header", "StoredTensors"]
+__all__ = ["DTYPES", "SINGLE", "Header", "Stored", "StoredTensors", "weight_files"]
+
+SINGLE = "model.safetensors"
 
 DTYPES = {
     "F64": torch.float64,
@@ -58,6 +61,40 @@ class Header(NamedTuple):
     def __str__(self) -> str:
         dtype = "a float dtype" if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return f"{dtype} {list(self.shape)}"
+
+
+class Stored(Protocol):
+    """Tensors that are stored, by name."""
+
+    @property
+    def headers(self) -> Mapping[str, Header]:
+        """What is known of each."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files."""
+
+    def path(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor."""
+
+
+def weight_files(folder: Path, otherwise: str) -> list[str]:
+    """Return the names of the safetensors files of a model, as transformers finds them.
+
+    `SqCpuError` for a folder that has none says what to do `otherwise`.
+    """
+    if (index := folder / INDEX).exists():
+        content = typed(dict[str, Any], read_json(index), str(index))
+        file_of = typed(dict[str, str], content.get("weight_map"), f"{index}: weight_map")
+        names = sorted(set(file_of.values()))
+        check_names(folder, names, index)
+        return names
+    if not (folder / SINGLE).is_file():
+        raise SqCpuError(f"{folder} has no {SINGLE} and no {INDEX}; {otherwise}")
+    return [SINGLE]
 
 
 class StoredTensors:

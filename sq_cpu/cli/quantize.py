@@ -76,6 +76,10 @@ class _Rule(str, Enum):
     outlier_suppression, aqas = "outlier_suppression", "aqas"
 
 
+class _Format(str, Enum):
+    ours, compressed_tensors = "sq_cpu", "compressed-tensors"
+
+
 class _ReduceRange(str, Enum):
     no, yes, auto = "no", "yes", "auto"
 
@@ -194,6 +198,13 @@ def quantize_command(
             "[default: when MODEL, a folder, does not fit]",
         ),
     ] = None,
+    format: Annotated[  # noqa: A002
+        _Format,
+        typer.Option(
+            help="Of OUT. compressed-tensors, for vLLM, has no rotations, prefix and scales of "
+            "rows' own: they are left out unless asked for, which is refused."
+        ),
+    ] = _Format.ours,
     overwrite: Annotated[
         bool,
         typer.Option(help="Replace an sq_cpu checkpoint in OUT; discard unfinished other work."),
@@ -233,6 +244,15 @@ def quantize_command(
                 "--target-length says how long the windows are; drop it, or --window"
             )
         window = target_length
+    exported = format is not _Format.ours
+    if exported:
+        if prefix is PrefixName.bos:
+            raise typer.BadParameter(f"--format {format.value} has no prefix; drop --prefix bos")
+        prefix = PrefixName.off
+        if hadamard is None and plan is None and smooth:
+            hadamard = False
+        if not _is_given(ctx, "dynamic_fallback"):
+            dynamic_fallback = False
     overrides: dict[str, Any] = {
         "symmetric": symmetric,
         "weights": weights.value,
@@ -249,6 +269,8 @@ def quantize_command(
     planned = None if plan is None else SmoothPlan.load(plan)
     # A default is not to change the plan's scheme.
     given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
+    if exported:
+        given["dynamic_fallback"] = dynamic_fallback
     how: dict[str, Any] = {
         "smooth": smooth,
         "rule": Recipe.rule if rule is None else rule.value,
@@ -284,6 +306,7 @@ def quantize_command(
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
         prefix=prefix.value,
+        format=format.value,
     )
 
     def choose(loaded: nn.Module, tokenizer: Any, calibration: Calibration) -> Recipe:
@@ -307,6 +330,8 @@ def quantize_command(
 
     start = time.perf_counter()
     quiet()
+    if exported:
+        say(f"for {format.value}: no rotations, no prefix, no rows with static scales of their own")
     chosen = choose if scheme is _Scheme.auto else None if qconf is None else carry_over
     copies = int(scheme is _Scheme.auto)
 
@@ -327,6 +352,7 @@ def quantize_command(
     folded = {group.name: group.fold for group in groups}
     result = {
         "output": str(out),
+        "format": format.value,
         "scheme": record.scheme.to_dict(),
         "picked": None if picked is None else picked.to_dict(),
         "smooth": smooth,

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.checkpoint.card import Measured
+from sq_cpu.checkpoint.config import QUANT_METHOD
 from sq_cpu.checkpoint.folder import Staging, staged
-from sq_cpu.checkpoint.save import save_staged
+from sq_cpu.checkpoint.kinds import is_for_floats
+from sq_cpu.checkpoint.save import check_format, save_staged
 from sq_cpu.checkpoint.sources import load_source, load_tokenizer
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import make_prefix
@@ -58,6 +60,8 @@ class Job:
     trust_remote_code: bool = False
     """Whether code of the model's own may run; then not streamed."""
     prefix: PrefixChoice = "auto"
+    format: str = QUANT_METHOD
+    """Of `save`; others than ours are not streamed."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -104,6 +108,7 @@ def convert(
         What loading, `calibrate`, `quantize` and `save`, or `quantize_checkpoint`, refuse, and
         where `choose` is to choose for a model that does not fit, with its copies.
     """
+    check_format(job.format, job.recipe)
     if choose is not None:
         _check_fits(job, stream, copies)
         stream = False
@@ -113,6 +118,11 @@ def convert(
     if stream and job.trust_remote_code:
         raise SqCpuError(
             "a model of its own code cannot be streamed: leave out --stream or --trust-remote-code"
+        )
+    if stream and job.format != QUANT_METHOD:
+        raise SqCpuError(
+            f"a model in the format {job.format} is not streamed: leave out --stream, or --format; "
+            f"or finish in another folder than {job.out}"
         )
     # Held from the start: another run on it is refused before its work, not after.
     with staged(job.out, replace=job.overwrite, streamed=stream) as staging:
@@ -159,10 +169,11 @@ def _whole(
     )
     if choose is not None:
         recipe = choose(model, tokenizer, calibration)
+        check_format(job.format, recipe)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
-    save_staged(staging, model, tokenizer, measured=measured())
+    save_staged(staging, model, tokenizer, measured=measured(), format=job.format)
     made: Any = model
     return QuantizedCheckpoint(
         path=staging.path,
@@ -262,7 +273,7 @@ def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
     folder = Path(os.path.expanduser(job.source))
     if streaming.unfinished(job.out):
         return True
-    if not has_safetensors(folder):
+    if not has_safetensors(folder) or is_for_floats(folder):
         return False
     needed, available = _needed(job, _SLACK), available_memory()
     if needed > available:

@@ -7,7 +7,7 @@ unmapped.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,11 +17,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from sq_cpu.checkpoint.config import CONFIG, INDEX, check_names
+from sq_cpu.checkpoint.config import CONFIG, INDEX
 from sq_cpu.checkpoint.skeleton import check_counts
-from sq_cpu.checkpoint.stored import DTYPES, StoredTensors
+from sq_cpu.checkpoint.stored import DTYPES, SINGLE, StoredTensors, weight_files
 from sq_cpu.errors import SqCpuError
-from sq_cpu.parsing import read_json, typed
+from sq_cpu.parsing import read_json
 
 __all__ = [
     "WHOLE",
@@ -32,7 +32,6 @@ __all__ = [
     "has_safetensors",
 ]
 
-_SINGLE = "model.safetensors"
 WHOLE = "quantize it without streaming"
 # Elements that are read, converted and written at a time: few, for the allocator keeps such pieces.
 _PIECE = 1 << 18
@@ -79,7 +78,7 @@ class LazyTensor:
 
 def has_safetensors(folder: Path) -> bool:
     """Say whether a folder has the safetensors files of a model, by the names that count."""
-    return any((folder / name).is_file() for name in (INDEX, _SINGLE))
+    return any((folder / name).is_file() for name in (INDEX, SINGLE))
 
 
 def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
@@ -88,15 +87,7 @@ def folder_tensors(folder: Path) -> dict[str, LazyTensor]:
         raise SqCpuError(
             f"{folder} is not a folder; streaming reads a folder of safetensors files, {WHOLE}"
         )
-    names: Iterable[str] = [_SINGLE]
-    if (index := folder / INDEX).exists():
-        content = typed(dict[str, Any], read_json(index), str(index))
-        file_of = typed(dict[str, str], content.get("weight_map"), f"{index}: weight_map")
-        names = sorted(set(file_of.values()))
-        check_names(folder, names, index)
-    elif not (folder / _SINGLE).is_file():
-        raise SqCpuError(f"{folder} has no {_SINGLE} and no {INDEX}; {WHOLE}")
-    with StoredTensors(folder, names) as stored:
+    with StoredTensors(folder, weight_files(folder, WHOLE)) as stored:
         return {name: _lazy(stored, name) for name in stored.headers}
 
 
