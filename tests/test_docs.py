@@ -35,8 +35,7 @@ AT = "http://127.0.0.1:8000"
 """Where the pages say that a server is."""
 
 _FENCE = re.compile(
-    r"(?:<!-- not run: (?P<why>[^\n]+?) -->\n)?^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```$"
-    r"|^<!-- setup\n(?P<setup>.*?)^-->$",
+    r"(?:<!-- not run: (?P<why>[^\n]+?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 _SHOWN = {"text", "json"}
@@ -66,12 +65,8 @@ def blocks(page: Path) -> list[Block]:
     content = page.read_text(encoding="utf-8")
     found = []
     for match in _FENCE.finditer(content):
-        language, text = match["language"], match["text"]
-        if match["setup"] is not None:
-            language, text = "python", match["setup"]
-        begin = match.start("setup" if match["setup"] is not None else "text")
-        line = content.count("\n", 0, begin) + 1
-        found.append(Block(page.name, line, language, text, match["why"]))
+        line = content.count("\n", 0, match.start("text")) + 1
+        found.append(Block(page.name, line, match["language"], match["text"], match["why"]))
     return found
 
 
@@ -114,7 +109,7 @@ class Page:
             code = "\n" * (block.line - 1) + self.here(block.text)
             exec(compile(code, str(DOCS / block.page), "exec"), self.names)
         else:
-            for line in block.text.splitlines():
+            for line in block.text.replace("\\\n", " ").splitlines():
                 self.command(shlex.split(self.here(line), comments=True))
 
     def here(self, text: str) -> str:
@@ -185,9 +180,21 @@ def test_few_snippets_are_not_run() -> None:
     skipped = [block for block in every if block.why_not]
     assert len(every) > 40
     assert len(skipped) < len(every) / 5, skipped
+    shown = sum(page.read_text(encoding="utf-8").count("\n```") for page in PAGES)
+    assert shown == 2 * sum(len(blocks(page)) for page in PAGES)
     # A reason that stands elsewhere than before a snippet would be about nothing.
     reasons = sum(page.read_text(encoding="utf-8").count("<!-- not run") for page in PAGES)
     assert reasons == len(skipped)
+
+
+def test_snippets_fit_the_page() -> None:
+    """A window of 1280 pixels shows 76 columns beside the two lists of contents."""
+    assert [
+        f"{block.page}:{block.line}"
+        for page in PAGES
+        for block in blocks(page)
+        if max(map(len, block.text.splitlines())) > 76
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["python", "bash"])
