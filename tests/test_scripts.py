@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["scripts/quickstart", "scripts/test", ".ci/run"]
+SCRIPTS = ["scripts/quickstart", "scripts/test", "scripts/docs", ".ci/run"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
