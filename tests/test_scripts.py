@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["scripts/quickstart", "scripts/test", "scripts/test-oldest", ".ci/run"]
+SCRIPTS = [
+    *("scripts/quickstart", "scripts/test", "scripts/test-oldest", "scripts/ipex", "scripts/docs"),
+    ".ci/run",
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
