@@ -110,7 +110,12 @@ class CompressedConfig:
     @property
     def as_int8(self) -> bool:
         """Whether all weights are int8 rows, exactly, and all inputs quantized."""
-        return all(g.activations is not None and g.strategy != "group" for g in self.groups)
+        return all(
+            group.activations is not None
+            and group.strategy != "group"
+            and (group.symmetric_weights or group.bits < 8)  # whose codes less their point fit
+            for group in self.groups
+        )
 
     def group_of(self, linear: str) -> CompressedGroup:
         """Return the group of a quantized linear, by its full name."""

@@ -89,7 +89,8 @@ class CompressedLayer:
         if wide.numel() and not -128 <= int(wide.min()) <= int(wide.max()) <= 127:
             raise SqCpuError(
                 f"{self._where}: {self.name} has asymmetric weights, whose codes less their zero "
-                "point leave int8; compress the model with symmetric weights"
+                "point leave int8; sq-cpu quantize (in Python, load_source and quantize) makes "
+                "floats of them, exactly, and int8 of those"
             )
         return wide.to(torch.int8)
 

@@ -135,6 +135,19 @@ def test_packed_rows_of_one_scale_are_int8(tmp_path: Path, symmetric: bool) -> N
     assert torch.equal(model.linear.weight_int8().long(), codes)
 
 
+def test_asymmetric_weights_of_8_bits_are_floats(tmp_path: Path) -> None:
+    config = settings(INT8 | {"symmetric": False}, TOKEN)
+    given = {"weight": CODES, "weight_scale": SCALES}
+    points = torch.tensor([[0], [1], [-1], [0]], dtype=torch.int8)
+    more = {"weight_zero_point": points}
+    fails("less their zero point leave int8", net, tmp_path, config, **given, **more)
+    assert not sources.is_checkpoint(tmp_path)
+    assert torch.equal(floats(tmp_path), (CODES.float() - points) * SCALES)
+    given["weight"] = CODES.clamp(-100, 100)
+    layer = net(tmp_path, config, **given, weight_zero_point=points)
+    assert torch.equal(layer.weight_int8(), given["weight"] - points)
+
+
 def of_group(config: dict[str, Any]) -> dict[str, Any]:
     group: dict[str, Any] = config["config_groups"]["group_0"]
     return group
