@@ -59,7 +59,7 @@ def test_a_package_gives_the_same_from_python_and_from_a_cpp_program(tmp_path: P
     source = Path(__file__).parent / "aoti/main.cc"
     command = [COMPILER, "-std=c++20", "-O0", *includes, source, "-o", main, *libraries]
     subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"], check=True)
-    library = Path(_core.__file__).with_name("libsq_cpu_torch.so")
+    library = Path(_core.__file__).parent / "lib/libsq_cpu_torch.so"
     run = subprocess.run(
         [main, package, library, str(m), tmp_path / "x", tmp_path / "y"],
         capture_output=True,

@@ -297,7 +297,7 @@ def test_a_process_without_torch_or_with_an_old_one_is_told(tmp_path: Path) -> N
     )
     maps = Path("/proc/self/maps").read_text().split()
     openmp = next(path for path in maps if Path(path).name.startswith(("libgomp", "libiomp5")))
-    library = Path(_core.__file__).with_name("libsq_cpu_torch.so")
+    library = Path(_core.__file__).parent / "lib/libsq_cpu_torch.so"
     said = []
     for torch_library in (None, old):
         program = f"""import ctypes
