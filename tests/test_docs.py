@@ -164,6 +164,7 @@ def page(
         yield Page(tmp_path, port, {"__name__": "__main__"})
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 @pytest.mark.parametrize("page", [path.name for path in PAGES], indirect=True)
 def test_snippets(page: Page, request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)

@@ -165,7 +165,7 @@ HOSTILE += [10**30, True, float("nan"), float("inf")]
 
 
 @pytest.mark.filterwarnings("ignore:SqCpuConfig has no calibration")
-@pytest.mark.parametrize("value", HOSTILE, ids=repr)
+@pytest.mark.parametrize("value", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("name", ["scheme", "alpha", "plan", "calibration", "ignore"])
 def test_hostile_values(
     name: str, value: Any, folder: Path, calibration: Calibration, tmp_path: Path,
