@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from sq_cpu.errors import SqCpuError, printable
 from sq_cpu.models.hf_private import is_transformers
@@ -51,9 +53,11 @@ def write_card(
     text = carried if isinstance(carried, str) and not measured else None
     if text is not None and _is_ours(text) and read_by not in text:
         text = None
-    there = _read(target / CARD)
-    if there is not None and not _is_ours(there):
-        text = there
+    card = target / CARD
+    there = _read(card)
+    if card.is_file() and (there is None or not _is_ours(there)):
+        shutil.copyfile(card, folder / CARD)  # as it is, whatever its encoding
+        return
     (folder / CARD).write_text(text or _text(model, record, measured, read_by), encoding="utf-8")
 
 
@@ -70,8 +74,10 @@ def tagged(folder: Path, tags: Sequence[str]) -> None:
     if front is None or "\ntags:\n" not in front[0]:
         raise SqCpuError(f"{folder / CARD} has no tags to add to: leave out tags, and edit it")
     lines = "".join(f"- {printable(tag)}\n" for tag in tags)
-    body = _MARK.sub("", text.replace("\ntags:\n", f"\ntags:\n{lines}", 1))
-    (folder / CARD).write_text(_marked(body), encoding="utf-8")
+    body = text.replace("\ntags:\n", f"\ntags:\n{lines}", 1)
+    if _is_ours(text):
+        body = _marked(_MARK.sub("", body))
+    (folder / CARD).write_text(body, encoding="utf-8")
 
 
 def _read(path: Path) -> str | None:
@@ -97,8 +103,7 @@ def _marked(text: str) -> str:
 def _text(model: Any, record: QuantizationRecord, measured: Measured, read_by: str) -> str:
     kind = type(model).__name__
     source = str(getattr(getattr(model, "config", None), "name_or_path", ""))
-    is_folder = Path(source).exists()
-    base = source if _HUB_NAME.fullmatch(source) and not is_folder else None
+    base = source if _is_hub_name(source) else None
     name = printable(Path(source).name) if source else kind
     front = ["library_name: transformers" if is_transformers(model) else "library_name: sq_cpu"]
     if base is not None:
@@ -130,6 +135,16 @@ def _text(model: Any, record: QuantizationRecord, measured: Measured, read_by: s
         "",
     ]
     return _marked("\n".join(parts) + "\n")
+
+
+def _is_hub_name(source: str) -> bool:
+    try:
+        if _HUB_NAME.fullmatch(source) is None or Path(source).exists():
+            return False
+        try_to_load_from_cache(source, CARD)  # checks the name
+    except (HFValidationError, OSError):
+        return False
+    return True
 
 
 def _license(source: str, base: str | None) -> str | None:

@@ -41,8 +41,9 @@ _ACTIVATIONS: dict[tuple[str, bool], Activations] = {
 _WEIGHTS = ("channel", "tensor", "group")
 _BITS = (2, 4, 8)
 # Of an expression: more repeats, and groups, could be tried for longer than anybody waits.
-_MOST_REPEATS, _MOST_GROUPS = 4, 8
+_MOST_REPEATS, _MOST_GROUPS = 3, 8
 _REPEAT = re.compile(r"(?<![\\(])[*+?{]")
+_FLAGS = re.compile(r"\(\?(?![:=!])")  # in verbose mode a blank may part a group from its repeat
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 
 
@@ -137,7 +138,7 @@ class CompressedConfig:
 
     def _matches(self, pattern: str, name: str) -> bool:
         many = len(_REPEAT.findall(pattern)) > _MOST_REPEATS or pattern.count("(") > _MOST_GROUPS
-        if many or _REPEATED_GROUP.search(pattern):
+        if many or _REPEATED_GROUP.search(pattern) or _FLAGS.search(pattern):
             raise SqCpuError(
                 f"{self.where}: the target re:{pattern[:60]} repeats too much to be tried; name "
                 "its layers instead"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sq_cpu.checkpoint.config import check_dtype
+from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import use_prefix
 from sq_cpu.models.hf_private import bare_model, from_config, set_ties, tied_weights
 from sq_cpu.models.linears import as_linears
@@ -38,10 +39,16 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         For a fused model, and another dtype than fp32, bf16 and fp16.
     """
     check_dtype(dtype)
+    record = model.sq_cpu_config
+    for name in record.layers:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, QuantLinear | DecomposedLinear):
+            raise SqCpuError(
+                f"{name} is a {type(layer).__name__}, no int8 linear: unload the adapters first"
+            )
     use_prefix(model, None)
     given = None if dtype == model.dtype else dtype
     float_model: Any = bare_model(lambda: from_config(type(model), model.config, model.dtype))
-    record = model.sq_cpu_config
     for name in record.layers:
         replace_linears(model, {name: _linear(model.get_submodule(name))})
     for name, head in record.embeddings.items():

@@ -108,16 +108,35 @@ class Staging:
             raise
 
     def _add(self) -> None:
-        """Move what is finished to the files that are there, in the place of a model's."""
-        # First, and the new one last: between the two there is no checkpoint to be loaded.
-        for pattern in (CONFIG, *_WEIGHTS):
-            for path in self.target.glob(pattern):
-                path.unlink()
-        for entry in sorted(self.folder.iterdir(), key=_is_config):
-            if entry.is_dir():
-                shutil.copytree(entry, self.target / entry.name, dirs_exist_ok=True)
-            else:
-                entry.replace(self.target / entry.name)
+        """Move what is finished to the files that are there, in the place of a model's, or nothing.
+
+        What it replaces waits in the work folder; `_settle` puts it back after a kill.
+        """
+        entries = sorted(self.folder.iterdir(), key=_is_config)
+        # config.json first, and the new one last: between the two there is no checkpoint.
+        olds = dict.fromkeys(
+            path for name in (CONFIG, *_WEIGHTS) for path in self.target.glob(name)
+        )
+        olds |= dict.fromkeys(self.target / entry.name for entry in entries)
+        there = [path for path in olds if path.exists() or path.is_symlink()]
+        for path in there:
+            if path.is_dir() and not path.is_symlink():
+                raise SqCpuError(f"{path} is a folder, where a file is to be: move it away")
+        old = self.work / _OLD
+        old.mkdir()
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for path in there:
+                moved.append((path, old / path.name))
+                path.rename(old / path.name)
+            for entry in entries:
+                moved.append((entry, self.target / entry.name))
+                entry.rename(self.target / entry.name)
+        except BaseException:
+            for source, destination in reversed(moved):
+                if destination.exists() or destination.is_symlink():
+                    destination.rename(source)
+            raise
 
     def _check_unchanged(self, folder: Path, before: os.stat_result) -> None:
         if not folder.is_dir() or not os.path.samestat(folder.stat(), before):
@@ -241,8 +260,12 @@ def _check_work(work: Path) -> None:
 
 def _settle(target: Path, work: Path, replace: bool, keep: bool) -> None:
     """Set right what a killed process left, and refuse a target that is not to be replaced."""
-    if (work / _OLD).exists() and not target.exists():
-        (work / _OLD).rename(target)
+    old = work / _OLD
+    if old.exists() and not target.exists():
+        old.rename(target)
+    elif old.is_dir() and not (target / CONFIG).exists():
+        for entry in old.iterdir():
+            entry.replace(target / entry.name)
     inside = work.parent == target
     moving = _marker(work).exists()
     if inside and moving:

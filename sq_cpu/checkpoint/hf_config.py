@@ -80,6 +80,14 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
             values["calibration"] = os.fspath(self.calibration) if is_path else None
         return copy.deepcopy(values)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SqCpuConfig:
+        """Return a copy with the same calibration: batches may be large, or a generator."""
+        made = copy.copy(self)
+        for name, value in vars(self).items():
+            if name != "calibration":
+                setattr(made, name, copy.deepcopy(value, memo))
+        return made
+
     def quantize(self, model: nn.Module) -> nn.Module:
         """Quantize a float model in place as was asked, and return it.
 

@@ -10,12 +10,15 @@ import inspect
 import os
 import tempfile
 import weakref
+from collections.abc import Mapping
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
 
 from sq_cpu.checkpoint.card import CARD, tagged
+from sq_cpu.checkpoint.config import read_written
 from sq_cpu.checkpoint.folder import staged
 from sq_cpu.checkpoint.save import save_staged
 from sq_cpu.errors import SqCpuError
@@ -76,7 +79,13 @@ class SavePretrained(_OfModel):
             `safe_serialization=False`, and any that is not known.
         """
         model = self.model
+        refused = {
+            "variant": variant is not None,
+            "distributed_checkpoint": distributed_checkpoint,
+            "safe_serialization=False": not safe_serialization,
+        }
         if getattr(model, "_hf_peft_config_loaded", False):
+            _refuse(refused)
             type(model).save_pretrained(
                 model,
                 save_directory,
@@ -89,18 +98,9 @@ class SavePretrained(_OfModel):
                 **kwargs,
             )
             return
-        refused = {
-            "state_dict": state_dict is not None,
-            "variant": variant is not None,
-            "distributed_checkpoint": distributed_checkpoint,
-            "safe_serialization=False": not safe_serialization,
-        }
+        refused["state_dict"] = state_dict is not None
         known = ("repo_id", "private", *_OF_UPLOAD) if push_to_hub else ()
-        refused |= {name: True for name in kwargs if name not in known}
-        if named := [name for name, given in refused.items() if given]:
-            raise SqCpuError(
-                f"save_pretrained of an int8 model cannot follow {named[0]}: leave it out"
-            )
+        _refuse(refused | {name: True for name in kwargs if name not in known})
         if not is_main_process:
             return
         with staged(save_directory, keep=True) as staging:
@@ -152,6 +152,12 @@ class PushToHub(_OfModel):
             )
 
 
+def _refuse(arguments: Mapping[str, bool]) -> None:
+    """Raise `SqCpuError` for the first of these that was given."""
+    if named := [name for name, given in arguments.items() if given]:
+        raise SqCpuError(f"save_pretrained of an int8 model cannot follow {named[0]}: leave it out")
+
+
 def _upload(
     folder: Path,
     repo_id: str,
@@ -169,6 +175,8 @@ def _upload(
             folder_path=folder,
             repo_id=repo_id,
             commit_message=commit_message or "Upload int8 model",
+            # Nothing else that lies there, as `save_pretrained` leaves what it finds.
+            allow_patterns=[escape(name) for name in sorted(read_written(folder))],
             ignore_patterns=[CARD] if has_card else None,
             **options,
         )

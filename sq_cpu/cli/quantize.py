@@ -220,6 +220,8 @@ def quantize_command(
     _check_auto(ctx, scheme, plan, stream)
     if recipe_file is not None:
         _check_recipe(ctx)
+        if not _is_given(ctx, "prefix"):
+            prefix = PrefixName.off  # which the recipe's ranges know nothing of
     if plan is not None and (alpha is not None or rule is not None or not smooth):
         raise typer.BadParameter(
             "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"

@@ -123,18 +123,40 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None, None]:
-        packed, inverse_smoothing = ctx.saved_tensors
-        rotated = ctx.hadamard != 0
-        columns = whole_blocks(ctx.in_features) if rotated else ctx.in_features
-        codes, scale = _OPS.unpack_weight.default(packed, ctx.out_features, columns)
-        # Codes are exact in bf16; fp16 has too few exponents for dy times a scale.
-        dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
-        dx = ((dy.float() * scale).to(dtype) @ codes.to(dtype)).float()
-        if rotated:
-            dx = fwht64(dx)[..., : ctx.in_features]
-        if inverse_smoothing is not None:
-            dx = dx * inverse_smoothing
-        return dx.to(dy.dtype), None, None, None, None
+        return _input_gradient(ctx, dy), None, None, None, None
+
+
+def _input_gradient(ctx: Any, dy: Tensor) -> Tensor:
+    packed, inverse_smoothing = ctx.saved_tensors
+    rotated = ctx.hadamard != 0
+    columns = whole_blocks(ctx.in_features) if rotated else ctx.in_features
+    codes, scale = _OPS.unpack_weight.default(packed, ctx.out_features, columns)
+    # Codes are exact in bf16; fp16 has too few exponents for dy times a scale.
+    dtype = torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
+    dx = ((dy.float() * scale).to(dtype) @ codes.to(dtype)).float()
+    if rotated:
+        dx = fwht64(dx)[..., : ctx.in_features]
+    if inverse_smoothing is not None:
+        dx = dx * inverse_smoothing
+    result: Tensor = dx.to(dy.dtype)
+    return result
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what the operator's own gradient needs: of an exported layer, which has no `linear`."""
+    x, packed, ctx.out_features, inverse_smoothing, *settings, activation, other, residual = inputs
+    ctx.in_features, ctx.hadamard = x.shape[-1], settings[-1]
+    ctx.has_steps = activation != 0 or other is not None or residual is not None
+    ctx.save_for_backward(packed, inverse_smoothing)
+
+
+def _gradient_of_operator(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.has_steps:
+        raise SqCpuError(
+            "the operator sq_cpu::linear has no gradient through its activation, other and "
+            "residual: call the layer, which has, or apply them after it"
+        )
+    return _input_gradient(ctx, dy), *[None] * 14
 
 
 def _straight_through(*arguments: Any) -> Tensor:
@@ -241,3 +263,6 @@ for _name, _fake in (
 ):
     torch.library.register_fake(f"sq_cpu::{_name}", _fake)
 torch.library.register_vmap("sq_cpu::linear", _linear_of_batch)
+torch.library.register_autograd(
+    "sq_cpu::linear", _gradient_of_operator, setup_context=_keep_for_gradient
+)

@@ -50,7 +50,8 @@ class PackedWeight:
             When in_features exceeds 65793, where an int32 sum could overflow, and without memory.
         """
         size = _core.packed_bytes(out_features, in_features)
-        return cls(_untouched_zeros(size), out_features, in_features)
+        with torch.inference_mode(False):  # else autograd cannot save it
+            return cls(_untouched_zeros(size), out_features, in_features)
 
     @property
     def nbytes(self) -> int:

@@ -185,6 +185,8 @@ def _entry(info: Mapping[str, Any], index: str, where: str) -> _Entry | None:
             f"{where} has {len(scale)} input scales, not one: only recipes of static quantization "
             "have what is needed; quantize with scheme O1, which needs no recipe"
         )
+    if not 0 <= zero_point[0] - _LEAST_CODE[kind] <= 255:
+        raise SqCpuError(f"{where}: zero point {zero_point[0]:g} is no code of {kind}")
     least = (_LEAST_CODE[kind] - zero_point[0]) * scale[0]
     factors = _numbers(seen.get("smooth_quant_scaling_factor"), own, f"{where}: smoothing factors")
     of_weight = _numbers(
@@ -214,8 +216,13 @@ def _only(infos: Any, where: str) -> Mapping[str, Any]:
 
 
 def _numbers(value: Any, own: str, where: str) -> list[float]:
-    """Return a list of numbers, of a table the one of this operator; none where there is none."""
+    """Return a list of numbers, of a table the one of this operator; none where there is none.
+
+    A table with one entry is of an observer that several consumers share.
+    """
     if isinstance(value, dict) and value:
-        value = value[own] if own in value else next(iter(value.values()))
+        if own not in value and len(value) > 1:
+            raise SqCpuError(f"{where} has no entry {own}; the recipe is damaged")
+        value = value.get(own, next(iter(value.values())))
     numbers: list[float] = [] if value is None or value == {} else typed(list[float], value, where)
     return numbers

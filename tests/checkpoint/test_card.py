@@ -130,3 +130,17 @@ def test_measured_by_the_command(tmp_path: Path) -> None:
     assert "## Measured" in text
     assert f"| int8 | {picked['metric']:.5g} | {picked['loss_percent']:+.2f} %" in text
     assert f"| float | {picked['float_metric']:.5g} |" in text
+
+
+@pytest.mark.parametrize("source", ["foo/my--model", "../gone", "out/model.", "x/" + "y" * 5000])
+def test_what_only_looks_like_a_name_of_the_hub(source: str, model: Any, tmp_path: Path) -> None:
+    model.config.name_or_path = source
+    assert read(sq_cpu.save(model, tmp_path / "out")).data.base_model is None
+
+
+def test_a_card_of_another_encoding_stays_as_it_is(model: Any, tmp_path: Path) -> None:
+    for text in ("für alle\n".encode("latin-1"), b"---\r\nlicense: mit\r\n---\r\nmine\r\n"):
+        out = sq_cpu.save(model, tmp_path / "out")
+        (out / "README.md").write_bytes(text)
+        sq_cpu.save(model, out)
+        assert (out / "README.md").read_bytes() == text

@@ -14,6 +14,7 @@ import pytest
 import torch
 from byte_models import byte_model, byte_tokenizer
 from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from sameness import assert_same_model
 from tiny import batches, logits, tiny_model
 from torch import Tensor
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 
 import sq_cpu
 from sq_cpu import SqCpuError
+from sq_cpu.checkpoint.folder import staged
 
 
 def quantized(model: Any, scheme: str = "O3") -> Any:
@@ -127,17 +129,58 @@ def test_without_config_json_while_files_are_replaced(
 ) -> None:
     folder = sq_cpu.save(model, tmp_path / "out")
     (folder / "mine").write_text("x")
-    replace, seen = Path.replace, []
+    rename, seen = Path.rename, []
 
     def watched(self: Path, target: Path) -> Path:
-        seen.append((Path(target).name, (folder / "config.json").exists()))
-        return replace(self, target)
+        seen.append((self.name, (folder / "config.json").exists()))
+        return rename(self, target)
 
-    monkeypatch.setattr(Path, "replace", watched)
+    monkeypatch.setattr(Path, "rename", watched)
     model.save_pretrained(folder)
-    assert seen[-1][0] == "config.json"
-    assert len(seen) > 2
-    assert not any(there for _, there in seen)
+    names = [name for name, _ in seen]
+    assert (names[0], names[-1]) == ("config.json", "config.json")
+    assert [there for _, there in seen] == [True, *[False] * (len(seen) - 1)]
+    assert (folder / "mine").exists()
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 6])
+def test_what_was_there_is_put_back(
+    at: int, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    byte_model().save_pretrained(folder, max_shard_size="20KB")
+    (folder / "mine").write_text("x")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rename, calls = Path.rename, 0
+
+    def interrupted(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    # Killed there, with no time to put anything back, the next call does it.
+    old = tmp_path / ".out.partial" / "old"
+    old.mkdir(parents=True)
+    (folder / "config.json").rename(old / "config.json")
+    with staged(folder, keep=True):
+        assert (folder / "config.json").read_bytes() == before["config.json"]
+
+
+def test_a_folder_in_the_way_is_named(model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    byte_model().save_pretrained(folder)
+    (folder / "README.md").mkdir()
+    before = names(folder)
+    with pytest.raises(SqCpuError, match=r"README.md is a folder, where a file is to be: move it"):
+        model.save_pretrained(folder)
+    assert names(folder) == before
 
 
 # --- what calls it ------------------------------------------------------------------------------
@@ -206,12 +249,20 @@ class Hub:
         return (self.root / repo_id.removeprefix("me/") / name).exists()
 
     def upload_folder(
-        self, *, folder_path: Path, repo_id: str, ignore_patterns: Any, **options: Any
+        self,
+        *,
+        folder_path: Path,
+        repo_id: str,
+        allow_patterns: Any,
+        ignore_patterns: Any,
+        **options: Any,
     ) -> str:
         self.calls["upload_folder"] = options
         target = self.root / repo_id.removeprefix("me/")
-        ignore = shutil.ignore_patterns(*(ignore_patterns or []))
-        shutil.copytree(folder_path, target, dirs_exist_ok=True, ignore=ignore)
+        files = [path.relative_to(folder_path).as_posix() for path in folder_path.rglob("*")]
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        for name in filter_repo_objects(files, **patterns):
+            shutil.copyfile(folder_path / name, target / name)
         return "https://hub/commit"
 
 
@@ -237,6 +288,18 @@ def test_saved_and_pushed(hub: Hub, model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="other", token="t")
     for repository in ("name", "other"):
         assert_same_model(sq_cpu.load(hub.root / repository), model, logits)
+
+
+def test_what_lies_beside_is_not_pushed(hub: Hub, model: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "name"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    for secret in (".env", "checkpoint-1/optimizer.pt"):
+        (folder / secret).write_text("x")
+    model.save_pretrained(folder, push_to_hub=True)
+    assert names(hub.root / "name") == names(folder) - {
+        *(".env", "checkpoint-1", "checkpoint-1/optimizer.pt")
+    }
+    assert_same_model(sq_cpu.load(hub.root / "name"), model, logits)
 
 
 def test_generation_after_quantize(model: Any) -> None:

@@ -24,6 +24,7 @@ from sq_cpu.cli.module import _is_runnable
 
 COMMAND = [sys.executable, "-c", "from sq_cpu_command import main; main()"]
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+OFFLINE.pop("PYTHONSAFEPATH", None)  # with it, the current folder is not looked in
 
 # As somebody wrote it who knows transformers alone.
 SCRIPT = """
