@@ -263,7 +263,7 @@ def _settle(target: Path, work: Path, replace: bool, keep: bool) -> None:
     old = work / _OLD
     if old.exists() and not target.exists():
         old.rename(target)
-    elif old.is_dir() and not (target / CONFIG).exists():
+    elif (old / CONFIG).exists() and not (target / CONFIG).exists():
         for entry in old.iterdir():
             entry.replace(target / entry.name)
     inside = work.parent == target
