@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from sameness import assert_same_model
 from tiny import inputs, mixed_plan, tiny_model
 from torch import Tensor, nn
@@ -147,3 +148,15 @@ def test_stock_transformers_reads_it(tmp_path: Path) -> None:
     quantized("llama", "O3").dequantize().save_pretrained(tmp_path / "out")
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-c", _STOCK, tmp_path / "out"], env=environment, check=True)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+def test_adapters_are_unloaded_first() -> None:
+    model = quantized("llama")
+    config = LoraConfig(target_modules=["q_proj"])
+    adapted = get_peft_model(model, sq_cpu.with_int8_layers(config))
+    before = shapes(model)
+    with pytest.raises(SqCpuError, match=r"q_proj is a LoraQuantLinear, no int8 linear: unload"):
+        model.dequantize()
+    assert shapes(model) == before
+    near(outputs(adapted.unload().dequantize(), "llama"), outputs(quantized("llama"), "llama"), 0.1)

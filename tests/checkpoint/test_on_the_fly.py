@@ -41,12 +41,13 @@ def expected(folder: Path, *arguments: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("scheme", ["O1", "O3", Scheme(activations="static", symmetric=False)])
-@pytest.mark.parametrize("how", ["batches", "calibration", "file"])
+@pytest.mark.parametrize("how", ["batches", "generator", "calibration", "file"])
 def test_is_calibrate_and_quantize(
     how: str, scheme: Any, folder: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     given: Any = {
         "batches": batches,
+        "generator": lambda: (ids for ids in batches()),
         "calibration": lambda: calibration,
         "file": lambda: calibration.save(tmp_path / "c.safetensors"),
     }[how]()

@@ -134,7 +134,6 @@ def test_gradients_go_straight_through_the_rounding(
     # The rotation adds up 64 columns, divided by 8.
     spread = 8 * size.amax() if hadamard else size
     assert ((dx - exact).abs() <= 4 * torch.finfo(dtype).eps * spread).all()
-    assert not torch.is_grad_enabled() or not any(p.requires_grad for p in layer.parameters())
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "silu"])
@@ -326,3 +325,11 @@ def test_an_exported_layer_has_the_gradient_of_the_layer(hadamard: int) -> None:
     fused = (*arguments(layer, x)[:-3], 4, None, None)
     with pytest.raises(SqCpuError, match="no gradient through its activation, other and residual"):
         OPS.linear(*fused).sum().backward()
+
+
+def test_a_layer_made_in_inference_mode_has_gradients() -> None:
+    with torch.inference_mode():
+        layer = make(hadamard=64)
+    x = torch.randn(2, K, requires_grad=True)
+    (found,) = torch.autograd.grad(layer(x).sum(), x)
+    assert found.abs().min() > 0
