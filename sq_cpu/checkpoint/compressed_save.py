@@ -98,6 +98,8 @@ def check_recipe(recipe: Recipe) -> None:
     for layer in plan.layers:
         if layer.outliers:
             raise SqCpuError(f"{layer.name}: {_CANNOT} {_DECOMPOSED}")
+        if layer.smoothing:
+            raise SqCpuError(f"{layer.name} of the plan: {_CANNOT} {_SMOOTHED}")
         if not layer.in_float:
             check_expressible(plan.layer_scheme(recipe.scheme, layer.name), layer.name)
     for group in plan.groups:

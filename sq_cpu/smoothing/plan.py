@@ -163,7 +163,7 @@ class LayerPlan:
     group has no plan then."""
     input_range: tuple[float, float] | None = None
     """(least, greatest) that a static scale covers, of the input divided by s; None: what
-    `Scheme.static_range` finds."""
+    `Scheme.static_range` finds. It has no effect where activations are quantized dynamically."""
     note: str = ""
     """Why."""
 

@@ -16,6 +16,8 @@ from tiny import batches, logits, tiny_model
 from tiny_checkpoints import fails
 
 import sq_cpu
+from sq_cpu.checkpoint.compressed_save import check_recipe
+from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import GroupPlan, LayerPlan, SmoothPlan
 
@@ -163,6 +165,17 @@ def test_what_has_no_place_is_named(tmp_path: Path, options: dict[str, Any], mat
     model = quantized(**options)
     fails(match, compressed, model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (OUTLIERS, "down_proj: .*channels in float"),
+        (LayerPlan(name="up_proj", smoothing=(2.0,)), "up_proj of the plan: .*smoothed at run time"),
+    ],
+)
+def test_a_plan_is_refused_before_the_work(layer: LayerPlan, match: str) -> None:
+    fails(match, check_recipe, Recipe.of("O1", SmoothPlan((), (layer,))))
 
 
 def test_a_prefix_has_no_place(tmp_path: Path) -> None:
