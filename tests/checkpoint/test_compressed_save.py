@@ -171,7 +171,10 @@ def test_what_has_no_place_is_named(tmp_path: Path, options: dict[str, Any], mat
     ("layer", "match"),
     [
         (OUTLIERS, "down_proj: .*channels in float"),
-        (LayerPlan(name="up_proj", smoothing=(2.0,)), "up_proj of the plan: .*smoothed at run time"),
+        (
+            LayerPlan(name="up_proj", smoothing=(2.0,)),
+            "up_proj of the plan: .*smoothed at run time",
+        ),
     ],
 )
 def test_a_plan_is_refused_before_the_work(layer: LayerPlan, match: str) -> None:
