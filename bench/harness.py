@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -133,3 +134,14 @@ def interleave(
     finally:
         gc.enable()
     return {subject: Stats.of(subject_seconds)} | {n: Stats.of(s) for n, s in seconds.items()}
+
+
+def in_turns(timers: Mapping[str, timeit.Timer], loop: int, rounds: int) -> dict[str, list[float]]:
+    """Return each call's microseconds, `rounds` means of `loop` calls in a row, taken in turns."""
+    us: dict[str, list[float]] = {name: [] for name in timers}
+    for turn in range(rounds + 1):
+        for name, timer in timers.items():
+            seconds = timer.timeit(loop)
+            if turn > 0:  # the first one warms up
+                us[name].append(seconds / loop * 1e6)
+    return us

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import machine
 import torch
 import typer
+from harness import in_turns
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -40,13 +41,7 @@ def turns(
     for name in others:
         if name != "empty":
             torch.testing.assert_close(calls[name](), expected, rtol=tolerance, atol=tolerance)
-    timers = {name: timeit.Timer(call) for name, call in calls.items()}
-    us: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, timer in timers.items():
-            seconds = timer.timeit(loop)
-            if turn > 0:  # the first one warms up
-                us[name].append(seconds / loop * 1e6)
+    us = in_turns({name: timeit.Timer(call) for name, call in calls.items()}, loop, rounds)
     ratios = {
         name: statistics.median(a / b for a, b in zip(us[name], us[first], strict=True))
         for name in others

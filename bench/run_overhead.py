@@ -21,6 +21,7 @@ import machine
 import torch
 import torch.nn.functional as F  # noqa: N812
 import typer
+from harness import in_turns
 from rich.table import Table
 from torch import nn
 
@@ -75,13 +76,7 @@ def measure(n: int, k: int, m: int, threads: int, rounds: int) -> dict[str, Any]
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            timers = _timers(n, k, m)
-            us: dict[str, list[float]] = {name: [] for name in timers}
-            for turn in range(rounds + 1):
-                for name, timer in timers.items():
-                    seconds = timer.timeit(_LOOP)
-                    if turn > 0:  # the first one warms up
-                        us[name].append(seconds / _LOOP * 1e6)
+            us = in_turns(_timers(n, k, m), _LOOP, rounds)
     finally:
         torch.set_num_threads(before)
     kernel = [rows - none for rows, none in zip(us["rows"], us["no rows"], strict=True)]

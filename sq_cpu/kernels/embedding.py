@@ -49,7 +49,7 @@ def gather_rows(
         )
     if not is_plain(ids):
         if not torch.compiler.is_compiling():  # the tracer cannot follow the check
-            _check_packed(ids, packed, out_features, in_features)
+            torch_ops.check_packed("embedding: ids are", ids, packed, out_features, in_features)
         return torch_ops.call(
             torch.ops.sq_cpu.gather_rows.default,
             ids,
@@ -74,14 +74,3 @@ def _gather(
     ids = ids.to(torch.int64).contiguous()
     _core.gather_rows(packed, out_features, in_features, inverse_smoothing, ids, y)
     return y
-
-
-def _check_packed(ids: Tensor, packed: Tensor, out_features: int, in_features: int) -> None:
-    if ids.device != packed.device:
-        raise SqCpuError(f"int8 embedding: ids are on {ids.device}, the weight on {packed.device}")
-    size = _core.packed_bytes(out_features, in_features)
-    if packed.dtype != torch.uint8 or packed.numel() != size:
-        raise SqCpuError(
-            f"int8 embedding: {packed.numel()} elements of {packed.dtype} are not a packed weight "
-            f"[{out_features}, {in_features}], which takes {size} of uint8"
-        )

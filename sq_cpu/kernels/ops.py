@@ -194,7 +194,7 @@ def reciprocals(smoothing: Tensor) -> Tensor:
         reciprocal = 1 / smoothing
         if not ((reciprocal > 0) & (reciprocal < math.inf)).all():
             raise SqCpuError("a smoothing scale or its reciprocal is not positive and finite")
-        reciprocal.tolist()
+        reciprocal.tolist()  # raises where a tensor has no values of its own
         return reciprocal.float()
     except RuntimeError as error:  # sparse, fake or transformed
         raise SqCpuError(f"the smoothing scale cannot be read: {first_line(error)}") from error

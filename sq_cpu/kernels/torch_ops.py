@@ -171,7 +171,7 @@ def _linear_without_values(
             f"int8 linear: input is {x.dtype} of {x.dim()} dimensions; "
             "use float32, bfloat16 or float16, of one or more"
         )
-    _check_packed("linear: input is", x, packed, out_features, int(x.shape[-1]))
+    check_packed("linear: input is", x, packed, out_features, int(x.shape[-1]))
     return x.new_empty((*x.shape[:-1], out_features))
 
 
@@ -183,14 +183,14 @@ def _gather_rows_without_values(
     inverse_smoothing: Tensor | None,
     type: int,  # noqa: A002  the schema's name
 ) -> Tensor:
-    _check_packed("embedding: ids are", ids, packed, out_features, in_features)
+    check_packed("embedding: ids are", ids, packed, out_features, in_features)
     return ids.new_empty((*ids.shape, in_features), dtype=_DTYPES[type])
 
 
 def _unpack_weight_without_values(
     packed: Tensor, out_features: int, in_features: int
 ) -> tuple[Tensor, Tensor]:
-    _check_packed("weight:", packed, packed, out_features, in_features)
+    check_packed("weight:", packed, packed, out_features, in_features)
     codes = packed.new_empty((out_features, in_features), dtype=torch.int8)
     return codes, packed.new_empty((out_features,), dtype=torch.float32)
 
@@ -207,9 +207,8 @@ def _batched_matmul_without_values(
     return a.new_empty((*a.shape[:3], b.shape[2 if transposed else 3]), dtype=_DTYPES[type])
 
 
-def _check_packed(
-    what: str, x: Tensor, packed: Tensor, out_features: int, in_features: int
-) -> None:
+def check_packed(what: str, x: Tensor, packed: Tensor, out_features: int, in_features: int) -> None:
+    """Raise `SqCpuError`, which says of `what` x is, for a weight elsewhere or of another size."""
     if x.device != packed.device:
         raise SqCpuError(f"int8 {what} on {x.device}, the weight on {packed.device}")
     size = _core.packed_bytes(out_features, in_features)
