@@ -61,9 +61,13 @@ def write_card(
     (folder / CARD).write_text(text or _text(model, record, measured, read_by), encoding="utf-8")
 
 
-def carry_card(model: Any, folder: Path) -> None:
-    """Have a model that was loaded from a folder bring its card along."""
-    if (text := _read(folder / CARD)) is not None:
+def carry_card(model: Any, folder: Path, *, is_same: bool = True) -> None:
+    """Have a model that was loaded from a folder bring its card along.
+
+    Where it is not the class that was saved (`is_same`), only a card that somebody wrote.
+    """
+    text = _read(folder / CARD)
+    if text is not None and (is_same or not _is_ours(text)):
         model.sq_cpu_card = text
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -29,6 +29,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sq_cpu.checkpoint.config import CONFIG, INDEX, read_written
+from sq_cpu.checkpoint.curves import CURVES
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.files import as_path, exchange, keep_mode, locked
 
@@ -37,7 +38,7 @@ __all__ = ["STATE", "Staging", "contents", "staged", "work_folder", "writing"]
 _LOCK, _OLD, _WHOLE, _STREAMED = "lock", "old", "whole", "checkpoint"
 STATE = "state.json"
 _OURS = (_LOCK, _OLD, _WHOLE, _STREAMED, STATE, f".{STATE}.*", "*.safetensors")
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", INDEX)
+_OF_MODEL = (CONFIG, "model.safetensors", "model-*-of-*.safetensors", INDEX, CURVES)
 _CHANGED = "{} was changed during the work, and is left as it is now; choose another folder"
 
 
@@ -62,6 +63,18 @@ class Staging:
         """Begin anew."""
         _clear(self.work, keep_stream=False)
         self.folder.mkdir()
+
+    def companions(self, files: Collection[str]) -> list[str]:
+        """Return what is beside the `files` of tensors.
+
+        Where files stay, what an earlier `save` wrote, as a tokenizer, is among them.
+        """
+        found = contents(self.folder)
+        if self.keep and self.replaced is not None:
+            with suppress(SqCpuError):  # what is there is of others
+                earlier = read_written(self.target) & contents(self.target)
+                found |= {n for n in earlier if not any(fnmatch(n, own) for own in _OF_MODEL)}
+        return sorted(found - {CONFIG, *files})
 
     def commit(self) -> None:
         """Make the folder the target, if that is still what it was at the start."""
@@ -114,9 +127,7 @@ class Staging:
         """
         entries = sorted(self.folder.iterdir(), key=_is_config)
         # config.json first, and the new one last: between the two there is no checkpoint.
-        olds = dict.fromkeys(
-            path for name in (CONFIG, *_WEIGHTS) for path in self.target.glob(name)
-        )
+        olds = dict.fromkeys(path for name in _OF_MODEL for path in self.target.glob(name))
         olds |= dict.fromkeys(self.target / entry.name for entry in entries)
         there = [path for path in olds if path.exists() or path.is_symlink()]
         for path in there:

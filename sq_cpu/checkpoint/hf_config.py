@@ -62,6 +62,9 @@ class SqCpuConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if "quant_method" not in settings:
             _check_asked(settings)
             settings = dict.fromkeys(_ASKED) | settings
+        for name in settings:
+            if callable(getattr(type(self), name, None)):
+                raise SqCpuError(f"quantization_config has {name!r}, which is no setting: drop it")
         self.__dict__.update(settings)
         self.quant_method = QUANT_METHOD
 

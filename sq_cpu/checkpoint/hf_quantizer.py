@@ -9,6 +9,7 @@ fills the weights, so that the result is the model that `sq_cpu.load` returns.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class SqCpuQuantizer(HfQuantizer):  # type: ignore[misc]
         with StoredTensors(folder, self._files) as stored:
             record, stored, is_new = self._translated(model, record, stored)
             restore(model, record, stored, self._version, folder, dtype, is_new=is_new)
-        carry_card(model, folder)
+        carry_card(model, folder, is_same=self._translation is None)
 
     def _translated(
         self, model: Any, record: QuantizationRecord, stored: StoredTensors
@@ -216,11 +217,20 @@ def _tell_transformers(model: Any) -> None:
     settings = hf_config.SqCpuConfig(
         quant_method=QUANT_METHOD, format_version=FORMAT_VERSION, **record.to_dict()
     )
-    model.config.quantization_config = settings
+    _own_config(model).quantization_config = settings
     model.hf_quantizer = SqCpuQuantizer(settings)
     model.quantization_method = QUANT_METHOD
     model.save_pretrained = SavePretrained(model)
     model.push_to_hub = PushToHub(model)
+
+
+def _own_config(model: Any) -> Any:
+    """Return the model's config, a copy for it and its parts: other models may share theirs."""
+    shared, own = model.config, copy.copy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+    return own
 
 
 when_quantized(_tell_transformers)

@@ -37,7 +37,7 @@ from sq_cpu.checkpoint.config import (
 )
 from sq_cpu.checkpoint.curves import write_curves
 from sq_cpu.checkpoint.entries import float_entries, int8_layers, layer_entries, layer_tensors
-from sq_cpu.checkpoint.folder import Staging, contents, staged, writing
+from sq_cpu.checkpoint.folder import Staging, staged, writing
 from sq_cpu.checkpoint.likeness import check_layers, check_likeness, is_rebuilt
 from sq_cpu.checkpoint.prefix import prefix_entries
 from sq_cpu.checkpoint.skeleton import skeleton
@@ -142,7 +142,7 @@ def save_staged(
     record = _record_of(model)
     with writing(staging.target):
         write_card(staging.folder, staging.target, model, record, measured, kind.read_by)
-        kind.write(model, record, tokenizer, staging.folder, max_shard_size)
+        kind.write(model, record, tokenizer, staging, max_shard_size)
     staging.commit()
 
 
@@ -172,9 +172,10 @@ def _write(
     model: nn.Module,
     record: QuantizationRecord,
     tokenizer: Any,
-    folder: Path,
+    staging: Staging,
     max_shard_size: int | str,
 ) -> None:
+    folder = staging.folder
     # Small files first: what can be refused is refused before gigabytes are written.
     write_companions(model, tokenizer, folder)
     stored = float_entries(model, model) | prefix_entries(prefix_of(model))
@@ -187,16 +188,17 @@ def _write(
     headers = {name: Header.of(tensor) for name, tensor in stored.items()}
     stored |= check_likeness(model, record, headers, folder)
     files = _write_tensors(stored, layer_of, folder, max_shard_size)
-    write_settings(folder, record, files)
+    write_settings(staging, record, files)
 
 
 def _write_compressed(
     model: nn.Module,
     record: QuantizationRecord,
     tokenizer: Any,
-    folder: Path,
+    staging: Staging,
     max_shard_size: int | str,
 ) -> None:
+    folder = staging.folder
     if not is_rebuilt(model):
         raise SqCpuError(
             f"{type(model).__name__} is no class of transformers, whose models the format "
@@ -226,7 +228,7 @@ def _write_compressed(
     content = read_json(folder / CONFIG)
     linears = [name for name, module in stock.items() if isinstance(module, nn.Linear)]
     content["quantization_config"] = compressed_settings(model, linears)
-    companions = sorted(contents(folder) - {CONFIG, *files})
+    companions = staging.companions(files)
     digest = exported_digest(content)
     content[EXPORTED] = {"files": files, "companions": companions, SETTINGS_DIGEST: digest}
     (folder / CONFIG).write_text(json_text(content) + "\n", encoding="utf-8")
@@ -236,7 +238,7 @@ def _write_compressed(
 class _Format:
     """A format that is written."""
 
-    write: Callable[[nn.Module, QuantizationRecord, Any, Path, int | str], None]
+    write: Callable[[nn.Module, QuantizationRecord, Any, Staging, int | str], None]
     check: Callable[[Recipe], None]
     """Raises `SqCpuError` for a recipe whose models it cannot hold."""
     read_by: str
@@ -287,15 +289,16 @@ def write_companions(model: Any, tokenizer: Any, folder: Path) -> None:
             raise SqCpuError(f"the tokenizer cannot be saved: {first_line(error)}") from error
 
 
-def write_settings(folder: Path, record: QuantizationRecord, files: Mapping[str, str]) -> None:
+def write_settings(staging: Staging, record: QuantizationRecord, files: Mapping[str, str]) -> None:
     """Complete config.json, when all else is written; ``files`` is name -> SHA-256."""
+    folder = staging.folder
     record = write_curves(folder, record)
     settings = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         **record.to_dict(),
         "files": dict(files),
-        "companions": sorted(contents(folder) - {CONFIG, *files}),
+        "companions": staging.companions(files),
     }
     settings[SETTINGS_DIGEST] = settings_digest(settings)
     content = read_json(folder / CONFIG)

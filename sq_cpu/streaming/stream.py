@@ -49,7 +49,8 @@ from sq_cpu.quantization.head import find_head
 from sq_cpu.quantization.quantize import quantize_part
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.quantization.record import QuantizationRecord, QuantizedPart
-from sq_cpu.smoothing.plan import SmoothPlan, check_groups, check_rotates
+from sq_cpu.smoothing.plan import SmoothPlan, check_rotates
+from sq_cpu.smoothing.plan_checks import check_groups
 from sq_cpu.smoothing.proof import Run, running
 from sq_cpu.streaming.loader import Loader
 from sq_cpu.streaming.memory import page_out, trim
@@ -75,8 +76,8 @@ class Stream:
         self.model = model = loader.model
         self.chain = chain
         self.blocks = blocks = chain.names
-        self.folder, self.target = staging.folder, staging.target
-        self.work = staging.work
+        self.staging = staging
+        self.folder, self.work = staging.folder, staging.work
         self.state = state
         self.recipe = recipe
         self.prefix: StreamedPrefix | None = None
@@ -440,6 +441,6 @@ class Stream:
         # Again: a quantized head is no longer tied.
         write_companions(self.model, tokenizer, folder)
         check_stored(record, headers, folder, f"load could not rebuild {type(self.model).__name__}")
-        write_card(folder, self.target, self.model, record)
-        write_settings(folder, record, {part.file: part.sha256 for part in parts})
+        write_card(folder, self.staging.target, self.model, record)
+        write_settings(self.staging, record, {part.file: part.sha256 for part in parts})
         return record

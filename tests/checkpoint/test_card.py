@@ -12,7 +12,7 @@ from command_line import run
 from huggingface_hub import ModelCard
 from tiny import batches, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import sq_cpu
 from sq_cpu import SqCpuError
@@ -84,6 +84,18 @@ def test_a_loaded_model_brings_it_along(load: Any, model: Any, tmp_path: Path) -
         (folder / "README.md").write_text(text)
         again = sq_cpu.save(load(folder), tmp_path / "again")
         assert (again / "README.md").read_text() == text
+
+
+def test_another_head_has_a_card_of_its_own(model: Any, tmp_path: Path) -> None:
+    folder = sq_cpu.save(model, tmp_path / "out")
+    base = AutoModel.from_pretrained(folder)
+    again = sq_cpu.save(base, tmp_path / "again")
+    text = (again / "README.md").read_text()
+    assert "LlamaModel.from_pretrained" in text
+    assert "text-generation" not in text
+    (folder / "README.md").write_text("my own\n")
+    base = AutoModel.from_pretrained(folder)
+    assert (sq_cpu.save(base, tmp_path / "mine") / "README.md").read_text() == "my own\n"
 
 
 @pytest.mark.parametrize("save", [sq_cpu.save, lambda model, path: model.save_pretrained(path)])

@@ -136,6 +136,7 @@ def test_config_of_the_model_is_its_record(folder: Path, calibration: Calibratio
     [
         (lambda: SqCpuConfig(schem="O1"), "SqCpuConfig has no schem: it takes scheme, alpha"),
         (lambda: {"quant_method": "sq_cpu", "bits": 8}, "SqCpuConfig has no bits"),
+        (lambda: {"quant_method": "sq_cpu", "to_dict": 3}, "has 'to_dict', which is no setting"),
         (lambda: SqCpuConfig(scheme="O3"), "no calibration, which O3 needs here"),
         (lambda: SqCpuConfig(scheme="O4"), "O4"),
         (lambda: SqCpuConfig(alpha=2, calibration=batches()), "alpha is 2"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import pickle
 import shutil
 import weakref
@@ -122,6 +123,34 @@ def test_files_beside_stay(model: Any, tmp_path: Path) -> None:
         assert_same_model(AutoModelForCausalLM.from_pretrained(folder), model, logits)
     with pytest.raises(SqCpuError, match="did not write and will not delete"):
         sq_cpu.save(model, folder)
+
+
+def test_what_save_wrote_there_stays_of_its_making(model: Any, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    folder = sq_cpu.save(model, tmp_path / "out", tokenizer, max_shard_size="20KB")
+    (folder / "search_curves.json").write_text("of an earlier search")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"]["companions"].append("search_curves.json")
+    (folder / "config.json").write_text(json.dumps(settings))
+    model.save_pretrained(folder)
+    expected = sq_cpu.save(model, tmp_path / "expected", tokenizer)
+    assert names(folder) == names(expected)
+    for name in names(folder):
+        assert (folder / name).read_bytes() == (expected / name).read_bytes()
+    sq_cpu.save(model, folder)
+    assert "tokenizer.json" not in names(folder)
+
+
+def test_a_config_that_models_share_stays_a_float_one(tmp_path: Path) -> None:
+    model = byte_model()
+    other = type(model)(model.config)
+    assert other.config is model.config
+    quantized(model)
+    assert all(
+        module.config is model.config for module in model.modules() if hasattr(module, "config")
+    )
+    other.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_without_config_json_while_files_are_replaced(
