@@ -34,11 +34,11 @@ from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import (
     GroupPlan,
     SmoothPlan,
-    check_clips,
     quantized_consumers,
     scheme_of,
     uniform_plan,
 )
+from sq_cpu.smoothing.plan_checks import check_clips
 from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.scales import (
     WeightStatistics,

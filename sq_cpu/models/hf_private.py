@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -83,9 +83,8 @@ def bare_model(make: Callable[[], Any]) -> Any:
     check_version()
     from transformers import initialization
 
-    # Not in 5.0.
-    on_cpu = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
-    with initialization.no_init_weights(), torch.device("meta"), on_cpu():
+    on_cpu = initialization.meta_device_safe_creation_ops()
+    with initialization.no_init_weights(), torch.device("meta"), on_cpu:
         return make()
 
 
@@ -132,12 +131,9 @@ def load_nothing(
     before = model._keys_to_ignore_on_load_unexpected, model.all_tied_weights_keys
     missing = {name: tensor for name, tensor in model.state_dict().items() if name in new}
     model.state_dict = lambda *_, **__: dict(missing)
-    # A pattern: every other key. Releases before 5.9 add lists to it, later ones sets.
     names = "|".join(map(re.escape, sorted(unexpected)))
-    pattern = f"^(?!({names})$)" if names else ""
-    model._keys_to_ignore_on_load_unexpected = (
-        {pattern} if isinstance(before[0], set) else [pattern]
-    )
+    every_other = f"^(?!({names})$)" if names else ""
+    model._keys_to_ignore_on_load_unexpected = {every_other}
     model.all_tied_weights_keys = {}
     _mark_initialized(model, new)
     return before
@@ -191,16 +187,12 @@ def experts_layout(module: Any) -> ExpertsLayout | None:
     check_version()
     if getattr(module, "has_post_expert_norm", False):
         return None
-    return ExpertsLayout("gate_up_proj" if _has_gate(module) else "up_proj", module.is_transposed)
-
-
-def _has_gate(module: Any) -> bool:
-    return bool(getattr(module, "has_gate", True))  # before 5.3, all have one
+    return ExpertsLayout("gate_up_proj" if module.has_gate else "up_proj", module.is_transposed)
 
 
 def experts_activation(module: Any, x: Tensor) -> Tensor:
     """Return what the experts of a module with an `experts_layout` do between up and down."""
-    result: Tensor = module._apply_gate(x) if _has_gate(module) else module.act_fn(x)
+    result: Tensor = module._apply_gate(x) if module.has_gate else module.act_fn(x)
     return result
 
 
@@ -279,9 +271,10 @@ class CheckpointLayout:
             dtype=self._model.dtype, dtype_plan=self._dtypes, weight_mapping=self._conversions
         )
         load = convert_and_load_state_dict_in_model
+        # 5.9 wants it, later releases have none.
         more = {"tp_plan": None} if "tp_plan" in signature(load).parameters else {}
         with _quietly_on_this_thread():
-            info, _ = load(self._model, dict(tensors), config, **more)  # earlier releases need it
+            info, _ = load(self._model, dict(tensors), config, **more)
         return info
 
 

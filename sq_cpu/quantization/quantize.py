@@ -44,14 +44,7 @@ from sq_cpu.quantization.recipe import HeadKind, Recipe
 from sq_cpu.quantization.record import QuantizedPart
 from sq_cpu.quantization.replace import mark_quantized, places_of, put
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import (
-    AUTO,
-    GroupPlan,
-    Hadamard,
-    SmoothPlan,
-    check_rotates,
-    uniform_plan,
-)
+from sq_cpu.smoothing.plan import AUTO, GroupPlan, Hadamard, SmoothPlan, check_rotates, uniform_plan
 from sq_cpu.smoothing.proof import FoldProof, Run, prove_folds, prove_with
 from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.scales import WeightStatistics, linear_sample, own_scales, plan_scales

@@ -9,14 +9,8 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.runtime import has_vnni
 from sq_cpu.parsing import check_whole
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import (
-    AUTO,
-    Hadamard,
-    SmoothPlan,
-    check_clips,
-    check_rotation,
-    scheme_of,
-)
+from sq_cpu.smoothing.plan import AUTO, Hadamard, SmoothPlan, check_rotation, scheme_of
+from sq_cpu.smoothing.plan_checks import check_clips
 from sq_cpu.smoothing.rules import DEFAULT_ALPHA, check_rule
 
 __all__ = ["HeadKind", "Recipe"]

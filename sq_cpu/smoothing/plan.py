@@ -30,7 +30,6 @@ from sq_cpu.models.groups import (
     smoothing_groups,
 )
 from sq_cpu.models.linears import check_ignore, is_ignored, linearized
-from sq_cpu.numerics.ranges import fits_rows
 from sq_cpu.parsing import check_fields, parsed_json, record
 from sq_cpu.scheme import Activations, Scheme
 from sq_cpu.smoothing.rules import DEFAULT_ALPHA, check_rule
@@ -42,8 +41,6 @@ __all__ = [
     "Hadamard",
     "LayerPlan",
     "SmoothPlan",
-    "check_clips",
-    "check_groups",
     "check_rotates",
     "check_rotation",
     "covered_consumers",
@@ -332,21 +329,6 @@ def scheme_of(scheme: str | Scheme | None, plan: SmoothPlan | None) -> Scheme:
     return found
 
 
-def check_clips(plan: SmoothPlan | None, scheme: Scheme) -> None:
-    """Raise `SqCpuError` for a plan whose clips are of another range than that which most rows fit.
-
-    They would be fractions of a much narrower one.
-    """
-    if plan is None or plan.scheme is None or all(group.clip == 1.0 for group in plan.groups):
-        return
-    if scheme.activations == "static" and fits_rows(scheme) and not fits_rows(plan.scheme):
-        kind = "minmax" if plan.scheme.static_range == "auto" else plan.scheme.static_range
-        raise SqCpuError(
-            f"the plan's clips are of static_range={kind!r}, and the scheme has 'auto': give none, "
-            f"so that the plan's is taken, or one with that range (--range {kind})"
-        )
-
-
 def uniform_plan(
     model: nn.Module,
     groups: Iterable[SmoothingGroup],
@@ -394,21 +376,6 @@ def quantized_consumers(
     """Return the linears of a group that some batch reached and the scheme does not ignore."""
     covered = covered_consumers(group, calibration)
     return tuple(name for name in covered if not is_ignored(model, name, scheme.ignore))
-
-
-def check_groups(plan: SmoothPlan, groups: Iterable[SmoothingGroup]) -> None:
-    """Raise `SqCpuError` for a planned group that is not among the model's, or smoothed twice."""
-    known = {group.name: group for group in groups}
-    for planned in plan.groups:
-        group = known.get(planned.name)
-        if group is None:
-            raise SqCpuError(
-                f"the model has no smoothing group {planned.name}; plan for this very model"
-            )
-        if name := next((name for name in group.consumers if plan.layer(name).smoothing), ""):
-            raise SqCpuError(
-                f"the plan smooths {name} with group {planned.name} and by itself: drop one of both"
-            )
 
 
 def check_rotation(hadamard: object) -> None:

@@ -17,7 +17,8 @@ from sq_cpu.kernels.hadamard import BLOCK
 from sq_cpu.models.groups import NO_BLOCKS, SmoothingGroup
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import AUTO, GroupPlan, SmoothPlan, check_groups, joined
+from sq_cpu.smoothing.plan import AUTO, GroupPlan, SmoothPlan, joined
+from sq_cpu.smoothing.plan_checks import check_groups
 from sq_cpu.smoothing.scales import (
     WeightStatistics,
     as_planned,

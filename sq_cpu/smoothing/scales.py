@@ -17,7 +17,8 @@ from sq_cpu.models.groups import SmoothingGroup, norm_weight, smoothing_groups
 from sq_cpu.models.linears import is_ignored
 from sq_cpu.numerics.fake_quant import LinearSample
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GIVEN, GroupPlan, SmoothPlan, check_groups, covered_consumers
+from sq_cpu.smoothing.plan import GIVEN, GroupPlan, SmoothPlan, covered_consumers
+from sq_cpu.smoothing.plan_checks import check_groups
 from sq_cpu.smoothing.rules import smoothing_scale
 from sq_cpu.smoothing.statistics import GroupStatistics
 

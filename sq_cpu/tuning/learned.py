@@ -39,7 +39,8 @@ from sq_cpu.numerics.straight_through import quantized_rows, quantized_weight
 from sq_cpu.parsing import check_kind, check_whole
 from sq_cpu.progress import track
 from sq_cpu.scheme import Scheme
-from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, check_clips, check_groups, scheme_of
+from sq_cpu.smoothing.plan import GroupPlan, SmoothPlan, scheme_of
+from sq_cpu.smoothing.plan_checks import check_clips, check_groups
 from sq_cpu.smoothing.rotation import decided
 from sq_cpu.smoothing.rules import without_quiet
 from sq_cpu.smoothing.scales import (
