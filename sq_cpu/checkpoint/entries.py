@@ -70,6 +70,12 @@ def own_entries(module: nn.Module, prefix: str) -> dict[str, Tensor]:
                 f"{name} is a {type(value).__name__}, which only pickle could store: make it a "
                 "tensor, or keep it out of the state_dict"
             )
+        kind = type(value)
+        if kind not in (Tensor, nn.Parameter):
+            raise SqCpuError(
+                f"{name} is a {kind.__module__}.{kind.__name__}, which checkpoints do not hold: "
+                "save the model before what made it one"
+            )
     return entries
 
 

@@ -206,7 +206,8 @@ _ABSENT, _OPAQUE = _Mark("absent"), _Mark("no plain data")
 def _described(value: Any) -> Any:
     """Return plain data as lists and tables, functions and classes by their names."""
     if isinstance(value, _NAMED):
-        return f"{value.__module__}.{value.__qualname__}"
+        name = getattr(value, "__qualname__", None)  # a method of a partial has none
+        return _OPAQUE if name is None else f"{value.__module__}.{name}"
     if isinstance(value, list | tuple):  # which JSON does not tell apart
         items = [_described(item) for item in value]
         return _OPAQUE if _OPAQUE in items else items

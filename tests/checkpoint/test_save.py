@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 from safetensors.torch import save_file
 from sameness import assert_same_model
 from tiny_checkpoints import fails, logits, tiny_llama
+from torch import Tensor, nn
 
 from sq_cpu.checkpoint import folder as staging
 from sq_cpu.checkpoint import save as saving
 from sq_cpu.checkpoint.load import load
 from sq_cpu.checkpoint.save import save
+from sq_cpu.quantization.quantize import quantize
 
 
 def test_save_refuses_a_float_model(tmp_path: Path) -> None:
@@ -171,3 +175,17 @@ def test_failed_move_restores_the_old_checkpoint(
     monkeypatch.setattr(Path, "rename", fail_at(2, busy, Path.rename))
     fails("resource busy", save, model, folder)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+class _Foreign(Tensor):
+    """As torchao's tensors are."""
+
+
+def test_tensors_of_other_libraries_are_refused(tmp_path: Path) -> None:
+    model: Any = quantize(tiny_llama(), smooth=False)
+    head = model.lm_head
+    head.weight = nn.Parameter(head.weight.detach().clone().as_subclass(_Foreign))
+    head.extra_repr = MethodType(partial(repr), head)
+    match = "lm_head.weight is a .*_Foreign, which checkpoints do not hold: save the model before"
+    fails(match, save, model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
