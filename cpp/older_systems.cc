@@ -1,9 +1,12 @@
-// For _core alone: what a newer compiler's headers ask of the system and manylinux_2_28
-// (glibc 2.28, the libstdc++ of GCC 8) does not have, so that an extension built on any machine
-// loads there. tests/test_wheel.py fails when a compiler's headers ask for more. The gcc-toolset of
+// For the wheel's binaries: what a newer compiler and its headers ask of the system and
+// manylinux_2_28 (glibc 2.28, the libstdc++ of GCC 8) does not have, so that what was built on any
+// machine loads there. tests/test_wheel.py fails when a compiler asks for more. The gcc-toolset of
 // a manylinux container links such things into the binary itself; ours are then taken instead.
 //
 // Every name is hidden: others in the process keep their own.
+#include <cxxabi.h>
+
+#include <exception>
 #include <new>
 
 #ifdef __GLIBCXX__
@@ -38,6 +41,14 @@ SQ_CPU_HIDDEN void release(void** pointer) __asm__(
 void release(void** pointer) {
   end_exception(pointer);
   *pointer = nullptr;
+}
+
+// CXXABI_1.3.15: an exception came to the end of a noexcept function.
+SQ_CPU_HIDDEN [[noreturn]] void end_noexcept(void* exception) noexcept
+    __asm__("__cxa_call_terminate");
+void end_noexcept(void* exception) noexcept {
+  abi::__cxa_begin_catch(exception);
+  std::terminate();
 }
 
 #endif
