@@ -13,7 +13,8 @@ from enum import Enum
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from types import GenericAlias
+from typing import Annotated, Any
 
 import typer
 
@@ -90,15 +91,17 @@ def _command(row: dict[str, Any]) -> Callable[..., None]:
 
 
 def _parameter(row: dict[str, Any]) -> inspect.Parameter:
+    annotated: Any = Annotated  # mypy takes neither with what is known here alone
+    enum: Any = Enum
     kind: Any = TYPES.get(row["type"])
     default = row.get("default", inspect.Parameter.empty)
     if "choices" in row:
-        kind = Enum(row["type"], {choice: choice for choice in row["choices"]}, type=str)
+        kind = enum(row["type"], {choice: choice for choice in row["choices"]}, type=str)
         default = kind(default) if isinstance(default, str) else default
     if row.get("list"):
-        kind = list[kind]
+        kind = GenericAlias(list, kind)
     if row.get("optional"):
-        kind = Optional[kind]  # noqa: UP045  of types, `|` cannot be written with a variable's list
+        kind = kind | None
     given = dict(row["given"])
     positional = [given.pop("default", ...), *given.pop("param_decls", ())]
     made = (typer.Argument if row["argument"] else typer.Option)(*positional, **given)
@@ -106,5 +109,5 @@ def _parameter(row: dict[str, Any]) -> inspect.Parameter:
         row["name"],
         inspect.Parameter.KEYWORD_ONLY,
         default=default,
-        annotation=Annotated[kind, made],
+        annotation=annotated[kind, made],
     )
