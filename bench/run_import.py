@@ -1,10 +1,11 @@
-"""What `import sq_cpu` costs beyond `import torch`, and what else it loads."""
+"""What `import sq_cpu` costs beyond `import torch`, what else it loads, and what `--help` costs."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,6 +36,19 @@ print(json.dumps({"torch": between - start, "sq_cpu": end - middle,
 """
 
 
+COMMANDS = ("--version", "--help", "quantize --help", "serve --help")
+"""Of `sq-cpu`, which take no torch."""
+
+_COMMAND = "from sq_cpu_command import main; main()"
+
+
+def _seconds_of(command: str) -> float:
+    start = time.perf_counter()
+    arguments = [sys.executable, "-c", _COMMAND, *command.split()]
+    subprocess.run(arguments, stdout=subprocess.DEVNULL, check=True)
+    return time.perf_counter() - start
+
+
 def _import_once() -> dict[str, Any]:
     child = subprocess.run(
         [sys.executable, "-c", _CHILD, *WATCHED], stdout=subprocess.PIPE, text=True, check=True
@@ -44,14 +58,20 @@ def _import_once() -> dict[str, Any]:
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Return the seconds of both imports, each over `rounds` fresh processes."""
+    """Return the seconds of both imports and of commands, each over `rounds` fresh processes."""
     _import_once()  # writes the bytecode, reads the files into memory
+    for command in COMMANDS:
+        _seconds_of(command)
     console = Console(stderr=True)
     turns = track(range(rounds), "importing", console=console, disable=not console.is_terminal)
-    found = [_import_once() for _ in turns]
+    found: list[dict[str, Any]] = []
+    for _ in turns:
+        found.append(_import_once())
+        found[-1].update({command: _seconds_of(command) for command in COMMANDS})
     return {
         "seconds": {
-            name: asdict(Stats.of([each[name] for each in found])) for name in ("torch", "sq_cpu")
+            name: asdict(Stats.of([each[name] for each in found]))
+            for name in ("torch", "sq_cpu", *COMMANDS)
         },
         "loaded": found[-1]["loaded"],
         "modules": found[-1]["modules"],
@@ -63,7 +83,7 @@ def main(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """Print the seconds of `import torch`, and of `import sq_cpu` after it."""
+    """Print the seconds of `import torch`, of `import sq_cpu` after it, and of `sq-cpu --help`."""
     result = {"benchmark": "import", "machine": machine.facts(), **measure(rounds)}
     text = json.dumps(result, indent=1)
     if out is not None:
@@ -72,8 +92,10 @@ def main(
         typer.echo(text)
         return
     print(machine.headline())
-    table = Table("import", "median s", "p10", "p90", title=f"{rounds} fresh processes")
-    for name, label in (("torch", "torch"), ("sq_cpu", "sq_cpu, beyond torch")):
+    table = Table("what", "median s", "p10", "p90", title=f"{rounds} fresh processes")
+    labels = {"torch": "import torch", "sq_cpu": "import sq_cpu, beyond torch"}
+    labels |= {command: f"sq-cpu {command}" for command in COMMANDS}
+    for name, label in labels.items():
         seconds = result["seconds"][name]
         table.add_row(label, *(f"{seconds[key]:.3f}" for key in ("median", "p10", "p90")))
     machine.make_console().print(table)

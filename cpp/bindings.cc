@@ -34,10 +34,10 @@ using namespace sq_cpu::bindings;
 
 // Sets the package's one exception.
 void refuse(const std::string& message) {
-  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> error;
-  error.call_once_and_store_result(
-      [] { return py::module_::import("sq_cpu.errors").attr("SqCpuError"); });
-  py::set_error(error.get_stored(), message.c_str());
+  static const py::object* error = nullptr;
+  made_once(error,
+            [] { return new py::object(py::module_::import("sq_cpu.errors").attr("SqCpuError")); });
+  py::set_error(*error, message.c_str());
 }
 
 // The library's refusals become it.

@@ -18,6 +18,19 @@ namespace sq_cpu::bindings {
 
 namespace py = pybind11;
 
+// What `make` gives the first time, for the whole life of the process: nothing of Python's may be
+// destroyed after the interpreter. The GIL guards it; a thread that comes while `make` has let it
+// go makes another, which is used by none. (std::call_once needs a newer glibc where it is built
+// with one: see older_systems.cc.)
+template <typename T, typename Make>
+const T& made_once(const T*& made, Make make) {
+  if (made == nullptr) {
+    const T* const mine = make();
+    if (made == nullptr) made = mine;
+  }
+  return *made;
+}
+
 // What torch calls its things, looked up once.
 struct Torch {
   py::object torch = py::module_::import("torch");
@@ -59,8 +72,8 @@ struct Torch {
   bool is_profiling() const { return py::getattr(profiler, is_profiler_enabled).ptr() == Py_True; }
 
   static const Torch& get() {
-    PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<Torch> torch;
-    return torch.call_once_and_store_result([] { return Torch(); }).get_stored();
+    static const Torch* torch = nullptr;
+    return made_once(torch, [] { return new Torch(); });
   }
 };
 

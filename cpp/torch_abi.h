@@ -12,6 +12,13 @@
 #include <stdexcept>
 #include <type_traits>
 
+#ifdef __GLIBC__
+// By the version that every glibc has: 2.34 moved them into libc itself under another, which would
+// keep a library that was linked there from loading where glibc is older.
+__asm__(".symver dlopen, dlopen@GLIBC_2.2.5");
+__asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
+#endif
+
 namespace sq_cpu::torch_abi {
 
 struct TensorObject;

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [
     *("scripts/quickstart", "scripts/test", "scripts/test-oldest", "scripts/ipex", "scripts/docs"),
+    "scripts/wheels",
     ".ci/run",
 ]
 

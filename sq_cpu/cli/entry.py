@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from sq_cpu_help import APP, options
 from typer.core import TyperCommand, TyperGroup
 
 from sq_cpu.errors import SqCpuError, Terminated, printable
@@ -75,14 +76,8 @@ def _told() -> Iterator[None]:
         _fail("interrupted", code=130)
 
 
-app = typer.Typer(
-    cls=_Commands,
-    help="SmoothQuant for Xeon: quantize language models to int8 and run them.",
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = typer.Typer(cls=_Commands, **APP)
+app.callback()(options)
 
 
 def _fail(message: str, code: int = 1) -> None:

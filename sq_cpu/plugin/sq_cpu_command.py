@@ -22,6 +22,9 @@ def main() -> None:
         signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
+        from sq_cpu_help import answer
+
+        answer(sys.argv[1:])
         from sq_cpu.cli import main as command  # seconds: torch, transformers
 
         if signal.getsignal(signal.SIGINT) is stop:
