@@ -62,23 +62,16 @@ def main() -> None:
     """Write the SBOM."""
     environment, folder = map(Path, sys.argv[1:])
     bom = json.loads(environment.read_text(encoding="utf-8"))
-    # The package itself is what the document is about, not one of its components.
-    [own] = [each for each in bom["components"] if each["name"].replace("-", "_") == "sq_cpu"]
-    bom["components"].remove(own)
     subject = bom["metadata"]["component"]
-    subject["version"] = own["version"]
+    subject |= {"type": "library", "purl": f"pkg:pypi/{subject['name']}@{subject['version']}"}
     pybind11 = compiled_in()
     bom["components"].append(pybind11)
-    for row in bom["dependencies"]:
-        if row["ref"] == own["bom-ref"]:
-            needed = [*row.get("dependsOn", ()), pybind11["bom-ref"]]
-    refs = (own["bom-ref"], subject["bom-ref"])
-    bom["dependencies"] = [row for row in bom["dependencies"] if row["ref"] not in refs]
-    bom["dependencies"].append({"ref": subject["bom-ref"], "dependsOn": sorted(needed)})
+    [needed] = [row for row in bom["dependencies"] if row["ref"] == subject["bom-ref"]]
+    needed["dependsOn"] = sorted([*needed["dependsOn"], pybind11["bom-ref"]])
     bom["dependencies"].append({"ref": pybind11["bom-ref"]})
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".whl", ".tar.gz")))
     subject["components"] = [release_file(path) for path in files]
-    out = folder / f"sq_cpu-{own['version']}.cdx.json"
+    out = folder / f"sq_cpu-{subject['version']}.cdx.json"
     out.write_text(json.dumps(bom, indent=1) + "\n", encoding="utf-8")
 
 

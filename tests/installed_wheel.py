@@ -36,7 +36,8 @@ def main() -> None:
             ["generate", out, "Hello", "--max-new-tokens", "4"],
         ):
             subprocess.run([command, *arguments], cwd=folder, check=True, stdout=sys.stderr)
-    print(f"sq_cpu {sq_cpu.__version__} works on Python {sys.version.split()[0]}, {sq_cpu.isa()}")
+    isa = sq_cpu.isa()["in_use"]
+    print(f"sq_cpu {sq_cpu.__version__} works on Python {sys.version.split()[0]}, {isa}")
 
 
 if __name__ == "__main__":
