@@ -95,20 +95,22 @@ def load_preprocessor(
         Where there is none that gives that input, or no vocabulary.
     """
     part, auto = _PARTS.get(main_input, ("processor", AutoProcessor))
-    whole, reason = None, ""
+    reason = ""
     for each in dict.fromkeys((AutoProcessor, auto)):
         try:
-            whole = each.from_pretrained(source, trust_remote_code=trust)
-            break
+            made = Preprocessor(each.from_pretrained(source, trust_remote_code=trust), companions)
         except Exception as error:  # files that are missing, damaged or unknown raise all kinds
             reason = first_line(error)
-    if whole is None:
-        raise SqCpuError(f"cannot load the {part} of {what}: {reason}")
-    made = Preprocessor(whole, companions)
-    if made.tokenizer is not None and len(made.tokenizer) <= len(made.tokenizer.all_special_ids):
-        # transformers makes one without a word where there is no file.
-        raise SqCpuError(f"{what} has no tokenizer: its files are missing; get the whole model")
-    return made
+            continue
+        if not _is_empty(made.tokenizer):
+            return made
+        reason = "the files of its tokenizer are missing; get the whole model"
+    raise SqCpuError(f"cannot load the {part} of {what}: {reason}")
+
+
+def _is_empty(tokenizer: Any) -> bool:
+    """Whether it has no words: transformers makes such a one where there is no file."""
+    return tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids)
 
 
 def sentence_files(source: str | Path) -> dict[str, Path]:

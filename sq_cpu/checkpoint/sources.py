@@ -207,8 +207,8 @@ def check_causal(folder: Path) -> None:
     """Raise `SqCpuError` for a folder whose model is no causal language model."""
     if (own := other_class(_config(folder))) is not None:
         raise SqCpuError(
-            f"{folder} holds a {own}, no causal language model, which this needs: sq-cpu quantize "
-            "and tune take it, without --stream; run it with its class"
+            f"{folder} holds a {own}, no causal language model: sq-cpu quantize (without --stream) "
+            "and tune take it, eval beside its float model (--source), and its own class runs it"
         )
 
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from sq_cpu import texts
 from sq_cpu.checkpoint.preprocessors import Preprocessor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.progress import track
@@ -40,6 +41,8 @@ def sample(
     *,
     windows: int,
     window: int,
+    shipped: Sequence[str] = (),
+    hold_out: bool = True,
     progress: bool | None = None,
 ) -> Samples:
     """Make batches of a model's own kind of files, spread evenly over all of them.
@@ -53,6 +56,8 @@ def sample(
     windows : batches to calibrate on: a window of text or a recording each, or 8 pairs or images;
         fewer, where the files do not hold so many
     window : tokens of a text, at most; fewer, where the model reads no more
+    shipped : documents in the place of the shipped text for calibration
+    hold_out : whether one batch beside each 8 is made, and kept apart
 
     Raises
     ------
@@ -60,7 +65,7 @@ def sample(
         For a file that cannot be read, which is named, a model that takes something else, and an
         optional package that is missing.
     """
-    subject = Subject(model, preprocessor)
+    subject = Subject(model, preprocessor, shipped or (*texts.calibration(), *texts.selection()))
     kind = kind_of(subject, paths)
     longest = subject.longest(window) if preprocessor.tokenizer is not None else window
     rows = kind.rows(subject, paths, longest)
@@ -69,10 +74,10 @@ def sample(
     together = kind.together
     if preprocessor.tokenizer is not None and subject.pad is None:
         together = 1
-    held = -(-windows // _HELD_OUT)
+    held = -(-windows // _HELD_OUT) if hold_out else 0
     chosen = _spread(rows, (windows + held) * together)
     parts = _parts(chosen, min(windows + held, len(chosen)))
-    if len(parts) < windows + held:
+    if hold_out and len(parts) < windows + held:
         held = min(len(parts) - 1, -(-len(parts) // _HELD_OUT))
     batches = [
         kind.batch(subject, part, longest)

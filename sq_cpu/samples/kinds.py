@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sq_cpu import texts
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.tokenizers import encoded, surrounding_ids
 from sq_cpu.samples.decoding import shifted_start, with_own_words
@@ -56,8 +55,7 @@ def _windows(subject: Subject, paths: Sequence[Path], longest: int) -> list[Row]
     length = _room(subject, longest)
     if not paths:
         # A document a window: long ones need not be tokenized to their ends.
-        documents = (*texts.calibration(), *texts.selection())
-        return [_ids(tokenizer, document)[:length] for document in documents]
+        return [_ids(tokenizer, document)[:length] for document in subject.shipped]
     found = []
     for path in paths:
         ids = _ids(tokenizer, read_text(path))
@@ -171,7 +169,7 @@ def _captioned(subject: Subject, paths: Sequence[Path], longest: int) -> list[Ro
             "give images, too, with --calib"
         )
     lines = [line for path in own for line in read_text(path).splitlines() if line.strip()]
-    captions = lines or [document[:_SHIPPED] for document in texts.calibration()]
+    captions = lines or [document[:_SHIPPED] for document in subject.shipped]
     count = max(len(images), len(lines))
     return list(zip(islice(cycle(images), count), islice(cycle(captions), count), strict=True))
 

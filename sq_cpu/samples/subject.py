@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ class Subject:
 
     model: Any
     preprocessor: Preprocessor
+    shipped: Sequence[str]
+    """Documents to read where the user gives none."""
 
     @cached_property
     def arguments(self) -> frozenset[str]:
