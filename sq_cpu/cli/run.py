@@ -27,13 +27,13 @@ from sq_cpu.cli.common import (
     emit,
     load_model,
     model_name,
-    read,
     say,
     shipped_windows,
 )
 from sq_cpu.evaluation.perplexity import perplexity
 from sq_cpu.kernels.runtime import isa
 from sq_cpu.models.tokenizers import lead_with
+from sq_cpu.samples.pairs import read_text
 
 
 def eval_command(
@@ -86,7 +86,7 @@ def eval_command(
         scored = texts.evaluation()
         check_shipped(windows, len(scored), "--text")
     else:
-        scored = read(text)
+        scored = read_text(text)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     if lead:
         lead_with(tokenizer)

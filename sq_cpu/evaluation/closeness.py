@@ -38,13 +38,15 @@ def main_outputs(
 ) -> list[Tensor]:
     """Return a model's main output for each batch, fp32 [rows, features], without padding.
 
-    It is `logits` or `last_hidden_state`, or else the first floats that the model gives.
-    `SqCpuError` where there are none, or its forward fails.
+    Floats of the batches are cast to the model's dtype. The output is `logits` or
+    `last_hidden_state`, or else the first floats that the model gives. `SqCpuError` where there are none, or its forward fails.
     """
     found = []
+    dtype = getattr(model, "dtype", torch.float32)
     with evaluating(model):
         for batch in track(batches, "comparing", progress):
-            output = called(model, ((), dict(batch)), "a held-out batch")
+            given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in batch.items()}
+            output = called(model, ((), given), "a held-out batch")
             found.append(_rows(output, batch))
     return found
 

@@ -72,10 +72,15 @@ class Subject:
     def prepared(self, part: Any, *args: Any, **options: Any) -> dict[str, Tensor]:
         """Return what a part of the preprocessor makes, as far as the forward takes it.
 
-        `SqCpuError` for what it refuses, with its reason.
+        Floats have the model's dtype. `SqCpuError` for what it refuses, with its reason.
         """
         made = self.made(part, *args, return_tensors="pt", **options)
-        return {name: value for name, value in made.items() if name in self.arguments}
+        dtype = self.model.dtype
+        return {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in made.items()
+            if name in self.arguments and isinstance(value, Tensor)
+        }
 
     def made(self, part: Any, *args: Any, **options: Any) -> Mapping[str, Any]:
         """Return all that a part of the preprocessor makes; refuses alike."""

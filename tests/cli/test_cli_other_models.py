@@ -240,6 +240,17 @@ def llama(folder: Path) -> Path:
     return folder / "llama"
 
 
+@pytest.mark.parametrize("name", ["clip", "whisper", "wav2vec2"])
+def test_bf16(name: str, tmp_path: Path) -> None:
+    """Images and sound come as fp32."""
+    folder, out = write_model(name, tmp_path / "float"), tmp_path / "out"
+    given = calib(name, tmp_path)
+    result = json_of("quantize", folder, "-o", out, "--dtype", "bf16", *SMALL, *given)
+    assert result["closeness"]["cosine"] > 0.97
+    beside = ("--source", folder, "--samples", given[1], "--windows", 2)
+    assert json_of("eval", out, *beside)["cosine"] > 0.97
+
+
 def test_tune_then_quantize(tmp_path: Path) -> None:
     folder, plan, out = write_model("vit", tmp_path / "float"), tmp_path / "p.json", tmp_path / "o"
     images = write_images(tmp_path / "images")
