@@ -39,7 +39,8 @@ def main_outputs(
     """Return a model's main output for each batch, fp32 [rows, features], without padding.
 
     Floats of the batches are cast to the model's dtype. The output is `logits` or
-    `last_hidden_state`, or else the first floats that the model gives. `SqCpuError` where there are none, or its forward fails.
+    `last_hidden_state`, or else the first floats that the model gives. `SqCpuError` where there are
+    none, or its forward fails.
     """
     found = []
     dtype = getattr(model, "dtype", torch.float32)

@@ -124,6 +124,23 @@ def test_a_sentence_encoder_is_one_afterwards(tmp_path: Path) -> None:
     ).read_text()
 
 
+def test_a_cross_encoder_is_one_afterwards(tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    folder, out = tmp_path / "float", tmp_path / "out"
+    library.CrossEncoder(str(write_model("cross-encoder", tmp_path / "plain"))).save_pretrained(
+        str(folder)
+    )
+    assert (folder / "modules.json").is_file()  # which is of no pooled encoder
+    run("quantize", folder, "-o", out, "--calib", write_pairs(tmp_path / "pairs.tsv"), *SMALL)
+    pairs = [("one text", "and another"), ("a", "b")]
+    float_, int8 = (
+        library.CrossEncoder(str(path), device="cpu").predict(pairs, convert_to_tensor=True)
+        for path in (folder, out)
+    )
+    assert not torch.equal(float_, int8)
+    assert (float_ - int8).abs().max() < 0.05 * float_.abs().max()
+
+
 def test_modules_elsewhere_are_refused(tmp_path: Path) -> None:
     folder = sentence_encoder(tmp_path / "float")
     add_pooler(folder)
