@@ -116,6 +116,20 @@ def _wav2vec2(folder: Path) -> Path:
     return _saved(folder, transformers.Wav2Vec2ForCTC(config), extractor)
 
 
+def _captioner(folder: Path) -> Path:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    decoder = transformers.BertConfig(
+        num_hidden_layers=2, is_decoder=True, add_cross_attention=True, **sizes, **BYTES
+    )
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.ViTModel(tiny_model("vit").config),
+        decoder=transformers.BertLMHeadModel(decoder),
+    )
+    model.config.decoder_start_token_id = 1
+    return _saved(folder, model, _images_alone(), byte_tokenizer())
+
+
 # By name: what writes the folder, the class, and the files that it is calibrated on.
 MODELS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "bert": (_of_texts("bert"), "BertForMaskedLM", ""),
@@ -129,6 +143,7 @@ MODELS: dict[str, tuple[Callable[[Path], Path], str, str]] = {
         "ViTForImageClassification",
         "images",
     ),
+    "captioner": (_captioner, "VisionEncoderDecoderModel", "images"),
     "clip": (_clip, "CLIPModel", "images"),
     "whisper": (_whisper, "WhisperForConditionalGeneration", "sound"),
     "wav2vec2": (_wav2vec2, "Wav2Vec2ForCTC", "sound"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +14,6 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
-    PreTrainedTokenizerBase,
 )
 
 from sq_cpu.errors import SqCpuError, first_line
@@ -25,12 +24,13 @@ __all__ = ["Preprocessor", "load_preprocessor", "sentence_files"]
 _MODULES = "modules.json"
 # Of sentence-transformers, beside those of transformers.
 _SENTENCE_FILES = (_MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
-# By the model's main input: what else there may be where a folder has no whole processor.
-_PARTS = {
-    "input_ids": ("tokenizer", AutoTokenizer),
-    "pixel_values": ("image processor", AutoImageProcessor),
-    "input_features": ("feature extractor", AutoFeatureExtractor),
-    "input_values": ("feature extractor", AutoFeatureExtractor),
+# By the model's main input: which part it needs, what that is called, and what loads it where the
+# folder has no whole processor.
+_PARTS: dict[str, tuple[str, str, Any]] = {
+    "input_ids": ("tokenizer", "tokenizer", AutoTokenizer),
+    "pixel_values": ("images", "image processor", AutoImageProcessor),
+    "input_features": ("features", "feature extractor", AutoFeatureExtractor),
+    "input_values": ("features", "feature extractor", AutoFeatureExtractor),
 }
 
 
@@ -38,31 +38,34 @@ _PARTS = {
 class Preprocessor:
     """A tokenizer, a feature extractor, an image processor, or a processor that has several."""
 
-    whole: Any
-    """What transformers loaded."""
+    parts: tuple[Any, ...]
+    """What transformers loaded; the first is the whole, where there is one."""
     companions: dict[str, Path] = field(default_factory=dict)
     """Files of sentence-transformers, by their paths in a model's folder."""
 
     @property
     def tokenizer(self) -> Any:
         """The tokenizer, or None."""
-        found = getattr(self.whole, "tokenizer", None)
-        return self.whole if isinstance(self.whole, PreTrainedTokenizerBase) else found
+        return self._part("tokenizer", "all_special_ids")
 
     @property
     def features(self) -> Any:
         """The feature extractor of sound, or None."""
-        found = getattr(self.whole, "feature_extractor", None)
-        return found if found is not None else self._itself("sampling_rate")
+        return self._part("feature_extractor", "sampling_rate")
 
     @property
     def images(self) -> Any:
         """The image processor, or None."""
-        found = getattr(self.whole, "image_processor", None)
-        return found if found is not None else self._itself("image_mean", "do_resize")
+        return self._part("image_processor", "do_resize")
 
-    def _itself(self, *attributes: str) -> Any:
-        return self.whole if any(hasattr(self.whole, name) for name in attributes) else None
+    def _part(self, name: str, attribute: str) -> Any:
+        """Return what a processor has by this name, or what has this attribute itself."""
+        for each in self.parts:
+            if getattr(each, name, None) is not None:
+                return getattr(each, name)
+            if hasattr(each, attribute):
+                return each
+        return None
 
     @property
     def pools(self) -> bool:
@@ -71,7 +74,8 @@ class Preprocessor:
 
     def save_pretrained(self, folder: Path) -> None:
         """Write all files."""
-        self.whole.save_pretrained(folder)
+        for each in self.parts:
+            each.save_pretrained(folder)
         for name, path in self.companions.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
@@ -94,18 +98,22 @@ def load_preprocessor(
     SqCpuError
         Where there is none that gives that input, or no vocabulary.
     """
-    part, auto = _PARTS.get(main_input, ("processor", AutoProcessor))
-    reason = ""
+    part, called, auto = _PARTS.get(main_input, ("", "processor", AutoProcessor))
+    made, reason = Preprocessor((), companions), ""
     for each in dict.fromkeys((AutoProcessor, auto)):
         try:
-            made = Preprocessor(each.from_pretrained(source, trust_remote_code=trust), companions)
+            loaded = each.from_pretrained(source, trust_remote_code=trust)
         except Exception as error:  # files that are missing, damaged or unknown raise all kinds
             reason = first_line(error)
             continue
-        if not _is_empty(made.tokenizer):
+        more = replace(made, parts=(*made.parts, loaded))
+        if _is_empty(more.tokenizer):
+            reason = "the files of its tokenizer are missing; get the whole model"
+            continue
+        made = more
+        if not part or getattr(made, part) is not None:
             return made
-        reason = "the files of its tokenizer are missing; get the whole model"
-    raise SqCpuError(f"cannot load the {part} of {what}: {reason}")
+    raise SqCpuError(f"cannot load the {called} of {what}: {reason or 'it has none'}")
 
 
 def _is_empty(tokenizer: Any) -> bool:

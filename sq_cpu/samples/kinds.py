@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sq_cpu.checkpoint.preprocessors import Preprocessor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.models.tokenizers import encoded, surrounding_ids
 from sq_cpu.samples.decoding import shifted_start, with_own_words
@@ -178,11 +179,12 @@ def _caption_batch(subject: Subject, rows: list[Row], longest: int) -> Inputs:
     images = _read(subject, [path for path, _ in rows])
     captions = [text for _, text in rows]
     options: dict[str, Any] = {"truncation": True, "max_length": longest, "padding": len(rows) > 1}
-    return subject.prepared(subject.preprocessor.whole, text=captions, images=images, **options)
+    return subject.prepared(subject.preprocessor.parts[0], text=captions, images=images, **options)
 
 
 _SOUND = Kind("recordings", _recordings, _sound_batch)
 _IMAGES = Kind("images", _pictures, _image_batch, _BATCH)
+_DESCRIBED = Kind("images", _pictures, _image_batch)  # each of which the decoder ends elsewhere
 _CAPTIONED = Kind("images with texts", _captioned, _caption_batch, _BATCH)
 
 # By the name of the main input.
@@ -200,6 +202,12 @@ _GIVE = {
 }
 
 
+def _is_both(has: Preprocessor) -> bool:
+    """Whether one processor takes images and texts."""
+    first = Preprocessor(has.parts[:1])
+    return first.tokenizer is not None and first.images is not None
+
+
 def kind_of(subject: Subject, paths: Sequence[Path]) -> Kind:
     """Return the kind of samples that a model takes, of these files, or else of what is shipped.
 
@@ -207,8 +215,10 @@ def kind_of(subject: Subject, paths: Sequence[Path]) -> Kind:
     """
     has = subject.preprocessor
     name = getattr(subject.model, "main_input_name", "")
+    if name not in _BY_INPUT:  # "inputs", where a class takes several kinds
+        name = next((each for each in _BY_INPUT if each in subject.arguments), name)
     both = {"input_ids", "pixel_values"} <= subject.arguments
-    kind = _CAPTIONED if both and has.tokenizer and has.images else _BY_INPUT.get(name)
+    kind = _CAPTIONED if both and _is_both(has) else _BY_INPUT.get(name)
     part = {_TEXT: has.tokenizer, _SOUND: has.features, _IMAGES: has.images}
     if kind is None or part.get(kind, has) is None:
         raise SqCpuError(
@@ -226,4 +236,4 @@ def kind_of(subject: Subject, paths: Sequence[Path]) -> Kind:
             f"{subject.name} takes {kind.name}, and none are shipped: give --calib "
             f"{_GIVE[kind.name]}"
         )
-    return kind
+    return _DESCRIBED if kind is _IMAGES and subject.decodes else kind
