@@ -13,6 +13,7 @@ from sq_cpu.checkpoint.sources import is_no_language_model
 from sq_cpu.cli.common import calibration_batches, read_all, say
 from sq_cpu.errors import SqCpuError
 from sq_cpu.evaluation.closeness import Closeness, closeness, main_outputs
+from sq_cpu.files import absolute
 from sq_cpu.models.calls import Batch
 from sq_cpu.samples.batches import sample
 
@@ -62,11 +63,19 @@ class CalibrationData:
 
 
 def calibration_data(
-    model: str, calib: Sequence[Path] | None, windows: int, window: int
+    model: str,
+    calib: Sequence[Path] | None,
+    windows: int,
+    window: int,
+    *,
+    is_streamed: bool = False,
 ) -> CalibrationData:
-    """Read a language model's texts; what others are given is read when the model is loaded."""
+    """Read a language model's texts; what others are given is read when the model is loaded.
+
+    The hub is not asked about a model that is to be streamed, which has to be a folder.
+    """
     paths = calib or []
-    is_other = is_no_language_model(model)
+    is_other = (not is_streamed or absolute(model).exists()) and is_no_language_model(model)
     if is_other:
         for path in paths:
             if not path.exists():

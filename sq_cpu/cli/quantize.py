@@ -287,7 +287,7 @@ def quantize_command(
         Goal.of(goal)
         scored = scored_text(text, text_windows)
     check_not_quantized(model)
-    data = calibration_data(model, calib, windows, window)
+    data = calibration_data(model, calib, windows, window, is_streamed=bool(stream))
     if data.is_other and scheme is _Scheme.auto:
         raise SqCpuError(
             f"--scheme auto holds a goal of perplexity, and {model} is no causal language model: "

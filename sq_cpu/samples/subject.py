@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sq_cpu.checkpoint.preprocessors import Preprocessor
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.models.checks import input_embeddings
 
 __all__ = ["Subject"]
 
@@ -58,13 +59,14 @@ class Subject:
         limits = [window, getattr(self.preprocessor.tokenizer, "model_max_length", None)]
         if isinstance(positions, int) and positions > 0:
             # RoBERTa counts from behind its padding's row.
+            words = input_embeddings(self.model)
             skipped = [
                 module.padding_idx + 1
                 for module in self.model.modules()
                 if isinstance(module, nn.Embedding)
                 and module.num_embeddings == positions
                 and module.padding_idx is not None
-                and module is not self.model.get_input_embeddings()
+                and module is not words
             ]
             limits.append(positions - max(skipped, default=0))
         return int(min(each for each in limits if isinstance(each, int) and each > 0))
