@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from sq_cpu import texts
 from sq_cpu.checkpoint.preprocessors import Preprocessor
 from sq_cpu.errors import SqCpuError
 from sq_cpu.progress import track
-from sq_cpu.samples.kinds import kind_of
+from sq_cpu.samples.kinds import Row, kind_of
 from sq_cpu.samples.subject import Subject
 
 __all__ = ["Samples", "sample"]
@@ -65,28 +65,36 @@ def sample(
         For a file that cannot be read, which is named, a model that takes something else, and an
         optional package that is missing.
     """
-    subject = Subject(model, preprocessor, shipped or (*texts.calibration(), *texts.selection()))
+    subject = Subject(model, preprocessor, shipped or texts.calibration())
     kind = kind_of(subject, paths)
     longest = subject.longest(window) if preprocessor.tokenizer is not None else window
-    rows = kind.rows(subject, paths, longest)
-    if not rows:
-        raise SqCpuError(f"{paths[0]} holds no {kind.name}")
-    together = kind.together
-    if preprocessor.tokenizer is not None and subject.pad is None:
-        together = 1
+    lone = preprocessor.tokenizer is not None and subject.pad is None
+    together = 1 if lone else kind.together
+
+    def parts_of(subject: Subject, count: int) -> list[list[Row]]:
+        rows = kind.rows(subject, paths, longest)
+        if not rows:
+            raise SqCpuError(f"{paths[0]} holds no {kind.name}")
+        chosen = _spread(rows, count * together)
+        return _parts(chosen, min(count, len(chosen)))
+
     held = -(-windows // _HELD_OUT) if hold_out else 0
-    chosen = _spread(rows, (windows + held) * together)
-    parts = _parts(chosen, min(windows + held, len(chosen)))
-    if hold_out and len(parts) < windows + held:
-        held = min(len(parts) - 1, -(-len(parts) // _HELD_OUT))
-    batches = [
+    if paths:
+        parts = parts_of(subject, windows + held)
+        if hold_out and len(parts) < windows + held:
+            held = min(len(parts) - 1, -(-len(parts) // _HELD_OUT))
+        apart = _spread(range(len(parts)), held)
+        last = [parts[k] for k in apart]
+        parts = [part for k, part in enumerate(parts) if k not in apart]
+    else:
+        parts = parts_of(subject, windows)
+        last = parts_of(replace(subject, shipped=texts.selection()), held) if held else []
+    made = [
         kind.batch(subject, part, longest)
-        for part in track(parts, f"reading {kind.name}", progress)
+        for part in track([*parts, *last], f"reading {kind.name}", progress)
     ]
-    last = _spread(range(len(batches)), held)
-    kept = [batch for k, batch in enumerate(batches) if k not in last]
-    count = sum(len(part) for k, part in enumerate(parts) if k not in last)
-    return Samples(kept, [batches[k] for k in last], _shown(count, kind.name, longest))
+    shown = _shown(sum(map(len, parts)), kind.name, longest)
+    return Samples(made[: len(parts)], made[len(parts) :], shown)
 
 
 def _spread(values: Sequence[T], count: int) -> list[T]:

@@ -54,12 +54,9 @@ def _windows(subject: Subject, paths: Sequence[Path], longest: int) -> list[Row]
     """Return the ids of running texts, without special ones, as many as a window has room for."""
     tokenizer = subject.preprocessor.tokenizer
     length = _room(subject, longest)
-    if not paths:
-        # A document a window: long ones need not be tokenized to their ends.
-        return [_ids(tokenizer, document)[:length] for document in subject.shipped]
     found = []
-    for path in paths:
-        ids = _ids(tokenizer, read_text(path))
+    for text in [read_text(path) for path in paths] or subject.shipped:
+        ids = _ids(tokenizer, text)
         found += [ids[k : k + length] for k in range(0, len(ids), length)]
     return found
 
