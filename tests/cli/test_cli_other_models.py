@@ -189,6 +189,25 @@ def test_targets_of_pairs_are_shifted_and_masked(tmp_path: Path) -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
+def test_held_out_samples_are_others(tmp_path: Path) -> None:
+    model, preprocessor = load_any(write_model("vit", tmp_path / "float"))
+    images = write_images(tmp_path / "images", 20)
+    made: Any = sample(model, preprocessor, [images], windows=8, window=24)
+    assert (len(made.calibration), len(made.held_out)) == (8, 1)
+    rows = torch.cat([batch["pixel_values"] for batch in (*made.calibration, *made.held_out)])
+    assert len(rows) == len(torch.unique(rows, dim=0)) == 20
+    made = sample(model, preprocessor, [images / "0.png"], windows=8, window=24)
+    assert (len(made.calibration), len(made.held_out)) == (1, 0)
+    # The shipped text: others of its documents.
+    model, preprocessor = load_any(write_model("bert", tmp_path / "text"))
+    made = sample(model, preprocessor, [], windows=16, window=24)
+    assert (len(made.calibration), len(made.held_out)) == (16, 2)
+    text = "".join(sq_cpu.texts.calibration())
+    decode = preprocessor.tokenizer.decode
+    assert all(decode(batch["input_ids"][0]) in text for batch in made.calibration)
+    assert not any(decode(batch["input_ids"][0]) in text for batch in made.held_out)
+
+
 def test_special_tokens_surround_every_window(tmp_path: Path) -> None:
     from tokenizers import processors
 
