@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from byte_models import byte_tokenizer
@@ -31,8 +32,7 @@ def write_images(folder: Path, count: int = 10) -> Path:
 
 def write_sound(folder: Path, count: int = 6, rate: int = 8000) -> Path:
     """Write chirps, half of them as .wav and half as .flac."""
-    import soundfile
-
+    soundfile = pytest.importorskip("soundfile")
     folder.mkdir()
     times = np.arange(rate) / rate
     for number in range(count):

@@ -230,8 +230,7 @@ def test_special_tokens_surround_every_window(tmp_path: Path) -> None:
 
 
 def test_sound_is_resampled_and_mixed(tmp_path: Path) -> None:
-    import soundfile
-
+    soundfile = pytest.importorskip("soundfile")
     times = np.arange(4000) / 8000
     tone = np.sin(2 * np.pi * 440 * times).astype(np.float32)
     path = tmp_path / "a.wav"
@@ -315,8 +314,7 @@ def test_files_are_asked_for(name: str, say: str, tmp_path: Path) -> None:
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
-    import soundfile
-
+    soundfile = pytest.importorskip("soundfile")
     folder.mkdir()
     made = {name: folder / name for name in ("text.wav", "empty.wav", "nan.wav", "cut.flac")}
     made |= {name: folder / name for name in ("text.png", "cut.png", "huge.png")}
