@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.extras import require
 from sq_cpu.parsing import read_json, typed
 
 __all__ = ["Preprocessor", "load_preprocessor", "sentence_files"]
@@ -96,9 +97,11 @@ def load_preprocessor(
     Raises
     ------
     SqCpuError
-        Where there is none that gives that input, or no vocabulary.
+        Where there is none that gives that input, no vocabulary, or no package for images.
     """
     part, called, auto = _PARTS.get(main_input, ("", "processor", AutoProcessor))
+    if part == "images":
+        require("PIL", "vision")
     made, reason = Preprocessor((), companions), ""
     for each in dict.fromkeys((AutoProcessor, auto)):
         try:
