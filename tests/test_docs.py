@@ -22,6 +22,7 @@ import torch
 from byte_models import byte_model, byte_tokenizer, save_float
 from command_line import TEXT, run
 from recipes import write_recipe
+from sample_files import write_images, write_model, write_pairs, write_sound
 
 import sq_cpu
 
@@ -89,6 +90,19 @@ def make_plan(folder: Path) -> None:
 MAKERS: dict[str, Callable[[Path], object]] = {
     "OUT": make_int8,
     "PLAN.json": make_plan,
+    **{
+        each.upper(): lambda folder, name=name, each=each: write_model(name, folder / each.upper())
+        for each, name in {
+            "encoder": "bert",
+            "reranker": "cross-encoder",
+            "whisper": "whisper",
+            "vit": "vit",
+            "clip": "clip",
+        }.items()
+    },
+    "pairs.tsv": lambda folder: write_pairs(folder / "pairs.tsv"),
+    "recordings": lambda folder: write_sound(folder / "recordings"),
+    "images": lambda folder: write_images(folder / "images"),
     "best_configure.json": lambda folder: write_recipe(
         folder / "best_configure.json", byte_model()
     ),
@@ -165,6 +179,7 @@ def page(
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
+@pytest.mark.filterwarnings("ignore:.*torchvision")
 @pytest.mark.parametrize("page", [path.name for path in PAGES], indirect=True)
 def test_snippets(page: Page, request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ from typing import Any
 import transformers
 from torch import nn
 from torch.nn.modules import module as registration
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from sq_cpu.checkpoint.classes import named_class
 from sq_cpu.checkpoint.config import CONFIG
 from sq_cpu.checkpoint.entries import unsaved_buffers
 from sq_cpu.errors import SqCpuError, first_line
@@ -95,15 +95,11 @@ def check_no_kernels(config: Any, where: object) -> None:
 
 def _model_class(config: Any, folder: Path, trust: bool) -> Any:
     """Return the class that a config names: of transformers or, if trusted, of the folder."""
-    (name, *_) = config.architectures
-    found = getattr(transformers, name, None)
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+    found = named_class(config, folder, trust)
+    if found is not None:
         return found
-    references = getattr(config, "auto_map", None) or {}
-    for reference in references.values() if trust else ():
-        if isinstance(reference, str) and reference.rpartition(".")[2] == name:
-            return get_class_from_dynamic_module(reference, folder, trust_remote_code=True)
-    raise _foreign(name, folder, f"; or, as {UNTRUSTED}" if references and not trust else "")
+    untrusted = getattr(config, "auto_map", None) and not trust
+    raise _foreign(config.architectures[0], folder, f"; or, as {UNTRUSTED}" if untrusted else "")
 
 
 def _foreign(name: str, folder: Path, otherwise: str = "") -> SqCpuError:

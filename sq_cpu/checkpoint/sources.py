@@ -6,31 +6,38 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
+from transformers.utils import cached_file
 
+from sq_cpu.checkpoint.classes import other_class, task_class
 from sq_cpu.checkpoint.config import CONFIG
 from sq_cpu.checkpoint.kinds import is_for_floats, is_int8, quantization_of
 from sq_cpu.checkpoint.load import load, load_floats
+from sq_cpu.checkpoint.preprocessors import Preprocessor, load_preprocessor, sentence_files
 from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.extras import require
 from sq_cpu.models.hf_private import forget_quantization
 from sq_cpu.parsing import read_json
 
-__all__ = ["check_causal", "check_float", "is_checkpoint", "load_source", "load_tokenizer"]
+__all__ = [
+    "check_causal",
+    "check_float",
+    "is_checkpoint",
+    "is_no_language_model",
+    "load_any",
+    "load_source",
+    "load_tokenizer",
+]
 
 # "gpt2", "owner/name": what can be a repository on the hub.
+_UNKNOWN = "transformers has no such class; upgrade it"
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -72,14 +79,56 @@ def load_source(
         does not know, weights that lack a tensor, a hub that cannot be reached, or code that is not
         trusted.
     """
-    path = Path(os.path.expanduser(source))
+    return _said(source, say, lambda: _load_source(source, _path(source), dtype, trust_remote_code))
+
+
+def load_any(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float32,
+    trust_remote_code: bool = False,
+    say: Callable[[str], object] | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a model of any class, quantized or not, and what prepares its inputs.
+
+    The class is the one that config.json names, or what transformers maps the model's type to; of a
+    folder of sentence-transformers that pools, the base model. The rest is as in `load_source`,
+    which loads causal language models.
+
+    Returns
+    -------
+    model : transformers.PreTrainedModel
+        In eval mode, on the CPU.
+    preprocessor : transformers.PreTrainedTokenizerBase or Preprocessor
+        A tokenizer for a causal language model.
+
+    Raises
+    ------
+    SqCpuError
+        As `load_source` does, for a class that transformers does not have, and for files of a
+        tokenizer, feature extractor or image processor that are not there.
+    """
+    if not is_no_language_model(source):
+        return load_source(source, dtype=dtype, trust_remote_code=trust_remote_code, say=say)
+    return _said(source, say, lambda: _load_other(source, dtype, trust_remote_code))
+
+
+def _path(source: str | Path) -> Path:
+    return Path(os.path.expanduser(source))
+
+
+def _said(
+    source: str | Path, say: Callable[[str], object] | None, load: Callable[[], tuple[Any, Any]]
+) -> tuple[Any, Any]:
     if say is None:
-        return _load_source(source, path, dtype, trust_remote_code)
-    floats = ", its weights made floats, its inputs in float" if is_for_floats(path) else ""
+        return load()
+    floats = (
+        ", its weights made floats, its inputs in float" if is_for_floats(_path(source)) else ""
+    )
     say(f"loading {source}{floats}")
     # The GGUF reader's bar cannot be turned off, and the hub client prints its retries.
     with contextlib.redirect_stderr(io.StringIO()):
-        return _load_source(source, path, dtype, trust_remote_code)
+        return load()
 
 
 def _load_source(
@@ -99,9 +148,18 @@ def _load_source(
         if path.suffix.lower() != ".gguf":
             raise SqCpuError(f"{path} is a file, but not a .gguf; give the model's folder instead")
         return _load_gguf(path, dtype or torch.float32)
-    if path.suffix.lower() != ".gguf" and _HUB_NAME.fullmatch(str(source)):
-        return _load(source, dtype or "auto", f"{source} (no such folder) from the hub", trust)
+    if _is_hub_name(source):
+        return _load(source, dtype or "auto", _hub(source), trust)
     raise SqCpuError(f"{source}: no such file or folder; give a model folder or a .gguf file")
+
+
+def _is_hub_name(source: str | Path) -> bool:
+    is_name = _HUB_NAME.fullmatch(str(source)) is not None
+    return is_name and not str(source).lower().endswith(".gguf")
+
+
+def _hub(source: str | Path) -> str:
+    return f"{source} (no such folder) from the hub"
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -128,23 +186,81 @@ def check_float(folder: Path) -> None:
         )
 
 
-def check_causal(folder: Path) -> None:
-    """Raise `SqCpuError` for a folder whose model is an encoder, or has one.
+def is_no_language_model(source: str | Path) -> bool:
+    """Say whether a source's config is of an encoder, or of another model that takes no prompt.
 
-    transformers would make a decoder of a BERT's weights, without a word.
+    `SqCpuError` for a hub that cannot be reached.
     """
-    config = _config(folder)
-    kind = str(config.get("model_type"))
-    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    given = config.get("architectures")
-    own = given[0] if isinstance(given, list) and given else causal or kind
-    if kind not in CONFIG_MAPPING_NAMES or "auto_map" in config or own == causal:
-        return
-    if causal is None or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    path = _path(source)
+    if path.exists() or not _is_hub_name(source):
+        return other_class(_config(path)) is not None
+    what = _hub(source)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = cached_file(source, CONFIG)
+    except Exception as error:
+        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
+    return other_class(read_json(found)) is not None
+
+
+def check_causal(folder: Path) -> None:
+    """Raise `SqCpuError` for a folder whose model is no causal language model."""
+    if (own := other_class(_config(folder))) is not None:
         raise SqCpuError(
-            f"{folder} holds a {own}, no causal language model: in Python, load it with its class, "
-            "and give sq_cpu.calibrate batches of its own inputs"
+            f"{folder} holds a {own}, no causal language model: sq-cpu quantize (without --stream) "
+            "and tune take it, eval beside its float model (--source), and its own class runs it"
         )
+
+
+def _load_other(
+    source: str | Path, dtype: torch.dtype | None, trust: bool
+) -> tuple[nn.Module, Preprocessor]:
+    path = _path(source)
+    is_folder = path.is_dir()
+    place: str | Path = path if is_folder else source
+    what = f"model folder {path}" if is_folder else _hub(source)
+    if is_folder and is_checkpoint(path):
+        model: Any = load(path, dtype=dtype, trust_remote_code=trust)
+        companions = sentence_files(path)
+    elif is_folder and is_for_floats(path):
+        model = load_floats(path, dtype=dtype, trust_remote_code=trust)
+        companions = sentence_files(path)
+    else:
+        if is_folder:
+            check_float(path)
+        companions = _sentence_files(place, what)
+        model = _load_model(place, dtype or "auto", what, trust, base=bool(companions))
+    return model, load_preprocessor(place, model.main_input_name, companions, what, trust)
+
+
+def _sentence_files(place: str | Path, what: str) -> dict[str, Path]:
+    try:
+        return sentence_files(place)
+    except SqCpuError:
+        raise
+    except Exception as error:
+        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
+
+
+def _load_model(
+    place: str | Path, dtype: torch.dtype | str, what: str, trust: bool, *, base: bool
+) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
+        if not trust:
+            check_no_kernels(config, what)
+        found = task_class(config, place, trust, base=base)
+        if found is None:
+            names = config.architectures
+            reason = UNTRUSTED if getattr(config, "auto_map", None) else _UNKNOWN
+            raise SqCpuError(f"cannot load {what}: {names[0] if names else 'its class'}: {reason}")
+        return _whole(
+            found.from_pretrained(place, dtype=dtype, output_loading_info=True), what
+        ).eval()
+    except SqCpuError:
+        raise
+    except Exception as error:  # files that are missing, damaged or unknown raise all kinds
+        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -172,13 +288,20 @@ def _load(
         raise
     except Exception as error:  # files that are missing, damaged or unknown raise all kinds
         raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
+    _whole((model, report), what)
+    return model.eval(), load_tokenizer(source, what, trust, **options)
+
+
+def _whole(loaded: tuple[Any, Mapping[str, Any]], what: str) -> Any:
+    """Return a model all of whose weights were there."""
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         # transformers fills them with random numbers and goes on.
         raise SqCpuError(
             f"cannot load {what}: the weights lack {missing[0]} (and {len(missing) - 1} more); "
             "get the whole model"
         )
-    return model.eval(), load_tokenizer(source, what, trust, **options)
+    return model
 
 
 def load_tokenizer(source: str | Path, what: str, trust: bool = False, **options: Any) -> Any:

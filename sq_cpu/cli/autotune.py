@@ -131,6 +131,7 @@ def autotune_command(
         hold(ctx, report_file)
     killed = hold(ctx, out)
     data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
+    data.check_language_model("autotune")
     _check_storage(where, study, resume, killed)
     scored = scored_text(text, text_windows) if not tasks else ()
     start = time.perf_counter()
@@ -144,7 +145,7 @@ def autotune_command(
         evaluate = text_perplexity(tokenizer, scored, window, text_windows)
     calibration = data.calibration(loaded, tokenizer, batches)
     identity = {
-        "calib": _digest(data.own),
+        "calib": _digest(data.data.texts),
         "windows": [windows, window],
         **({"prefix": list(calibration.prefix)} if calibration.prefix else {}),
         "dtype": dtype.value,

@@ -21,6 +21,7 @@ from sq_cpu.errors import SqCpuError, printable
 from sq_cpu.evaluation.perplexity import TextPerplexity, token_windows
 from sq_cpu.files import absolute, claimed_file
 from sq_cpu.kernels.hadamard import BLOCK
+from sq_cpu.samples.pairs import read_text
 from sq_cpu.smoothing.plan import AUTO
 from sq_cpu.smoothing.plan import Hadamard as HadamardChoice
 
@@ -145,20 +146,9 @@ def model_name(model: str) -> str:
     return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
-def read(path: Path) -> str:
-    """Return the text of a UTF-8 file that is not blank."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise SqCpuError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-    if not text.strip():
-        raise SqCpuError(f"{path} holds no text")
-    return text
-
-
 def read_all(paths: Sequence[Path]) -> list[str]:
     """Return each file's text."""
-    return [read(path) for path in paths]
+    return [read_text(path) for path in paths]
 
 
 def check_shipped(windows: int, documents: int, option: str) -> None:
@@ -201,7 +191,7 @@ def calibration_batches(
 def scored_text(text: Path | None, windows: int) -> str | tuple[str, ...]:
     """Return the text that a search scores: the file's, or what is shipped for it."""
     if text is not None:
-        return read(text)
+        return read_text(text)
     shipped = texts.selection()
     check_shipped(windows, len(shipped), "--text")
     return shipped

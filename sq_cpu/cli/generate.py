@@ -22,7 +22,6 @@ from sq_cpu.cli.common import (
     TrustRemoteCode,
     emit,
     load_model,
-    read,
     say,
     shown,
 )
@@ -30,6 +29,7 @@ from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.fusing import fuse
 from sq_cpu.inference.generation import generate, stop_tokens_of
 from sq_cpu.inference.sampling import Sampling
+from sq_cpu.samples.pairs import read_text
 from sq_cpu.serving.detokenize import TextStream
 
 _STDIN = "-"
@@ -196,7 +196,7 @@ def _prompts(given: list[str], file: Path | None) -> list[str]:
         raise SqCpuError("stdin is read once: give one -")
     texts = [_stdin() if text == _STDIN else text for text in given]
     if file is not None:
-        lines = _stdin() if str(file) == _STDIN else read(file)
+        lines = _stdin() if str(file) == _STDIN else read_text(file)
         texts += [line for line in lines.splitlines() if line.strip()]
     if not texts:
         raise typer.BadParameter("no prompt: give some, or a file of them with --prompts")

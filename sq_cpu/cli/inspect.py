@@ -31,7 +31,6 @@ from sq_cpu.cli.common import (
     hold,
     load_model,
     model_name,
-    read,
     read_all,
     say,
     shipped_windows,
@@ -43,6 +42,7 @@ from sq_cpu.kernels.runtime import isa
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.models.tokenizers import lead_with
 from sq_cpu.quantization.record import QuantizationRecord
+from sq_cpu.samples.pairs import read_text
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
 from sq_cpu.smoothing.rules import DEFAULT_ALPHA
@@ -261,7 +261,7 @@ def _int8(
     """Return an int8 model's record, the facts as JSON types, and the lines below the table."""
     shown: str | Sequence[str] = ""
     if scored is not None and scored.text is not None:
-        shown = read(scored.text)
+        shown = read_text(scored.text)
     elif scored is not None:
         shown = texts.evaluation()
         check_shipped(scored.windows, len(shown), "--text")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from sq_cpu.autotuning.evaluator import Goal
 from sq_cpu.autotuning.picking import PickedScheme, pick_recipe
 from sq_cpu.calibration.calibration import Calibration
 from sq_cpu.checkpoint.card import Measured
 from sq_cpu.cli import show
+from sq_cpu.cli.calibration import CALIB, calibration_data
 from sq_cpu.cli.common import (
     GOAL,
     TEXT_WINDOWS,
@@ -29,16 +31,19 @@ from sq_cpu.cli.common import (
     TextWindows,
     TrustRemoteCode,
     Window,
-    calibration_batches,
     check_not_quantized,
     emit,
     hadamard_choice,
     quiet,
-    read_all,
     say,
     scored_text,
     text_perplexity,
 )
+from sq_cpu.cli.quantize_checks import check_auto, check_recipe, check_smoothing, is_given
+from sq_cpu.cli.tuning import Windows
+from sq_cpu.errors import SqCpuError
+from sq_cpu.evaluation.closeness import Closeness
+from sq_cpu.models.calls import Batch
 from sq_cpu.quantization.recipe import Recipe
 from sq_cpu.scheme import Scheme
 from sq_cpu.smoothing.plan import SmoothPlan, scheme_of
@@ -126,9 +131,9 @@ def quantize_command(
     hadamard: Hadamard = None,
     calib: Annotated[
         list[Path] | None,
-        typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
+        typer.Option(help=CALIB),
     ] = None,
-    windows: Annotated[int, typer.Option(min=1, help="Calibration windows in all.")] = 16,
+    windows: Windows = 16,
     window: Window = 512,
     target_length: Annotated[
         int | None,
@@ -217,31 +222,14 @@ def quantize_command(
     With --scheme auto, schemes are tried on a copy in memory, the fastest first, and one that holds
     the goal is carried out. Where none does, the exit code is 1 and OUT is not written.
     """
-    _check_auto(ctx, scheme, plan, stream)
+    check_auto(ctx, scheme is _Scheme.auto, plan, stream)
     if recipe_file is not None:
-        _check_recipe(ctx)
-        if not _is_given(ctx, "prefix"):
+        check_recipe(ctx)
+        if not is_given(ctx, "prefix"):
             prefix = PrefixName.off  # which the recipe's ranges know nothing of
-    if plan is not None and (alpha is not None or rule is not None or not smooth):
-        raise typer.BadParameter(
-            "--plan says how to smooth; drop it, or --alpha, --rule and --no-smooth"
-        )
-    if hadamard and not smooth:
-        raise typer.BadParameter("--hadamard goes with smoothing; drop it, or --no-smooth")
-    if hadamard is not None and plan is not None:
-        raise typer.BadParameter(
-            "--plan says what is rotated; drop it, or --hadamard and --no-hadamard"
-        )
-    if alpha is not None and not smooth:
-        raise typer.BadParameter("--alpha has no effect with --no-smooth; drop one of them")
-    if rule is not None and not smooth:
-        raise typer.BadParameter("--rule has no effect with --no-smooth; drop one of them")
-    if rule not in (None, _Rule.smoothquant) and alpha is not None:
-        raise typer.BadParameter(
-            f"--alpha has no effect with --rule {rule.value}; drop one of them"
-        )
+    check_smoothing(plan, alpha, rule, hadamard, smooth)
     if target_length is not None:
-        if _is_given(ctx, "window"):
+        if is_given(ctx, "window"):
             raise typer.BadParameter(
                 "--target-length says how long the windows are; drop it, or --window"
             )
@@ -253,7 +241,7 @@ def quantize_command(
         prefix = PrefixName.off
         if hadamard is None and plan is None and smooth:
             hadamard = False
-        if not _is_given(ctx, "dynamic_fallback"):
+        if not is_given(ctx, "dynamic_fallback"):
             dynamic_fallback = False
     overrides: dict[str, Any] = {
         "symmetric": symmetric,
@@ -270,7 +258,7 @@ def quantize_command(
         overrides["ignore"] = tuple(ignore)
     planned = None if plan is None else SmoothPlan.load(plan)
     # A default is not to change the plan's scheme.
-    given = {name: value for name, value in overrides.items() if _is_given(ctx, name)}
+    given = {name: value for name, value in overrides.items() if is_given(ctx, name)}
     if exported:
         given["dynamic_fallback"] = dynamic_fallback
     how: dict[str, Any] = {
@@ -293,12 +281,18 @@ def quantize_command(
     ]
     recipe = recipes[0]
     picked: PickedScheme | None = None
+    close: Closeness | None = None
     scored: str | tuple[str, ...] = ()
     if scheme is _Scheme.auto:
         Goal.of(goal)
         scored = scored_text(text, text_windows)
     check_not_quantized(model)
-    calibration_texts = read_all(calib or [])
+    data = calibration_data(model, calib, windows, window, is_streamed=bool(stream))
+    if data.is_other and scheme is _Scheme.auto:
+        raise SqCpuError(
+            f"--scheme auto holds a goal of perplexity, and {model} is no causal language model: "
+            "give O1, O2 or O3"
+        )
 
     job = Job(
         source=model,
@@ -323,11 +317,12 @@ def quantize_command(
         recipe = Recipe.of(recipe.scheme, qconf.plan(loaded))
         return recipe
 
-    def batches_of(tokenizer: Any) -> list[Tensor]:
+    def batches_of(loaded: nn.Module | None, tokenizer: Any) -> Sequence[Batch]:
         if scored:  # refused here, before the calibration, where it is too short
             text_perplexity(tokenizer, scored, window, text_windows)
-        batches = calibration_batches(tokenizer, calibration_texts, window, windows)
-        say(f"calibrating on {len(batches)} windows of {window} tokens")
+        batches = data.batches(loaded, tokenizer)
+        if data.is_other and loaded is not None:
+            data.remember(loaded)
         return batches
 
     start = time.perf_counter()
@@ -337,7 +332,11 @@ def quantize_command(
     chosen = choose if scheme is _Scheme.auto else None if qconf is None else carry_over
     copies = int(scheme is _Scheme.auto)
 
-    def measured() -> Measured:
+    def measured(int8: nn.Module) -> Measured:
+        nonlocal close
+        close = data.closeness(int8)
+        if close is not None:
+            return show.closeness_rows(close)
         return () if picked is None else show.card_rows(picked, text, text_windows, window)
 
     made = convert(
@@ -356,6 +355,7 @@ def quantize_command(
         "output": str(out),
         "format": format.value,
         "scheme": record.scheme.to_dict(),
+        "closeness": None if close is None else close.to_dict(),
         "picked": None if picked is None else picked.to_dict(),
         "smooth": smooth,
         "plan": None if plan is None else str(plan),
@@ -383,66 +383,10 @@ def quantize_command(
         f"{out}: {result['layers']} linears in int8 ({record.scheme.name}), "
         f"{before} -> {after} MB, in {result['seconds']:.0f} s",
         *([] if picked is None else [_picked_line(picked)]),
+        *([] if close is None else [show.closeness_line(close)]),
         *show.plan_lines(record),
     ]
     emit(result, as_json, "\n".join(lines))
-
-
-# Options of one scheme alone, which auto may not pick.
-_OF_ONE = {
-    "static_range": "--range",
-    "percentile": "--percentile",
-    "outlier_threshold": "--outlier-threshold",
-}
-_OF_AUTO = {"goal": "--goal", "text": "--text", "text_windows": "--text-windows"}
-
-
-# Options of which the recipe of another tool says what they would.
-_OF_NO_RECIPE = {
-    "plan": "--plan",
-    "scheme": "--scheme",
-    "alpha": "--alpha",
-    "rule": "--rule",
-    "smooth": "--no-smooth",
-    "hadamard": "--hadamard",
-    "symmetric": "--symmetric",
-    "static_range": "--range",
-    "percentile": "--percentile",
-    "outlier_threshold": "--outlier-threshold",
-    "ignore": "--ignore",
-    "head": "--head",
-    "stream": "--stream",
-}
-
-
-def _check_recipe(ctx: typer.Context) -> None:
-    """Refuse what does not go with `--recipe`."""
-    for name, option in _OF_NO_RECIPE.items():
-        if _is_given(ctx, name):
-            raise typer.BadParameter(
-                f"{option} does not go with --recipe, which says itself what is done to which "
-                "linear; drop one of them"
-            )
-
-
-def _check_auto(
-    ctx: typer.Context, scheme: _Scheme | None, plan: Path | None, stream: bool | None
-) -> None:
-    """Refuse what does not go with `--scheme auto`, and what goes with nothing else."""
-    is_auto = scheme is _Scheme.auto
-    for name, option in (_OF_ONE if is_auto else _OF_AUTO).items():
-        if _is_given(ctx, name):
-            raise typer.BadParameter(
-                f"{option} is for one scheme alone; drop it, or name the scheme in place of auto"
-                if is_auto
-                else f"{option} goes with --scheme auto; drop it, or give both"
-            )
-    if is_auto and plan is not None:
-        raise typer.BadParameter("--plan says how to quantize; drop it, or --scheme auto")
-    if is_auto and stream:
-        raise typer.BadParameter(
-            "--scheme auto tries schemes on a copy in memory; drop it, or --stream"
-        )
 
 
 def _picked_line(picked: PickedScheme) -> str:
@@ -452,8 +396,3 @@ def _picked_line(picked: PickedScheme) -> str:
         f"{picked.metric:.5g} is {picked.loss_percent:+.2f} %{error} over float; linears: "
         f"{picked.milliseconds:.2f} ms against {picked.float_milliseconds:.2f} in float"
     )
-
-
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"

@@ -14,6 +14,7 @@ from sq_cpu_machine import Topology, choose
 from sq_cpu import texts
 from sq_cpu.checkpoint.folder import staged
 from sq_cpu.cli import demo, show
+from sq_cpu.cli.closeness import emit_closeness
 from sq_cpu.cli.common import (
     Dtype,
     Json,
@@ -26,13 +27,13 @@ from sq_cpu.cli.common import (
     emit,
     load_model,
     model_name,
-    read,
     say,
     shipped_windows,
 )
 from sq_cpu.evaluation.perplexity import perplexity
 from sq_cpu.kernels.runtime import isa
 from sq_cpu.models.tokenizers import lead_with
+from sq_cpu.samples.pairs import read_text
 
 
 def eval_command(
@@ -49,17 +50,43 @@ def eval_command(
             help="Begin windows with BOS, as a checkpoint of --prefix bos does by itself.",
         ),
     ] = False,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FLOAT",
+            help="The float model that MODEL was made from, where it is no causal language model: "
+            "how far its outputs are from that one's.",
+        ),
+    ] = None,
+    samples: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --source: texts, pairs, sound or images, as --calib of quantize takes them, "
+            "but others. [default: the shipped text]"
+        ),
+    ] = None,
     dtype: StoredDtype = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Print the perplexity of MODEL, quantized or not."""
+    """Print the perplexity of MODEL, quantized or not, or how far it is from its float model."""
+    if source is not None:
+        if text is not None or lead:
+            raise typer.BadParameter(
+                "--source compares outputs; drop it, or --text and --lead-with-bos"
+            )
+        emit_closeness(
+            model, source, samples or [], windows, window, dtype, trust_remote_code, as_json
+        )
+        return
+    if samples:
+        raise typer.BadParameter("--samples goes with --source; drop it, or give both")
     scored: str | Sequence[str]
     if text is None:
         scored = texts.evaluation()
         check_shipped(windows, len(scored), "--text")
     else:
-        scored = read(text)
+        scored = read_text(text)
     loaded, tokenizer = load_model(model, dtype, trust_remote_code=trust_remote_code)
     if lead:
         lead_with(tokenizer)

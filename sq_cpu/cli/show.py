@@ -18,6 +18,7 @@ from sq_cpu.analysis.saturation import Saturation
 from sq_cpu.autotuning.picking import PickedScheme
 from sq_cpu.cli import demo
 from sq_cpu.errors import printable
+from sq_cpu.evaluation.closeness import Closeness
 from sq_cpu.kernels.runtime import isa
 from sq_cpu.nn.linear import QuantLinear
 from sq_cpu.quantization.record import QuantizationRecord
@@ -27,6 +28,8 @@ from sq_cpu.smoothing.rules import DEFAULT_ALPHA
 __all__ = [
     "analysis_lines",
     "card_rows",
+    "closeness_line",
+    "closeness_rows",
     "layer_facts",
     "megabytes",
     "plan_lines",
@@ -309,3 +312,19 @@ def print_report(model: str, report: demo.Report, seconds: float) -> None:
         f"  model = sq_cpu.load({report.saved!r})",
     ]
     typer.echo("\n".join(lines))
+
+
+def closeness_rows(close: Closeness) -> list[dict[str, str]]:
+    """Return what the model card says of outputs beside those in float."""
+    return [
+        {"held-out outputs beside float": "relative error", "": f"{close.relative_error:.4f}"},
+        {"held-out outputs beside float": "cosine", "": f"{close.cosine:.5f}"},
+    ]
+
+
+def closeness_line(close: Closeness) -> str:
+    """Return a line on outputs beside those in float."""
+    return (
+        f"held-out outputs beside float: relative error {close.relative_error:.4f}, cosine "
+        f"{close.cosine:.5f}, over {close.rows} rows"
+    )

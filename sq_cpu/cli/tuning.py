@@ -8,28 +8,38 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from sq_cpu.calibration.calibrate import TUNING_ROWS, calibrate
 from sq_cpu.calibration.calibration import Calibration
+from sq_cpu.checkpoint.sources import load_any
+from sq_cpu.cli.calibration import CALIB, CalibrationData, calibration_data
 from sq_cpu.cli.common import (
+    TORCH_DTYPES,
     Dtype,
     PrefixName,
-    calibration_batches,
     check_not_quantized,
-    load_model,
-    read_all,
+    quiet,
     say,
 )
+from sq_cpu.errors import SqCpuError
+from sq_cpu.models.calls import Batch
 from sq_cpu.models.tokenizers import lead_with
 from sq_cpu.streaming.convert import find_prefix
 
 Out = Annotated[Path, typer.Option("-o", "--out", metavar="PLAN.json", help="File to write.")]
 Calib = Annotated[
     list[Path] | None,
-    typer.Option(help="Calibration text, repeatable. [default: the shipped text]"),
+    typer.Option(help=CALIB),
 ]
-Windows = Annotated[int, typer.Option(min=1, help="Calibration windows in all.")]
+Windows = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Calibration windows in all; of other samples, batches: a recording, or up to 8 "
+        "pairs or images each.",
+    ),
+]
 Ignore = Annotated[
     list[str] | None,
     typer.Option(
@@ -42,32 +52,41 @@ DtypeOption = Annotated[Dtype, typer.Option(help="What is not int8 is kept in th
 
 @dataclass(frozen=True, kw_only=True)
 class TuningInput:
-    """The model, and the text that it is calibrated on."""
+    """The model, and what it is calibrated on."""
 
     model: str
-    own: Sequence[str]
-    """The user's texts; empty: the shipped text."""
-    windows: int
-    window: int
+    data: CalibrationData
     dtype: Dtype
     ignore: tuple[str, ...]
     trust_remote_code: bool
     prefix: PrefixName
 
-    def load(self) -> tuple[nn.Module, Any, list[Tensor]]:
-        """Return the model, its tokenizer and the windows to calibrate on."""
-        loaded, tokenizer = load_model(
-            self.model, self.dtype, trust_remote_code=self.trust_remote_code
-        )
-        if self.prefix is PrefixName.bos:
-            lead_with(tokenizer)
-        batches = calibration_batches(tokenizer, self.own, self.window, self.windows)
-        return loaded, tokenizer, batches
+    def check_language_model(self, what: str) -> None:
+        """Refuse another model, for which no perplexity and no task is scored."""
+        if self.data.is_other:
+            raise SqCpuError(
+                f"{what} holds a goal of perplexity or tasks, and {self.model} is no causal "
+                "language model: use sq-cpu tune without --goal"
+            )
 
-    def calibration(self, loaded: nn.Module, tokenizer: Any, batches: list[Tensor]) -> Calibration:
+    def load(self) -> tuple[nn.Module, Any, Sequence[Batch]]:
+        """Return the model, what prepares its inputs, and the batches to calibrate on."""
+        quiet()
+        loaded, preprocessor = load_any(
+            self.model,
+            dtype=TORCH_DTYPES[self.dtype],
+            trust_remote_code=self.trust_remote_code,
+            say=say,
+        )
+        if self.prefix is PrefixName.bos and not self.data.is_other:
+            lead_with(preprocessor)
+        return loaded, preprocessor, self.data.batches(loaded, preprocessor)
+
+    def calibration(
+        self, loaded: nn.Module, preprocessor: Any, batches: Sequence[Batch]
+    ) -> Calibration:
         """Calibrate the model, as `tune` and `autotune` need it."""
-        say(f"calibrating on {len(batches)} windows of {self.window} tokens")
-        prefix = find_prefix(loaded, tokenizer, self.prefix.value, say)
+        prefix = find_prefix(loaded, preprocessor, self.prefix.value, say)
         return calibrate(
             loaded, batches, ignore=self.ignore, gradient_rows=TUNING_ROWS, prefix=prefix
         )
@@ -83,13 +102,11 @@ def tuning_input(
     trust_remote_code: bool,
     prefix: PrefixName,
 ) -> TuningInput:
-    """Read the user's texts, and refuse a model that is quantized already."""
+    """Read a language model's texts, and refuse a model that is quantized already."""
     check_not_quantized(model)
     return TuningInput(
         model=model,
-        own=read_all(calib or []),
-        windows=windows,
-        window=window,
+        data=calibration_data(model, calib, windows, window),
         dtype=dtype,
         ignore=tuple(ignore or ("lm_head",)),
         trust_remote_code=trust_remote_code,

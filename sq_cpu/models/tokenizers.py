@@ -8,7 +8,7 @@ from typing import Any
 from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.parsing import check_kind
 
-__all__ = ["encoded", "lead_with", "leading_ids"]
+__all__ = ["encoded", "lead_with", "leading_ids", "surrounding_ids"]
 
 _NAME = "prefix"
 
@@ -81,3 +81,12 @@ def encoded(tokenizer: Any, text: str, **options: bool) -> list[int]:
             f"the tokenizer fails on a text ({type(error).__name__}: {first_line(error)}); give "
             "one of transformers, and texts"
         ) from error
+
+
+def surrounding_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special ids that a tokenizer puts in front of a text and behind it."""
+    whole = encoded(tokenizer, "a")
+    text = encoded(tokenizer, "a", add_special_tokens=False)
+    places = range(len(whole) - len(text) + 1)
+    k = next((k for k in places if whole[k : k + len(text)] == text), None)
+    return ([], []) if k is None else (whole[:k], whole[k + len(text) :])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sq_cpu.calibration.calibrate import calibrate
 from sq_cpu.calibration.calibration import Calibration
@@ -17,11 +17,13 @@ from sq_cpu.checkpoint.card import Measured
 from sq_cpu.checkpoint.config import QUANT_METHOD
 from sq_cpu.checkpoint.folder import Staging, staged
 from sq_cpu.checkpoint.kinds import is_for_floats
+from sq_cpu.checkpoint.preprocessors import Preprocessor
 from sq_cpu.checkpoint.save import check_format, save_staged
-from sq_cpu.checkpoint.sources import load_source, load_tokenizer
+from sq_cpu.checkpoint.sources import check_causal, load_any, load_tokenizer
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import make_prefix
 from sq_cpu.kernels.runtime import available_memory
+from sq_cpu.models.calls import Batch
 from sq_cpu.models.linears import linearized, quantizable_linears
 from sq_cpu.models.tokenizers import lead_with, leading_ids
 from sq_cpu.nn.decomposed import DecomposedLinear
@@ -33,7 +35,7 @@ from sq_cpu.streaming import streaming
 from sq_cpu.streaming.streaming import QuantizedCheckpoint
 from sq_cpu.streaming.tensors import has_safetensors
 
-__all__ = ["Choose", "Job", "PrefixChoice", "convert", "find_prefix", "linear_bytes"]
+__all__ = ["BatchesOf", "Choose", "Job", "PrefixChoice", "convert", "find_prefix", "linear_bytes"]
 
 # What quantizing a model in memory needs, over its size in float.
 _SLACK = 1.3
@@ -41,6 +43,7 @@ _SLACK = 1.3
 Say = Callable[[str], object]
 Choose = Callable[[nn.Module, Any, Calibration], Recipe]
 """Chooses the recipe for a model, its tokenizer and its calibration; the model stays as it is."""
+BatchesOf = Callable[[nn.Module | None, Any], Sequence[Batch]]
 PrefixChoice = Literal["auto", "bos", "off"]
 """What texts begin with whose keys and values stay in float: what the tokenizer puts in front, its
 BOS, which it then always does, or nothing."""
@@ -72,12 +75,12 @@ class Job:
 
 def convert(
     job: Job,
-    batches_of: Callable[[Any], list[Tensor]],
+    batches_of: BatchesOf,
     *,
     stream: bool | None = None,
     choose: Choose | None = None,
     copies: int = 1,
-    measured: Callable[[], Measured] = tuple,
+    measured: Callable[[nn.Module], Measured] = lambda _: (),
     say: Say = lambda _: None,
 ) -> QuantizedCheckpoint:
     """Calibrate, smooth, quantize and save.
@@ -88,7 +91,8 @@ def convert(
     Parameters
     ----------
     batches_of : callable
-        Makes the calibration batches, of the tokenizer.
+        Makes the calibration batches, of the float model (None where it is streamed) and its
+        tokenizer, or the `Preprocessor` of a model that is no causal language model.
     stream : bool, optional
         One decoder block at a time, see `quantize_checkpoint`. None: to go on with interrupted
         work, or where the float model does not fit in the memory that is available.
@@ -98,7 +102,7 @@ def convert(
     copies : int
         Copies of the model that `choose` holds at once.
     measured : callable
-        Gives what the model card is to say of the chosen recipe, after that.
+        Gives what the model card is to say of the int8 model.
     say : callable
         Told, in a line, what is going on.
 
@@ -115,6 +119,8 @@ def convert(
     if stream is None:
         # Blocks are streamed by what is known of transformers' own classes.
         stream = not job.trust_remote_code and _is_unfinished_or_too_large(job, say)
+    if stream:
+        check_causal(Path(os.path.expanduser(job.source)))
     if stream and job.trust_remote_code:
         raise SqCpuError(
             "a model of its own code cannot be streamed: leave out --stream or --trust-remote-code"
@@ -149,12 +155,12 @@ def linear_bytes(model: nn.Module, ignore: tuple[str, ...], but: str | None = No
 def _whole(
     job: Job,
     staging: Staging,
-    batches_of: Callable[[Any], list[Tensor]],
+    batches_of: BatchesOf,
     choose: Choose | None,
-    measured: Callable[[], Measured],
+    measured: Callable[[nn.Module], Measured],
     say: Say,
 ) -> QuantizedCheckpoint:
-    model, tokenizer = load_source(
+    model, tokenizer = load_any(
         job.source, dtype=job.dtype, trust_remote_code=job.trust_remote_code, say=say
     )
     recipe = job.recipe
@@ -164,16 +170,15 @@ def _whole(
     name = None if head is None or head.in_float else head.name
     float_bytes = linear_bytes(model, ignore, but=name)
     prefix = find_prefix(model, tokenizer, job.prefix, say)
-    calibration = calibrate(
-        model, batches_of(tokenizer), ignore=ignore, prefix=prefix, lengths=job.lengths
-    )
+    batches = batches_of(model, tokenizer)
+    calibration = calibrate(model, batches, ignore=ignore, prefix=prefix, lengths=job.lengths)
     if choose is not None:
         recipe = choose(model, tokenizer, calibration)
         check_format(job.format, recipe)
     say(f"quantizing with {recipe.scheme.name}")
     carry_out(model, calibration, recipe)
     say(f"saving {job.out}")
-    save_staged(staging, model, tokenizer, measured=measured(), format=job.format)
+    save_staged(staging, model, tokenizer, measured=measured(model), format=job.format)
     made: Any = model
     return QuantizedCheckpoint(
         path=staging.path,
@@ -190,6 +195,13 @@ def find_prefix(model: nn.Module, tokenizer: Any, choice: PrefixChoice, say: Say
 
     Raises `SqCpuError` where BOS is asked for, and cannot be.
     """
+    if isinstance(tokenizer, Preprocessor):
+        if choice == "bos":
+            raise SqCpuError(
+                f"a prefix is for causal language models, and this is a {type(model).__name__}: "
+                "leave it out"
+            )
+        return []
     ids = _leading(tokenizer, choice, say)
     if not ids:
         return []
@@ -214,14 +226,12 @@ def _leading(tokenizer: Any, choice: PrefixChoice, say: Say) -> list[int]:
     return ids
 
 
-def _stream(
-    job: Job, staging: Staging, batches_of: Callable[[Any], list[Tensor]], say: Say
-) -> QuantizedCheckpoint:
+def _stream(job: Job, staging: Staging, batches_of: BatchesOf, say: Say) -> QuantizedCheckpoint:
     folder = Path(os.path.expanduser(job.source))
     streaming.float_bytes(folder, None)  # refuses what is not a folder of safetensors files
     tokenizer = load_tokenizer(folder, f"model folder {folder}")
     prefix = _leading(tokenizer, job.prefix, say)
-    batches = batches_of(tokenizer)
+    batches = batches_of(None, tokenizer)
     say(f"quantizing with {job.recipe.scheme.name}, one block at a time")
     try:
         return streaming.stream_checkpoint(

@@ -66,7 +66,7 @@ def test_overwrite(folder: Path, quantized: Path) -> None:
 def test_output_is_checked_before_the_model_is_loaded(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("sq_cpu.streaming.convert.load_source", "sq_cpu.cli.run.load_model"):
+    for name in ("sq_cpu.streaming.convert.load_any", "sq_cpu.cli.run.load_model"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("loaded before the check"))
     notes = tmp_path / "notes"
     notes.mkdir()

@@ -88,7 +88,7 @@ def test_the_model_is_loaded_and_calibrated_once(
     auto: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name in ("load_source", "calibrate"):
+    for name in ("load_any", "calibrate"):
         function = getattr(convert, name)
 
         def counted(*given: Any, name: str = name, function: Any = function, **more: Any) -> Any:
@@ -97,7 +97,7 @@ def test_the_model_is_loaded_and_calibrated_once(
 
         monkeypatch.setattr(convert, name, counted)
     assert len(json_of(*auto, "--no-dynamic-fallback")["picked"]["tried"]) == 2
-    assert calls == ["load_source", "calibrate"]
+    assert calls == ["load_any", "calibrate"]
 
 
 @pytest.mark.parametrize("before", [False, True])

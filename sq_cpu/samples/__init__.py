@@ -1,0 +1,1 @@
+"""Files of text, sound and images as what a model takes, whatever its kind."""
