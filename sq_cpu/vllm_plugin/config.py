@@ -75,8 +75,7 @@ class SqCpuVllmConfig(QuantizationConfig):  # type: ignore[misc]
                 names = [prefix]
             kind = self.linears.of(names)
             return UnquantizedLinearMethod() if kind is None else SqCpuLinearMethod(kind, prefix)
-        if prefix in self.linears.kinds or (inner := self.linears.below(prefix)) is None:
-            inner = prefix if prefix in self.linears.kinds else None
+        inner = prefix if prefix in self.linears.kinds else self.linears.below(prefix)
         if inner is not None:
             raise SqCpuError(
                 f"vLLM computes {inner} by {type(layer).__name__}, which sq_cpu does not; "

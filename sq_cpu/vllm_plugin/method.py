@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,9 +39,7 @@ class _Smoothing(PerTensorScaleParameter):  # type: ignore[misc]
         here = self.data.shape[-1]
         self.data.copy_(loaded_weight.narrow(0, self.tp_rank * here, here))
 
-    def _load_into_shard_id(
-        self, loaded_weight: Tensor, shard_id: str | int, **_: Any
-    ) -> None:
+    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **_: Any) -> None:
         rows = self.data.view(-1, self.data.shape[-1])
         rows[self._shard_id_as_int(shard_id)].copy_(loaded_weight)
 
@@ -99,7 +97,9 @@ class SqCpuLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if kind.hadamard:
             layer.register_parameter("hadamard", per_linear(torch.int32))
         if kind.smoothed:
-            shape = (input_size_per_partition,) if linears == 1 else (linears, input_size_per_partition)
+            shape = (
+                (input_size_per_partition,) if linears == 1 else (linears, input_size_per_partition)
+            )
             layer.register_parameter(
                 "smoothing",
                 _Smoothing(

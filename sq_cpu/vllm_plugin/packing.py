@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from vllm.logger import init_logger
 
 from sq_cpu.kernels import ops, torch_ops
+from sq_cpu.kernels.runtime import isa
 from sq_cpu.kernels.torch_ops import LinearSettings
 from sq_cpu.nn.packed_weight import PackedWeight
 
-__all__ = ["apply_packed", "pack_into"]
+__all__ = ["apply_packed", "drop", "pack_into"]
+
+_log = init_logger("vllm.sq_cpu")
 
 _PACKED = "sq_cpu_packed"
 _INVERSE = "sq_cpu_inverse_smoothing"
@@ -46,12 +49,16 @@ def pack_into(
     layer.sq_cpu_settings = settings
     layer.sq_cpu_rows = len(weight)
     layer.sq_cpu_has_bias = bias is not None
+    _log.info_once("int8 linears are computed by sq_cpu, with %s", isa()["in_use"])
 
 
 def apply_packed(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """Return y [..., N] of x [..., K], with the bias that vLLM hands to its kernels."""
     y = torch_ops.linear(
-        x, layer.sq_cpu_packed, layer.sq_cpu_rows, layer.sq_cpu_inverse_smoothing,
+        x,
+        layer.sq_cpu_packed,
+        layer.sq_cpu_rows,
+        layer.sq_cpu_inverse_smoothing,
         layer.sq_cpu_settings,
     )
     return y if bias is None or layer.sq_cpu_has_bias else y + bias
@@ -61,7 +68,7 @@ def _adds_bias(layer: nn.Module) -> bool:
     """Say whether vLLM hands the bias to the kernel: of a layer whose input is split, one rank."""
     if getattr(layer, "bias", None) is None or getattr(layer, "skip_bias_add", False):
         return False
-    return not hasattr(layer, "input_is_parallel") or layer.tp_rank == 0
+    return not hasattr(layer, "input_is_parallel") or bool(layer.tp_rank == 0)
 
 
 def drop(layer: nn.Module, *names: str) -> None:

@@ -49,7 +49,9 @@ def _register() -> None:
     if QUANT_METHOD in QUANTIZATION_METHODS:
         return
     if not current_platform.is_cpu():
-        _log.info("sq_cpu serves on the CPU, and vLLM runs on %s here", current_platform.device_name)
+        _log.info(
+            "sq_cpu serves on the CPU, and vLLM runs on %s here", current_platform.device_name
+        )
         return
     from sq_cpu.vllm_plugin.config import SqCpuVllmConfig
     from sq_cpu.vllm_plugin.kernel import SqCpuInt8LinearKernel

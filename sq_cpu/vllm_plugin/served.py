@@ -62,8 +62,8 @@ class Linears:
         for name, kind in zip(names, kinds, strict=True):
             if _input_of(kind) != _input_of(kinds[0]):
                 raise SqCpuError(
-                    f"vLLM computes {_listed(names)} as one linear, and {name} is not quantized as "
-                    f"{names[0]} is; quantize with a plan that treats them alike"
+                    f"vLLM computes {', '.join(names)} as one linear, and {name} is not quantized "
+                    f"as {names[0]} is; quantize with a plan that treats them alike"
                 )
         return kinds[0]
 
@@ -107,8 +107,8 @@ def check_model_type(model_type: object) -> None:
     """Raise `SqCpuError` for a model whose linears vLLM would transpose."""
     if model_type in _TRANSPOSED:
         raise SqCpuError(
-            f"vLLM transposes the weights of {model_type}, which sq_cpu stores as those of linears; "
-            "serve this model with sq-cpu serve"
+            f"vLLM transposes the weights of {model_type}, which sq_cpu stores as those of "
+            "linears; serve this model with sq-cpu serve"
         )
 
 
@@ -168,7 +168,3 @@ def _input_of(kind: LayerKind | None) -> object:
     if kind is None:
         return None
     return kind.settings((1.0, 0) if kind.is_static else None), kind.smoothed
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
