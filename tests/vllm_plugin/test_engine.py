@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,45 +26,43 @@ TEXTS = (
 )
 
 
-def log_probabilities(model: Any, ids: list[int], split: int) -> torch.Tensor:
-    """Return those of the last token's successor, by one call or by two with a cache."""
+def log_probabilities(model: Any, ids: list[int], cuts: list[int]) -> torch.Tensor:
+    """Return those of what follows `ids`, computed in pieces that end at `cuts`, with a cache."""
+    past = None
     with torch.no_grad():
-        if split == 0:
-            logits = model(torch.tensor([ids])).logits
-        else:
-            first = model(torch.tensor([ids[:split]]), use_cache=True)
-            logits = model(
-                torch.tensor([ids[split:]]), past_key_values=first.past_key_values
-            ).logits
-    return logits[0, -1].float().log_softmax(-1)
+        for begin, end in itertools.pairwise([0, *cuts, len(ids)]):
+            made = model(torch.tensor([ids[begin:end]]), past_key_values=past, use_cache=True)
+            past = made.past_key_values
+    return made.logits[0, -1].float().log_softmax(-1)
 
 
-def check_same(model: Any, prompt: list[int], theirs: list[int], mine: list[int]) -> bool:
-    """Say whether texts are equal; where they part, both tokens must be as likely as one another.
+def check_same(model: Any, prompt: list[int], theirs: list[int], mine: list[int]) -> int:
+    """Return how many tokens are the same; where texts part, sq_cpu itself must be of two minds.
 
-    That is: no further apart than what sq_cpu itself gives them when it computes the same tokens
-    in one call and in two. Float sums of another order move values across a step of the int8 grid,
-    and what follows by more than their own rounding.
+    Float sums of another order move values across a step of the int8 grid, and what follows by more
+    than that. How much is measured: sq_cpu computes the same tokens in one piece, in two, and one
+    by one. The two tokens may be no further apart than these ways are.
     """
     if theirs == mine:
-        return True
+        return len(mine)
     at = next(i for i, (a, b) in enumerate(zip(theirs, mine, strict=True)) if a != b)
     ids = prompt + mine[:at]
-    ways = [log_probabilities(model, ids, split) for split in (0, len(prompt) // 2, len(ids) - 1)]
-    pair = torch.stack(ways)[:, [mine[at], theirs[at]]]
-    noise = float((pair.amax(0) - pair.amin(0)).max())
-    gap = float((pair[:, 0] - pair[:, 1]).abs().min())
-    assert gap <= max(noise, 1e-3), (at, gap, noise, pair)
-    return False
+    ways = [[], *([cut] for cut in range(1, len(ids), 1 + len(ids) // 6))]
+    ways.append([*range(len(prompt), len(ids))])
+    found = torch.stack([log_probabilities(model, ids, cuts) for cuts in ways])
+    apart = found[:, mine[at]] - found[:, theirs[at]]
+    noise = float(apart.max() - apart.min())
+    assert float(apart.abs().min()) <= max(noise, 1e-3), (at, apart)
+    return at
 
 
 def check_texts(folder: Path, answer: Answer) -> None:
-    """Hold vLLM's texts against ours; half of them at least are equal to the end."""
+    """Hold vLLM's texts against ours, which agree in most tokens."""
     model = sq_cpu.load(folder)
     mine = [our_text(model, prompt, answer.tokens) for prompt in answer.prompts]
     for theirs in (answer.alone, answer.together):
         same = [check_same(model, *each) for each in zip(answer.prompts, theirs, mine, strict=True)]
-        assert 2 * sum(same) >= len(mine), (theirs, mine)
+        assert 2 * sum(same) > answer.tokens * len(mine), (theirs, mine)
 
 
 @pytest.mark.parametrize("way", WAYS)
