@@ -97,7 +97,12 @@ def rooms() -> list[ModuleType]:
 def test_no_name_hides_a_module() -> None:
     for room in rooms():
         for info in pkgutil.iter_modules(room.__path__):
-            module = importlib.import_module(f"{room.__name__}.{info.name}")
+            try:
+                module = importlib.import_module(f"{room.__name__}.{info.name}")
+            except ModuleNotFoundError as error:  # scripts/vllm has an environment of its own
+                if (error.name or "").partition(".")[0] != "vllm":
+                    raise
+                continue
             assert getattr(room, info.name) is module
 
 
