@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 
 from sq_cpu.kernels import ops, torch_ops
@@ -16,6 +18,7 @@ __all__ = ["apply_packed", "drop", "pack_into"]
 
 _log = init_logger("vllm.sq_cpu")
 
+_NOTED = "sq_cpu_settings"
 _PACKED = "sq_cpu_packed"
 _INVERSE = "sq_cpu_inverse_smoothing"
 
@@ -47,6 +50,7 @@ def pack_into(
     inverse = None if smoothing is None else ops.reciprocals(smoothing.float().contiguous())
     layer.register_buffer(_INVERSE, inverse, persistent=False)
     layer.sq_cpu_settings = settings
+    _note(settings)
     layer.sq_cpu_rows = len(weight)
     layer.sq_cpu_has_bias = bias is not None
     _log.info_once("int8 linears are computed by sq_cpu, with %s", isa()["in_use"])
@@ -62,6 +66,18 @@ def apply_packed(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         layer.sq_cpu_settings,
     )
     return y if bias is None or layer.sq_cpu_has_bias else y + bias
+
+
+def _note(settings: LinearSettings) -> None:
+    """Tell vLLM's cache of compiled models the numbers that a compiled graph holds.
+
+    It knows a model by its path and config, in which static scales need not be.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None or not isinstance(config.additional_config, dict):
+        return
+    known = f"{config.additional_config.get(_NOTED, '')} {settings}"
+    config.additional_config[_NOTED] = hashlib.sha256(known.encode()).hexdigest()
 
 
 def _adds_bias(layer: nn.Module) -> bool:
