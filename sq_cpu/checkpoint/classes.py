@@ -98,11 +98,13 @@ def task_class(config: Any, source: str | Path, trust: bool, *, base: bool = Fal
     """Return the class of a model that is no causal language model, as `named_class` does.
 
     Where its config names none, and for its `base` (what a sentence encoder calls), it is what
-    transformers maps the type to; a base without such is the class that is named.
+    transformers maps the type to, unless a base is named itself, as T5EncoderModel.
     """
-    tasks = (transformers.MODEL_MAPPING,) if base else () if config.architectures else _TASKS
+    named = str((config.architectures or [""])[0])
+    to_base = base and not named.endswith("Model")
+    tasks = (transformers.MODEL_MAPPING,) if to_base else () if named else _TASKS
     for task in tasks:
         found = task.get(type(config), None)
         if found is not None:
             return found[0] if isinstance(found, tuple | list) else found
-    return named_class(config, source, trust) if config.architectures else None
+    return named_class(config, source, trust) if named else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,14 +15,20 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+from transformers.utils import cached_file
 
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.checkpoint.skeleton import reason_of
+from sq_cpu.errors import SqCpuError
 from sq_cpu.extras import require
 from sq_cpu.parsing import read_json, typed
 
 __all__ = ["Preprocessor", "load_preprocessor", "sentence_files"]
 
-_MODULES = "modules.json"
+_MODULES, _PROCESSOR = "modules.json", "processor_config.json"
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json"),
+    *("spiece.model", "sentencepiece.bpe.model"),
+)
 # Of sentence-transformers, beside those of transformers.
 _SENTENCE_FILES = (_MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
 # By the model's main input: which part it needs, what that is called, and what loads it where the
@@ -102,21 +108,48 @@ def load_preprocessor(
     part, called, auto = _PARTS.get(main_input, ("", "processor", AutoProcessor))
     if part == "images":
         require("PIL", "vision")
-    made, reason = Preprocessor((), companions), ""
-    for each in dict.fromkeys((AutoProcessor, auto)):
+    parts = _whole(source, what, trust)
+    found, lacking = Preprocessor(parts), {}
+    if found.tokenizer is None and _has(source, *_TOKENIZERS):
+        lacking["tokenizer"] = AutoTokenizer
+    if part and getattr(found, part) is None:
+        lacking[called] = auto
+    for name, each in lacking.items():
         try:
-            loaded = each.from_pretrained(source, trust_remote_code=trust)
+            parts += (each.from_pretrained(source, trust_remote_code=trust),)
         except Exception as error:  # files that are missing, damaged or unknown raise all kinds
-            reason = first_line(error)
-            continue
-        more = replace(made, parts=(*made.parts, loaded))
-        if _is_empty(more.tokenizer):
-            reason = "the files of its tokenizer are missing; get the whole model"
-            continue
-        made = more
-        if not part or getattr(made, part) is not None:
-            return made
-    raise SqCpuError(f"cannot load the {called} of {what}: {reason or 'it has none'}")
+            reason = reason_of(error)
+            raise SqCpuError(f"cannot load the {name} of {what}: {reason}") from error
+    made = Preprocessor(parts, companions)
+    if _is_empty(made.tokenizer):
+        raise SqCpuError(
+            f"cannot load the tokenizer of {what}: the files of its tokenizer are missing; get the "
+            "whole model"
+        )
+    if not parts or (part and getattr(made, part) is None):
+        raise SqCpuError(f"cannot load the {called} of {what}: it has none")
+    return made
+
+
+def _whole(source: str | Path, what: str, trust: bool) -> tuple[Any, ...]:
+    """Return what transformers takes for the whole; nothing where only parts may be there.
+
+    So it is of a type that has no processor, and of a folder that lacks a part of it.
+    """
+    try:
+        made = (AutoProcessor.from_pretrained(source, trust_remote_code=trust),)
+    except Exception as error:  # as above
+        if _has(source, _PROCESSOR):
+            raise SqCpuError(f"cannot load the processor of {what}: {reason_of(error)}") from error
+        return ()
+    is_without = _is_empty(Preprocessor(made).tokenizer) and not _has(source, *_TOKENIZERS)
+    return () if is_without else made
+
+
+def _has(source: str | Path, *names: str) -> bool:
+    """Say whether a folder, or hub model, has one of these files."""
+    options = {"_raise_exceptions_for_missing_entries": False}
+    return any(cached_file(source, name, **options) is not None for name in names)
 
 
 def _is_empty(tokenizer: Any) -> bool:
@@ -146,6 +179,11 @@ def sentence_files(source: str | Path) -> dict[str, Path]:
             raise SqCpuError(f"{listed}: {path} is no folder beside it; get the model again")
         if path.parts:
             found |= dict(_files(root, root / path))
+    real = root.resolve()
+    inside = [real, real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [real]
+    for name, file in found.items():
+        if not any(file.resolve().is_relative_to(each) for each in inside):
+            raise SqCpuError(f"{root / name} is a link out of the model's folder; copy the file")
     return found
 
 

@@ -20,7 +20,14 @@ from sq_cpu.errors import SqCpuError, first_line
 from sq_cpu.models.hf_private import bare_model, check_version, from_config, hub_kernels
 from sq_cpu.parsing import read_json
 
-__all__ = ["UNTRUSTED", "check_buffers", "check_counts", "check_no_kernels", "skeleton"]
+__all__ = [
+    "UNTRUSTED",
+    "check_buffers",
+    "check_counts",
+    "check_no_kernels",
+    "reason_of",
+    "skeleton",
+]
 
 UNTRUSTED = (
     "it needs code of its own (auto_map), which is not run: read that code, then give "
@@ -34,6 +41,11 @@ _COUNTS = re.compile(r"^(n|num)_")
 _FEW, _MANY = 1000, 1 << 20
 _LABELS = 1 << 16  # a config makes a name for each, several times: 2^20 take 11 s and 660 MB
 _SPARE = 256 << 20  # causal masks of the largest contexts
+
+
+def reason_of(error: Exception) -> str:
+    """Return one line of what transformers raised, which names an option of its own."""
+    return UNTRUSTED if "trust_remote_code" in str(error) else first_line(error)
 
 
 def skeleton(

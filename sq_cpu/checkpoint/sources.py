@@ -20,8 +20,8 @@ from sq_cpu.checkpoint.config import CONFIG
 from sq_cpu.checkpoint.kinds import is_for_floats, is_int8, quantization_of
 from sq_cpu.checkpoint.load import load, load_floats
 from sq_cpu.checkpoint.preprocessors import Preprocessor, load_preprocessor, sentence_files
-from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels
-from sq_cpu.errors import SqCpuError, first_line
+from sq_cpu.checkpoint.skeleton import UNTRUSTED, check_no_kernels, reason_of
+from sq_cpu.errors import SqCpuError
 from sq_cpu.extras import require
 from sq_cpu.models.hf_private import forget_quantization
 from sq_cpu.parsing import read_json
@@ -36,8 +36,8 @@ __all__ = [
     "load_tokenizer",
 ]
 
-# "gpt2", "owner/name": what can be a repository on the hub.
 _UNKNOWN = "transformers has no such class; upgrade it"
+# "gpt2", "owner/name": what can be a repository on the hub.
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -193,19 +193,33 @@ def is_no_language_model(source: str | Path) -> bool:
     """
     path = _path(source)
     if path.exists() or not _is_hub_name(source):
-        return other_class(_config(path)) is not None
+        return _other_class(path) is not None
     what = _hub(source)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             found = cached_file(source, CONFIG)
+            return _other_class(Path(str(found)).parent) is not None or bool(sentence_files(source))
+    except SqCpuError:
+        raise
     except Exception as error:
-        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
-    return other_class(read_json(found)) is not None
+        raise SqCpuError(f"cannot load {what}: {reason_of(error)}") from error
+
+
+def _other_class(folder: Path) -> str | None:
+    """Return the class of a folder's model; None for a causal language model.
+
+    One whose states sentence-transformers pools is none.
+    """
+    config = _config(folder)
+    found = other_class(config)
+    if found is None and folder.is_dir() and sentence_files(folder):
+        return f"sentence encoder ({config.get('model_type')})"
+    return found
 
 
 def check_causal(folder: Path) -> None:
     """Raise `SqCpuError` for a folder whose model is no causal language model."""
-    if (own := other_class(_config(folder))) is not None:
+    if (own := _other_class(folder)) is not None:
         raise SqCpuError(
             f"{folder} holds a {own}, no causal language model: sq-cpu quantize (without --stream) "
             "and tune take it, eval beside its float model (--source), and its own class runs it"
@@ -239,7 +253,7 @@ def _sentence_files(place: str | Path, what: str) -> dict[str, Path]:
     except SqCpuError:
         raise
     except Exception as error:
-        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
+        raise SqCpuError(f"cannot load {what}: {reason_of(error)}") from error
 
 
 def _load_model(
@@ -260,7 +274,7 @@ def _load_model(
     except SqCpuError:
         raise
     except Exception as error:  # files that are missing, damaged or unknown raise all kinds
-        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
+        raise SqCpuError(f"cannot load {what}: {reason_of(error)}") from error
 
 
 def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -287,7 +301,7 @@ def _load(
     except SqCpuError:
         raise
     except Exception as error:  # files that are missing, damaged or unknown raise all kinds
-        raise SqCpuError(f"cannot load {what}: {_reason(error)}") from error
+        raise SqCpuError(f"cannot load {what}: {reason_of(error)}") from error
     _whole((model, report), what)
     return model.eval(), load_tokenizer(source, what, trust, **options)
 
@@ -309,9 +323,4 @@ def load_tokenizer(source: str | Path, what: str, trust: bool = False, **options
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **options)
     except Exception as error:
-        raise SqCpuError(f"cannot load the tokenizer of {what}: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    # What transformers says of it takes many lines and names an option of its own.
-    return UNTRUSTED if "trust_remote_code" in str(error) else first_line(error)
+        raise SqCpuError(f"cannot load the tokenizer of {what}: {reason_of(error)}") from error

@@ -44,10 +44,16 @@ def emit_closeness(
         hold_out=False,
     )
     floats = main_outputs(loaded, made.calibration)
+    kind = type(loaded).__name__
     del loaded
     int8, _ = load_any(
         model, dtype=TORCH_DTYPES[dtype], trust_remote_code=trust_remote_code, say=say
     )
+    if type(int8).__name__ != kind:
+        raise SqCpuError(
+            f"{model} holds a {type(int8).__name__} and {source} a {kind}: give the model that the "
+            "int8 one was made of"
+        )
     found = closeness(main_outputs(int8, made.calibration), floats)
     emit(
         {"model": model, "source": source, **found.to_dict(), "samples": made.shown},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,7 +67,10 @@ def _rows(output: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def closeness(int8: Sequence[Tensor], floats: Sequence[Tensor]) -> Closeness:
-    """Return how close outputs of `main_outputs` are to those of the float model."""
+    """Return how close outputs of `main_outputs` are to those of the float model.
+
+    `SqCpuError` for outputs of other shapes, that are not finite, and floats that are all zero.
+    """
     if not floats or [x.shape for x in int8] != [x.shape for x in floats]:
         raise SqCpuError("the two models give outputs of different shapes: nothing to compare")
     difference = norm = cosine = 0.0
@@ -76,5 +80,7 @@ def closeness(int8: Sequence[Tensor], floats: Sequence[Tensor]) -> Closeness:
         norm += float(b.square().sum())
         cosine += float(cosine_similarity(a, b, dim=-1).sum())
     rows = sum(map(len, floats))
-    error = torch.tensor(difference / norm if norm else difference).sqrt()
-    return Closeness(float(error), cosine / rows, rows)
+    if not (math.isfinite(difference) and 0 < norm < math.inf):
+        what = "all zero" if norm == 0 else "not finite"
+        raise SqCpuError(f"the outputs of one of the models are {what}: check its weights")
+    return Closeness(math.sqrt(difference / norm), cosine / rows, rows)

@@ -21,14 +21,17 @@ def read_image(path: Path, channels: int) -> Any:
     Pillow takes it for an attack; and without the extra "vision".
     """
     require("PIL", "vision")
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return image.convert("L" if channels == 1 else "RGB")
+                if image.mode.startswith(("I", "F")):  # which conversion would clip
+                    raise ValueError(f"mode {image.mode}, more than 8 bits a channel")
+                upright = ImageOps.exif_transpose(image)
+                return upright.convert("L" if channels == 1 else "RGB")
     except Exception as error:  # the formats' readers raise all kinds
         raise SqCpuError(
             f"{path} cannot be read as an image ({first_line(error)}): repair it, or leave it out"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def _windows(subject: Subject, paths: Sequence[Path], longest: int) -> list[Row]
 def _room(subject: Subject, longest: int) -> int:
     front, end = surrounding_ids(subject.preprocessor.tokenizer)
     sides = 2 if subject.decodes else 1
-    room = sides * longest - len(front) - len(end)
+    room = sides * (longest - len(front) - len(end))
     if room < sides:
         raise SqCpuError(
             f"a window of {longest} tokens is filled by the tokenizer's special ones: ask for a "
@@ -105,16 +105,22 @@ def _decoded(subject: Subject, targets: Sequence[list[int]]) -> Inputs:
 
 
 def _pairs(subject: Subject, paths: Sequence[Path], longest: int) -> list[Row]:
-    pairs = [pair for path in paths for pair in read_pairs(path)]
-    # A sentence encoder reads each text by itself.
-    return [text for pair in pairs for text in pair] if subject.preprocessor.pools else list(pairs)
+    return [pair for path in paths for pair in read_pairs(path)]
+
+
+def _singles(subject: Subject, paths: Sequence[Path], longest: int) -> list[Row]:
+    return [text for path in paths for pair in read_pairs(path) for text in pair]
+
+
+def _single_batch(subject: Subject, rows: list[Row], longest: int) -> Inputs:
+    tokenizer = subject.preprocessor.tokenizer
+    padding = len(rows) > 1
+    return subject.prepared(tokenizer, rows, truncation=True, max_length=longest, padding=padding)
 
 
 def _pair_batch(subject: Subject, rows: list[Row], longest: int) -> Inputs:
     tokenizer = subject.preprocessor.tokenizer
     options: dict[str, Any] = {"truncation": True, "max_length": longest, "padding": len(rows) > 1}
-    if subject.preprocessor.pools:
-        return subject.prepared(tokenizer, rows, **options)
     first, second = ([*column] for column in zip(*rows, strict=True))
     if not subject.decodes:
         return subject.prepared(tokenizer, first, second, **options)
@@ -125,6 +131,8 @@ def _pair_batch(subject: Subject, rows: list[Row], longest: int) -> Inputs:
 
 _TEXT = Kind("windows of text", _windows, _window_batch)
 _TEXT_PAIRS = Kind("pairs of texts", _pairs, _pair_batch, _BATCH)
+# A sentence encoder reads each text of a pair by itself.
+_SINGLE_TEXTS = Kind("texts", _singles, _single_batch, _BATCH)
 
 
 # --- sound and images -----------------------------------------------------------------------------
@@ -158,7 +166,7 @@ def _image_batch(subject: Subject, rows: list[Row], longest: int) -> Inputs:
 
 
 def _captioned(subject: Subject, paths: Sequence[Path], longest: int) -> list[Row]:
-    """Return images with lines of the text files, or shipped texts, in turn."""
+    """Return images, each with a line of the text files or a piece of the shipped texts."""
     own = [path for path in paths if path.is_file() and path.suffix.lower() not in IMAGES]
     images = files_of([path for path in paths if path not in own], IMAGES, "images")
     if not images:
@@ -166,10 +174,14 @@ def _captioned(subject: Subject, paths: Sequence[Path], longest: int) -> list[Ro
             f"{subject.name} takes images and texts, and {own[0]} is no image: "
             "give images, too, with --calib"
         )
-    lines = [line for path in own for line in read_text(path).splitlines() if line.strip()]
-    captions = lines or [document[:_SHIPPED] for document in subject.shipped]
-    count = max(len(images), len(lines))
-    return list(zip(islice(cycle(images), count), islice(cycle(captions), count), strict=True))
+    captions = [line for path in own for line in read_text(path).splitlines() if line.strip()]
+    captions = captions or [
+        document[k : k + _SHIPPED]
+        for document in subject.shipped
+        for k in range(0, len(document), _SHIPPED)
+    ]
+    # No image twice: those that are held out are others.
+    return list(zip(images, cycle(captions), strict=False))
 
 
 def _caption_batch(subject: Subject, rows: list[Row], longest: int) -> Inputs:
@@ -214,8 +226,12 @@ def kind_of(subject: Subject, paths: Sequence[Path]) -> Kind:
     name = getattr(subject.model, "main_input_name", "")
     if name not in _BY_INPUT:  # "inputs", where a class takes several kinds
         name = next((each for each in _BY_INPUT if each in subject.arguments), name)
-    both = {"input_ids", "pixel_values"} <= subject.arguments
-    kind = _CAPTIONED if both and _is_both(has) else _BY_INPUT.get(name)
+    taken = subject.arguments & _BY_INPUT.keys()
+    kind = _BY_INPUT.get(name)
+    if taken >= {"input_ids", "pixel_values"} and _is_both(has):
+        kind = _CAPTIONED
+    elif "input_ids" in taken and has.tokenizer and has.features and len(taken) > 1:
+        kind, name = None, " and ".join(sorted(taken))  # texts and sound, as CLAP
     part = {_TEXT: has.tokenizer, _SOUND: has.features, _IMAGES: has.images}
     if kind is None or part.get(kind, has) is None:
         raise SqCpuError(
@@ -227,7 +243,7 @@ def kind_of(subject: Subject, paths: Sequence[Path]) -> Kind:
             raise SqCpuError(
                 f"{other[0]} holds no pairs of texts: give pairs alone, or texts alone"
             )
-        return _TEXT_PAIRS
+        return _SINGLE_TEXTS if has.pools else _TEXT_PAIRS
     if not paths and kind not in _SHIPPED_FOR:
         raise SqCpuError(
             f"{subject.name} takes {kind.name}, and none are shipped: give --calib "

@@ -15,8 +15,12 @@ Pair = tuple[str, str]
 
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file that is not blank."""
+    if path.is_dir():
+        raise SqCpuError(f"{path} is a folder, and this model reads texts: give files of text")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise SqCpuError(f"{path}: no such file or folder; give a file of text") from error
     except UnicodeDecodeError as error:
         raise SqCpuError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
     if not text.strip():
@@ -36,7 +40,7 @@ def read_pairs(path: Path) -> list[Pair]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
-        fields = _texts(parsed_json(line, where)) if is_json else line.rstrip("\r").split("\t")
+        fields = _texts(parsed_json(line, where)) if is_json else line.split("\t")
         match fields:
             case [first, second] if first.strip() and second.strip():
                 found.append((first, second))

@@ -17,6 +17,7 @@ __all__ = ["SOUND", "read_sound"]
 SOUND = (".wav", ".flac", ".ogg", ".mp3", ".aiff")
 SECONDS = 30
 """What is read of a recording: as much as Whisper hears at once."""
+_RATES = range(1000, 768_001)  # of samples a second: a filter that resamples is as long as one
 
 
 def read_sound(path: Path, rate: int) -> NDArray[np.float32]:
@@ -31,6 +32,8 @@ def read_sound(path: Path, rate: int) -> NDArray[np.float32]:
     try:
         with soundfile.SoundFile(path) as file:
             own = int(file.samplerate)
+            if own not in _RATES:
+                raise ValueError(f"{own} samples a second")
             samples: Any = file.read(SECONDS * own, dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
         raise SqCpuError(

@@ -19,7 +19,12 @@ from sq_cpu.checkpoint.folder import Staging, staged
 from sq_cpu.checkpoint.kinds import is_for_floats
 from sq_cpu.checkpoint.preprocessors import Preprocessor
 from sq_cpu.checkpoint.save import check_format, save_staged
-from sq_cpu.checkpoint.sources import check_causal, load_any, load_tokenizer
+from sq_cpu.checkpoint.sources import (
+    check_causal,
+    is_no_language_model,
+    load_any,
+    load_tokenizer,
+)
 from sq_cpu.errors import SqCpuError
 from sq_cpu.inference.prefix import make_prefix
 from sq_cpu.kernels.runtime import available_memory
@@ -287,8 +292,11 @@ def _is_unfinished_or_too_large(job: Job, say: Say) -> bool:
         return False
     needed, available = _needed(job, _SLACK), available_memory()
     if needed > available:
-        say(
+        memory = (
             f"{job.source} needs {needed / 1e9:.1f} GB of memory in {job.dtype or 'its dtype'}, "
-            f"and {available / 1e9:.1f} GB are available: streaming"
+            f"and {available / 1e9:.1f} GB are available"
         )
+        if is_no_language_model(job.source):
+            raise SqCpuError(f"{memory}; only causal language models are streamed: free some")
+        say(f"{memory}: streaming")
     return needed > available

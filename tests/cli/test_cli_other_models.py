@@ -141,6 +141,65 @@ def test_a_cross_encoder_is_one_afterwards(tmp_path: Path) -> None:
     assert (float_ - int8).abs().max() < 0.05 * float_.abs().max()
 
 
+def pooled(folder: Path, model: Any) -> Path:
+    sentence_encoder(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_other_sentence_encoders_stay_such(tmp_path: Path) -> None:
+    """Of a causal language model, and of an encoder that is a base itself."""
+    sizes = {"vocab_size": 259, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    encoder = transformers.T5EncoderModel(transformers.T5Config(d_kv=8, **sizes))
+    for name, model, kind in (
+        ("llama", tiny_model("llama", vocab_size=259), "LlamaModel"),
+        ("t5", encoder, "T5EncoderModel"),
+    ):
+        folder, out = pooled(tmp_path / name, model), tmp_path / f"{name}-out"
+        run("quantize", folder, "-o", out, *SMALL)
+        assert json.loads((out / "config.json").read_text())["architectures"] == [kind]
+        assert (out / "1_Pooling/config.json").is_file()
+        assert (out / "modules.json").is_file()
+
+
+def test_links_out_of_a_sentence_encoder_are_refused(tmp_path: Path) -> None:
+    folder = sentence_encoder(tmp_path / "float")
+    add_pooler(folder)
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/key").write_text("x")
+    (folder / "1_Pooling/key").symlink_to(tmp_path / "secret/key")
+    error = error_of("quantize", folder, "-o", tmp_path / "out", *SMALL)
+    assert "1_Pooling/key is a link out of the model's folder" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["captioner", "clip", "vit"])
+def test_a_damaged_preprocessor_is_not_left_behind(name: str, tmp_path: Path) -> None:
+    folder, given = write_model(name, tmp_path / "float"), calib(name, tmp_path)
+    files = {"processor_config.json", "preprocessor_config.json", "tokenizer.json"}
+    found = [folder / file for file in files if (folder / file).is_file()]
+    assert found
+    for path in found:
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])
+        assert "cannot load the " in error_of(
+            "quantize", folder, "-o", tmp_path / "out", *given, *SMALL
+        )
+        path.write_text(whole)
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    folder = write_model("vit", tmp_path / "float")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.bias"].fill_(torch.inf)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    how = ("--calib", write_images(tmp_path / "images"), "--ignore", "classifier", *SMALL)
+    error = error_of("quantize", folder, "-o", tmp_path / "out", *how)
+    assert "the outputs of one of the models are not finite" in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_modules_elsewhere_are_refused(tmp_path: Path) -> None:
     folder = sentence_encoder(tmp_path / "float")
     add_pooler(folder)
@@ -314,10 +373,15 @@ def test_files_are_asked_for(name: str, say: str, tmp_path: Path) -> None:
 
 
 def bad_files(folder: Path) -> dict[str, Path]:
+    from PIL import Image
+
     soundfile = pytest.importorskip("soundfile")
     folder.mkdir()
     made = {name: folder / name for name in ("text.wav", "empty.wav", "nan.wav", "cut.flac")}
+    made |= {name: folder / name for name in ("rate.wav", "deep.png")}
     made |= {name: folder / name for name in ("text.png", "cut.png", "huge.png")}
+    soundfile.write(made["rate.wav"], np.zeros(99, np.float32), 999_983)
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257).save(made["deep.png"])
     made["text.wav"].write_text("no sound")
     soundfile.write(made["empty.wav"], np.zeros(0, np.float32), 8000)
     soundfile.write(made["nan.wav"], np.full(9, np.nan, np.float32), 8000, subtype="FLOAT")
@@ -375,6 +439,7 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         (vit, sound, f"{sound} holds no images (.png, "),
         (vit, tmp_path / "none", "none: no such file or folder; give another with --calib"),
         (bert, images / "0.png", "0.png is not UTF-8 text"),
+        (bert, images, f"{images} is a folder, and this model reads texts"),
         (clip, write_samples("text", tmp_path), "give images, too, with --calib"),
     ]
     for model, path, say in cases:
