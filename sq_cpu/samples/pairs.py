@@ -16,7 +16,7 @@ Pair = tuple[str, str]
 def read_text(path: Path) -> str:
     """Return the text of a UTF-8 file that is not blank."""
     if path.is_dir():
-        raise SqCpuError(f"{path} is a folder, and this model reads texts: give files of text")
+        raise SqCpuError(f"{path} is a folder: give files of text")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:

@@ -88,7 +88,7 @@ def test_output_is_checked_before_the_model_is_loaded(
         (b" \n", "holds no text"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"short", "the text has 5 tokens"),
-        (None, "No such file"),
+        (None, "no such file or folder; give a file of text"),
     ],
 )
 def test_bad_texts(folder: Path, tmp_path: Path, content: bytes | None, expected: str) -> None:

@@ -439,7 +439,7 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
         (vit, sound, f"{sound} holds no images (.png, "),
         (vit, tmp_path / "none", "none: no such file or folder; give another with --calib"),
         (bert, images / "0.png", "0.png is not UTF-8 text"),
-        (bert, images, f"{images} is a folder, and this model reads texts"),
+        (bert, images, f"{images} is a folder: give files of text"),
         (clip, write_samples("text", tmp_path), "give images, too, with --calib"),
     ]
     for model, path, say in cases:

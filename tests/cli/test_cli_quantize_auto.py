@@ -177,7 +177,7 @@ def test_what_cannot_be_scored_is_refused_before_the_work(
     monkeypatch.setattr(convert, "calibrate", None)
     assert "goal is 'much'" in error_of(*auto, "--goal", "much")
     assert "give more text or ask for less" in error_of(*auto, "--text-windows", 2000)
-    assert "No such file" in error_of(*auto, "--text", tmp_path / "none")
+    assert "no such file" in error_of(*auto, "--text", tmp_path / "none")
     start = ("quantize", folder, "-o", tmp_path / "out", "--scheme", "auto")
     assert "the shipped text has 20" in error_of(*start, "--text-windows", 21)
     error = error_of(*start, "--windows", 1, "--window", 4000)
