@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import sys
+import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def main() -> None:
     bom["dependencies"].append({"ref": pybind11["bom-ref"]})
     files = sorted(path for path in folder.iterdir() if path.name.endswith((".whl", ".tar.gz")))
     subject["components"] = [release_file(path) for path in files]
+    # Attestations ask for a serial number; this one is the same for the same files.
+    contents = json.dumps(subject["components"], sort_keys=True)
+    bom["serialNumber"] = f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_URL, contents)}"
     out = folder / f"sq_cpu-{subject['version']}.cdx.json"
     out.write_text(json.dumps(bom, indent=1) + "\n", encoding="utf-8")
 

@@ -17,6 +17,12 @@ from sq_cpu.vllm_plugin.served import Linears, check_model_type, read_linears
 
 __all__ = ["SqCpuVllmConfig"]
 
+# Where a model of vLLM does not list what it merges.
+_MERGED = {
+    "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+    "gate_up_proj": ["gate_proj", "up_proj"],
+}
+
 
 class SqCpuVllmConfig(QuantizationConfig):  # type: ignore[misc]
     """The ``quantization_config`` of a folder that `sq_cpu.save` wrote, as vLLM asks for it.
@@ -69,7 +75,7 @@ class SqCpuVllmConfig(QuantizationConfig):  # type: ignore[misc]
         """Return how a module computes; None: as without quantization."""
         if isinstance(layer, LinearBase):
             parent, _, name = prefix.rpartition(".")
-            merged = self.packed_modules_mapping.get(name, [name])
+            merged = (_MERGED | self.packed_modules_mapping).get(name, [name])
             names = [f"{parent}.{each}".removeprefix(".") for each in merged]
             if prefix in self.linears.kinds:  # side by side in the file too
                 names = [prefix]

@@ -19,6 +19,8 @@ __all__ = ["LayerKind", "Linears", "check_model_type", "columns_here", "read_lin
 
 _TRANSPOSED = ("gpt2",)
 """Models whose linears vLLM takes to be stored transposed."""
+_ABSORBED = ("deepseek_v2", "deepseek_v3")
+"""Models of whose linears vLLM takes the weight apart (multi-head latent attention)."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,12 @@ def read_linears(settings: Mapping[str, Any]) -> Linears:
 
 
 def check_model_type(model_type: object) -> None:
-    """Raise `SqCpuError` for a model whose linears vLLM would transpose."""
+    """Raise `SqCpuError` for a model whose linears vLLM would transpose, or take apart."""
+    if model_type in _ABSORBED:
+        raise SqCpuError(
+            f"vLLM takes weights of {model_type}'s attention apart, which are packed; serve this "
+            "model with sq-cpu serve"
+        )
     if model_type in _TRANSPOSED:
         raise SqCpuError(
             f"vLLM transposes the weights of {model_type}, which sq_cpu stores as those of "
@@ -150,7 +157,12 @@ def _check(record: QuantizationRecord) -> None:
         (
             [*record.embeddings.values(), *head],
             "an int8 head, which vLLM computes in float",
-            "quantize without head='int8' (--head int8)",
+            "quantize without head='int8' (--head int8), and with lm_head in ignore",
+        ),
+        (
+            [name for name in (*record.layers, *record.kept) if ".experts" in name],
+            "experts, which vLLM computes by kernels of its own",
+            "serve it with sq-cpu serve",
         ),
         (
             list(record.dtypes),

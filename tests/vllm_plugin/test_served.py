@@ -91,6 +91,7 @@ def settings(**record: Any) -> dict[str, Any]:
         ({"decomposed": {"a": 3}}, r"\(a\): channels in float"),
         ({"layers": ["a", "lm_head"]}, r"\(lm_head\): an int8 head"),
         ({"embeddings": {"embed": "a"}}, r"\(a\): an int8 head"),
+        ({"kept": {"mlp.experts.0.up": "ignored"}}, r"\(mlp.experts.0.up\): experts"),
         ({"dtypes": {"a": "float32"}}, r"\(a\): linears that compute in a dtype of their own"),
         ({"format_version": 4}, "format_version 4 .* save it again"),
         ({"format_version": 10}, "format_version 10 is newer"),
