@@ -23,12 +23,12 @@ import typer
 from divergence import Divergence
 from harness import Candidate, interleave
 from results import Out, ResultFile
+from shipped import CalibrationWindows, Folder, Shipped, Window, Windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import sq_cpu
-from sq_cpu import texts
 from sq_cpu.progress import track
 
 Logits = Callable[[Tensor], Tensor]
@@ -83,11 +83,11 @@ def of_ours(model: Any, windows: list[Tensor], recipe: Path) -> dict[str, Logits
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Of a causal LM.")],
+    folder: Folder,
     alpha: Annotated[float, typer.Option(help="Of IPEX's SmoothQuant.")] = 0.8,
-    windows: Annotated[int, typer.Option(min=1, help="Scored, of the shipped text.")] = 20,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    calibration_windows: Annotated[int, typer.Option(min=1)] = 16,
+    windows: Windows = 20,
+    window: Window = 512,
+    calibration_windows: CalibrationWindows = 16,
     budget: Annotated[float, typer.Option(min=1, help="Seconds to time in.")] = 60,
     out: Out = None,
 ) -> None:
@@ -97,8 +97,8 @@ def main(
     torch.set_grad_enabled(False)
     print(machine.headline())
     try:
-        command = f"python bench/run_ipex.py FOLDER --alpha {alpha:g} --windows {windows}"
-        command += f" --window {window} --calibration-windows {calibration_windows}"
+        shipped = Shipped(windows, window, calibration_windows)
+        command = f"python bench/run_ipex.py FOLDER --alpha {alpha:g} {shipped.options}"
         sections = {"command": command, "threads": torch.get_num_threads()}
         results = ResultFile("ipex", out, resume=False, sections=sections)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -106,17 +106,13 @@ def main(
         load = AutoModelForCausalLM.from_pretrained
         model: Any = load(folder, dtype=torch.float32, attn_implementation="eager").eval()
         model.config.use_cache = False
-
-        def cut(text: str, count: int) -> list[Tensor]:
-            return sq_cpu.token_windows(tokenizer, text, window=window, windows=count)
-
-        seen = cut(texts.calibration(), calibration_windows)
+        seen = shipped.seen(tokenizer)
         with tempfile.TemporaryDirectory() as scratch:
             recipe = Path(scratch) / "best_configure.json"
             peers = of_ipex(model, seen, alpha, recipe)
             made = of_ours(model, seen, recipe) | peers
         made = {"sq_cpu O3": made["sq_cpu O3"]} | made | {"fp32": lambda ids: model(ids).logits[0]}
-        scored = cut(texts.evaluation(), windows)
+        scored = shipped.scored(tokenizer)
         divergences = {name: Divergence() for name in made}
         for ids in track(scored, "windows"):
             reference = made["fp32"](ids)

@@ -22,12 +22,12 @@ import torch
 import typer
 from divergence import Divergence
 from results import Out, ResultFile
+from shipped import CalibrationWindows, Folder, Shipped, Window, Windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import sq_cpu
-from sq_cpu import texts
 from sq_cpu.checkpoint.sources import load_source
 from sq_cpu.progress import track
 
@@ -96,10 +96,10 @@ def _lost(row: dict[str, Any]) -> str:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Of a causal LM.")],
-    windows: Annotated[int, typer.Option(min=1, help="Scored, of the shipped text.")] = 20,
-    window: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
-    calibration_windows: Annotated[int, typer.Option(min=1)] = 16,
+    folder: Folder,
+    windows: Windows = 20,
+    window: Window = 512,
+    calibration_windows: CalibrationWindows = 16,
     only: Annotated[str, typer.Option(help="Recipes whose names hold this.")] = "",
     out: Out = None,
 ) -> None:
@@ -109,21 +109,14 @@ def main(
     torch.set_grad_enabled(False)
     print(machine.headline())
     try:
-        command = f"python bench/run_llm_compressor.py FOLDER --windows {windows}"
-        command += f" --window {window} --calibration-windows {calibration_windows}"
+        shipped = Shipped(windows, window, calibration_windows)
+        command = f"python bench/run_llm_compressor.py FOLDER {shipped.options}"
         results = ResultFile("llm-compressor", out, resume=False, sections={"command": command})
         known = {name: make for name, make in recipes().items() if only in name}
         tokenizer = AutoTokenizer.from_pretrained(folder)
         load = AutoModelForCausalLM.from_pretrained
         model: Any = load(folder, dtype=torch.float32).eval()
-
-        def cut(text: str, count: int) -> list[Tensor]:
-            return sq_cpu.token_windows(tokenizer, text, window=window, windows=count)
-
-        seen, scored = (
-            cut(texts.calibration(), calibration_windows),
-            cut(texts.evaluation(), windows),
-        )
+        seen, scored = shipped.seen(tokenizer), shipped.scored(tokenizer)
         for name, recipe in known.items():
             with tempfile.TemporaryDirectory() as scratch:
                 compress(model, recipe(), seen, tokenizer, Path(scratch))

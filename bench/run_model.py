@@ -75,17 +75,22 @@ def openmp_runtimes() -> list[str]:
     return sorted(name for name in names if name.startswith(("libgomp", "libiomp", "libomp")))
 
 
+def unplaced(word: str) -> str:
+    """Return the name of what an absolute path leads to; another word as it is."""
+    return Path(word).name if os.path.isabs(word) else word
+
+
 def describe_run(label: str | None, settings: Settings) -> Row:
     prefixes = ("OMP_", "GOMP_", "KMP_", "SQ_CPU_", "LD_PRELOAD")
     return {
         "benchmark": "model",
         "label": label,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(unplaced, sys.argv)]),
         "commit": commit(),
         "machine": machine.facts() | {"transformers": transformers.__version__},
         "openmp": openmp_runtimes(),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(prefixes)},
+        "environment": {k: unplaced(v) for k, v in os.environ.items() if k.startswith(prefixes)},
         "settings": asdict(settings),
         "processes": [],
         "rows": [],
@@ -151,7 +156,7 @@ def measure_all(
             for count in threads:
                 say(f"{name}, {count} threads ({todo} to go)")
                 share = max(0.0, end - time.monotonic()) / todo
-                arguments = (name, files, count, settings, share, Path(scratch))
+                arguments = (unplaced(name), files, count, settings, share, Path(scratch))
                 keep("processes", measure(*arguments, partial(keep, "rows")))
                 todo -= 1
 

@@ -136,14 +136,11 @@ def _load_source(
 ) -> tuple[nn.Module, Any]:
     if path.is_dir():
         check_causal(path)
-        if is_checkpoint(path):
-            model = load(path, dtype=dtype, trust_remote_code=trust)
-            return model, load_tokenizer(path, f"checkpoint {path}", trust)
-        if is_for_floats(path):
-            model = load_floats(path, dtype=dtype, trust_remote_code=trust)
-            return model, load_tokenizer(path, f"model folder {path}", trust)
-        check_float(path)
-        return _load(path, dtype or "auto", f"model folder {path}", trust)
+        model = _of_integers(path, dtype, trust)
+        if model is None:
+            return _load(path, dtype or "auto", f"model folder {path}", trust)
+        what = "checkpoint" if is_checkpoint(path) else "model folder"
+        return model, load_tokenizer(path, f"{what} {path}", trust)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SqCpuError(f"{path} is a file, but not a .gguf; give the model's folder instead")
@@ -151,6 +148,16 @@ def _load_source(
     if _is_hub_name(source):
         return _load(source, dtype or "auto", _hub(source), trust)
     raise SqCpuError(f"{source}: no such file or folder; give a model folder or a .gguf file")
+
+
+def _of_integers(folder: Path, dtype: torch.dtype | None, trust: bool) -> Any:
+    """Return a quantized folder's model, as integers or the floats they stand for; None: float."""
+    if is_checkpoint(folder):
+        return load(folder, dtype=dtype, trust_remote_code=trust)
+    if is_for_floats(folder):
+        return load_floats(folder, dtype=dtype, trust_remote_code=trust)
+    check_float(folder)
+    return None
 
 
 def _is_hub_name(source: str | Path) -> bool:
@@ -233,16 +240,9 @@ def _load_other(
     is_folder = path.is_dir()
     place: str | Path = path if is_folder else source
     what = f"model folder {path}" if is_folder else _hub(source)
-    if is_folder and is_checkpoint(path):
-        model: Any = load(path, dtype=dtype, trust_remote_code=trust)
-        companions = sentence_files(path)
-    elif is_folder and is_for_floats(path):
-        model = load_floats(path, dtype=dtype, trust_remote_code=trust)
-        companions = sentence_files(path)
-    else:
-        if is_folder:
-            check_float(path)
-        companions = _sentence_files(place, what)
+    model = _of_integers(path, dtype, trust) if is_folder else None
+    companions = _sentence_files(place, what)
+    if model is None:
         model = _load_model(place, dtype or "auto", what, trust, base=bool(companions))
     return model, load_preprocessor(place, model.main_input_name, companions, what, trust)
 

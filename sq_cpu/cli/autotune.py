@@ -130,12 +130,12 @@ def autotune_command(
         require_report()
         hold(ctx, report_file)
     killed = hold(ctx, out)
-    data = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
-    data.check_language_model("autotune")
+    given = tuning_input(model, calib, windows, window, dtype, ignore, trust_remote_code, prefix)
+    given.check_language_model("autotune")
     _check_storage(where, study, resume, killed)
     scored = scored_text(text, text_windows) if not tasks else ()
     start = time.perf_counter()
-    loaded, tokenizer, batches = data.load()
+    loaded, tokenizer, batches = given.load()
     evaluate: Any
     if tasks:
         evaluate = partial(
@@ -143,9 +143,9 @@ def autotune_command(
         )
     else:
         evaluate = text_perplexity(tokenizer, scored, window, text_windows)
-    calibration = data.calibration(loaded, tokenizer, batches)
+    calibration = given.calibration(loaded, tokenizer, batches)
     identity = {
-        "calib": _digest(data.data.texts),
+        "calib": _digest(given.data.texts),
         "windows": [windows, window],
         **({"prefix": list(calibration.prefix)} if calibration.prefix else {}),
         "dtype": dtype.value,
@@ -159,7 +159,7 @@ def autotune_command(
         evaluate,
         goal if goal.strip().endswith("%") else float(goal),
         higher_is_better=bool(tasks),
-        ignore=data.ignore,
+        ignore=given.ignore,
         storage=where,
         study=study,
         job=json.dumps(identity, sort_keys=True),

@@ -93,7 +93,8 @@ def sample(
         kind.batch(subject, part, longest)
         for part in track([*parts, *last], f"reading {kind.name}", progress)
     ]
-    shown = _shown(sum(map(len, parts)), kind.name, longest)
+    of = f" of {longest} tokens" if kind.are_cut else ""
+    shown = f"{sum(map(len, parts))} {kind.name}{of}"
     return Samples(made[: len(parts)], made[len(parts) :], shown)
 
 
@@ -107,8 +108,3 @@ def _parts(values: list[T], count: int) -> list[list[T]]:
     """Cut values into so many parts whose sizes differ by one at most."""
     ends = [k * len(values) // count for k in range(count + 1)]
     return [values[a:b] for a, b in itertools.pairwise(ends)]
-
-
-def _shown(count: int, name: str, longest: int) -> str:
-    of = f" of {longest} tokens" if name.endswith("text") else ""
-    return f"{count} {name}{of}"

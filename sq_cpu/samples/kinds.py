@@ -45,6 +45,8 @@ class Kind:
     """What the model is called with for some rows."""
     together: int = 1
     """Rows of a batch, at most."""
+    are_cut: bool = False
+    """Whether rows are as long as a window."""
 
 
 # --- texts ----------------------------------------------------------------------------------------
@@ -129,7 +131,7 @@ def _pair_batch(subject: Subject, rows: list[Row], longest: int) -> Inputs:
     return made | _decoded(subject, targets["input_ids"])
 
 
-_TEXT = Kind("windows of text", _windows, _window_batch)
+_TEXT = Kind("windows of text", _windows, _window_batch, are_cut=True)
 _TEXT_PAIRS = Kind("pairs of texts", _pairs, _pair_batch, _BATCH)
 # A sentence encoder reads each text of a pair by itself.
 _SINGLE_TEXTS = Kind("texts", _singles, _single_batch, _BATCH)

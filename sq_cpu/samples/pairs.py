@@ -51,7 +51,5 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def _texts(value: object) -> list[str]:
-    values = value.values() if isinstance(value, dict) else value
-    if not isinstance(values, list) and not isinstance(value, dict):
-        return []
-    return [each for each in values if isinstance(each, str)]  # type: ignore[attr-defined]
+    values = list(value.values()) if isinstance(value, dict) else value
+    return [each for each in values if isinstance(each, str)] if isinstance(values, list) else []

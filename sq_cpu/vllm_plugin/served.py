@@ -10,8 +10,9 @@ from typing import Any
 from sq_cpu.checkpoint.config import CONFIG, check_settings, record_of_settings
 from sq_cpu.errors import SqCpuError
 from sq_cpu.kernels.hadamard import BLOCK
-from sq_cpu.kernels.torch_ops import LinearSettings, linear_settings
+from sq_cpu.kernels.torch_ops import LinearSettings
 from sq_cpu.nn.entries import weight_columns
+from sq_cpu.nn.quantizer import layer_settings
 from sq_cpu.quantization.record import QuantizationRecord
 from sq_cpu.scheme import Scheme
 
@@ -39,14 +40,7 @@ class LayerKind:
 
     def settings(self, static: tuple[float, int] | None) -> LinearSettings:
         """Return how the input is quantized, with the (scale, zero point) of a static scheme."""
-        return linear_settings(
-            self.scheme.activations,
-            self.scheme.symmetric,
-            self.scheme.qmax == 63,
-            static,
-            self.scheme.dynamic_fallback,
-            self.hadamard,
-        )
+        return layer_settings(self.scheme, static, self.hadamard)
 
 
 @dataclass(frozen=True)
